@@ -1,0 +1,14 @@
+"""Per-sample gradient clipping for JAX and Optax: clip each sample's gradient, then average."""
+
+from psclip_optax.optimizers import ps_clip_sgd
+from psclip_optax.thresholds import constant_threshold, growing_threshold
+from psclip_optax.transforms import per_sample_clip
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "constant_threshold",
+    "growing_threshold",
+    "per_sample_clip",
+    "ps_clip_sgd",
+]

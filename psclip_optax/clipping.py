@@ -1,0 +1,88 @@
+"""From norms and thresholds to scales: the rules that both faces of the library share.
+
+Σ γ_k g_k / N over a batch of n samples. A *masked* sample (padding) has no position, no weight
+and no share in N. A *dropped* one (not finite) has weight 0 and is counted, but keeps its position
+and its share in N.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax.thresholds import Threshold, thresholds_at
+
+OnNonfinite: TypeAlias = Literal["drop", "propagate"]
+
+
+class ClipStats(NamedTuple):
+    """What clipping did to each sample of one batch.
+
+    Attributes:
+      norms: float [n], the norm of each sample's whole gradient, before clipping.
+      scales: float [n], γ_k in [0, 1]; 0 for masked and dropped samples.
+      num_clipped: int32, how many samples were scaled by γ_k < 1, the dropped ones apart.
+      num_nonfinite: int32, how many samples that count have a gradient that is not finite.
+    """
+
+    norms: jax.Array
+    scales: jax.Array
+    num_clipped: jax.Array
+    num_nonfinite: jax.Array
+
+
+def check_on_nonfinite(on_nonfinite: str) -> None:
+    if on_nonfinite not in ("drop", "propagate"):
+        raise ValueError(f'on_nonfinite is "drop" or "propagate", got {on_nonfinite!r}')
+
+
+def check_sample_mask(sample_mask: Any, num_samples: int) -> jax.Array:
+    sample_mask = jnp.asarray(sample_mask)
+    if sample_mask.shape != (num_samples,) or sample_mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"sample_mask has shape [{num_samples}] (one flag a sample, True where it counts) and "
+            f"dtype bool, got {sample_mask.dtype}{list(sample_mask.shape)}"
+        )
+    return sample_mask
+
+
+def check_positions(positions: Any, num_samples: int) -> jax.Array:
+    positions = jnp.asarray(positions)
+    if positions.shape != (num_samples,):
+        raise ValueError(
+            f"positions has shape [{num_samples}] (one 1-based integer a sample), got "
+            f"{positions.dtype}{list(positions.shape)}"
+        )
+    return positions
+
+
+def batch_positions(num_samples: int, sample_mask: jax.Array | None) -> jax.Array:
+    """1, 2, … over the samples that count; a masked one repeats the last, never used, position."""
+    if sample_mask is None:
+        return jnp.arange(1, num_samples + 1)
+    return jnp.maximum(jnp.cumsum(sample_mask), 1)
+
+
+def batch_thresholds(
+    threshold: Threshold,
+    num_samples: int,
+    dtype: Any,
+    sample_mask: jax.Array | None,
+    positions: jax.Array | None,
+) -> jax.Array:
+    """τ_k of each sample, shape [n]; what it is for a masked one does not matter."""
+    if positions is None:
+        positions = batch_positions(num_samples, sample_mask)
+    return thresholds_at(threshold, positions, dtype)
+
+
+def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
+    """γ_k = min(1, τ_k / ‖g_k‖), shape [n]; 1 where the norm is 0 and where it is not finite.
+
+    Never divides by a norm that is not above its threshold, so that neither τ = 0 nor τ = ∞ nor a
+    zero gradient gives NaN, in the value or in a derivative.
+    """
+    clipped = norms > taus
+    return jnp.where(clipped, taus / jnp.where(clipped, norms, 1), 1)

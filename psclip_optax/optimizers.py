@@ -1,0 +1,59 @@
+"""Ready chains: an Optax optimizer behind per-sample clipping."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from psclip_optax.thresholds import growing_threshold
+from psclip_optax.transforms import per_sample_clip
+
+
+def ps_clip_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    alpha: jax.typing.ArrayLike,
+    beta: jax.typing.ArrayLike,
+    momentum: jax.typing.ArrayLike | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD on the mean of gradients clipped per sample at τ_k = α k^{1/β}: PS-Clip-SGD.
+
+    The same as ``optax.chain(psc.per_sample_clip(psc.growing_threshold(alpha, beta)),
+    optax.sgd(learning_rate, momentum, nesterov))``.
+
+    Args:
+      learning_rate: a number or an Optax schedule over steps.
+      alpha: the scale α ≥ 0 of the threshold, in the units of the gradient's norm; σ in theory.
+      beta: its growth β > 0 with a sample's position k; the moment p in (1, 2] in theory.
+      momentum: decay of the momentum; None for none.
+      nesterov: whether the momentum is Nesterov's.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` over stacked per-sample gradients, leaves
+      [n, …]; its update takes ``sample_mask`` and ``positions`` as :func:`per_sample_clip
+      <psclip_optax.per_sample_clip>`'s does. To schedule α or β, or to set them by hand, wrap it:
+      ``optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)``.
+
+    Raises:
+      TypeError: α or β is a callable outside ``optax.inject_hyperparams``, or no number.
+      ValueError: α < 0, β ≤ 0 or NaN.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import psclip_optax as psc
+      >>> loss = lambda w, x: jnp.dot(w, x)
+      >>> tx = psc.ps_clip_sgd(learning_rate=1.0, alpha=1.0, beta=2.0)
+      >>> w, x = jnp.zeros(2), jnp.array([[9.0, 0.0], [0.0, 9.0]])
+      >>> grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(w, x)
+      >>> updates, state = tx.update(grads, tx.init(w))
+      >>> updates.round(3)  # clipped at 1 and at √2
+      Array([-0.5  , -0.707], dtype=float32)
+
+    References:
+      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
+      <https://arxiv.org/abs/2605.02701>`_, 2026.
+    """
+    return optax.chain(
+        per_sample_clip(growing_threshold(alpha, beta)),
+        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+    )

@@ -1,0 +1,183 @@
+"""Stacks of per-sample gradients: what a valid one is, its norms and its weighted sums."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+_PUT_IT_FIRST = (
+    "per_sample_clip changes shapes, so it is the first link of a chain, and whatever accumulates, "
+    "masks or skips goes around the links after it: write "
+    "`optax.chain(psc.per_sample_clip(…), optax.MultiSteps(…).gradient_transformation())` or "
+    "`optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not `optax.MultiSteps(optax.chain("
+    "psc.per_sample_clip(…), …))` or `optax.masked(psc.per_sample_clip(…))`"
+)
+
+
+class Stack(NamedTuple):
+    """A stack's leaves, each with the index of its own sample axis."""
+
+    leaves: list[jax.Array]
+    axes: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return self.leaves[0].shape[self.axes[0]]
+
+
+def refuse_masked_nodes(tree: Any) -> None:
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
+        raise ValueError(
+            "per_sample_clip needs every leaf, for the norm is over a sample's whole gradient, but "
+            "some came as optax.MaskedNode, from optax.masked or optax.partition. " + _PUT_IT_FIRST
+        )
+
+
+def _describe(leaf: jax.Array) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def check_stack(per_sample_grads: Any, sample_axis: int) -> Stack:
+    refuse_masked_nodes(per_sample_grads)
+    leaves, paths = (
+        list(map(jnp.asarray, jax.tree.leaves(per_sample_grads))),
+        _paths(per_sample_grads),
+    )
+    if not leaves:
+        raise ValueError(
+            "per_sample_clip expects a pytree of stacked per-sample gradients, got one without "
+            f"leaves: {per_sample_grads!r}"
+        )
+    for path, leaf in zip(paths, leaves, strict=True):
+        _check_leaf(path, leaf, sample_axis)
+    axes = tuple(sample_axis % leaf.ndim for leaf in leaves)
+    sizes = {leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True)}
+    if len(sizes) > 1:
+        shapes = map("{}: {}".format, paths, map(_describe, leaves))
+        raise ValueError(
+            f"all leaves have the same number of samples on axis {sample_axis}, but they have "
+            f"{sorted(sizes)}: {', '.join(shapes)}. Stack them with jax.vmap(jax.grad(loss), …), "
+            f"or say where the samples are with sample_axis. {_PUT_IT_FIRST}"
+        )
+    return Stack(leaves, axes)
+
+
+def _paths(per_sample_grads: Any) -> list[str]:
+    with_path = jax.tree_util.tree_leaves_with_path(per_sample_grads)
+    return ["per_sample_grads" + jax.tree_util.keystr(path) for path, _ in with_path]
+
+
+def _check_leaf(path: str, leaf: jax.Array, sample_axis: int) -> None:
+    if not -leaf.ndim <= sample_axis < leaf.ndim:
+        raise ValueError(
+            f"{path} has no sample axis {sample_axis}: its shape is {_describe(leaf)}. Stack "
+            "per-sample gradients with jax.vmap(jax.grad(loss), in_axes=(None, 0)); a gradient "
+            f"that is already averaged can no longer be clipped per sample. {_PUT_IT_FIRST}"
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"{path} is {_describe(leaf)}, but per-sample gradients are real floating-point "
+            "arrays; take the gradient of the floating-point parameters alone (as "
+            "eqx.partition or nnx.split do), complex ones as their real and imaginary parts"
+        )
+
+
+def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> None:
+    """Refuse a stack that is not one of the parameters' gradients, as from optax.MultiSteps."""
+    if params is None or jax.tree.structure(params) != jax.tree.structure(per_sample_grads):
+        return  # without parameters, or under other names, there is nothing to compare with
+    paths, params_leaves = _paths(per_sample_grads), jax.tree.leaves(params)
+    for path, leaf, axis, param in zip(paths, *stack, params_leaves, strict=True):
+        one_sample = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+        if one_sample != jnp.shape(param):
+            raise ValueError(
+                f"{path} is {_describe(leaf)}: without its sample axis {axis} that is "
+                f"{list(one_sample)}, but the parameter has shape {list(jnp.shape(param))}. "
+                f"Stack per-sample gradients with jax.vmap(jax.grad(loss), …). {_PUT_IT_FIRST}"
+            )
+
+
+def _accumulation_dtype(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def norm_dtype(leaves: list[jax.Array]) -> Any:
+    dtype = jnp.dtype(jnp.float32)
+    for leaf in leaves:
+        dtype = jnp.promote_types(dtype, leaf.dtype)
+    return dtype
+
+
+def _per_sample(vector: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, leaf.shape, (axis,))
+
+
+def squared_norms(stack: Stack, dtype: Any) -> jax.Array:
+    """‖g_k‖² over all leaves of each sample, shape [n]; ∞ where it is beyond the dtype's range."""
+    total = jnp.zeros(stack.num_samples, dtype)
+    for leaf, axis in zip(*stack, strict=True):
+        total += _sum_of_squares(leaf.astype(_accumulation_dtype(leaf.dtype)), axis).astype(dtype)
+    return total
+
+
+def scaled_squared_norms(stack: Stack, factors: jax.Array) -> jax.Array:
+    """‖factors_k g_k‖² over all leaves of each sample, shape [n]."""
+    total = jnp.zeros_like(factors)
+    for leaf, axis in zip(*stack, strict=True):
+        scaled = leaf.astype(factors.dtype) * _per_sample(factors, leaf, axis)
+        total += _sum_of_squares(scaled, axis)
+    return total
+
+
+def _sum_of_squares(leaf: jax.Array, axis: int) -> jax.Array:
+    return jnp.sum(jnp.square(leaf), axis=tuple(i for i in range(leaf.ndim) if i != axis))
+
+
+def weighted_sum(leaf: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
+    dtype = _accumulation_dtype(leaf.dtype)
+    # A GPU would multiply in TF32 and a TPU in bfloat16: this reads each number once, so that
+    # full precision costs nothing.
+    return lax.dot_general(
+        weights.astype(dtype),
+        leaf.astype(dtype),
+        (((0,), (axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(d for d in range(at_most, 0, -1) if number % d == 0)
+
+
+def selected_weighted_sum(
+    leaf: jax.Array, axis: int, selected: jax.Array, factors: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Σ_k weights_k (factors_k leaf_k) over the selected samples, whatever the others hold.
+
+    The selection needs a copy, so that it is made of one slice after the other. Strided slices, for
+    they leave a sharded sample axis as it is.
+    """
+    num_slices = _largest_divisor(max(leaf.shape[axis], 1), at_most=8)
+    split = (leaf.shape[axis] // num_slices, num_slices)
+    shape = leaf.shape[:axis] + split + leaf.shape[axis + 1 :]
+    sliced = leaf.reshape(shape)
+    per_sample = [vector.reshape(split) for vector in (selected, factors, weights)]
+
+    def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        part = lax.dynamic_index_in_dim(sliced, i, axis + 1, keepdims=False)
+        keep, factor, weight = (vector[:, i] for vector in per_sample)
+        scaled = part.astype(weights.dtype) * _per_sample(factor, part, axis)
+        chosen = jnp.where(_per_sample(keep, part, axis), scaled, 0)
+        return total + weighted_sum(chosen, axis, weight), None
+
+    zero = jnp.zeros(leaf.shape[:axis] + leaf.shape[axis + 1 :], weights.dtype)
+    total, _ = lax.scan(add, zero, jnp.arange(num_slices))
+    return total.astype(_accumulation_dtype(leaf.dtype))

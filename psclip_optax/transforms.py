@@ -1,0 +1,295 @@
+"""per_sample_clip: from stacked per-sample gradients to the mean of the clipped ones."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from psclip_optax import clipping, stacks
+from psclip_optax.clipping import ClipStats, OnNonfinite
+from psclip_optax.stacks import Stack
+from psclip_optax.thresholds import Threshold, as_threshold
+
+
+class PerSampleClipState(NamedTuple):
+    """Figures of the last batch, for the train loop to log, e.g. with `optax.tree.get`.
+
+    Norms and the mean scale are over the samples that count and are finite; 0 when there is none.
+
+    Attributes:
+      count: int32, updates so far.
+      num_samples: int32, N, the samples that count: those not masked.
+      num_clipped: int32, the samples scaled by γ_k < 1.
+      num_nonfinite: int32, the samples that count and are not finite.
+      mean_scale: float, the mean of γ_k.
+      median_norm: float, the median of ‖g_k‖ before clipping.
+      max_norm: float, the largest ‖g_k‖ before clipping.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (Optax's own name for it)
+    num_samples: jax.Array
+    num_clipped: jax.Array
+    num_nonfinite: jax.Array
+    mean_scale: jax.Array
+    median_norm: jax.Array
+    max_norm: jax.Array
+
+
+class _Batch(NamedTuple):
+    """What is known of each sample apart from its gradient, shape [n]."""
+
+    taus: jax.Array
+    counts: jax.Array
+
+
+def _clip_in_two_reads(
+    stack: Stack, batch: _Batch, squared_norms: jax.Array
+) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
+    """Σ γ_k g_k where every squared norm can be told; anything else turns the sum into NaN."""
+    norms = jnp.sqrt(squared_norms)
+    finite = jnp.isfinite(norms)
+    scales = jnp.where(finite, clipping.clip_scales(norms, batch.taus), jnp.nan)
+    weights = scales * batch.counts
+    sums = [stacks.weighted_sum(leaf, axis, weights) for leaf, axis in zip(*stack, strict=True)]
+    return sums, norms, scales, finite
+
+
+def _clip_with_care(
+    stack: Stack, batch: _Batch, squared_norms: jax.Array, on_nonfinite: OnNonfinite
+) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
+    """Σ γ_k g_k without the masked and the dropped, each g_k brought to a scale of its own first.
+
+    Zero weights would not do: 0 · NaN is NaN. And the square of a norm may leave the range of its
+    dtype while the norm, or the clipped gradient, does not.
+    """
+    huge = 2.0 ** (jnp.finfo(squared_norms.dtype).maxexp * 25 // 32)
+    too_large, too_small = ~jnp.isfinite(squared_norms), squared_norms < _smallest(squared_norms)
+    # The factors depend on the data: XLA would take constant ones out of the square, in vain.
+    factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(batch.taus.dtype)
+    squares = stacks.scaled_squared_norms(stack, factors)
+    finite, norms, units = jnp.isfinite(squares), jnp.sqrt(squares), 1 / factors
+    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows.
+    limits = batch.taus / jnp.where(norms > 0, norms, 1)
+    weights = jnp.where(norms > 0, jnp.minimum(units, limits), units)
+    scales = jnp.where(norms > 0, jnp.minimum(1, limits / units), 1)
+    kept = batch.counts & finite if on_nonfinite == "drop" else batch.counts
+    sums = [
+        stacks.selected_weighted_sum(leaf, axis, kept, factors, weights)
+        for leaf, axis in zip(*stack, strict=True)
+    ]
+    return sums, norms * units, scales, finite
+
+
+def _smallest(squared_norms: jax.Array) -> float:
+    """Below this, squares of entries may have vanished from a sum of squares."""
+    return float(jnp.finfo(squared_norms.dtype).tiny) * 2.0**40
+
+
+@jax.custom_batching.custom_vmap
+def _any(flags: jax.Array) -> jax.Array:
+    return jnp.any(flags)
+
+
+@_any.def_vmap
+def _any_over_the_batch_too(axis_size: int, in_batched: Any, flags: jax.Array) -> Any:
+    # Under vmap a `lax.cond` whose predicate is batched runs both branches. The careful branch is
+    # right for every sample, so that one predicate may decide for all.
+    del axis_size, in_batched
+    return _any(flags), False
+
+
+def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
+    """Whether some squared norm overflowed, is not finite, or is too small to be compared."""
+    smallest = _smallest(squared_norms)
+    too_small = (squared_norms < smallest) & (taus < smallest**0.5)
+    return _any(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
+
+
+# Compiled on its own, so that un-jitted updates do not trace and compile the branches every time.
+@functools.partial(jax.jit, static_argnames=("axes", "masked", "on_nonfinite"))
+def _clip_and_sum(
+    leaves: list[jax.Array],
+    batch: _Batch,
+    *,
+    axes: tuple[int, ...],
+    masked: bool,
+    on_nonfinite: OnNonfinite,
+) -> tuple[list[jax.Array], ClipStats, jax.Array]:
+    """Σ γ_k g_k per leaf, the figures, and which samples count and were not dropped, bool [n]."""
+    stack = Stack(leaves, axes)
+    squared_norms = stacks.squared_norms(stack, batch.taus.dtype)
+    if on_nonfinite == "propagate" and not masked:
+        sums, norms, scales, finite = _clip_in_two_reads(stack, batch, squared_norms)
+    else:
+        sums, norms, scales, finite = lax.cond(
+            _needs_care(squared_norms, batch.taus),
+            lambda: _clip_with_care(stack, batch, squared_norms, on_nonfinite),
+            lambda: _clip_in_two_reads(stack, batch, squared_norms),
+        )
+    kept = batch.counts & finite
+    stats = ClipStats(
+        norms=norms,
+        scales=jnp.where(kept, scales, 0),
+        num_clipped=jnp.sum(kept & (scales < 1), dtype=jnp.int32),
+        num_nonfinite=jnp.sum(batch.counts & ~finite, dtype=jnp.int32),
+    )
+    return sums, stats, kept
+
+
+def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
+    """The median of the values that count; 0 when there is none."""
+    if not values.size:
+        return jnp.zeros((), values.dtype)
+    number = jnp.sum(counts)
+    ordered = jnp.sort(jnp.where(counts, values, jnp.inf))
+    low = ordered[jnp.maximum(number - 1, 0) // 2]
+    high = ordered[jnp.minimum(number // 2, values.size - 1)]
+    return jnp.where(number > 0, low / 2 + high / 2, 0)
+
+
+def _next_state(
+    state: PerSampleClipState, stats: ClipStats, counts: jax.Array, kept: jax.Array
+) -> PerSampleClipState:
+    stats = jax.tree.map(lax.stop_gradient, stats)
+    num_samples = jnp.sum(counts, dtype=jnp.int32)
+    num_kept = jnp.maximum(num_samples - stats.num_nonfinite, 1)
+    return PerSampleClipState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        num_samples=num_samples,
+        num_clipped=stats.num_clipped,
+        num_nonfinite=stats.num_nonfinite,
+        mean_scale=(jnp.sum(stats.scales) / num_kept).astype(state.mean_scale.dtype),
+        median_norm=_median(stats.norms, kept).astype(state.median_norm.dtype),
+        max_norm=jnp.max(stats.norms, where=kept, initial=0).astype(state.max_norm.dtype),
+    )
+
+
+def _check_sample_axis(sample_axis: Any) -> int:
+    if isinstance(sample_axis, jax.Array):
+        raise TypeError(
+            f"sample_axis is a Python int, got {sample_axis!r}; under optax.inject_hyperparams add "
+            "static_args=('sample_axis',)"
+        )
+    return operator.index(sample_axis)
+
+
+def per_sample_clip(
+    threshold: Threshold | jax.typing.ArrayLike,
+    *,
+    sample_axis: int = 0,
+    on_nonfinite: OnNonfinite = "drop",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip every sample's gradient to its threshold, then average over the batch.
+
+    Takes stacked per-sample gradients, as :func:`jax.vmap` of :func:`jax.grad` gives them, and
+    returns
+
+    .. math:: g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)
+
+    where the norm is over all leaves of sample k together. It is the *first* link of a chain:
+    it changes shapes, so that ``optax.masked``, ``optax.partition``, ``optax.MultiSteps`` and
+    ``optax.apply_if_finite`` go around what follows it.
+
+    A large threshold changes nothing but the mean: with τ = ∞ the result is the plain mean
+    gradient. Norms and sums accumulate in ``promote_types(dtype, float32)``.
+
+    Args:
+      threshold: the largest norm τ_k of the sample at the 1-based position k, in the units of the
+        gradient's norm: a number (the same for all), :func:`psc.growing_threshold
+        <psclip_optax.growing_threshold>`, or any callable from integer positions [n] to norms [n].
+      sample_axis: the axis of every leaf along which the n samples are stacked.
+      on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
+        keeps its position and its share in N. "propagate" lets it through, so that the result is
+        not finite; a norm beyond the square root of the dtype's range (1.8e19 in float32), which
+        "drop" clips as any other, may give NaN there as well. "propagate" reads the gradients
+        twice, the least possible; so does "drop" when all are finite.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its update takes
+      ``(per_sample_grads, state, params=None, *, sample_mask=None, positions=None)``:
+
+      * ``per_sample_grads``: a pytree of floating-point arrays, n on ``sample_axis`` of each;
+      * ``params``: when given, shapes are checked against them;
+      * ``sample_mask``: bool [n], False for padding: no position, no weight, no share in N;
+      * ``positions``: int [n], replaces 1, 2, …, for slices of a larger batch, shards, or a
+        permutation when batches come sorted.
+
+      It returns the mean without the sample axis, in the leaves' dtypes, and a
+      :class:`~psclip_optax.transforms.PerSampleClipState`. N = 0 gives zeros.
+
+    Raises:
+      TypeError: a leaf is not real floating-point, the threshold is neither a number nor a
+        callable.
+      ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
+        leaves, shapes do not fit the parameters, mask or positions are not of shape [n], or
+        the transformation is wrapped in ``optax.masked``, ``optax.MultiSteps`` or the like.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import psclip_optax as psc
+      >>> loss = lambda w, x: jnp.dot(w, x)
+      >>> tx = optax.chain(psc.per_sample_clip(1.0), optax.sgd(0.1))
+      >>> w = jnp.zeros(2)
+      >>> x = jnp.array([[0.5, 0.0], [0.0, 100.0]])  # the second is an outlier
+      >>> grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(w, x)
+      >>> updates, state = tx.update(grads, tx.init(w), w)
+      >>> updates
+      Array([-0.025, -0.05 ], dtype=float32)
+      >>> int(optax.tree.get(state, "num_clipped"))
+      1
+
+    References:
+      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
+      <https://arxiv.org/abs/2605.02701>`_, 2026.
+    """
+    threshold = as_threshold(threshold)
+    sample_axis = _check_sample_axis(sample_axis)
+    clipping.check_on_nonfinite(on_nonfinite)
+
+    def init(params: optax.Params) -> PerSampleClipState:
+        stacks.refuse_masked_nodes(params)
+        floats = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
+        zero, none = jnp.zeros((), stacks.norm_dtype(floats)), jnp.zeros((), jnp.int32)
+        return PerSampleClipState(none, none, none, none, zero, zero, zero)
+
+    def update(
+        per_sample_grads: optax.Updates,
+        state: PerSampleClipState,
+        params: optax.Params | None = None,
+        *,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PerSampleClipState]:
+        del extra_args
+        stack = stacks.check_stack(per_sample_grads, sample_axis)
+        stacks.check_against_params(stack, per_sample_grads, params)
+        n = stack.num_samples
+        mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
+        positions = None if positions is None else clipping.check_positions(positions, n)
+        taus = clipping.batch_thresholds(
+            threshold, n, stacks.norm_dtype(stack.leaves), mask, positions
+        )
+        batch = _Batch(taus, jnp.ones(n, bool) if mask is None else mask)
+        sums, stats, kept = _clip_and_sum(
+            stack.leaves,
+            batch,
+            axes=stack.axes,
+            masked=mask is not None,
+            on_nonfinite=on_nonfinite,
+        )
+        state = _next_state(state, stats, batch.counts, kept)
+        divisor = jnp.maximum(state.num_samples, 1)
+        means = [
+            (total / divisor.astype(total.dtype)).astype(leaf.dtype)
+            for total, leaf in zip(sums, stack.leaves, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(per_sample_grads), means), state
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the first argument has its own name)
