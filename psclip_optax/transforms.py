@@ -255,8 +255,10 @@ def per_sample_clip(
     def init(params: optax.Params) -> PerSampleClipState:
         stacks.refuse_masked_nodes(params)
         floats = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
-        zero, none = jnp.zeros((), stacks.norm_dtype(floats)), jnp.zeros((), jnp.int32)
-        return PerSampleClipState(none, none, none, none, zero, zero, zero)
+        # An array of its own for each field: a donated state may not hold one twice.
+        integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
+        numbers = [jnp.zeros((), stacks.norm_dtype(floats)) for _ in range(3)]
+        return PerSampleClipState(*integers, *numbers)
 
     def update(
         per_sample_grads: optax.Updates,

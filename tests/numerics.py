@@ -7,6 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+try:
+    from jax import enable_x64 as enable_x64
+except ImportError:  # JAX < 0.8
+    from jax.experimental import enable_x64 as enable_x64  # pyright: ignore
+
 
 def clipped_mean(per_sample_grads: Any, taus: Any, sample_mask: Any = None) -> Any:
     """Σ γ_k g_k / N for stacks with samples on axis 0, written out sample by sample."""

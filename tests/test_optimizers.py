@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import psclip_optax as psc
-from tests.numerics import assert_close, clipped_mean, growing
+from tests.numerics import assert_close, clipped_mean, enable_x64, growing
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array(0.1)}
 
@@ -27,7 +27,7 @@ def run(tx, steps=4):
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_equals_a_loop_by_hand(momentum, nesterov):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = jax.tree.map(lambda p: np.asarray(p, np.float64), PARAMS)
         tx = psc.ps_clip_sgd(lambda step: 0.1 / (1 + step), 2.0, 1.5, momentum, nesterov)
         got, state = dict(params), tx.init(params)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import psclip_optax as psc
+from tests.numerics import enable_x64
 
 K = jnp.arange(1, 6)
 
@@ -43,7 +44,7 @@ def test_zero_and_infinity_are_legal(beta):
 
 
 def test_float64_when_enabled():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         taus = psc.growing_threshold(3.0, 1.5)(jnp.arange(1, 1001))
         assert taus.dtype == jnp.float64
         np.testing.assert_allclose(taus, 3.0 * np.arange(1, 1001) ** (1 / 1.5), rtol=1e-15)

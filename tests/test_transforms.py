@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import psclip_optax as psc
 from psclip_optax.transforms import PerSampleClipState
-from tests.numerics import assert_close, clipped_mean, growing
+from tests.numerics import assert_close, clipped_mean, enable_x64, growing
 
 PARAMS = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
 JAX_ON_BRANCHES = "(identical|equal output) types"
@@ -52,7 +52,7 @@ def test_is_the_mean_of_the_clipped_gradients(n, on_nonfinite, jit):
 
 
 def test_float64_to_the_last_digits():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), stack(33))
         updates, _ = clip(grads, psc.growing_threshold(4.0, 1.5))
         assert_close(updates, clipped_mean(grads, growing(4.0, 1.5, 33)), 1e-14)
@@ -240,7 +240,7 @@ def test_bfloat16_sums_do_not_saturate():
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_mixed_dtypes(bad):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         grads = {
             "f64": jnp.linspace(1, 2, 6).reshape(3, 2),
             "f32": jnp.ones((3, 4), jnp.float32),
@@ -447,7 +447,7 @@ def test_inside_apply_if_finite_fails():
 
 
 def test_state_keeps_its_types_over_steps():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = psc.per_sample_clip(1.0)
         state = tx.init(PARAMS)
         _, after = jax.lax.scan(
@@ -459,6 +459,15 @@ def test_state_keeps_its_types_over_steps():
     assert isinstance(state, PerSampleClipState)
     assert jax.tree.map(lambda x: x.dtype, state64) == jax.tree.map(lambda x: x.dtype, state)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(lambda p: (1, *p.shape), PARAMS)
+
+
+def test_state_may_be_donated():
+    tx = psc.per_sample_clip(1.0)
+    skip = lambda grads, state: jax.tree.map(
+        lambda old, new: old, state, tx.update(grads, state)[1]
+    )
+    state = jax.jit(skip, donate_argnums=1)(stack(3), tx.init(PARAMS))
+    assert int(state.count) == 0
 
 
 # What is refused
