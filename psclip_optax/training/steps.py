@@ -1,0 +1,396 @@
+"""Jitted train and evaluation steps for Flax: Linen's `TrainState` and NNX's `Optimizer`.
+
+Both faces share everything but how parameters are taken out of a model and put back. A loss is for
+one example; how it becomes gradients is a `_Gradients`, of which there is one for each name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from psclip_optax.clipping import check_positions, check_sample_mask
+from psclip_optax.transforms import PerSampleClipState
+
+Gradients: TypeAlias = Literal["per_sample", "mean"]
+Metrics: TypeAlias = dict[str, Any]
+_Loss: TypeAlias = Callable[..., Any]
+
+
+class _Batch(NamedTuple):
+    """The batch arguments, n samples on the first axis of every leaf, and which of them count."""
+
+    examples: tuple[Any, ...]
+    sample_mask: jax.Array | None
+    positions: jax.Array | None
+
+
+class _Gradients(NamedTuple):
+    """One way from a loss to gradients.
+
+    Attributes:
+      compute: (logged loss, params, batch) → what the loss logged, stacked [n]; the gradients; and
+        further arguments of the optimizer's update.
+      stacked: Whether the gradients still have their sample axis, for per_sample_clip to take.
+    """
+
+    compute: Callable[[_Loss, Any, _Batch], tuple[Metrics, Any, dict[str, Any]]]
+    stacked: bool
+
+
+def _per_sample_gradients(
+    loss: _Loss, params: Any, batch: _Batch
+) -> tuple[Metrics, Any, dict[str, Any]]:
+    gradients, logs = _over_samples(jax.grad(loss, has_aux=True), params, batch.examples)
+    return logs, gradients, {"sample_mask": batch.sample_mask, "positions": batch.positions}
+
+
+def _mean_gradients(loss: _Loss, params: Any, batch: _Batch) -> tuple[Metrics, Any, dict[str, Any]]:
+    examples = _with_samples_for_padding(batch)
+
+    def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
+        losses, logs = _over_samples(loss, params, examples)
+        counts = _counts(losses, batch.sample_mask)
+        return _sum(losses, counts) / _at_least_one(counts), logs
+
+    gradients, logs = jax.grad(mean_loss, has_aux=True)(params)
+    return logs, gradients, {}
+
+
+_GRADIENTS = {
+    "per_sample": _Gradients(_per_sample_gradients, stacked=True),
+    "mean": _Gradients(_mean_gradients, stacked=False),
+}
+
+
+def _named_gradients(name: str) -> _Gradients:
+    if name not in _GRADIENTS:
+        raise ValueError(f"gradients is one of {', '.join(map(repr, _GRADIENTS))}, got {name!r}")
+    return _GRADIENTS[name]
+
+
+def _over_samples(function: _Loss, params: Any, examples: tuple[Any, ...]) -> Any:
+    return jax.vmap(function, in_axes=(None, *[0] * len(examples)))(params, *examples)
+
+
+def _with_samples_for_padding(batch: _Batch) -> tuple[Any, ...]:
+    # Padding may hold anything, and weight 0 does not help: the gradient of 0 · ∞ is NaN.
+    if batch.sample_mask is None:
+        return batch.examples
+    own = jnp.arange(batch.sample_mask.size)
+    index = jnp.where(batch.sample_mask, own, jnp.argmax(batch.sample_mask))
+    return jax.tree.map(lambda leaf: leaf[index], batch.examples)
+
+
+def _counts(losses: jax.Array, sample_mask: jax.Array | None) -> jax.Array:
+    return jnp.ones(losses.shape, bool) if sample_mask is None else sample_mask
+
+
+def _sum(values: jax.Array, counts: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(counts, values, 0))
+
+
+def _at_least_one(counts: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.sum(counts), 1)
+
+
+def _mean_logs(logs: Metrics, sample_mask: jax.Array | None) -> Metrics:
+    counts = _counts(logs["loss"], sample_mask) & jnp.isfinite(logs["loss"])
+    return jax.tree.map(lambda values: _sum(values, counts) / _at_least_one(counts), logs)
+
+
+def _logged(loss: _Loss, has_aux: bool) -> _Loss:
+    """The loss with itself and its aux as aux, so that what follows has one case, not two."""
+
+    def logged(params: Any, *example: Any) -> tuple[jax.Array, Metrics]:
+        result = loss(params, *example)
+        value, logs = _value_and_logs(result) if has_aux else (result, {})
+        _check_scalar(value, "the loss")
+        return value, {"loss": value, **logs}
+
+    return logged
+
+
+def _value_and_logs(result: Any) -> tuple[Any, Metrics]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "with has_aux=True the loss gives a pair (scalar loss, aux), got "
+            f"{_described(result)}; return the pair, or write has_aux=False"
+        )
+    value, aux = result
+    for leaf in jax.tree.leaves(aux):
+        _check_scalar(leaf, "every leaf of the loss's aux")
+    return value, {"aux": aux}
+
+
+def _check_scalar(value: Any, name: str) -> None:
+    if isinstance(value, tuple | list | dict) or value is None or jnp.shape(value):
+        raise TypeError(
+            f"{name} is a scalar for one example, got {_described(value)}; the batch axis is "
+            "mapped over already, so reduce what is left (.mean(), or [0] after x[None]), and "
+            "write has_aux=True if the loss gives (loss, aux)"
+        )
+
+
+def _described(tree: Any) -> str:
+    return str(jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree))
+
+
+def _checked_batch(examples: tuple[Any, ...], sample_mask: Any, positions: Any) -> _Batch:
+    shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves(examples)]
+    if not shapes or [] in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "the batch arguments are arrays (or pytrees of them) with the n samples on the first "
+            f"axis of each, got shapes {shapes}; give each sample its own entry, e.g. "
+            "jax.random.split(key, n) for a key, and close over what all samples share"
+        )
+    n = shapes[0][0]
+    return _Batch(
+        examples,
+        None if sample_mask is None else check_sample_mask(sample_mask, n),
+        None if positions is None else check_positions(positions, n),
+    )
+
+
+def _clip_states(opt_state: Any) -> list[PerSampleClipState]:
+    def is_clip_state(node: Any) -> bool:
+        return isinstance(node, PerSampleClipState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_clip_state)
+    # NNX wraps every array of an optimizer's state in a Variable; the leaves are what is inside.
+    return [PerSampleClipState(*jax.tree.leaves(node)) for node in nodes if is_clip_state(node)]
+
+
+def _check_optimizer(opt_state: Any, stacked: bool) -> None:
+    number = len(_clip_states(opt_state))
+    if stacked and number != 1:
+        raise ValueError(
+            'gradients="per_sample" gives the optimizer stacked gradients [n, …], which one '
+            f"per_sample_clip clips and averages; its state holds {number} PerSampleClipState. "
+            "Write optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
+            'psclip_optax.ps_clip_sgd(…), or gradients="mean" for any other optimizer'
+        )
+    if not stacked and number:
+        raise ValueError(
+            'gradients="mean" gives the optimizer gradients of the parameters\' own shapes, but '
+            "its per_sample_clip would take their first axis for samples. Write "
+            'gradients="per_sample", or leave per_sample_clip out of the optimizer'
+        )
+
+
+def _clip_metrics(opt_state: Any) -> Metrics:
+    states = _clip_states(opt_state)
+    if not states:
+        return {}
+    figures = states[0]._asdict()
+    del figures["count"]
+    return figures | {
+        "clipped_share": figures["num_clipped"] / jnp.maximum(figures["num_samples"], 1)
+    }
+
+
+def linen_train_step(
+    loss: Callable[..., Any], *, gradients: Gradients = "per_sample", has_aux: bool = False
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds a jitted train step over Flax's `TrainState`.
+
+    The state is donated: its buffers, the initial parameters among them, are reused for the new
+    state and must not be read afterwards.
+
+    Args:
+      loss: `loss(params, *example)`, a scalar for one example; map no batch axis over it.
+      gradients: "per_sample" gives `state.tx` the stacked gradients [n, …] and the mask and
+        positions; its first link is :func:`psclip_optax.per_sample_clip`. "mean" gives any Optax
+        optimizer the gradient of the mean loss, for baselines.
+      has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
+
+    Returns:
+      `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of
+      the batch has n samples on its first axis. `sample_mask`, bool [n], is False for padding;
+      `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" has no use for it).
+      Metrics are scalars: "loss" and, leaf by leaf, "aux", means over the samples that count and
+      whose loss is finite; with per-sample gradients the fields of
+      :class:`~psclip_optax.transforms.PerSampleClipState` but the count, and "clipped_share". Means
+      over no sample are 0.
+
+    Raises:
+      ValueError: On unknown `gradients`; in the step, on batch arguments of unequal sizes, a mask
+        or positions not of shape [n], or an optimizer that does not fit the gradients.
+      TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import psclip_optax as psc
+      >>> from flax.training.train_state import TrainState
+      >>> def loss(params, x, y):
+      ...     return (params["w"] * x - y) ** 2
+      >>> tx = psc.ps_clip_sgd(learning_rate=1.0, alpha=1.0, beta=2.0)
+      >>> state = TrainState.create(apply_fn=loss, params={"w": jnp.array(0.0)}, tx=tx)
+      >>> step = linen_train_step(loss)
+      >>> state, metrics = step(state, jnp.ones(2), jnp.array([1.0, 100.0]))
+      >>> print(f"{state.params['w']:.4f}, clipped at 1 and √2: {metrics['num_clipped']}")
+      1.2071, clipped at 1 and √2: 2
+
+    References:
+      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
+      <https://arxiv.org/abs/2605.02701>`_, 2026.
+    """
+    kind = _named_gradients(gradients)
+    logged_loss = _logged(loss, has_aux)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(
+        state: TrainState, *examples: Any, sample_mask: Any = None, positions: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        _check_optimizer(state.opt_state, kind.stacked)
+        batch = _checked_batch(examples, sample_mask, positions)
+        logs, grads, extra_args = kind.compute(logged_loss, state.params, batch)
+        # Not `apply_gradients`: it passes no further arguments on to the optimizer.
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params, **extra_args)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, _mean_logs(logs, batch.sample_mask) | _clip_metrics(opt_state)
+
+    return step
+
+
+def nnx_train_step(
+    loss: Callable[..., Any], *, gradients: Gradients = "per_sample", has_aux: bool = False
+) -> Callable[..., Metrics]:
+    """Builds a jitted train step over an NNX model and its `nnx.Optimizer`.
+
+    Both are updated in place, and their old buffers donated. Trained are the parameters that the
+    optimizer's `wrt` selects; all other state of the model is read only, for each sample would
+    write its own.
+
+    Args:
+      loss: `loss(model, *example)`, a scalar for one example; map no batch axis over it.
+        Randomness comes as an argument of the batch, one key a sample:
+        `model(x, rngs=nnx.Rngs(dropout=key))`.
+      gradients: "per_sample" or "mean", as for :func:`linen_train_step`.
+      has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
+
+    Returns:
+      `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,
+      the mask, the positions and the metrics of :func:`linen_train_step`.
+
+    Raises:
+      ValueError: On unknown `gradients`; in the step, on batch arguments of unequal sizes, a mask
+        or positions not of shape [n], an optimizer that does not fit the gradients, or a loss that
+        writes to the model's state (batch statistics, the counters of `nnx.Rngs`).
+      TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import psclip_optax as psc
+      >>> from flax import nnx
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, psc.ps_clip_sgd(0.1, alpha=1.0, beta=2.0), wrt=nnx.Param)
+      >>> def loss(model, x, y):
+      ...     return (model(x)[0] - y) ** 2
+      >>> step = nnx_train_step(loss)
+      >>> metrics = step(model, optimizer, jnp.ones([4, 3]), jnp.full(4, 100.0))
+      >>> int(metrics["num_samples"]), float(metrics["clipped_share"])
+      (4, 1.0)
+
+    References:
+      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
+      <https://arxiv.org/abs/2605.02701>`_, 2026.
+    """
+    kind = _named_gradients(gradients)
+
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
+    def step(
+        model: Any,
+        optimizer: nnx.Optimizer,
+        *examples: Any,
+        sample_mask: Any = None,
+        positions: Any = None,
+    ) -> Metrics:
+        _check_optimizer(optimizer.opt_state, kind.stacked)
+        batch = _checked_batch(examples, sample_mask, positions)
+        graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+        logged_loss = _logged(_loss_of_params(loss, graphdef, rest), has_aux)
+        logs, grads, extra_args = kind.compute(logged_loss, params, batch)
+        optimizer.update(model, grads, **extra_args)
+        return _mean_logs(logs, batch.sample_mask) | _clip_metrics(optimizer.opt_state)
+
+    return step
+
+
+def _loss_of_params(loss: _Loss, graphdef: Any, rest: Any) -> _Loss:
+    def loss_of_params(params: Any, *example: Any) -> Any:
+        # Flax lets only the trace that made a variable write to it. With variables made here, a
+        # loss that writes comes to the check below, which says what to do instead.
+        own_rest = jax.tree.map(lambda value: value, rest)
+        model = nnx.merge(graphdef, params, own_rest)
+        before = _values_by_path(model)
+        result = loss(model, *example)
+        _check_unwritten(before, _values_by_path(model))
+        return result
+
+    return loss_of_params
+
+
+def _values_by_path(model: Any) -> dict[str, list[Any]]:
+    variables = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): jax.tree.leaves(variable) for path, variable in variables}
+
+
+def _check_unwritten(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> None:
+    # By identity: under tracing, a variable that was written to holds another tracer.
+    identities = {path: list(map(id, values)) for path, values in before.items()}
+    written = [path for path in after if list(map(id, after[path])) != identities.get(path)]
+    if written:
+        raise ValueError(
+            "the loss reads the model's state, but this one writes to "
+            f"{', '.join(map(repr, written))}, of which each sample would have its own value. For "
+            "dropout pass one key a sample as an argument of the batch and write "
+            "model(x, rngs=nnx.Rngs(dropout=key)); for batch normalisation take nnx.GroupNorm or "
+            "nnx.LayerNorm, or use_running_average=True; return what you want to record as aux"
+        )
+
+
+def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Metrics]:
+    """Builds a jitted evaluation step that gives sums, exact also for a padded last batch.
+
+    Args:
+      loss: `loss(params, *example)`, a scalar for one example, as for :func:`linen_train_step`.
+      has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
+
+    Returns:
+      `step(params, *batch, sample_mask=None) -> sums`: a dict of scalars, "loss" and, leaf by leaf,
+      "aux", summed over the samples that count, and their number, "count". Add the dicts of all
+      batches and divide by the count. A sample whose loss is not finite counts, so that a model
+      that diverged is seen to have.
+
+    Raises:
+      ValueError: In the step, on batch arguments of unequal sizes or a mask not of shape [n].
+      TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> step = linen_eval_step(lambda params, x: params * x)
+      >>> padded = jnp.array([1.0, 2.0, 0.0])
+      >>> sums = step(jnp.array(3.0), padded, sample_mask=jnp.array([True, True, False]))
+      >>> float(sums["loss"] / sums["count"])
+      4.5
+    """
+    logged_loss = _logged(loss, has_aux)
+
+    @jax.jit
+    def step(params: Any, *examples: Any, sample_mask: Any = None) -> Metrics:
+        batch = _checked_batch(examples, sample_mask, None)
+        losses, logs = _over_samples(logged_loss, params, batch.examples)
+        counts = _counts(losses, batch.sample_mask)
+        sums = jax.tree.map(lambda values: _sum(values, counts), logs)
+        return sums | {"count": jnp.sum(counts)}
+
+    return step

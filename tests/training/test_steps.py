@@ -1,0 +1,464 @@
+"""The train steps against a NumPy loop: donated, traced once, with clear errors."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import psclip_optax as psc
+from psclip_optax.training.losses import classification_loss
+from psclip_optax.training.models import build_model
+from psclip_optax.training.steps import linen_eval_step, linen_train_step, nnx_train_step
+from tests.numerics import enable_x64
+
+ALPHA, BETA, LEARNING_RATE, MOMENTUM = 2.0, 1.5, 0.05, 0.9
+NUM_SAMPLES, NUM_STEPS = 8, 10
+
+
+def clipped_sgd():
+    return optax.chain(
+        psc.per_sample_clip(psc.growing_threshold(ALPHA, BETA)),
+        optax.sgd(LEARNING_RATE, momentum=MOMENTUM),
+    )
+
+
+class LinenRegressor(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(jnp.tanh(nn.Dense(5)(x)))[..., 0]
+
+
+class NNXRegressor(nnx.Module):
+    def __init__(self, rngs, dtype=jnp.float32):
+        self.hidden = nnx.Linear(3, 5, param_dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(5, 1, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.hidden(x)))[..., 0]
+
+
+def linen_loss(params, x, y):
+    return (LinenRegressor().apply({"params": params}, x) - y) ** 2
+
+
+def nnx_loss(model, x, y):
+    return (model(x) - y) ** 2
+
+
+def train_state(params, tx) -> Any:
+    return TrainState.create(apply_fn=None, params=params, tx=tx)
+
+
+def linen_state(tx, dtype=jnp.float32):
+    params = LinenRegressor().init(jax.random.key(0), jnp.zeros(3))["params"]
+    return train_state(jax.tree.map(lambda leaf: leaf.astype(dtype), params), tx)
+
+
+def nnx_pair(tx, dtype=jnp.float32):
+    model = NNXRegressor(nnx.Rngs(0), dtype)
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def leaves(tree):
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def heavy_tailed_batches(dtype, num_steps=NUM_STEPS):
+    rng = np.random.default_rng(0)
+    for _ in range(num_steps):
+        x = rng.standard_normal([NUM_SAMPLES, 3]).astype(dtype)
+        y = rng.standard_t(1.5, NUM_SAMPLES).astype(dtype)
+        yield x, y, rng.random(NUM_SAMPLES) < 0.7
+
+
+def numpy_clipped_sgd(per_sample_grads, params, batches):
+    """PS-Clip-SGD with momentum in float64, all but the per-sample gradients in NumPy."""
+    treedef = jax.tree.structure(params)
+    params = [leaf.astype(np.float64) for leaf in leaves(params)]
+    velocity = [np.zeros_like(leaf) for leaf in params]
+    scales_seen = []
+    for x, y, mask in batches:
+        grads = leaves(per_sample_grads(jax.tree.unflatten(treedef, params), x, y))
+        norms = np.sqrt(sum((g.reshape(len(x), -1) ** 2).sum(axis=1) for g in grads))
+        taus = ALPHA * np.cumsum(mask) ** (1 / BETA)
+        scales = np.where(mask, np.minimum(1, taus / norms), 0)
+        means = [np.tensordot(scales, g, axes=1) / mask.sum() for g in grads]
+        velocity = [MOMENTUM * v + mean for v, mean in zip(velocity, means, strict=True)]
+        params = [p - LEARNING_RATE * v for p, v in zip(params, velocity, strict=True)]
+        scales_seen += scales[mask].tolist()
+    assert 0.1 < np.mean(np.array(scales_seen) < 1) < 0.9, "clipped and unclipped samples are met"
+    return params
+
+
+def assert_relative_error(actual, expected, tolerance):
+    actual, expected = (np.concatenate([leaf.ravel() for leaf in t]) for t in (actual, expected))
+    assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def train_linen(dtype, batches):
+    state = linen_state(clipped_sgd(), dtype)
+    gradient = jax.jit(jax.vmap(jax.grad(linen_loss), in_axes=(None, 0, 0)))
+    expected = numpy_clipped_sgd(gradient, state.params, batches)
+    step = linen_train_step(linen_loss)
+    for x, y, mask in batches:
+        state, _ = step(state, x, y, sample_mask=mask)
+    assert state.step == NUM_STEPS
+    return leaves(state.params), expected
+
+
+def train_nnx(dtype, batches):
+    model, optimizer = nnx_pair(clipped_sgd(), dtype)
+    graphdef, params = nnx.split(model)
+    gradient = jax.jit(
+        jax.vmap(
+            jax.grad(lambda params, x, y: nnx_loss(nnx.merge(graphdef, params), x, y)),
+            in_axes=(None, 0, 0),
+        )
+    )
+    expected = numpy_clipped_sgd(gradient, params, batches)
+    step = nnx_train_step(nnx_loss)
+    for x, y, mask in batches:
+        step(model, optimizer, x, y, sample_mask=mask)
+    assert optimizer.step[...] == NUM_STEPS
+    return leaves(nnx.state(model)), expected
+
+
+@pytest.mark.parametrize("train", [train_linen, train_nnx])
+def test_ten_steps_against_numpy(train):
+    with enable_x64(True):
+        batches = list(heavy_tailed_batches(np.float64))
+        actual, expected = train(jnp.float64, batches)
+    assert all(leaf.dtype == np.float64 for leaf in actual)
+    assert_relative_error(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("train", [train_linen, train_nnx])
+def test_ten_steps_in_float32(train):
+    actual, expected = train(jnp.float32, list(heavy_tailed_batches(np.float32)))
+    assert all(leaf.dtype == np.float32 for leaf in actual)
+    assert_relative_error(actual, expected, 1e-5)
+
+
+def test_positions_replace_the_count():
+    """Two samples given as the third and fourth: their thresholds, and a mean over two."""
+    state = train_state({"w": jnp.zeros(2)}, psc.ps_clip_sgd(1.0, alpha=1.0, beta=2.0))
+    step: Any = linen_train_step(lambda params, x: jnp.dot(params["w"], x))
+    state, _ = step(state, 100 * jnp.eye(2), positions=jnp.array([3, 4]))
+    np.testing.assert_allclose(state.params["w"], [-np.sqrt(3) / 2, -1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", ["per_sample", "mean"])
+def test_linen_state_is_donated_and_traced_once(gradients):
+    tx = clipped_sgd() if gradients == "per_sample" else optax.sgd(0.1, momentum=0.9)
+    traces = []
+
+    def counted_loss(params, x, y):
+        traces.append(x.shape)
+        return linen_loss(params, x, y)
+
+    step = linen_train_step(counted_loss, gradients=gradients)
+    state = linen_state(tx)
+    for x, y, mask in heavy_tailed_batches(np.float32, num_steps=3):
+        old = jax.tree.leaves((state.params, optax.tree_utils.tree_get(state.opt_state, "trace")))
+        state, _ = step(state, x, y, sample_mask=mask)
+        assert all(leaf.is_deleted() for leaf in old)
+    assert traces == [(3,)]
+
+
+@pytest.mark.parametrize("gradients", ["per_sample", "mean"])
+def test_nnx_pair_is_donated_and_traced_once(gradients):
+    tx = clipped_sgd() if gradients == "per_sample" else optax.sgd(0.1, momentum=0.9)
+    traces = []
+
+    def counted_loss(model, x, y):
+        traces.append(x.shape)
+        return nnx_loss(model, x, y)
+
+    step = nnx_train_step(counted_loss, gradients=gradients)
+    model, optimizer = nnx_pair(tx)
+    for x, y, mask in heavy_tailed_batches(np.float32, num_steps=3):
+        old = jax.tree.leaves(nnx.state(model)) + jax.tree.leaves(nnx.state(optimizer))
+        step(model, optimizer, x, y, sample_mask=mask)
+        assert all(leaf.is_deleted() for leaf in old if leaf.ndim)
+    assert traces == [(3,)]
+
+
+def plain_adam(params, batches, gradient):
+    tx = optax.adam(0.01)
+    state = tx.init(params)
+    for x, y, mask in batches:
+        updates, state = tx.update(gradient(params, x[mask], y[mask]), state, params)
+        params = optax.apply_updates(params, updates)
+    return leaves(params)
+
+
+def with_nan_padding(batches):
+    for x, y, mask in batches:
+        yield np.where(mask[:, None], x, np.nan), np.where(mask, y, np.inf), mask
+
+
+def test_linen_mean_gradients_are_plain_optax_on_the_samples_that_count():
+    batches = list(heavy_tailed_batches(np.float32))
+    state = linen_state(optax.adam(0.01))
+
+    def mean_loss(params, x, y):
+        return jnp.mean(linen_loss(params, x, y))
+
+    expected = plain_adam(state.params, batches, jax.grad(mean_loss))
+    step = linen_train_step(linen_loss, gradients="mean")
+    for x, y, mask in with_nan_padding(batches):
+        state, metrics = step(state, x, y, sample_mask=mask)
+        assert set(metrics) == {"loss"}
+        assert np.isfinite(metrics["loss"])
+    assert_relative_error(leaves(state.params), expected, 1e-5)
+
+
+def test_nnx_mean_gradients_are_plain_optax_on_the_samples_that_count():
+    batches = list(heavy_tailed_batches(np.float32))
+    model, optimizer = nnx_pair(optax.adam(0.01))
+    graphdef, params = nnx.split(model)
+
+    def mean_loss(params, x, y):
+        return jnp.mean(nnx_loss(nnx.merge(graphdef, params), x, y))
+
+    expected = plain_adam(params, batches, jax.grad(mean_loss))
+    step = nnx_train_step(nnx_loss, gradients="mean")
+    for x, y, mask in with_nan_padding(batches):
+        step(model, optimizer, x, y, sample_mask=mask)
+    assert_relative_error(leaves(nnx.state(model)), expected, 1e-5)
+
+
+def product_loss(params, x):
+    """Gradient x, loss w · x, and two aux scalars."""
+    value = params["w"] * x
+    return value, {"x": x, "is_large": x > 5}
+
+
+def product_step(x, mask) -> Any:
+    tx = optax.chain(psc.per_sample_clip(4.0), optax.sgd(1.0))
+    step = linen_train_step(product_loss, has_aux=True)
+    return step(train_state({"w": jnp.ones(())}, tx), jnp.array(x), sample_mask=mask)
+
+
+def test_metrics_against_hand_computed_numbers():
+    mask = jnp.array([True, True, True, True, False])
+    state, metrics = product_step([1.0, 2.0, 8.0, jnp.inf, 100.0], mask)
+    expected = {
+        "loss": 11 / 3,
+        "aux": {"x": 11 / 3, "is_large": 1 / 3},
+        "num_samples": 4,
+        "num_clipped": 1,
+        "num_nonfinite": 1,
+        "clipped_share": 1 / 4,
+        "mean_scale": (1 + 1 + 0.5) / 3,
+        "median_norm": 2,
+        "max_norm": 8,
+    }
+    assert jax.tree.structure(metrics) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), metrics, expected)
+    np.testing.assert_allclose(state.params["w"], 1 - (1 + 2 + 4) / 4)
+
+
+def test_no_sample_gives_zeros():
+    state, metrics = product_step([1.0, jnp.nan], jnp.zeros(2, bool))
+    assert all(leaf == 0 for leaf in jax.tree.leaves(metrics))
+    assert state.params["w"] == 1.0
+
+
+def test_hyperparameters_set_by_hand_do_not_retrace():
+    traces = []
+
+    def loss(params, x):
+        traces.append(x.shape)
+        return params["w"] * x
+
+    tx = optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=1.0, alpha=1.0, beta=2.0)
+    state = train_state({"w": jnp.zeros(())}, tx)
+    step: Any = linen_train_step(loss)
+    state, _ = step(state, jnp.array([100.0]))
+    assert state.params["w"] == -1.0
+    state.opt_state.hyperparams["alpha"] = jnp.float32(3.0)
+    state, metrics = step(state, jnp.array([100.0]))
+    assert state.params["w"] == -4.0
+    assert metrics["num_clipped"] == 1
+    assert traces == [()]
+
+
+@pytest.mark.parametrize("gradients", ["per_sample", "mean"])
+def test_linen_dropout_has_a_key_of_each_sample(gradients):
+    model = build_model("mlp", 4, width=0.1, dropout_rate=0.5)
+    images, labels = jnp.ones([NUM_SAMPLES, 8, 8, 1]), jnp.zeros(NUM_SAMPLES, int)
+    keys = jax.random.split(jax.random.key(2), NUM_SAMPLES)
+    loss = classification_loss(model, dropout=True)
+    tx = clipped_sgd() if gradients == "per_sample" else optax.sgd(0.1)
+    params = model.init(jax.random.key(1), images)["params"]
+    losses = [loss(params, *example)[0] for example in zip(images, labels, keys, strict=True)]
+    step = linen_train_step(loss, gradients=gradients, has_aux=True)
+    _, metrics = step(train_state(params, tx), images, labels, keys)
+    assert np.std(losses) > 0
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+
+
+class Stateful(nnx.Module):
+    """A regressor with one further layer, which may hold state of its own."""
+
+    def __init__(self, extra):
+        self.linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+        self.extra = extra
+
+    def __call__(self, x, **options):
+        return self.linear(self.extra(x[None], **options))[0, 0]
+
+
+def stateful_loss(model, x, y):
+    return (model(x) - y) ** 2
+
+
+def stateful_pair(extra):
+    model = Stateful(extra)
+    return model, nnx.Optimizer(model, clipped_sgd(), wrt=nnx.Param)
+
+
+def test_nnx_dropout_has_a_key_of_each_sample():
+    model, optimizer = stateful_pair(nnx.Dropout(0.5))
+    keys = jax.random.split(jax.random.key(2), NUM_SAMPLES)
+    x, y = jnp.ones([NUM_SAMPLES, 3]), jnp.zeros(NUM_SAMPLES)
+
+    def loss(model, x, y, key):
+        return (model(x, rngs=nnx.Rngs(dropout=key)) - y) ** 2
+
+    losses = [loss(model, *example) for example in zip(x, y, keys, strict=True)]
+    metrics = nnx_train_step(loss)(model, optimizer, x, y, keys)
+    assert np.std(losses) > 0
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_nnx_state_that_is_only_read_stays():
+    norm = nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
+    norm.mean[...] = jnp.array([1.0, 2.0, 3.0])
+    model, optimizer = stateful_pair(norm)
+    before = leaves(nnx.state(model, nnx.Param))
+    nnx_train_step(stateful_loss)(model, optimizer, jnp.ones([4, 3]), jnp.ones(4))
+    np.testing.assert_array_equal(model.extra.mean[...], [1.0, 2.0, 3.0])
+    assert not np.allclose(before[-1], leaves(nnx.state(model, nnx.Param))[-1])
+
+
+class Recorder(nnx.Module):
+    def __call__(self, x):
+        self.seen = nnx.Intermediate(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("extra", "path"),
+    [
+        (lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(0)), "'extra.rngs.count'"),
+        (lambda: nnx.BatchNorm(3, rngs=nnx.Rngs(0)), "'extra.mean', 'extra.var'"),
+        (Recorder, "'extra.seen'"),
+    ],
+)
+def test_nnx_state_that_a_sample_would_write_is_refused(extra, path):
+    model, optimizer = stateful_pair(extra())
+    with pytest.raises(ValueError, match=f"writes to {path}.* one key a sample"):
+        nnx_train_step(stateful_loss)(model, optimizer, jnp.ones([4, 3]), jnp.ones(4))
+
+
+def test_nnx_trains_what_wrt_selects():
+    model = NNXRegressor(nnx.Rngs(0))
+    head = nnx.All(nnx.Param, nnx.PathContains("head"))
+    optimizer = nnx.Optimizer(model, clipped_sgd(), wrt=head)
+    hidden, before = leaves(nnx.state(model.hidden)), leaves(nnx.state(model.head))
+    x, y, _ = next(heavy_tailed_batches(np.float32))
+    features = jnp.tanh(model.hidden(jnp.asarray(x)))
+    norms_of_head = 2 * jnp.abs(model(x) - y) * jnp.sqrt(1 + jnp.sum(features**2, axis=1))
+    metrics = nnx_train_step(nnx_loss)(model, optimizer, x, y)
+    for old, new in zip(hidden, leaves(nnx.state(model.hidden)), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert not np.allclose(before[0], leaves(nnx.state(model.head))[0])
+    np.testing.assert_allclose(metrics["max_norm"], norms_of_head.max(), rtol=1e-5)
+
+
+def test_padded_evaluation_is_exact():
+    x, y, _ = next(heavy_tailed_batches(np.float32))
+    params = linen_state(optax.identity()).params
+
+    def loss(params, x, y):
+        value = linen_loss(params, x, y)
+        return value, {"small": value < 1}
+
+    losses = jax.vmap(linen_loss, in_axes=(None, 0, 0))(params, x, y)
+    step = linen_eval_step(loss, has_aux=True)
+    whole = step(params, x[:5], y[:5])
+    padding = np.full([2, 3], np.nan, np.float32)
+    mask = np.array([True] * 3 + [False] * 2)
+    padded = step(params, np.concatenate([x[5:], padding]), np.resize(y[5:], 5), sample_mask=mask)
+    total = jax.tree.map(jnp.add, whole, padded)
+    assert total["count"] == NUM_SAMPLES
+    np.testing.assert_allclose(total["loss"], losses.sum(), rtol=1e-5)
+    np.testing.assert_array_equal(total["aux"]["small"], (losses < 1).sum())
+    assert 0 < total["aux"]["small"] < NUM_SAMPLES
+
+
+def test_evaluation_shows_a_loss_that_diverged():
+    sums = linen_eval_step(lambda params, x: params / x)(jnp.array(1.0), jnp.array([1.0, 0.0]))
+    assert sums["loss"] == np.inf
+    assert sums["count"] == 2
+
+
+@pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
+def test_unknown_gradients_are_refused(build):
+    with pytest.raises(ValueError, match="'per_sample', 'mean', got 'stacked'"):
+        build(linen_loss, gradients="stacked")
+
+
+def call_linen(loss, *batch, tx=None, gradients: Any = "per_sample", has_aux=False, **options):
+    step = linen_train_step(loss, gradients=gradients, has_aux=has_aux)
+    return step(linen_state(clipped_sgd() if tx is None else tx), *batch, **options)
+
+
+def call_nnx(loss, *batch, tx=None, gradients: Any = "per_sample", has_aux=False, **options):
+    step = nnx_train_step(loss, gradients=gradients, has_aux=has_aux)
+    return step(*nnx_pair(clipped_sgd() if tx is None else tx), *batch, **options)
+
+
+X, Y = np.ones([4, 3], np.float32), np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize("call", [call_linen, call_nnx])
+@pytest.mark.parametrize(
+    ("batch", "options", "expected"),
+    [
+        ((X, Y[:3]), {}, r"first axis of each, got shapes \[\[4, 3\], \[3\]\]"),
+        ((X, 1.0), {}, r"got shapes \[\[4, 3\], \[\]\].*jax.random.split"),
+        ((), {}, r"got shapes \[\]"),
+        ((X, Y), {"sample_mask": np.ones(3, bool)}, r"sample_mask has shape \[4\].*got bool\[3\]"),
+        ((X, Y), {"positions": np.arange(1, 4)}, r"positions has shape \[4\].*got int32\[3\]"),
+        ((X, Y), {"tx": optax.sgd(0.1)}, "holds 0 PerSampleClipState. Write optax.chain"),
+        ((X, Y), {"gradients": "mean"}, "take their first axis for samples"),
+    ],
+)
+def test_what_a_step_refuses(call, batch, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        call(lambda *example: jnp.array(0.0), *batch, **options)
+
+
+@pytest.mark.parametrize("call", [call_linen, call_nnx])
+@pytest.mark.parametrize(
+    ("result", "has_aux", "expected"),
+    [
+        (lambda x, y: x * y, False, r"the loss is a scalar for one example, got float32\[3\]"),
+        (lambda x, y: (y, y), False, r"got \('float32\[\]', 'float32\[\]'\).*has_aux=True"),
+        (lambda x, y: None, False, "the loss is a scalar for one example, got None"),
+        (lambda x, y: y, True, r"a pair \(scalar loss, aux\), got float32\[\]"),
+        (lambda x, y: (y, {"x": x}), True, r"leaf of the loss's aux is a scalar.*float32\[3\]"),
+    ],
+)
+def test_losses_that_are_not_scalars_are_refused(call, result, has_aux, expected):
+    with pytest.raises(TypeError, match=expected):
+        call(lambda _, x, y: result(x, y), X, Y, has_aux=has_aux)
