@@ -1,0 +1,237 @@
+"""What the commands of `psclip` are told, and which of it they refuse.
+
+Nothing heavy is imported here, so that `psclip --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+DatasetName: TypeAlias = Literal["digits", "cifar10", "cifar100"]
+ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
+MethodName: TypeAlias = Literal["sgd", "momentum", "batch-clip", "ps-clip", "ps-clip-constant"]
+ScheduleName: TypeAlias = Literal["cosine", "constant"]
+
+
+class UsageError(Exception):
+    """A command cannot do what it was told: its message is one line that says why.
+
+    Example:
+      >>> raise UsageError("--lr: expected a finite number above 0, got -1.0")
+      Traceback (most recent call last):
+      psclip_optax.training.configs.UsageError: --lr: expected a finite number above 0, got -1.0
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is trained, on what: all that the methods have in common.
+
+    Example:
+      >>> TaskConfig(dataset="cifar10", model="resnet18").batch_size
+      64
+    """
+
+    dataset: DatasetName = "digits"
+    """What to learn. digits comes with scikit-learn; CIFAR is downloaded once."""
+    data_dir: pathlib.Path | None = None
+    """Folder with an existing copy of CIFAR in its official layout."""
+    cache_dir: pathlib.Path | None = None
+    """Folder for downloads; by default the user's cache folder."""
+    model: ModelName = "mlp"
+    """The classifier."""
+    width: float = 1.0
+    """Multiplies the classifier's hidden sizes and channels."""
+    dropout: float = 0.0
+    """Dropout rate in [0, 1)."""
+    batch_size: int = 64
+    """Samples in a batch."""
+    momentum: float = 0.9
+    """Decay of the momentum, of every method but sgd."""
+    schedule: ScheduleName = "cosine"
+    """What becomes of the learning rate: down to 0 along half a cosine, or constant."""
+    beta: float = 1.5
+    """Growth β of the threshold α k^(1/β) of ps-clip with a sample's position k in the batch."""
+    label_noise: float = 0.0
+    """Share of the training labels replaced by other ones."""
+    pixel_df: float | None = None
+    """Degrees of freedom of the Student-t factor that multiplies each training image."""
+    augment: bool = False
+    """Crop the training images at random and flip half of them."""
+    seed: int = 0
+    """Seed of the initial parameters, the corruption, the order of samples and the dropout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(TaskConfig):
+    """Train one model with one method; write configuration, metrics and checkpoints.
+
+    Example:
+      >>> TrainConfig(method="ps-clip", lr=0.05, alpha=2.0).steps
+      1000
+    """
+
+    method: MethodName = "ps-clip"
+    """The optimizer. ps-clip clips each sample's gradient, batch-clip their mean."""
+    lr: float = 0.05
+    """Learning rate."""
+    alpha: float = 1.0
+    """Threshold of the clipping methods: α of ps-clip, the largest norm of the other two."""
+    steps: int = 1000
+    """Updates to make."""
+    eval_every: int = 100
+    """Steps between two evaluations on the test set."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints, of which the last three are kept."""
+    log_every: int = 10
+    """Steps between two lines in metrics.jsonl."""
+    out: pathlib.Path = pathlib.Path("run")
+    """Folder for the configuration, the metrics and the checkpoints."""
+    resume: bool = False
+    """Go on from the last checkpoint in the folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig(TaskConfig):
+    """Compare momentum SGD, batch clipping and per-sample clipping, each tuned on equal grids.
+
+    Example:
+      >>> config = CompareConfig(dataset="cifar100", model="alexnet", steps=4000)
+      >>> config.num_seeds, config.label_noise
+      (5, 0.2)
+    """
+
+    width: float = 0.5
+    label_noise: float = 0.2
+    pixel_df: float | None = 1.5
+    steps: int = 300
+    """Updates of each run."""
+    num_seeds: int = 5
+    """Final runs of each method, at least 3."""
+    eval_every: int = 20
+    """Steps between two evaluations on the test set."""
+    validation_share: float = 0.2
+    """Share of the training set that is held out to choose on."""
+    momentum_learning_rates: tuple[float, ...] = (
+        0.0005,
+        0.001,
+        0.002,
+        0.005,
+        0.01,
+        0.02,
+        0.05,
+        0.1,
+        0.2,
+    )
+    """Learning rates that momentum SGD chooses from."""
+    batch_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
+    """Learning rates that batch clipping chooses from."""
+    batch_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
+    """Its thresholds, in units of the initial norm of a batch's mean gradient."""
+    ps_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
+    """Learning rates that per-sample clipping chooses from."""
+    ps_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
+    """Its thresholds α, in units of the initial median norm of a sample's gradient."""
+    out: pathlib.Path = pathlib.Path("compare")
+    """Folder for compare.json and compare.png."""
+    overwrite: bool = False
+    """Replace an existing result in the folder."""
+
+
+class _Range(NamedTuple):
+    expected: str
+    contains: Callable[[Any], bool]
+
+
+_POSITIVE = _Range("a finite number above 0", lambda x: 0 < x < math.inf)
+_ABOVE_ZERO = _Range("a number above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _Range("a number of at least 0", lambda x: x >= 0)
+_PROPER_RATE = _Range("a number in [0, 1)", lambda x: 0 <= x < 1)
+_COUNT = _Range("at least 1", lambda n: n >= 1)
+
+_RANGES = {
+    "width": _POSITIVE,
+    "dropout": _PROPER_RATE,
+    "batch_size": _COUNT,
+    "momentum": _PROPER_RATE,
+    "beta": _ABOVE_ZERO,
+    "label_noise": _Range("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "pixel_df": _POSITIVE,
+    "seed": _Range("an integer from 0 to 4294967295", lambda n: 0 <= n < 2**32),
+    "lr": _POSITIVE,
+    "alpha": _NOT_NEGATIVE,
+    "steps": _COUNT,
+    "eval_every": _COUNT,
+    "checkpoint_every": _COUNT,
+    "log_every": _COUNT,
+    "num_seeds": _Range("at least 3, for a standard error", lambda n: n >= 3),
+    "validation_share": _Range("a number between 0 and 1", lambda x: 0 < x < 1),
+    "momentum_learning_rates": _POSITIVE,
+    "batch_clip_learning_rates": _POSITIVE,
+    "batch_clip_thresholds": _POSITIVE,
+    "ps_clip_learning_rates": _POSITIVE,
+    "ps_clip_thresholds": _POSITIVE,
+}
+
+
+def check_config(config: TrainConfig | CompareConfig) -> None:
+    """Checks every number before any work starts.
+
+    Args:
+      config: what a command was told.
+
+    Raises:
+      UsageError: a number is out of its range, or the grids of `compare` differ in size.
+
+    Example:
+      >>> check_config(TrainConfig(lr=-1.0))
+      Traceback (most recent call last):
+      psclip_optax.training.configs.UsageError: --lr: expected a finite number above 0, got -1.0
+    """
+    for name, value in vars(config).items():
+        values = value if isinstance(value, tuple) else (value,)
+        for number in values:
+            if name in _RANGES and number is not None and not _RANGES[name].contains(number):
+                raise UsageError(f"{flag(name)}: expected {_RANGES[name].expected}, got {number}")
+    if isinstance(config, CompareConfig):
+        _check_grids(config)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field: `--batch-size` of `batch_size`.
+
+    Args:
+      name: a field of a configuration.
+
+    Returns:
+      The flag.
+
+    Example:
+      >>> flag("batch_size")
+      '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def _check_grids(config: CompareConfig) -> None:
+    sizes = {
+        "momentum": (len(config.momentum_learning_rates),),
+        "batch-clip": (len(config.batch_clip_learning_rates), len(config.batch_clip_thresholds)),
+        "ps-clip": (len(config.ps_clip_learning_rates), len(config.ps_clip_thresholds)),
+    }
+    if len(set(map(math.prod, sizes.values()))) > 1 or math.prod(sizes["momentum"]) == 0:
+        found = ", ".join(
+            f"{name} {' × '.join(map(str, size))} = {math.prod(size)}"
+            if len(size) > 1
+            else f"{name} {size[0]}"
+            for name, size in sizes.items()
+        )
+        raise UsageError(
+            f"expected as many trials for every method, at least 1, got {found}; give each the "
+            "same budget with --momentum-learning-rates, --batch-clip-learning-rates, "
+            "--batch-clip-thresholds, --ps-clip-learning-rates and --ps-clip-thresholds"
+        )

@@ -1,0 +1,100 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from psclip_optax.training.configs import UsageError
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that a crash leaves as it was, or whole.
+
+    Args:
+      path: the file, replaced if there is one.
+      content: all of it.
+
+    Raises:
+      OSError: it cannot be written; what was there stays.
+
+    Example:
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers"
+      >>> write_atomically(path, b"1 2 3")
+      >>> path.read_bytes(), len(list(path.parent.iterdir()))
+      (b'1 2 3', 1)
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Valid JSON: NaN and ∞, which JSON has not, become null.
+
+    Args:
+      value: dicts, lists, strings, paths, and numbers and arrays of Python, NumPy or JAX.
+      indent: spaces by which what is nested is indented; None writes one line.
+
+    Returns:
+      The text.
+
+    Raises:
+      TypeError: something else is in it.
+
+    Example:
+      >>> to_json({"loss": np.float32("nan"), "steps": np.arange(2), "out": pathlib.Path("run")})
+      '{"loss": null, "steps": [0, 1], "out": "run"}'
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def make_writable_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Makes a folder and finds out now, not after the work, whether files may be put there.
+
+    Args:
+      folder: made if missing, with its parents.
+
+    Returns:
+      Its absolute path.
+
+    Raises:
+      UsageError: it cannot be made or written.
+
+    Example:
+      >>> make_writable_folder(pathlib.Path(tempfile.mkdtemp()) / "new").is_dir()
+      True
+    """
+    folder = folder.expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UsageError(
+            f"--out: cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    array = np.asarray(value)
+    if array.ndim:
+        return _plain(array.tolist())
+    number = array.item()
+    return None if isinstance(number, float) and not np.isfinite(number) else number

@@ -1,0 +1,238 @@
+"""The methods that `psclip` trains with, each an Optax chain whose numbers live in its state.
+
+Learning rate and threshold are leaves of the optimizer's state, so that all the trials of a tuning
+grid share one compiled step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from psclip_optax.thresholds import constant_threshold, growing_threshold
+from psclip_optax.training.configs import MethodName, ScheduleName
+from psclip_optax.training.steps import Gradients
+from psclip_optax.transforms import per_sample_clip
+
+
+class Hyperparams(NamedTuple):
+    """The numbers of a method that its state holds.
+
+    Attributes:
+      learning_rate: before the schedule.
+      threshold: α, or the largest norm, in the units of the gradient's norm; ∞ clips nothing.
+      beta: growth of the threshold with a sample's position, of "ps-clip" alone.
+    """
+
+    learning_rate: float
+    threshold: float
+    beta: float
+
+
+class BatchNormState(NamedTuple):
+    """Figures of the last batch's mean gradient.
+
+    Attributes:
+      gradient_norm: float, its norm before clipping.
+      clipped: bool, whether that is above the threshold.
+    """
+
+    gradient_norm: jax.Array
+    clipped: jax.Array
+
+
+class Method(NamedTuple):
+    """One way to train.
+
+    Attributes:
+      label: name in tables and figures.
+      gradients: which gradients `linen_train_step` gives the optimizer.
+      has_threshold: whether it clips.
+      has_momentum: whether it is SGD with momentum that follows the clipping.
+      clip: (threshold, β) → the first link of the chain.
+    """
+
+    label: str
+    gradients: Gradients
+    has_threshold: bool
+    has_momentum: bool
+    clip: Callable[[Any, Any], optax.GradientTransformation]
+
+
+def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
+    """Changes nothing, and keeps the norm of what it saw for the log."""
+
+    def init(params: Any) -> BatchNormState:
+        del params
+        return BatchNormState(jnp.float32(0), jnp.bool_(False))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, BatchNormState]:
+        del state, params
+        norm = optax.tree.norm(updates).astype(jnp.float32)
+        return updates, BatchNormState(norm, norm > threshold)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _no_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    del threshold, beta
+    return _recorded_norm(jnp.inf)
+
+
+def _batch_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    del beta
+    return optax.chain(_recorded_norm(threshold), optax.clip_by_global_norm(threshold))
+
+
+def _growing_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    return per_sample_clip(growing_threshold(threshold, beta))
+
+
+def _constant_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    del beta
+    return per_sample_clip(constant_threshold(threshold))
+
+
+METHODS: dict[MethodName, Method] = {
+    "sgd": Method("SGD", "mean", False, False, _no_clip),
+    "momentum": Method("momentum SGD", "mean", False, True, _no_clip),
+    "batch-clip": Method("batch clipping", "mean", True, True, _batch_clip),
+    "ps-clip": Method("per-sample clipping", "per_sample", True, True, _growing_clip),
+    "ps-clip-constant": Method(
+        "per-sample clipping, constant", "per_sample", True, True, _constant_clip
+    ),
+}
+
+
+def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule:
+    """The factor of the learning rate over the steps of a run.
+
+    Args:
+      name: "cosine", from 1 to 0 along half a cosine, or "constant".
+      num_steps: length of the run, at least 1.
+
+    Returns:
+      An Optax schedule, from a step that counts from 0 to the factor.
+
+    Example:
+      >>> factor = learning_rate_schedule("cosine", 4)
+      >>> [f"{factor(step):.3f}" for step in range(4)]
+      ['1.000', '0.854', '0.500', '0.146']
+    """
+    if name == "constant":
+        return optax.constant_schedule(1.0)
+    return optax.cosine_decay_schedule(1.0, num_steps)
+
+
+def build_optimizer(
+    name: MethodName, hyperparams: Hyperparams, *, momentum: float, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a method's chain: clipping, (momentum) SGD, schedule.
+
+    Args:
+      name: one of `METHODS`.
+      hyperparams: the numbers that its initial state holds.
+      momentum: decay of the momentum, in [0, 1).
+      schedule: factor of the learning rate over steps.
+
+    Returns:
+      An optimizer for the gradients that `METHODS[name].gradients` names; see `with_hyperparams`.
+
+    Example:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("batch-clip", Hyperparams(1.0, 5.0, 2.0), momentum=0.0,
+      ...                      schedule=schedule)
+      >>> updates, state = tx.update(jnp.array([6.0, 8.0]), tx.init(jnp.zeros(2)))
+      >>> updates, gradient_figures(state)
+      (Array([-3., -4.], dtype=float32),
+       {'gradient_norm': Array(10., dtype=float32), 'clipped_share': Array(1., dtype=float32),
+        'num_nonfinite': Array(0, dtype=int32)})
+    """
+    method = METHODS[name]
+
+    def chain(learning_rate: Any, threshold: Any, beta: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            method.clip(threshold, beta),
+            optax.sgd(learning_rate, momentum=momentum if method.has_momentum else None),
+            optax.scale_by_schedule(schedule),
+        )
+
+    # A dtype of its own for the numbers: weakly typed ones would have the step compiled again.
+    return optax.inject_hyperparams(chain, hyperparam_dtype=jnp.float32)(**hyperparams._asdict())
+
+
+def with_hyperparams(opt_state: Any, hyperparams: Hyperparams) -> Any:
+    """Sets a method's numbers without a recompile.
+
+    Args:
+      opt_state: state of an optimizer that `build_optimizer` built.
+      hyperparams: the new numbers.
+
+    Returns:
+      The state with these numbers.
+
+    Example:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("sgd", Hyperparams(1.0, 1.0, 2.0), momentum=0.0, schedule=schedule)
+      >>> state = with_hyperparams(tx.init(jnp.zeros(2)), Hyperparams(0.5, 1.0, 2.0))
+      >>> tx.update(jnp.array([6.0, 8.0]), state)[0]
+      Array([-3., -4.], dtype=float32)
+    """
+    numbers = {name: jnp.float32(value) for name, value in hyperparams._asdict().items()}
+    return opt_state._replace(hyperparams=numbers)
+
+
+def learning_rate_of(opt_state: Any) -> jax.Array:
+    """The learning rate before the schedule.
+
+    Args:
+      opt_state: state of an optimizer that `build_optimizer` built.
+
+    Returns:
+      float32 scalar.
+
+    Example:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("sgd", Hyperparams(0.5, 1.0, 2.0), momentum=0.0, schedule=schedule)
+      >>> float(learning_rate_of(tx.init(jnp.zeros(2))))
+      0.5
+    """
+    return opt_state.hyperparams["learning_rate"]
+
+
+def gradient_figures(opt_state: Any) -> dict[str, jax.Array]:
+    """What the log says of a mean gradient, under the names that per-sample clipping uses.
+
+    Args:
+      opt_state: state of an optimizer that `build_optimizer` built.
+
+    Returns:
+      Scalars: `gradient_norm`, the mean gradient's norm before clipping; `clipped_share`, 1 if it
+      was clipped and 0 if not; `num_nonfinite`, 1 if it is not finite. Empty for the per-sample
+      methods, whose figures come with the train step's metrics.
+
+    Example:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("sgd", Hyperparams(1.0, 1.0, 2.0), momentum=0.0, schedule=schedule)
+      >>> sorted(gradient_figures(tx.init(jnp.zeros(2))))
+      ['clipped_share', 'gradient_norm', 'num_nonfinite']
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, BatchNormState))
+    return {
+        name: value
+        for node in nodes
+        if isinstance(node, BatchNormState)
+        for name, value in _named(node).items()
+    }
+
+
+def _named(state: BatchNormState) -> dict[str, jax.Array]:
+    return {
+        "gradient_norm": state.gradient_norm,
+        "clipped_share": state.clipped.astype(jnp.float32),
+        "num_nonfinite": (~jnp.isfinite(state.gradient_norm)).astype(jnp.int32),
+    }

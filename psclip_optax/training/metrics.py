@@ -1,0 +1,100 @@
+"""metrics.jsonl: one line of JSON a record, cut back when a run goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from psclip_optax.training.files import to_json, write_atomically
+
+
+def append_record(file: TextIO, record: dict[str, Any]) -> None:
+    """Writes one record as a line, whole before the next one starts.
+
+    Args:
+      file: opened for appending text.
+      record: names and numbers, "step" among them; NaN and ∞ become null.
+
+    Example:
+      >>> import sys
+      >>> append_record(sys.stdout, {"kind": "train", "step": 1, "loss": float("inf")})
+      {"kind": "train", "step": 1, "loss": null}
+    """
+    file.write(to_json(record) + "\n")
+    file.flush()
+
+
+def commit(file: TextIO) -> None:
+    """Puts all records on the disk, as a checkpoint of the same step is about to be.
+
+    Args:
+      file: a regular file opened for appending text.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.NamedTemporaryFile("a") as file:
+      ...     commit(file)
+    """
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    r"""Reads the records up to the first line that is not whole.
+
+    Args:
+      path: a file that `append_record` wrote; may be missing.
+
+    Returns:
+      The records.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> _ = path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+      >>> read_records(path)
+      [{'step': 1}, {'step': 2}]
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return list(_whole_records(lines))
+
+
+def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
+    r"""Forgets what was recorded after a step.
+
+    Args:
+      path: a file that `append_record` wrote; made if missing.
+      step: the last step to keep, that of a checkpoint.
+
+    Returns:
+      The records kept.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> _ = path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+      >>> cut_back(path, 2)
+      [{'step': 1}, {'step': 2}]
+      >>> path.read_text()
+      '{"step": 1}\n{"step": 2}\n'
+    """
+    kept = list(itertools.takewhile(lambda record: record["step"] <= step, read_records(path)))
+    write_atomically(path, "".join(to_json(record) + "\n" for record in kept).encode())
+    return kept
+
+
+def _whole_records(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if not line.endswith("\n"):
+            return
+        yield record

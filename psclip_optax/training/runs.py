@@ -1,0 +1,436 @@
+"""One training run: `psclip train`, and the parts of it that `psclip compare` repeats."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax.training.train_state import TrainState
+from rich.console import Console
+
+import psclip_optax
+from psclip_optax.training.checkpoints import open_checkpoints, restore_newest, save_checkpoint
+from psclip_optax.training.configs import (
+    MethodName,
+    TaskConfig,
+    TrainConfig,
+    UsageError,
+    check_config,
+    flag,
+)
+from psclip_optax.training.corruptions import corrupt
+from psclip_optax.training.datasets import Dataset, Split, load_dataset
+from psclip_optax.training.files import make_writable_folder, to_json, write_atomically
+from psclip_optax.training.losses import classification_loss
+from psclip_optax.training.methods import (
+    METHODS,
+    Hyperparams,
+    build_optimizer,
+    gradient_figures,
+    learning_rate_of,
+    learning_rate_schedule,
+    with_hyperparams,
+)
+from psclip_optax.training.metrics import append_record, commit, cut_back, read_records
+from psclip_optax.training.models import build_model
+from psclip_optax.training.pipeline import Batch, evaluation_batches, iterate, train_batches
+from psclip_optax.training.progress import reporting_progress
+from psclip_optax.training.steps import Metrics, linen_eval_step, linen_train_step
+
+_CONFIG, _METRICS, _CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
+# What may change when a run goes on: none of it touches the parameters.
+_FREE_FIELDS = {"out", "resume", "cache_dir", "log_every", "eval_every", "checkpoint_every"}
+_EVALUATION_BATCH_SIZE = 500
+_LIBRARIES = ("jax", "jaxlib", "optax", "flax", "grain", "orbax-checkpoint", "numpy")
+
+
+class Trainer(NamedTuple):
+    """A method on a model, compiled once for all seeds, learning rates and thresholds.
+
+    Attributes:
+      init: (seed, hyperparams) → the initial state.
+      step: (state, key, batch) → the next state and scalar metrics; the state is donated.
+    """
+
+    init: Callable[[int, Hyperparams], TrainState]
+    step: Callable[[TrainState, jax.Array, dict[str, Any]], tuple[TrainState, Metrics]]
+
+
+class RunResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      out: folder of `config.json`, `metrics.jsonl` and `checkpoints`.
+      state: the state after the last step.
+      accuracy: share of the test set that the model names rightly.
+      loss: mean cross-entropy on the test set; None if it is not finite.
+    """
+
+    out: pathlib.Path
+    state: TrainState
+    accuracy: float
+    loss: float | None
+
+
+def build_task_model(config: TaskConfig, dataset: Dataset) -> nn.Module:
+    """Builds the classifier, and finds out now whether it takes the dataset's images.
+
+    Args:
+      config: names the model, its width and dropout rate.
+      dataset: what it is to learn.
+
+    Returns:
+      A Linen module.
+
+    Raises:
+      UsageError: the model does not take these images.
+
+    Example:
+      >>> build_task_model(TaskConfig(model="alexnet"), load_dataset("digits"))
+      Traceback (most recent call last):
+      psclip_optax.training.configs.UsageError: --model alexnet: AlexNet takes images ...
+    """
+    model = build_model(
+        config.model, dataset.num_classes, width=config.width, dropout_rate=config.dropout
+    )
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *dataset.image_shape)))
+    except ValueError as error:
+        raise UsageError(f"--model {config.model}: {error}") from error
+    return model
+
+
+def build_trainer(
+    name: MethodName, model: nn.Module, dataset: Dataset, config: TaskConfig, num_steps: int
+) -> Trainer:
+    """Builds a method's initialisation and train step.
+
+    Args:
+      name: one of `METHODS`.
+      model: the classifier.
+      dataset: gives the shape of an image.
+      config: names dropout rate, momentum and schedule.
+      num_steps: length of a run, for the schedule.
+
+    Returns:
+      The trainer. A batch is a dict with `image`, `label` and `position`, as `train_batches` gives
+      them; the key is that of the dropout, from which each sample takes its own by step and
+      position.
+
+    Example:
+      >>> digits, config = load_dataset("digits"), TaskConfig(width=0.1)
+      >>> trainer = build_trainer("ps-clip", build_task_model(config, digits), digits, config, 10)
+      >>> batch = training_batches(digits.train, digits, config, seed=0)[0]
+      >>> state = trainer.init(0, Hyperparams(learning_rate=0.1, threshold=1.0, beta=1.5))
+      >>> state, metrics = trainer.step(state, jax.random.key(0), batch)
+      >>> int(state.step), int(metrics["num_samples"])
+      (1, 64)
+    """
+    method = METHODS[name]
+    schedule = learning_rate_schedule(config.schedule, num_steps)
+    tx = build_optimizer(
+        name, Hyperparams(0.0, 0.0, 1.0), momentum=config.momentum, schedule=schedule
+    )
+    has_dropout = config.dropout > 0
+    loss = classification_loss(model, dropout=has_dropout)
+    update = linen_train_step(loss, gradients=method.gradients, has_aux=True)
+
+    def init(seed: int, hyperparams: Hyperparams) -> TrainState:
+        params = _initial_params(jax.random.key(seed), model, dataset.image_shape)
+        state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+        opt_state = with_hyperparams(state.opt_state, hyperparams)
+        # An array from the start: a Python number would have the step compiled twice.
+        return state.replace(step=jnp.int32(0), opt_state=opt_state)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def compiled_step(
+        state: TrainState, key: jax.Array, image: Any, label: Any, position: Any
+    ) -> tuple[TrainState, Metrics]:
+        keys = (_sample_keys(key, state.step, position),) if has_dropout else ()
+        learning_rate = learning_rate_of(state.opt_state) * schedule(state.step)
+        state, metrics = update(state, image, label, *keys, positions=position)
+        metrics = metrics | gradient_figures(state.opt_state)
+        return state, _named_metrics(metrics) | {"learning_rate": learning_rate}
+
+    def step(state: TrainState, key: jax.Array, batch: Batch) -> tuple[TrainState, Metrics]:
+        return compiled_step(state, key, batch["image"], batch["label"], batch["position"])
+
+    return Trainer(init, step)
+
+
+def dropout_key(seed: int) -> jax.Array:
+    """The key of a run's dropout, apart from that of the initial parameters.
+
+    Args:
+      seed: seed of the run.
+
+    Returns:
+      A scalar key, for `Trainer.step`.
+
+    Example:
+      >>> bool(dropout_key(0) == jax.random.key(0))
+      False
+    """
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
+def training_batches(
+    split: Split, dataset: Dataset, config: TaskConfig, seed: int
+) -> grain.MapDataset[Batch]:
+    """Corrupts a training split and batches it.
+
+    Args:
+      split: clean examples.
+      dataset: whose pixels' mean and standard deviation normalise the images.
+      config: names the corruption, the batch size and the augmentation.
+      seed: of the corruption and of the order.
+
+    Returns:
+      What `train_batches` returns.
+
+    Example:
+      >>> digits = load_dataset("digits")
+      >>> training_batches(digits.train, digits, TaskConfig(), seed=0)[0]["image"].shape
+      (64, 8, 8, 1)
+    """
+    corrupted = corrupt(
+        split,
+        num_classes=dataset.num_classes,
+        label_noise=config.label_noise,
+        pixel_df=config.pixel_df,
+        seed=seed,
+    )
+    return train_batches(
+        corrupted,
+        batch_size=config.batch_size,
+        seed=seed,
+        mean=dataset.pixel_mean,
+        std=dataset.pixel_std,
+        augment=config.augment,
+    )
+
+
+def build_evaluation(
+    eval_step: Callable[..., Metrics], split: Split, dataset: Dataset
+) -> Callable[[Any], dict[str, float]]:
+    """Builds the evaluation on a split.
+
+    Args:
+      eval_step: what `linen_eval_step` returned, for the `classification_loss` of a model.
+      split: clean examples.
+      dataset: whose pixels' mean and standard deviation normalise the images.
+
+    Returns:
+      A function from parameters to `loss`, the mean cross-entropy, and `accuracy`.
+
+    Example:
+      >>> digits = load_dataset("digits")
+      >>> model = build_task_model(TaskConfig(), digits)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, *digits.image_shape)))
+      >>> eval_step = linen_eval_step(classification_loss(model), has_aux=True)
+      >>> figures = build_evaluation(eval_step, digits.test, digits)(variables["params"])
+      >>> 0 <= figures["accuracy"] < 0.5
+      True
+    """
+    batches = evaluation_batches(
+        split,
+        batch_size=_EVALUATION_BATCH_SIZE,
+        mean=dataset.pixel_mean,
+        std=dataset.pixel_std,
+    )
+
+    def evaluate(params: Any) -> dict[str, float]:
+        sums = [
+            eval_step(params, batch["image"], batch["label"], sample_mask=batch["mask"])
+            for _, batch in iterate(batches, 0, len(batches))
+        ]
+        total = {name: sum(float(part[name]) for part in sums) for name in ("loss", "aux", "count")}
+        return {
+            "loss": total["loss"] / total["count"],
+            "accuracy": total["aux"] / total["count"],
+        }
+
+    return evaluate
+
+
+def provenance() -> dict[str, Any]:
+    """The versions and the device that a result came from.
+
+    Returns:
+      A dict that JSON takes.
+
+    Example:
+      >>> sorted(provenance())
+      ['device', 'platform', 'python', 'versions']
+    """
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "psclip_optax": psclip_optax.__version__,
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{len(jax.devices())} × {device.platform} ({device.device_kind})",
+    }
+
+
+def train(config: TrainConfig, console: Console) -> RunResult:
+    """Trains one model; a run that goes on ends with the same bits as one that was never stopped.
+
+    Args:
+      config: what to train, on what, how, and where to write.
+      console: where progress and notes are shown.
+
+    Returns:
+      How the run ended.
+
+    Raises:
+      UsageError: a number is out of range, the folder cannot be written, holds a run already, or,
+        with `resume`, holds none, another one or no intact checkpoint.
+      DatasetError: the dataset cannot be had.
+    """
+    check_config(config)
+    out = make_writable_folder(config.out)
+    _check_folder(out, config)
+    dataset = load_dataset(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
+    model = build_task_model(config, dataset)
+    trainer = build_trainer(config.method, model, dataset, config, config.steps)
+    eval_step = linen_eval_step(classification_loss(model), has_aux=True)
+    evaluate = build_evaluation(eval_step, dataset.test, dataset)
+    batches = training_batches(dataset.train, dataset, config, config.seed)
+    state = trainer.init(config.seed, Hyperparams(config.lr, config.alpha, config.beta))
+    if not config.resume:
+        content = {"config": _resolved(config), **provenance()}
+        write_atomically(out / _CONFIG, to_json(content, indent=2).encode())
+    with open_checkpoints(out / _CHECKPOINTS) as manager:
+        state, damaged = restore_newest(manager, state)
+        for step in damaged:
+            console.print(
+                f"checkpoint {step} is damaged and was removed: going on from {state.step}"
+            )
+        state = _train_on(config, trainer, state, batches, evaluate, manager, out, console)
+    last = [record for record in read_records(out / _METRICS) if record["kind"] == "test"][-1]
+    return RunResult(out, state, last["accuracy"], last["loss"])
+
+
+def _train_on(
+    config: TrainConfig,
+    trainer: Trainer,
+    state: TrainState,
+    batches: grain.MapDataset[Batch],
+    evaluate: Callable[[Any], dict[str, float]],
+    manager: ocp.CheckpointManager,
+    out: pathlib.Path,
+    console: Console,
+) -> TrainState:
+    start = int(state.step)
+    kept = cut_back(out / _METRICS, start)
+    clock = _Clock(kept[-1]["seconds"] if kept else 0.0)
+    key = dropout_key(config.seed)
+    label = METHODS[config.method].label
+    with (
+        (out / _METRICS).open("a", encoding="utf-8") as file,
+        reporting_progress(config.steps, console) as report,
+    ):
+        for index, batch in iterate(batches, start, config.steps - start):
+            state, metrics = trainer.step(state, key, batch)
+            step = index + 1
+            if _is_due(step, config.log_every, config.steps):
+                figures = {name: value.item() for name, value in metrics.items()}
+                record = {"kind": "train", "step": step, **figures, "seconds": clock.seconds()}
+                append_record(file, record)
+                report(step, label, figures["loss"], figures["clipped_share"])
+            if _is_due(step, config.eval_every, config.steps):
+                record = {"kind": "test", "step": step, **evaluate(state.params)}
+                append_record(file, record | {"seconds": clock.seconds()})
+            if _is_due(step, config.checkpoint_every, config.steps):
+                # Metrics first, so that no checkpoint is ahead of them.
+                commit(file)
+                save_checkpoint(manager, state)
+    return state
+
+
+class _Clock:
+    """Seconds of training so far, those before the run was stopped included."""
+
+    def __init__(self, seconds_before: float):
+        self._start = time.perf_counter() - seconds_before
+
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self._start, 6)
+
+
+# Compiled once a model, for all methods: a Flax module is what its fields are.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _initial_params(key: jax.Array, model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    return model.init(key, jnp.zeros((1, *image_shape)))["params"]
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _sample_keys(key: jax.Array, step: Any, positions: jax.Array) -> jax.Array:
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, step)))(positions)
+
+
+def _named_metrics(metrics: Metrics) -> Metrics:
+    # The step's mean is over the finite losses and 0 where there is none, which would look like a
+    # perfect fit in a run that diverged.
+    is_finite = metrics["num_nonfinite"] < metrics.get("num_samples", 1)
+    named = {name: value for name, value in metrics.items() if name != "aux"}
+    return named | {
+        "loss": jnp.where(is_finite, metrics["loss"], jnp.nan),
+        "accuracy": metrics["aux"],
+    }
+
+
+def _resolved(config: TrainConfig) -> dict[str, Any]:
+    folders = {
+        name: value.expanduser().absolute()
+        for name, value in vars(config).items()
+        if isinstance(value, pathlib.Path)
+    }
+    return json.loads(to_json(vars(config) | folders))
+
+
+def _check_folder(out: pathlib.Path, config: TrainConfig) -> None:
+    found = [name for name in (_CONFIG, _METRICS, _CHECKPOINTS) if (out / name).exists()]
+    if found and not config.resume:
+        raise UsageError(
+            f"--out: {out} holds a run already ({', '.join(found)}); go on with --resume, or "
+            "choose another folder"
+        )
+    if config.resume:
+        _check_same_run(out / _CONFIG, _resolved(config))
+
+
+def _check_same_run(path: pathlib.Path, config: dict[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except FileNotFoundError as error:
+        raise UsageError(f"--resume: no run in {path.parent}, {path.name} is missing") from error
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"--resume: {path} is not what psclip train wrote") from error
+    differing = [
+        f"{flag(name)} is {value}, was {before.get(name)}"
+        for name, value in config.items()
+        if name not in _FREE_FIELDS and before.get(name) != value
+    ]
+    if differing:
+        raise UsageError(
+            f"--resume: the run in {path.parent} was another one ({'; '.join(differing)}); repeat "
+            "its flags, or choose another folder"
+        )

@@ -1,0 +1,159 @@
+"""The command: one clear line and status 2 for what it cannot do, files for what it can."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import psclip_optax
+from psclip_optax.cli import main
+
+TINY = ["--width", "0.05", "--batch-size", "16", "--steps", "4"]
+
+
+def assert_one_line_error(captured, *expected: str):
+    assert captured.err.startswith("psclip: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    for text in expected:
+        assert text in captured.err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"psclip {psclip_optax.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_help_names_the_commands(argv: list[str], capsys):
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert "compare" in captured.out
+    assert "train" in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", "dataset model method lr alpha beta steps seed out data-dir cache-dir width "
+                  "dropout momentum batch-size schedule label-noise pixel-df augment eval-every "
+                  "checkpoint-every log-every resume"),
+        ("compare", "dataset model data-dir steps batch-size num-seeds overwrite out "
+                    "momentum-learning-rates batch-clip-learning-rates batch-clip-thresholds "
+                    "ps-clip-learning-rates ps-clip-thresholds"),
+    ],
+)  # fmt: skip
+def test_help_lists_the_options(command: str, options: str, capsys):
+    assert main([command, "--help"]) == 0
+    output = capsys.readouterr().out
+    for option in options.split():
+        assert f"--{option}" in output
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train", "--foo", "1"], ["unrecognized options: --foo", "(see psclip train --help)"]),
+        (["train", "--lr", "x"], ["--lr", "'x'", "(see psclip train --help)"]),
+        (["train", "--lr"], ["--lr", "missing value"]),
+        (["explode"], ["explode", "(see psclip --help)"]),
+        (["compare", "--dataset", "mnist"], ["'mnist'", "digits", "cifar100"]),
+        (["train", "--method", "adam"], ["'adam'", "ps-clip-constant"]),
+        (["train", "--seed", "1.5"], ["--seed", "'1.5'"]),
+        (["train", "--lr", "0"], ["--lr: expected a finite number above 0, got 0.0"]),
+        (["train", "--lr", "nan"], ["--lr: expected a finite number above 0, got nan"]),
+        (["train", "--alpha", "-1"], ["--alpha: expected a number of at least 0, got -1.0"]),
+        (["train", "--beta", "0"], ["--beta: expected a number above 0, got 0.0"]),
+        (["train", "--steps", "0"], ["--steps: expected at least 1, got 0"]),
+        (["train", "--seed", "-1"], ["--seed: expected an integer from 0 to 4294967295, got -1"]),
+        (["train", "--width", "inf"], ["--width"]),
+        (["train", "--dropout", "1"], ["--dropout: expected a number in [0, 1), got 1.0"]),
+        (["train", "--momentum", "1"], ["--momentum"]),
+        (["train", "--batch-size", "0"], ["--batch-size"]),
+        (["train", "--label-noise", "1.1"], ["--label-noise: expected a number in [0, 1]"]),
+        (["train", "--pixel-df", "0"], ["--pixel-df"]),
+        (["train", "--eval-every", "0"], ["--eval-every"]),
+        (["train", "--checkpoint-every", "0"], ["--checkpoint-every"]),
+        (["train", "--log-every", "0"], ["--log-every"]),
+        (["compare", "--num-seeds", "2"], ["--num-seeds: expected at least 3"]),
+        (["compare", "--ps-clip-thresholds", "1"], ["momentum 9", "ps-clip 3 × 1 = 3"]),
+        (["compare", "--ps-clip-thresholds", "1", "0", "2"], ["--ps-clip-thresholds", "got 0.0"]),
+    ],
+)
+def test_bad_arguments_are_one_line_and_nothing_is_written(
+    argv: list[str], expected: list[str], capsys, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert_one_line_error(capsys.readouterr(), *expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_bad_flag_is_one_line_in_any_encoding(encoding: str):
+    completed = subprocess.run(
+        [sys.executable, "-m", "psclip_optax", "train", "---foo"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "FORCE_COLOR": "1"},
+        timeout=120,
+    )
+    assert completed.returncode == 2
+    assert completed.stderr == (
+        b"psclip: error: unrecognized options: ---foo (see psclip train --help)\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_unwritable_folder_is_one_line(command: str, capsys, tmp_path: pathlib.Path):
+    (tmp_path / "file").write_text("")
+    assert main([command, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert_one_line_error(capsys.readouterr(), "--out: cannot write to", "Not a directory")
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_missing_dataset_is_one_line(command: str, capsys, tmp_path: pathlib.Path):
+    missing = ["--dataset", "cifar10", "--data-dir", str(tmp_path / "nowhere")]
+    assert main([command, *missing, "--out", str(tmp_path / "out")]) == 2
+    assert_one_line_error(capsys.readouterr(), "expected cifar-10-batches-py/", "--data-dir")
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_missing_extra_is_one_line(command: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main([command]) == 2
+    assert_one_line_error(capsys.readouterr(), "tyro", "pip install 'psclip_optax[train]'")
+
+
+def test_train_tells_where_things_are_and_resumes(capsys, tmp_path: pathlib.Path):
+    argv = ["train", *TINY, "--method", "momentum", "--checkpoint-every", "2", "--out"]
+    assert main([*argv, str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "Test accuracy: " in output
+    for name in ("config.json", "metrics.jsonl", "checkpoints"):
+        assert f"{tmp_path / name}\n" in output
+        assert (tmp_path / name).exists()
+    assert main([*argv, str(tmp_path)]) == 2
+    assert_one_line_error(capsys.readouterr(), "holds a run already", "--resume")
+    assert main([*argv, str(tmp_path), "--resume", "--lr", "0.5"]) == 2
+    assert_one_line_error(capsys.readouterr(), "--lr is 0.5, was 0.05")
+    assert main([*argv, str(tmp_path), "--resume"]) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [4, 4]
+
+
+def test_module_is_the_command():
+    completed = subprocess.run(
+        [sys.executable, "-m", "psclip_optax", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "usage: psclip" in completed.stdout
