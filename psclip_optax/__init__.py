@@ -1,5 +1,7 @@
 """Per-sample gradient clipping for JAX and Optax: clip each sample's gradient, then average."""
 
+from psclip_optax.clipped_grad import clipped_grad, clipped_value_and_grad
+from psclip_optax.clipping import ClipStats
 from psclip_optax.optimizers import ps_clip_sgd
 from psclip_optax.thresholds import constant_threshold, growing_threshold
 from psclip_optax.transforms import per_sample_clip
@@ -7,6 +9,9 @@ from psclip_optax.transforms import per_sample_clip
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipStats",
+    "clipped_grad",
+    "clipped_value_and_grad",
     "constant_threshold",
     "growing_threshold",
     "per_sample_clip",

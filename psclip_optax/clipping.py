@@ -78,6 +78,35 @@ def batch_thresholds(
     return thresholds_at(threshold, positions, dtype)
 
 
+@jax.custom_batching.custom_vmap
+def any_of(flags: jax.Array) -> jax.Array:
+    """Whether any flag is set; under vmap, any of the whole batch.
+
+    A `lax.cond` whose predicate is batched runs both branches. Where the branch that it guards is
+    right in every case, one predicate may decide for all.
+    """
+    return jnp.any(flags)
+
+
+@any_of.def_vmap
+def _any_of_the_batch(axis_size: int, in_batched: Any, flags: jax.Array) -> Any:
+    del axis_size, in_batched
+    return any_of(flags), False
+
+
+def clip_stats(
+    norms: jax.Array, scales: jax.Array, counts: jax.Array, finite: jax.Array
+) -> ClipStats:
+    """The figures of one batch, from arrays of shape [n]."""
+    kept = counts & finite
+    return ClipStats(
+        norms=norms,
+        scales=jnp.where(kept, scales, 0),
+        num_clipped=jnp.sum(kept & (scales < 1), dtype=jnp.int32),
+        num_nonfinite=jnp.sum(counts & ~finite, dtype=jnp.int32),
+    )
+
+
 def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
     """γ_k = min(1, τ_k / ‖g_k‖), shape [n]; 1 where the norm is 0 and where it is not finite.
 

@@ -41,7 +41,7 @@ class PerSampleClipState(NamedTuple):
     max_norm: jax.Array
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """What is known of each sample apart from its gradient, shape [n]."""
 
     taus: jax.Array
@@ -49,7 +49,7 @@ class _Batch(NamedTuple):
 
 
 def _clip_in_two_reads(
-    stack: Stack, batch: _Batch, squared_norms: jax.Array
+    stack: Stack, batch: Batch, squared_norms: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
     """Σ γ_k g_k where every squared norm can be told; anything else turns the sum into NaN."""
     norms = jnp.sqrt(squared_norms)
@@ -61,7 +61,7 @@ def _clip_in_two_reads(
 
 
 def _clip_with_care(
-    stack: Stack, batch: _Batch, squared_norms: jax.Array, on_nonfinite: OnNonfinite
+    stack: Stack, batch: Batch, squared_norms: jax.Array, on_nonfinite: OnNonfinite
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
     """Σ γ_k g_k without the masked and the dropped, each g_k brought to a scale of its own first.
 
@@ -91,31 +91,18 @@ def _smallest(squared_norms: jax.Array) -> float:
     return float(jnp.finfo(squared_norms.dtype).tiny) * 2.0**40
 
 
-@jax.custom_batching.custom_vmap
-def _any(flags: jax.Array) -> jax.Array:
-    return jnp.any(flags)
-
-
-@_any.def_vmap
-def _any_over_the_batch_too(axis_size: int, in_batched: Any, flags: jax.Array) -> Any:
-    # Under vmap a `lax.cond` whose predicate is batched runs both branches. The careful branch is
-    # right for every sample, so that one predicate may decide for all.
-    del axis_size, in_batched
-    return _any(flags), False
-
-
 def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
     """Whether some squared norm overflowed, is not finite, or is too small to be compared."""
     smallest = _smallest(squared_norms)
     too_small = (squared_norms < smallest) & (taus < smallest**0.5)
-    return _any(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
+    return clipping.any_of(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
 
 
 # Compiled on its own, so that un-jitted updates do not trace and compile the branches every time.
 @functools.partial(jax.jit, static_argnames=("axes", "masked", "on_nonfinite"))
-def _clip_and_sum(
+def clip_and_sum(
     leaves: list[jax.Array],
-    batch: _Batch,
+    batch: Batch,
     *,
     axes: tuple[int, ...],
     masked: bool,
@@ -133,13 +120,7 @@ def _clip_and_sum(
             lambda: _clip_in_two_reads(stack, batch, squared_norms),
         )
     kept = batch.counts & finite
-    stats = ClipStats(
-        norms=norms,
-        scales=jnp.where(kept, scales, 0),
-        num_clipped=jnp.sum(kept & (scales < 1), dtype=jnp.int32),
-        num_nonfinite=jnp.sum(batch.counts & ~finite, dtype=jnp.int32),
-    )
-    return sums, stats, kept
+    return sums, clipping.clip_stats(norms, scales, batch.counts, finite), kept
 
 
 def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
@@ -278,8 +259,8 @@ def per_sample_clip(
         taus = clipping.batch_thresholds(
             threshold, n, stacks.norm_dtype(stack.leaves), mask, positions
         )
-        batch = _Batch(taus, jnp.ones(n, bool) if mask is None else mask)
-        sums, stats, kept = _clip_and_sum(
+        batch = Batch(taus, jnp.ones(n, bool) if mask is None else mask)
+        sums, stats, kept = clip_and_sum(
             stack.leaves,
             batch,
             axes=stack.axes,

@@ -34,15 +34,20 @@ def growing(alpha: float, beta: float, n: int) -> np.ndarray:
     return alpha * np.arange(1, n + 1) ** (1 / beta)
 
 
-def assert_close(actual: Any, expected: Any, rtol: float) -> None:
-    """Every entry within `rtol` of its leaf's largest entry; NaN is never close to anything."""
+def assert_close(actual: Any, expected: Any, rtol: float, floor: float = 0.0) -> None:
+    """Every entry within `rtol` of its leaf's largest entry; NaN is never close to anything.
+
+    A leaf whose values vanish, but for rounding, is held against `floor` times the tree's largest
+    entry instead.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    wanted = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
+    assert all(np.isfinite(leaf).all() for leaf in wanted), "the expected values must be finite"
+    smallest = floor * max((np.abs(leaf).max(initial=0) for leaf in wanted), default=0)
+    for leaf, want in zip(jax.tree.leaves(actual), wanted, strict=True):
+        got = np.asarray(leaf, np.float64)
         assert got.shape == want.shape
-        assert np.isfinite(want).all(), "the expected values must be finite"
-        largest = np.abs(want).max(initial=0)
-        np.testing.assert_array_less(
-            np.abs(got - want), rtol * largest + np.finfo(np.float32).tiny, strict=False
-        )
+        scale = max(np.abs(want).max(initial=0), smallest)
+        allowed = rtol * scale + np.finfo(np.float32).tiny
+        np.testing.assert_array_less(np.abs(got - want), allowed, strict=False)
         assert np.isfinite(got).all()

@@ -1,0 +1,1 @@
+"""Per-sample norms and weighted sums of gradients from what enters and leaves each layer."""

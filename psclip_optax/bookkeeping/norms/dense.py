@@ -1,0 +1,152 @@
+"""dot_general: sample k's gradient is G = Lᵀ R for each of B blocks, L [T, a] and R [T, c].
+
+‖G‖² = Σ (L Lᵀ) ∘ (R Rᵀ), so that the cheaper of the two Gram matrices, T² (a + c), and of G
+itself, T a c, is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from psclip_optax.bookkeeping.sites import Site
+from psclip_optax.bookkeeping.views import aval
+
+
+class Form(NamedTuple):
+    """Which axes of the frame, in ascending order, are what to the product."""
+
+    blocks: tuple[int, ...]
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+
+
+class Factors(NamedTuple):
+    """left [n, B, T, a] and right [n, B, T, c]."""
+
+    left: jax.Array
+    right: jax.Array
+
+
+def supports(eqn: core.JaxprEqn, operand: int) -> bool:
+    del eqn, operand
+    return True
+
+
+class _Axes(NamedTuple):
+    """Axes of W, x and y in one order: blocks, contracted, free in x, free in W."""
+
+    w_blocks: list[int]
+    x_blocks: list[int]
+    y_blocks: list[int]
+    w_contracted: list[int]
+    x_contracted: list[int]
+    x_free: list[int]
+    y_x_free: list[int]
+    w_free: list[int]
+    y_w_free: list[int]
+
+
+def _axes(site: Site) -> _Axes:
+    contracted, blocks = site.eqn.params["dimension_numbers"]
+    w, x = site.operand, 1 - site.operand
+    by_frame = site.view.axes.__getitem__
+    w_contracted, x_contracted = _sorted_together(by_frame, contracted[w], contracted[x])
+    w_blocks, x_blocks, y_blocks = _sorted_together(
+        by_frame, blocks[w], blocks[x], range(len(blocks[w]))
+    )
+    x_free = _others(aval(site.eqn.invars[x]).ndim, contracted[x], blocks[x])
+    w_free = _others(aval(site.eqn.invars[w]).ndim, contracted[w], blocks[w])
+    first = len(blocks[w])
+    in_y = {x: x_free, w: w_free}
+    second = first + len(in_y[0])
+    starts = {0: first, 1: second}
+    y_x_free = [starts[x] + i for i in range(len(x_free))]
+    y_w_free = [starts[w] + i for i in range(len(w_free))]
+    w_free, y_w_free = _sorted_together(by_frame, w_free, y_w_free)
+    return _Axes(
+        w_blocks, x_blocks, y_blocks, w_contracted, x_contracted, x_free, y_x_free, w_free, y_w_free
+    )
+
+
+def _sorted_together(key: Any, first: Sequence[int], *others: Sequence[int]) -> list[list[int]]:
+    order = sorted(range(len(first)), key=lambda i: key(first[i]))
+    return [[axes[i] for i in order] for axes in (first, *others)]
+
+
+def _others(ndim: int, *taken: Sequence[int]) -> list[int]:
+    return [axis for axis in range(ndim) if not any(axis in axes for axes in taken)]
+
+
+def form(site: Site) -> Form:
+    axes, frame = _axes(site), site.view.axes
+    in_frame = lambda own: tuple(frame[axis] for axis in own)  # noqa: E731
+    return Form(in_frame(axes.w_blocks), in_frame(axes.w_contracted), in_frame(axes.w_free))
+
+
+def factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
+    """Both factors, in the order of `like`, which may take this site's left for its right."""
+    axes = _axes(site)
+    layered = [1 + i for i, is_layered in enumerate(site.layered) if is_layered]
+    steps = [1 + i for i, is_layered in enumerate(site.layered) if not is_layered]
+    offset = 1 + len(site.scans)
+
+    def arranged(array: jax.Array, blocks: list[int], rows: list[int], columns: list[int]) -> Any:
+        groups = [
+            [0],
+            layered + [offset + axis for axis in blocks],
+            steps + [offset + axis for axis in rows],
+            [offset + axis for axis in columns],
+        ]
+        shape = [math.prod(array.shape[axis] for axis in group) for group in groups]
+        return array.transpose([*itertools.chain(*groups)]).reshape(shape)
+
+    entering = arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)
+    leaving = arranged(dy, axes.y_blocks, axes.y_x_free, axes.y_w_free)
+    is_swapped = form(site).left != like.left
+    return Factors(leaving, entering) if is_swapped else Factors(entering, leaving)
+
+
+def may_join(one: Form, other: Form) -> bool:
+    """Whether the gradients of two sites in one frame are sums of the same products."""
+    return one.blocks == other.blocks and {one.left, one.right} == {other.left, other.right}
+
+
+def joined(parts: Sequence[Factors]) -> Factors:
+    """The factors of the sum of several sites' gradients: theirs, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    left, right = (jnp.concatenate(sides, axis=2) for sides in zip(*parts, strict=True))
+    return Factors(left, right)
+
+
+def squared_norms(factors: Factors, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """‖G_k‖² for each sample, [n], and G [n, B, a, c] where it was made on the way."""
+    left, right = factors
+    num_rows, a, c = left.shape[2], left.shape[3], right.shape[3]
+    if num_rows == 1:
+        squares = [jnp.sum(jnp.square(side.astype(dtype)), axis=(2, 3)) for side in factors]
+        return jnp.sum(squares[0] * squares[1], axis=1), None
+    if num_rows * (a + c) < a * c:
+        gram = _product(left, left, 3, dtype) * _product(right, right, 3, dtype)
+        return jnp.maximum(jnp.sum(gram, axis=(1, 2, 3)), 0), None
+    gradients = _product(left, right, 2, dtype)
+    return jnp.sum(jnp.square(gradients), axis=(1, 2, 3)), gradients
+
+
+def _product(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    # In full precision, for a norm that cancels is worth nothing: GPUs would multiply in TF32.
+    return lax.dot_general(
+        one,
+        other,
+        (((axis,), (axis,)), ((0, 1), (0, 1))),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )

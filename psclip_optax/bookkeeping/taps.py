@@ -1,0 +1,224 @@
+"""Run a loss with taps at its sites, whose cotangents tell what its gradient is there.
+
+A *tap* is an array of zeros added to what leaves a site: its cotangent is that of what leaves, and
+what enters is returned beside the loss. A *probe* is a zero whose cotangent is the squared norm of
+the gradient at its site, so that nothing need be kept. Equations without taps in them are run as
+they are: the user's own derivative rules, rematerialisation and control flow stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from psclip_optax.bookkeeping.sites import Site, inner_jaxpr, operate
+from psclip_optax.bookkeeping.views import Path, as_function
+
+Taps: TypeAlias = dict[Path, jax.Array]
+SquaredNorm: TypeAlias = Callable[[Site, jax.Array, jax.Array], jax.Array]
+
+
+class Action(NamedTuple):
+    """What is done at a site.
+
+    Attributes:
+      operand: which input of the site's equation is W.
+      zero: the array of zeros whose cotangent is wanted, with an axis for each scan around it.
+      run: from W, x and the zero of one step to y, and x where it is to be kept.
+    """
+
+    operand: int
+    zero: jax.Array
+    run: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array | None]]
+
+
+def tap(site: Site) -> Action:
+    """Keeps what enters a site, and makes the cotangent of what leaves it known."""
+    op = operate(site)
+    zero = jnp.zeros((*site.scans, *site.y_aval.shape), site.y_aval.dtype)
+    return Action(site.operand, zero, lambda w, x, zero: (op(w, x) + zero, x))
+
+
+def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
+    """Keeps nothing, and makes the squared norm of the gradient at a site known.
+
+    Args:
+      site: a site whose W is another in each step of each scan around it.
+      squared_norm: (site, x, dy) of one step, without a sample axis, to a scalar.
+      dtype: of that scalar.
+    """
+    op, one_step = operate(site), site._replace(scans=(), layered=())
+
+    @jax.custom_vjp
+    def run(w: Any, x: Any, zero: jax.Array) -> Any:
+        del zero
+        return op(w, x)
+
+    def forward(w: Any, x: Any, zero: jax.Array) -> Any:
+        del zero
+        return op(w, x), (w, x)
+
+    def backward(entered: Any, dy: jax.Array) -> Any:
+        w, x = entered
+        # W is a constant of the derivative that is taken, so that no one reads its cotangent.
+        return (
+            jnp.zeros_like(w),
+            _cotangent(lambda x: op(w, x), x, dy),
+            squared_norm(one_step, x, dy),
+        )
+
+    run.defvjp(forward, backward)
+    zero = jnp.zeros(site.scans, dtype)
+    return Action(site.operand, zero, lambda w, x, zero: (run(w, x, zero), None))
+
+
+def _cotangent(function: Callable[[Any], Any], x: Any, dy: jax.Array) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return np.zeros(x.shape, jax.dtypes.float0)
+    return jax.vjp(function, x)[1](dy)[0]
+
+
+def run_with(
+    closed: core.ClosedJaxpr,
+    inputs: Sequence[Any],
+    zeros: Taps,
+    actions: dict[Path, Action],
+) -> tuple[list[Any], Taps]:
+    """The outputs of a jaxpr, and what entered the sites whose actions keep it.
+
+    Args:
+      closed: the jaxpr.
+      inputs: its inputs.
+      zeros: each action's array of zeros.
+      actions: what to do at each site.
+    """
+    return _Runner(actions).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
+
+
+class _Stretch:
+    """Successive equations without taps, run as one jaxpr."""
+
+    def __init__(self, eqns: Sequence[core.JaxprEqn], needed_later: set[core.Var]):
+        made = {var for eqn in eqns for var in eqn.outvars}
+        read = (var for eqn in eqns for var in eqn.invars if not isinstance(var, core.Literal))
+        self.inputs = list(dict.fromkeys(var for var in read if var not in made))
+        self.outputs = [var for eqn in eqns for var in eqn.outvars if var in needed_later]
+        self.run = as_function(eqns, self.inputs, self.outputs)
+
+
+def _stretches(jaxpr: core.Jaxpr, tapped: list[int]) -> Iterator[tuple[int, Any]]:
+    """The equations in order: those with taps, and what lies between two of them as one."""
+    needed: set[Any] = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+    parts: list[tuple[int, Any]] = []
+    stop = len(jaxpr.eqns)
+    for i in [*reversed(tapped), -1]:
+        between = jaxpr.eqns[i + 1 : stop]
+        if between:
+            parts.append((i + 1, _Stretch(between, set(needed))))
+            needed |= set(parts[-1][1].inputs)
+        if i >= 0:
+            eqn = jaxpr.eqns[i]
+            parts.append((i, eqn))
+            needed |= {var for var in eqn.invars if not isinstance(var, core.Literal)}
+        stop = i
+    return reversed(parts)
+
+
+class _Runner(NamedTuple):
+    actions: dict[Path, Action]
+
+    def jaxpr(
+        self,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        inputs: Sequence[Any],
+        taps: Taps,
+        path: Path,
+    ) -> tuple[list[Any], Taps]:
+        values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+        entered: Taps = {}
+        tapped = sorted({p[len(path)] for p in taps})
+        for i, stretch in _stretches(jaxpr, tapped):
+            if isinstance(stretch, _Stretch):
+                outs = stretch.run(*map(read, stretch.inputs))
+                values.update(zip(stretch.outputs, outs, strict=True))
+                continue
+            here = (*path, i)
+            own = {p: tap for p, tap in taps.items() if p[: len(here)] == here}
+            outs, new = self.eqn(stretch, [read(atom) for atom in stretch.invars], own, here)
+            values.update(zip(stretch.outvars, outs, strict=True))
+            entered |= new
+        return [read(atom) for atom in jaxpr.outvars], entered
+
+    def eqn(
+        self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
+    ) -> tuple[list[Any], Taps]:
+        if path not in taps:
+            return _NESTED[eqn.primitive.name](self, eqn, inputs, taps, path)
+        action = self.actions[path]
+        w, x = inputs[action.operand], inputs[1 - action.operand]
+        y, kept = action.run(w, x, taps[path])
+        return [y], {} if kept is None else {path: kept}
+
+    def call(
+        self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
+    ) -> tuple[list[Any], Taps]:
+        jaxpr, consts = inner_jaxpr(eqn)
+        return self.jaxpr(jaxpr, consts, inputs, taps, path)
+
+    def checkpoint(
+        self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
+    ) -> tuple[list[Any], Taps]:
+        policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+
+        def call(inputs: list[Any], taps: Taps) -> tuple[list[Any], Taps]:
+            return self.call(eqn, inputs, taps, path)
+
+        return jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(inputs, taps)
+
+    def scan(
+        self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
+    ) -> tuple[list[Any], Taps]:
+        params = eqn.params
+        num_consts, num_carry, body = params["num_consts"], params["num_carry"], params["jaxpr"]
+        consts = inputs[:num_consts]
+        init, xs = inputs[num_consts:][:num_carry], inputs[num_consts:][num_carry:]
+
+        def step(carry: list[Any], xs_and_taps: tuple[list[Any], Taps]) -> Any:
+            xs, taps = xs_and_taps
+            operands = [*consts, *carry, *xs]
+            outs, entered = self.jaxpr(body.jaxpr, body.consts, operands, taps, path)
+            return outs[:num_carry], (outs[num_carry:], entered)
+
+        carry, (ys, entered) = lax.scan(
+            step,
+            init,
+            (xs, taps),
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        return [*carry, *ys], entered
+
+
+_Nested = Callable[[_Runner, core.JaxprEqn, list[Any], Taps, Path], tuple[list[Any], Taps]]
+_NESTED: dict[str, _Nested] = {
+    "scan": _Runner.scan,
+    "checkpoint": _Runner.checkpoint,
+    "remat2": _Runner.checkpoint,
+    "remat": _Runner.checkpoint,
+    "jit": _Runner.call,
+    "pjit": _Runner.call,
+    "closed_call": _Runner.call,
+}

@@ -1,0 +1,180 @@
+"""Views: how the entries of a variable lie in those of a parameter.
+
+A view is a chain of operations that move a parameter's entries without changing them (reshape,
+transpose, slice, cast), so that norms of gradients are the same on both sides of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+Path: TypeAlias = tuple[int, ...]
+
+
+def aval(atom: Any) -> Any:
+    """The shape and dtype of a variable or literal."""
+    return atom.aval
+
+
+class Layer(NamedTuple):
+    """The step of a view that takes one layer of stacked parameters, in the scan at `path`."""
+
+    path: Path
+
+
+class Equation(NamedTuple):
+    """The step of a view that an equation with one input is, to one of its outputs."""
+
+    eqn: core.JaxprEqn
+    output: core.Var
+
+
+Step: TypeAlias = "Equation | Layer"
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How a variable's entries lie in those of a parameter.
+
+    Attributes:
+      leaf: which parameter.
+      steps: the equations from the parameter to the variable, in order.
+      frame: the same without transpositions, as values that compare equal where the entries agree.
+      axes: for each axis of the variable, the axis of the frame that it is.
+    """
+
+    leaf: int
+    steps: tuple[Step, ...]
+    frame: tuple[Any, ...]
+    axes: tuple[int, ...]
+
+
+def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
+    """The views that the outputs of an equation on a view are; None where they are none."""
+    if view is None or len(eqn.invars) != 1:
+        return None
+    rule = _VIEW_RULES.get(eqn.primitive.name)
+    return None if rule is None else rule(eqn, view)
+
+
+def _moved(eqn: core.JaxprEqn, view: View, axes: tuple[int, ...]) -> list[View]:
+    steps = (*view.steps, Equation(eqn, eqn.outvars[0]))
+    return [dataclasses.replace(view, steps=steps, axes=axes)]
+
+
+def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> View:
+    """A view whose axes are no longer those of the frame, so that it begins a new one."""
+    frame = (*view.frame, (view.axes, *what))
+    steps = (*view.steps, Equation(eqn, output))
+    return View(view.leaf, steps, frame, tuple(range(aval(output).ndim)))
+
+
+def _cast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
+    is_real = jnp.issubdtype(aval(eqn.outvars[0]).dtype, jnp.floating)
+    return _moved(eqn, view, view.axes) if is_real else None
+
+
+def _transposed(eqn: core.JaxprEqn, view: View) -> list[View]:
+    return _moved(eqn, view, tuple(view.axes[axis] for axis in eqn.params["permutation"]))
+
+
+def _reshaped(eqn: core.JaxprEqn, view: View) -> list[View]:
+    return [_reframed(eqn, eqn.outvars[0], view, "reshape", aval(eqn.outvars[0]).shape)]
+
+
+def _broadcast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
+    repeats_entries = aval(eqn.outvars[0]).size != aval(eqn.invars[0]).size
+    return None if repeats_entries else _reshaped(eqn, view)
+
+
+def _sliced(eqn: core.JaxprEqn, view: View) -> list[View]:
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    return [
+        _reframed(
+            eqn,
+            eqn.outvars[0],
+            view,
+            "box",
+            tuple(zip(start, limit, strict=True)),
+            eqn.params["strides"],
+        )
+    ]
+
+
+def _split(eqn: core.JaxprEqn, view: View) -> list[View]:
+    axis, shape = eqn.params["axis"], aval(eqn.invars[0]).shape
+    bounds = np.cumsum([0, *eqn.params["sizes"]]).tolist()
+    views = []
+    for output, interval in zip(eqn.outvars, itertools.pairwise(bounds), strict=True):
+        box = tuple(interval if a == axis else (0, size) for a, size in enumerate(shape))
+        views.append(_reframed(eqn, output, view, "box", box, None))
+    return views
+
+
+_VIEW_RULES: dict[str, Callable[[Any, View], list[View] | None]] = {
+    "convert_element_type": _cast,
+    "transpose": _transposed,
+    "reshape": _reshaped,
+    "squeeze": _reshaped,
+    "expand_dims": _reshaped,
+    "broadcast_in_dim": _broadcast,
+    "slice": _sliced,
+    "split": _split,
+}
+
+
+def are_disjoint(one: View, other: View) -> bool:
+    """Whether two views are known to share no entry of their parameter."""
+    for mine, theirs in zip(one.frame, other.frame, strict=False):
+        if mine == theirs:
+            continue
+        same_axes = mine[0] == theirs[0] and mine[1] == theirs[1] == "box"
+        return same_axes and any(
+            a_stop <= b_start or b_stop <= a_start
+            for (a_start, a_stop), (b_start, b_stop) in zip(mine[2], theirs[2], strict=True)
+        )
+    return False
+
+
+def layer_of(view: View, path: Path) -> View | None:
+    """One layer of stacked parameters, in the scan at `path`."""
+    if not view.axes or view.axes[0] != 0:
+        # A layer along an axis that was moved there; rare, and its frame would need a name.
+        return None
+    axes = tuple(axis - 1 for axis in view.axes[1:])
+    frame = (*view.frame, ("layer", path))
+    return View(view.leaf, (*view.steps, Layer(path)), frame, axes)
+
+
+def as_function(
+    eqns: Sequence[core.JaxprEqn], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> Callable[..., list[Any]]:
+    """Equations as a function of some of their variables, run as JAX itself runs a jaxpr."""
+    empty = jax.make_jaxpr(lambda: ())().jaxpr
+    jaxpr = empty.replace(invars=list(inputs), outvars=list(outputs), eqns=list(eqns))
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+
+def segments(view: View) -> list[list[Equation]]:
+    """A view's equations, parted where it takes one layer."""
+    segments: list[list[Equation]] = [[]]
+    for step in view.steps:
+        segments.append([]) if isinstance(step, Layer) else segments[-1].append(step)
+    return segments
+
+
+def after(steps: list[Equation], function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def whole(value: Any, x: Any) -> Any:
+        for step in steps:
+            (value,) = as_function([step.eqn], step.eqn.invars, [step.output])(value)
+        return function(value, x)
+
+    return whole

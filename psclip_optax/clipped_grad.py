@@ -1,0 +1,302 @@
+"""clipped_value_and_grad: the clipped mean gradient from the loss itself, nothing stacked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from psclip_optax import clipping, stacks
+from psclip_optax.bookkeeping.calls import Call, take_apart, trace
+from psclip_optax.bookkeeping.explain import Plan, explained, kept_bytes
+from psclip_optax.bookkeeping.passes import MODES, Problem, Result, Samples, in_slices
+from psclip_optax.bookkeeping.plan import plan_leaves
+from psclip_optax.clipping import ClipStats, OnNonfinite
+from psclip_optax.thresholds import Threshold, as_threshold
+
+Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
+
+
+class _Settings(NamedTuple):
+    """The arguments of `clipped_value_and_grad` but the loss and its threshold."""
+
+    has_aux: bool
+    in_axes: Any
+    keep_batch_dim: bool
+    microbatch_size: int | None
+    mode: Mode
+    on_nonfinite: OnNonfinite
+    axis_name: Any
+    spmd_axis_name: Any
+    memory_limit_bytes: int | None
+
+
+def clipped_value_and_grad(
+    loss: Callable[..., Any],
+    threshold: Threshold | jax.typing.ArrayLike,
+    *,
+    has_aux: bool = False,
+    in_axes: Any = 0,
+    keep_batch_dim: bool = False,
+    microbatch_size: int | None = None,
+    mode: Mode = "auto",
+    on_nonfinite: OnNonfinite = "drop",
+    axis_name: Any = None,
+    spmd_axis_name: Any = None,
+    return_stats: bool = False,
+    memory_limit_bytes: int | None = None,
+) -> Callable[..., Any]:
+    r"""Value and clipped mean gradient of a per-sample loss, without stacked gradients.
+
+    Gives the same numbers as :func:`jax.vmap` of :func:`jax.value_and_grad` followed by
+    :func:`psc.per_sample_clip <psclip_optax.per_sample_clip>`,
+
+    .. math:: g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)
+
+    but takes the norms from what enters and leaves each place where a parameter meets data in an
+    operation linear in it (a product, a convolution, a look-up), and the sum from one plain
+    backward pass with weighted cotangents. Any traceable loss will do: parameters that are used in
+    other ways take an exact fallback, each for itself.
+
+    Args:
+      loss: ``loss(params, *example)``, a real scalar for ONE example.
+      threshold: the largest norm τ_k of the sample at the 1-based position k: a number, a threshold
+        such as ``psc.growing_threshold``, or any callable from positions [n] to norms [n].
+      has_aux: whether the loss returns ``(loss, aux)``.
+      in_axes: where the samples lie in each argument after ``params``: an int, None for what all
+        share, or a tuple of them (or of tree prefixes), one for each argument.
+      keep_batch_dim: leave an axis of size 1 where ``in_axes`` points, so that a loss written for
+        batches is used unchanged.
+      microbatch_size: work through the batch in slices of at most this many samples; changes the
+        memory, not the result.
+      mode: "one_pass" is the fastest; "two_pass" takes the memory of a plain gradient and a second
+        backward pass; "vmap" stacks gradients, for reference; "auto" is "one_pass" if what it keeps
+        fits into ``memory_limit_bytes``, else "two_pass".
+      on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
+        it; it keeps its position and its share in N. "propagate" lets it through.
+      axis_name: under ``jax.shard_map``, the mesh axis (or axes) over which the batch is sharded:
+        positions run on over the devices, and value, gradients and counts are of the whole batch.
+      spmd_axis_name: passed to :func:`jax.vmap`, for sharding constraints inside the loss.
+      return_stats: whether to return a ``psc.ClipStats`` as well.
+      memory_limit_bytes: for "auto"; by default what the device has, where it tells.
+
+    Returns:
+      ``f(params, *batch, sample_mask=None, positions=None, threshold=None)``, which returns
+      ``(value, grads)``, or ``((value, aux), grads)`` with aux stacked on axis 0, and with
+      ``return_stats`` the figures as a third item. The value is the mean loss over the samples that
+      count and are finite. ``sample_mask``, bool [n], is False for padding: no position, no weight,
+      no share in N. ``positions``, int [n], replaces 1, 2, …. ``threshold`` replaces the one given
+      here, for schedules without a recompile. ``f.explain(params, *batch)`` tells the route that
+      each parameter's gradient takes, what it costs, and why.
+
+    Raises:
+      TypeError: the loss is not a real scalar, or a parameter is not real floating-point.
+      ValueError: an option is out of range, batch arguments do not have the same number of
+        samples, or the loss has effects.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import psclip_optax as psc
+      >>> loss = lambda w, x: jnp.dot(w, x)
+      >>> f = psc.clipped_value_and_grad(loss, psc.growing_threshold(alpha=1.0, beta=2.0))
+      >>> value, grads = f(jnp.ones(2), jnp.array([[0.5, 0.0], [0.0, 100.0]]))
+      >>> print(value, grads.round(3))
+      50.25 [0.25  0.707]
+
+    References:
+      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
+      <https://arxiv.org/abs/2605.02701>`_, 2026 (the estimator).
+
+      Bu et al., `Differentially Private Optimization on Large Model at Small Cost
+      <https://arxiv.org/abs/2210.00038>`_, 2023 (book-keeping, for a list of layers).
+
+      Rochette, Manoel and Tramel, `Efficient Per-Example Gradient Computations in Convolutional
+      Neural Networks <https://arxiv.org/abs/1912.06015>`_, 2019 (the convolution's gradient).
+    """
+    settings = _Settings(
+        has_aux=has_aux,
+        in_axes=in_axes,
+        keep_batch_dim=keep_batch_dim,
+        microbatch_size=_checked_size("microbatch_size", microbatch_size),
+        mode=_checked_mode(mode),
+        on_nonfinite=on_nonfinite,
+        axis_name=axis_name,
+        spmd_axis_name=spmd_axis_name,
+        memory_limit_bytes=_checked_size("memory_limit_bytes", memory_limit_bytes),
+    )
+    clipping.check_on_nonfinite(on_nonfinite)
+    default_threshold = as_threshold(threshold)
+
+    def value_and_grad(
+        params: Any,
+        *batch: Any,
+        sample_mask: Any = None,
+        positions: Any = None,
+        threshold: Any = None,
+    ) -> Any:
+        call = _call(loss, params, batch, settings)
+        rule = default_threshold if threshold is None else as_threshold(threshold)
+        samples = _samples(call, rule, sample_mask, positions, settings)
+        problem = _problem(call, settings)
+        mode = _chosen_mode(problem, call, settings)
+        run = functools.partial(MODES[mode], problem, call.params)
+        result = in_slices(run, samples, settings.microbatch_size)
+        value, grads, stats = _packed(result, call, samples.counts, settings)
+        return (value, grads, stats) if return_stats else (value, grads)
+
+    def explain(params: Any, *batch: Any) -> Plan:
+        call = _call(loss, params, batch, settings)
+        problem = _problem(call, settings)
+        num_samples = min(call.num_samples, settings.microbatch_size or call.num_samples)
+        mode = _chosen_mode(problem, call, settings)
+        return explained(problem.plans, params, num_samples, mode, problem.dtype)
+
+    value_and_grad.explain = explain  # pyright: ignore[reportFunctionMemberAccess]
+    return value_and_grad
+
+
+def clipped_grad(
+    loss: Callable[..., Any], threshold: Threshold | jax.typing.ArrayLike, **options: Any
+) -> Callable[..., Any]:
+    """Clipped mean gradient of a per-sample loss: :func:`clipped_value_and_grad` without the value.
+
+    Args:
+      loss: ``loss(params, *example)``, a real scalar for ONE example.
+      threshold: as for :func:`clipped_value_and_grad`.
+      **options: as for :func:`clipped_value_and_grad`.
+
+    Returns:
+      ``f(params, *batch, sample_mask=None, positions=None, threshold=None)``, which returns the
+      gradients; with ``has_aux`` ``(grads, aux)``; with ``return_stats`` the figures come last.
+
+    Raises:
+      TypeError: as :func:`clipped_value_and_grad` does.
+      ValueError: as :func:`clipped_value_and_grad` does.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import psclip_optax as psc
+      >>> f = psc.clipped_grad(lambda w, x: jnp.dot(w, x), threshold=1.0)
+      >>> print(f(jnp.ones(2), jnp.array([[0.5, 0.0], [0.0, 100.0]])))
+      [0.25 0.5 ]
+
+    References:
+      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
+      <https://arxiv.org/abs/2605.02701>`_, 2026.
+    """
+    value_and_grad = clipped_value_and_grad(loss, threshold, **options)
+    has_aux = options.get("has_aux", False)
+
+    def grad(params: Any, *batch: Any, **keywords: Any) -> Any:
+        value, grads, *stats = value_and_grad(params, *batch, **keywords)
+        results = [grads, *([value[1]] if has_aux else []), *stats]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    grad.explain = value_and_grad.explain  # pyright: ignore[reportFunctionMemberAccess]
+    return grad
+
+
+def _call(loss: Any, params: Any, batch: tuple[Any, ...], settings: _Settings) -> Call:
+    return take_apart(
+        loss,
+        params,
+        batch,
+        in_axes=settings.in_axes,
+        has_aux=settings.has_aux,
+        keep_batch_dim=settings.keep_batch_dim,
+        axis_name=settings.axis_name,
+    )
+
+
+def _checked_size(name: str, size: int | None) -> int | None:
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"{name} is a positive int or None, got {size!r}")
+    return size
+
+
+def _checked_mode(mode: str) -> Any:
+    if mode != "auto" and mode not in MODES:
+        known = ", ".join(map(repr, ["auto", *MODES]))
+        raise ValueError(f"mode is one of {known}, got {mode!r}")
+    return mode
+
+
+def _samples(
+    call: Call, threshold: Threshold, sample_mask: Any, positions: Any, settings: _Settings
+) -> Samples:
+    n, dtype = call.num_samples, stacks.norm_dtype(call.params)
+    mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
+    counts = jnp.ones(n, bool) if mask is None else mask
+    if positions is not None:
+        positions = clipping.check_positions(positions, n)
+    elif settings.axis_name is not None:
+        before = _counts_before(jnp.sum(counts), settings.axis_name)
+        positions = before + clipping.batch_positions(n, mask)
+    taus = clipping.batch_thresholds(threshold, n, dtype, mask, positions)
+    return Samples(call.examples, taus, counts)
+
+
+def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
+    """How many samples count on the devices before this one."""
+    numbers = lax.all_gather(number, axis_name)
+    return jnp.sum(jnp.where(jnp.arange(numbers.size) < lax.axis_index(axis_name), numbers, 0))
+
+
+def _problem(call: Call, settings: _Settings) -> Problem:
+    closed = trace(call)
+    return Problem(
+        closed,
+        plan_leaves(closed, len(call.params)),
+        settings.on_nonfinite,
+        stacks.norm_dtype(call.params),
+        settings.spmd_axis_name,
+    )
+
+
+def _chosen_mode(problem: Problem, call: Call, settings: _Settings) -> str:
+    if settings.mode != "auto":
+        return settings.mode
+    limit = settings.memory_limit_bytes or _device_memory()
+    n = min(call.num_samples, settings.microbatch_size or call.num_samples)
+    kept = sum(
+        kept_bytes(plan, leaf, n) for plan, leaf in zip(problem.plans, call.params, strict=True)
+    )
+    return "one_pass" if limit is None or kept <= limit else "two_pass"
+
+
+def _device_memory() -> int | None:
+    statistics = jax.local_devices()[0].memory_stats()
+    return (statistics or {}).get("bytes_limit")
+
+
+def _packed(
+    result: Result, call: Call, counts: jax.Array, settings: _Settings
+) -> tuple[Any, Any, ClipStats]:
+    losses, *aux = result.outs
+    averaged = counts & result.finite if settings.on_nonfinite == "drop" else counts
+    stats = clipping.clip_stats(result.norms, result.scales, counts, result.finite)
+    total_loss = jnp.sum(jnp.where(averaged, losses, 0))
+    totals = (
+        result.sums,
+        total_loss,
+        jnp.sum(averaged),
+        jnp.sum(counts),
+        (stats.num_clipped, stats.num_nonfinite),
+    )
+    if settings.axis_name is not None:
+        totals = lax.psum(totals, settings.axis_name)
+    sums, total_loss, num_averaged, number, (num_clipped, num_nonfinite) = totals
+    grads = [_divided(total, number, leaf) for total, leaf in zip(sums, call.params, strict=True)]
+    value = _divided(total_loss, num_averaged, losses)
+    value = (value, call.aux_treedef().unflatten(aux)) if settings.has_aux else value
+    stats = stats._replace(num_clipped=num_clipped, num_nonfinite=num_nonfinite)
+    return value, call.treedef.unflatten(grads), stats
+
+
+def _divided(total: jax.Array, number: jax.Array, like: Any) -> jax.Array:
+    wide = stacks.norm_dtype([total])
+    return (total.astype(wide) / jnp.maximum(number, 1).astype(wide)).astype(jnp.result_type(like))
