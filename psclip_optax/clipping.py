@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from psclip_optax.thresholds import Threshold, thresholds_at
 
@@ -105,6 +106,42 @@ def clip_stats(
         num_clipped=jnp.sum(kept & (scales < 1), dtype=jnp.int32),
         num_nonfinite=jnp.sum(counts & ~finite, dtype=jnp.int32),
     )
+
+
+class BatchFigures(NamedTuple):
+    """One batch in a few scalars; means, medians and maxima over the samples that are kept."""
+
+    num_samples: jax.Array
+    num_clipped: jax.Array
+    num_nonfinite: jax.Array
+    mean_scale: jax.Array
+    median_norm: jax.Array
+    max_norm: jax.Array
+
+
+def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> BatchFigures:
+    """The figures of a batch; `counts` is False for padding, `kept` for dropped samples too."""
+    stats = jax.tree.map(lax.stop_gradient, stats)
+    num_samples = jnp.sum(counts, dtype=jnp.int32)
+    return BatchFigures(
+        num_samples=num_samples,
+        num_clipped=stats.num_clipped,
+        num_nonfinite=stats.num_nonfinite,
+        mean_scale=jnp.sum(stats.scales) / jnp.maximum(num_samples - stats.num_nonfinite, 1),
+        median_norm=_median(stats.norms, kept),
+        max_norm=jnp.max(stats.norms, where=kept, initial=0),
+    )
+
+
+def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
+    """The median of the values that count; 0 when there is none."""
+    if not values.size:
+        return jnp.zeros((), values.dtype)
+    number = jnp.sum(counts)
+    ordered = jnp.sort(jnp.where(counts, values, jnp.inf))
+    low = ordered[jnp.maximum(number - 1, 0) // 2]
+    high = ordered[jnp.minimum(number // 2, values.size - 1)]
+    return jnp.where(number > 0, low / 2 + high / 2, 0)
 
 
 def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from psclip_optax import clipping, stacks
-from psclip_optax.clipping import ClipStats, OnNonfinite
+from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import Threshold, as_threshold
 
@@ -123,32 +123,10 @@ def clip_and_sum(
     return sums, clipping.clip_stats(norms, scales, batch.counts, finite), kept
 
 
-def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """The median of the values that count; 0 when there is none."""
-    if not values.size:
-        return jnp.zeros((), values.dtype)
-    number = jnp.sum(counts)
-    ordered = jnp.sort(jnp.where(counts, values, jnp.inf))
-    low = ordered[jnp.maximum(number - 1, 0) // 2]
-    high = ordered[jnp.minimum(number // 2, values.size - 1)]
-    return jnp.where(number > 0, low / 2 + high / 2, 0)
-
-
-def _next_state(
-    state: PerSampleClipState, stats: ClipStats, counts: jax.Array, kept: jax.Array
-) -> PerSampleClipState:
-    stats = jax.tree.map(lax.stop_gradient, stats)
-    num_samples = jnp.sum(counts, dtype=jnp.int32)
-    num_kept = jnp.maximum(num_samples - stats.num_nonfinite, 1)
-    return PerSampleClipState(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        num_samples=num_samples,
-        num_clipped=stats.num_clipped,
-        num_nonfinite=stats.num_nonfinite,
-        mean_scale=(jnp.sum(stats.scales) / num_kept).astype(state.mean_scale.dtype),
-        median_norm=_median(stats.norms, kept).astype(state.median_norm.dtype),
-        max_norm=jnp.max(stats.norms, where=kept, initial=0).astype(state.max_norm.dtype),
-    )
+def _next_state(state: PerSampleClipState, figures: BatchFigures) -> PerSampleClipState:
+    count = jnp.asarray(optax.safe_increment(state.count))
+    cast = [new.astype(old.dtype) for new, old in zip(figures, state[1:], strict=True)]
+    return PerSampleClipState(count, *cast)
 
 
 def _check_sample_axis(sample_axis: Any) -> int:
@@ -267,7 +245,7 @@ def per_sample_clip(
             masked=mask is not None,
             on_nonfinite=on_nonfinite,
         )
-        state = _next_state(state, stats, batch.counts, kept)
+        state = _next_state(state, clipping.batch_figures(stats, batch.counts, kept))
         divisor = jnp.maximum(state.num_samples, 1)
         means = [
             (total / divisor.astype(total.dtype)).astype(leaf.dtype)

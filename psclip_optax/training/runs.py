@@ -36,6 +36,7 @@ from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.methods import (
     METHODS,
     Hyperparams,
+    build_gradients,
     build_optimizer,
     gradient_figures,
     learning_rate_of,
@@ -137,14 +138,13 @@ def build_trainer(
       >>> int(state.step), int(metrics["num_samples"])
       (1, 64)
     """
-    method = METHODS[name]
     schedule = learning_rate_schedule(config.schedule, num_steps)
     tx = build_optimizer(
         name, Hyperparams(0.0, 0.0, 1.0), momentum=config.momentum, schedule=schedule
     )
     has_dropout = config.dropout > 0
     loss = classification_loss(model, dropout=has_dropout)
-    update = linen_train_step(loss, gradients=method.gradients, has_aux=True)
+    update = linen_train_step(loss, has_aux=True, **build_gradients(name, config.engine))
 
     def init(seed: int, hyperparams: Hyperparams) -> TrainState:
         params = _initial_params(jax.random.key(seed), model, dataset.image_shape)

@@ -16,10 +16,12 @@ import optax
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from psclip_optax.clipping import check_positions, check_sample_mask
+from psclip_optax.clipped_grad import Mode, clipped_value_and_grad
+from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
+from psclip_optax.thresholds import Threshold
 from psclip_optax.transforms import PerSampleClipState
 
-Gradients: TypeAlias = Literal["per_sample", "mean"]
+Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]
 Metrics: TypeAlias = dict[str, Any]
 _Loss: TypeAlias = Callable[..., Any]
 
@@ -32,27 +34,43 @@ class _Batch(NamedTuple):
     positions: jax.Array | None
 
 
+class _Computed(NamedTuple):
+    """Gradients for the optimizer, and what there is to log.
+
+    Attributes:
+      logs: what the loss logged, stacked [n].
+      gradients: stacked [n, …], or of the parameters' own shapes.
+      extra_args: further arguments of the optimizer's update.
+      figures: of the clipping, where it is done already.
+    """
+
+    logs: Metrics
+    gradients: Any
+    extra_args: dict[str, Any]
+    figures: Metrics
+
+
 class _Gradients(NamedTuple):
     """One way from a loss to gradients.
 
     Attributes:
-      compute: (logged loss, params, batch) → what the loss logged, stacked [n]; the gradients; and
-        further arguments of the optimizer's update.
+      compute: (logged loss, params, batch, state of the optimizer) → gradients.
       stacked: Whether the gradients still have their sample axis, for per_sample_clip to take.
     """
 
-    compute: Callable[[_Loss, Any, _Batch], tuple[Metrics, Any, dict[str, Any]]]
+    compute: Callable[[_Loss, Any, _Batch, Any], _Computed]
     stacked: bool
 
 
-def _per_sample_gradients(
-    loss: _Loss, params: Any, batch: _Batch
-) -> tuple[Metrics, Any, dict[str, Any]]:
+def _per_sample_gradients(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
+    del opt_state
     gradients, logs = _over_samples(jax.grad(loss, has_aux=True), params, batch.examples)
-    return logs, gradients, {"sample_mask": batch.sample_mask, "positions": batch.positions}
+    extra_args = {"sample_mask": batch.sample_mask, "positions": batch.positions}
+    return _Computed(logs, gradients, extra_args, {})
 
 
-def _mean_gradients(loss: _Loss, params: Any, batch: _Batch) -> tuple[Metrics, Any, dict[str, Any]]:
+def _mean_gradients(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
+    del opt_state
     examples = _with_samples_for_padding(batch)
 
     def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
@@ -61,7 +79,22 @@ def _mean_gradients(loss: _Loss, params: Any, batch: _Batch) -> tuple[Metrics, A
         return _sum(losses, counts) / _at_least_one(counts), logs
 
     gradients, logs = jax.grad(mean_loss, has_aux=True)(params)
-    return logs, gradients, {}
+    return _Computed(logs, gradients, {}, {})
+
+
+def _clipped_gradients(threshold_from: Callable[[Any], Any], mode: Mode) -> _Gradients:
+    def compute(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
+        value_and_grad = clipped_value_and_grad(
+            loss, threshold_from(opt_state), has_aux=True, mode=mode, return_stats=True
+        )
+        (_, logs), gradients, stats = value_and_grad(
+            params, *batch.examples, sample_mask=batch.sample_mask, positions=batch.positions
+        )
+        counts = _counts(stats.norms, batch.sample_mask)
+        figures = batch_figures(stats, counts, counts & jnp.isfinite(stats.norms))
+        return _Computed(logs, gradients, {}, figures._asdict())
+
+    return _Gradients(compute, stacked=False)
 
 
 _GRADIENTS = {
@@ -70,10 +103,23 @@ _GRADIENTS = {
 }
 
 
-def _named_gradients(name: str) -> _Gradients:
-    if name not in _GRADIENTS:
-        raise ValueError(f"gradients is one of {', '.join(map(repr, _GRADIENTS))}, got {name!r}")
-    return _GRADIENTS[name]
+def _chosen_gradients(
+    name: str | None, threshold: Any, threshold_from: Callable[[Any], Any] | None, mode: Mode
+) -> _Gradients:
+    known = ", ".join(map(repr, [*_GRADIENTS, "clipped"]))
+    has_threshold = threshold is not None or threshold_from is not None
+    name = name or ("clipped" if has_threshold else "per_sample")
+    if name not in (*_GRADIENTS, "clipped"):
+        raise ValueError(f"gradients is one of {known}, got {name!r}")
+    if has_threshold != (name == "clipped") or None not in (threshold, threshold_from):
+        raise ValueError(
+            'gradients="clipped" takes one of threshold and threshold_from, the others take none, '
+            f"got gradients={name!r}, {threshold=}, {threshold_from=}; per_sample_clip has its "
+            "threshold in the optimizer"
+        )
+    if name != "clipped":
+        return _GRADIENTS[name]
+    return _clipped_gradients(threshold_from or (lambda _: threshold), mode)
 
 
 def _over_samples(function: _Loss, params: Any, examples: tuple[Any, ...]) -> Any:
@@ -179,25 +225,30 @@ def _check_optimizer(opt_state: Any, stacked: bool) -> None:
         )
     if not stacked and number:
         raise ValueError(
-            'gradients="mean" gives the optimizer gradients of the parameters\' own shapes, but '
-            "its per_sample_clip would take their first axis for samples. Write "
+            'gradients="mean" and "clipped" give the optimizer gradients of the parameters\' own '
+            "shapes, but its per_sample_clip would take their first axis for samples. Write "
             'gradients="per_sample", or leave per_sample_clip out of the optimizer'
         )
 
 
-def _clip_metrics(opt_state: Any) -> Metrics:
+def _metrics(computed: _Computed, batch: _Batch, opt_state: Any) -> Metrics:
     states = _clip_states(opt_state)
-    if not states:
-        return {}
-    figures = states[0]._asdict()
-    del figures["count"]
-    return figures | {
-        "clipped_share": figures["num_clipped"] / jnp.maximum(figures["num_samples"], 1)
-    }
+    figures = states[0]._asdict() if states else computed.figures
+    figures = {name: value for name, value in figures.items() if name != "count"}
+    if figures:
+        share = figures["num_clipped"] / jnp.maximum(figures["num_samples"], 1)
+        figures["clipped_share"] = share
+    return _mean_logs(computed.logs, batch.sample_mask) | figures
 
 
 def linen_train_step(
-    loss: Callable[..., Any], *, gradients: Gradients = "per_sample", has_aux: bool = False
+    loss: Callable[..., Any],
+    *,
+    gradients: Gradients | None = None,
+    has_aux: bool = False,
+    threshold: Threshold | jax.typing.ArrayLike | None = None,
+    threshold_from: Callable[[Any], Threshold | jax.typing.ArrayLike] | None = None,
+    mode: Mode = "auto",
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds a jitted train step over Flax's `TrainState`.
 
@@ -206,23 +257,30 @@ def linen_train_step(
 
     Args:
       loss: `loss(params, *example)`, a scalar for one example; map no batch axis over it.
-      gradients: "per_sample" gives `state.tx` the stacked gradients [n, …] and the mask and
-        positions; its first link is :func:`psclip_optax.per_sample_clip`. "mean" gives any Optax
-        optimizer the gradient of the mean loss, for baselines.
+      gradients: "clipped", the default where a threshold is given, gives any Optax optimizer the
+        clipped mean gradient of :func:`psclip_optax.clipped_value_and_grad`. "per_sample", the
+        default without one, gives `state.tx` the stacked gradients [n, …] and the mask and
+        positions; its first link is :func:`psclip_optax.per_sample_clip`. "mean" gives the gradient
+        of the mean loss, for baselines.
       has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
+      threshold: For "clipped": a number, or a threshold such as `psclip_optax.growing_threshold`.
+      threshold_from: Instead of it, a function from the optimizer's state to the threshold, for one
+        that is scheduled or tuned.
+      mode: For "clipped", as for :func:`psclip_optax.clipped_value_and_grad`.
 
     Returns:
       `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of
       the batch has n samples on its first axis. `sample_mask`, bool [n], is False for padding;
       `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" has no use for it).
       Metrics are scalars: "loss" and, leaf by leaf, "aux", means over the samples that count and
-      whose loss is finite; with per-sample gradients the fields of
+      whose loss is finite; where samples are clipped also the fields of
       :class:`~psclip_optax.transforms.PerSampleClipState` but the count, and "clipped_share". Means
       over no sample are 0.
 
     Raises:
-      ValueError: On unknown `gradients`; in the step, on batch arguments of unequal sizes, a mask
-        or positions not of shape [n], or an optimizer that does not fit the gradients.
+      ValueError: On unknown `gradients`, or a threshold where it has no use; in the step, on batch
+        arguments of unequal sizes, a mask or positions not of shape [n], or an optimizer that does
+        not fit the gradients.
       TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
 
     Example:
@@ -242,7 +300,7 @@ def linen_train_step(
       Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
       <https://arxiv.org/abs/2605.02701>`_, 2026.
     """
-    kind = _named_gradients(gradients)
+    kind = _chosen_gradients(gradients, threshold, threshold_from, mode)
     logged_loss = _logged(loss, has_aux)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -251,18 +309,26 @@ def linen_train_step(
     ) -> tuple[TrainState, Metrics]:
         _check_optimizer(state.opt_state, kind.stacked)
         batch = _checked_batch(examples, sample_mask, positions)
-        logs, grads, extra_args = kind.compute(logged_loss, state.params, batch)
+        computed = kind.compute(logged_loss, state.params, batch, state.opt_state)
         # Not `apply_gradients`: it passes no further arguments on to the optimizer.
-        updates, opt_state = state.tx.update(grads, state.opt_state, state.params, **extra_args)
+        updates, opt_state = state.tx.update(
+            computed.gradients, state.opt_state, state.params, **computed.extra_args
+        )
         params = optax.apply_updates(state.params, updates)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        return state, _mean_logs(logs, batch.sample_mask) | _clip_metrics(opt_state)
+        return state, _metrics(computed, batch, opt_state)
 
     return step
 
 
 def nnx_train_step(
-    loss: Callable[..., Any], *, gradients: Gradients = "per_sample", has_aux: bool = False
+    loss: Callable[..., Any],
+    *,
+    gradients: Gradients | None = None,
+    has_aux: bool = False,
+    threshold: Threshold | jax.typing.ArrayLike | None = None,
+    threshold_from: Callable[[Any], Threshold | jax.typing.ArrayLike] | None = None,
+    mode: Mode = "auto",
 ) -> Callable[..., Metrics]:
     """Builds a jitted train step over an NNX model and its `nnx.Optimizer`.
 
@@ -274,17 +340,21 @@ def nnx_train_step(
       loss: `loss(model, *example)`, a scalar for one example; map no batch axis over it.
         Randomness comes as an argument of the batch, one key a sample:
         `model(x, rngs=nnx.Rngs(dropout=key))`.
-      gradients: "per_sample" or "mean", as for :func:`linen_train_step`.
+      gradients: "clipped", "per_sample" or "mean", as for :func:`linen_train_step`.
       has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
+      threshold: As for :func:`linen_train_step`.
+      threshold_from: As for :func:`linen_train_step`.
+      mode: As for :func:`linen_train_step`.
 
     Returns:
       `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,
       the mask, the positions and the metrics of :func:`linen_train_step`.
 
     Raises:
-      ValueError: On unknown `gradients`; in the step, on batch arguments of unequal sizes, a mask
-        or positions not of shape [n], an optimizer that does not fit the gradients, or a loss that
-        writes to the model's state (batch statistics, the counters of `nnx.Rngs`).
+      ValueError: On unknown `gradients`, or a threshold where it has no use; in the step, on batch
+        arguments of unequal sizes, a mask or positions not of shape [n], an optimizer that does not
+        fit the gradients, or a loss that writes to the model's state (batch statistics, the
+        counters of `nnx.Rngs`).
       TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
 
     Example:
@@ -304,7 +374,7 @@ def nnx_train_step(
       Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
       <https://arxiv.org/abs/2605.02701>`_, 2026.
     """
-    kind = _named_gradients(gradients)
+    kind = _chosen_gradients(gradients, threshold, threshold_from, mode)
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(
@@ -318,9 +388,9 @@ def nnx_train_step(
         batch = _checked_batch(examples, sample_mask, positions)
         graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
         logged_loss = _logged(_loss_of_params(loss, graphdef, rest), has_aux)
-        logs, grads, extra_args = kind.compute(logged_loss, params, batch)
-        optimizer.update(model, grads, **extra_args)
-        return _mean_logs(logs, batch.sample_mask) | _clip_metrics(optimizer.opt_state)
+        computed = kind.compute(logged_loss, params, batch, optimizer.opt_state)
+        optimizer.update(model, computed.gradients, **computed.extra_args)
+        return _metrics(computed, batch, optimizer.opt_state)
 
     return step
 

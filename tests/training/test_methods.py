@@ -10,10 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from psclip_optax.training.configs import MethodName
+import psclip_optax as psc
+from psclip_optax.clipped_grad import Mode
+from psclip_optax.training.configs import EngineName, MethodName
 from psclip_optax.training.methods import (
     METHODS,
     Hyperparams,
+    build_gradients,
     build_optimizer,
     gradient_figures,
     learning_rate_schedule,
@@ -57,19 +60,30 @@ def optimizer(name: MethodName, point: Hyperparams) -> optax.GradientTransformat
     return build_optimizer(name, point, momentum=MOMENTUM, schedule=schedule)
 
 
+def mean_gradient(name: MethodName, gradients, opt_state):
+    options = build_gradients(name, "auto")
+    if options["gradients"] == "mean":
+        return gradients.mean(axis=0)
+    clip = psc.per_sample_clip(options["threshold_from"](opt_state))
+    return clip.update(gradients, clip.init(gradients[0]))[0]
+
+
 def train(name: MethodName, update, state) -> np.ndarray:
     params = jnp.zeros(3)
     for gradients in per_sample_gradients():
-        is_stacked = METHODS[name].gradients == "per_sample"
-        updates, state = update(gradients if is_stacked else gradients.mean(axis=0), state)
+        updates, state = update(gradients, state)
         params = optax.apply_updates(params, updates)
     return np.asarray(params)
+
+
+def updating(name: MethodName, tx):
+    return lambda gradients, state: tx.update(mean_gradient(name, gradients, state), state)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_chain_is_that_of_numpy(name: MethodName):
     tx = optimizer(name, POINT)
-    params = train(name, tx.update, tx.init(jnp.zeros(3)))
+    params = train(name, updating(name, tx), tx.init(jnp.zeros(3)))
     numerics.assert_close(params, numpy_params(name, POINT), rtol=1e-5)
 
 
@@ -82,7 +96,7 @@ def test_all_trials_share_one_compiled_update(name: MethodName):
     def update(gradients, state):
         nonlocal traces
         traces += 1
-        return tx.update(gradients, state)
+        return updating(name, tx)(gradients, state)
 
     points = [POINT, Hyperparams(0.1, 3.0, 1.5), Hyperparams(1, 2, 2)]
     for point in points:
@@ -93,6 +107,7 @@ def test_all_trials_share_one_compiled_update(name: MethodName):
 
 def test_methods_are_those_of_the_command():
     assert set(METHODS) == set(get_args(MethodName))
+    assert get_args(EngineName) == get_args(Mode)
 
 
 @pytest.mark.parametrize(

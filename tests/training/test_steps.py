@@ -411,9 +411,46 @@ def test_evaluation_shows_a_loss_that_diverged():
     assert sums["count"] == 2
 
 
+@pytest.mark.parametrize("mode", ["auto", "two_pass", "vmap"])
+def test_clipped_gradients_train_as_stacked_ones_do(mode):
+    batches = list(heavy_tailed_batches(np.float32, 4))
+    threshold = psc.growing_threshold(ALPHA, BETA)
+    stacked, linen = linen_state(clipped_sgd()), linen_state(optax.sgd(LEARNING_RATE, MOMENTUM))
+    model, optimizer = nnx_pair(optax.sgd(LEARNING_RATE, MOMENTUM))
+    nnx_stacked = nnx_pair(clipped_sgd())
+    step = linen_train_step(linen_loss)
+    engine = linen_train_step(linen_loss, threshold=threshold, mode=mode)
+    nnx_engine = nnx_train_step(nnx_loss, threshold_from=lambda _: threshold, mode=mode)
+    for x, y, mask in batches:
+        stacked, expected = step(stacked, x, y, sample_mask=mask)
+        linen, metrics = engine(linen, x, y, sample_mask=mask)
+        nnx_expected = nnx_train_step(nnx_loss)(*nnx_stacked, x, y, sample_mask=mask)
+        nnx_metrics = nnx_engine(model, optimizer, x, y, sample_mask=mask)
+        assert_relative_error(leaves(metrics), leaves(expected), 1e-5)
+        assert_relative_error(leaves(nnx_metrics), leaves(nnx_expected), 1e-5)
+    assert set(metrics) == set(expected)
+    assert_relative_error(leaves(linen.params), leaves(stacked.params), 1e-5)
+    assert_relative_error(leaves(nnx.state(model)), leaves(nnx.state(nnx_stacked[0])), 1e-5)
+
+
+@pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradients": "clipped"},
+        {"gradients": "mean", "threshold": 1.0},
+        {"gradients": "per_sample", "threshold": 1.0},
+        {"threshold": 1.0, "threshold_from": lambda _: 1.0},
+    ],
+)
+def test_a_threshold_goes_with_clipped_gradients_alone(build, options):
+    with pytest.raises(ValueError, match='"clipped" takes one of threshold and threshold_from'):
+        build(linen_loss, **options)
+
+
 @pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
 def test_unknown_gradients_are_refused(build):
-    with pytest.raises(ValueError, match="'per_sample', 'mean', got 'stacked'"):
+    with pytest.raises(ValueError, match="'per_sample', 'mean', 'clipped', got 'stacked'"):
         build(linen_loss, gradients="stacked")
 
 
