@@ -1,0 +1,228 @@
+"""How often does `per_sample_clip` read the stacked gradients?
+
+    python benchmarks/stacked_traffic.py
+
+Prints a table and writes it to benchmarks/results as stacked_traffic.json and .png. Least possible
+are two reads, one for the norms and one for the sum; the mean alone needs one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax import lax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import psclip_optax as psc
+
+NOTE = (
+    "Bytes and temporary memory are XLA's figures for the compiled program. Of a branch XLA counts "
+    "the dearer side, which drop takes only when a squared norm is out of range, and of a loop one "
+    "pass: that side loops over up to 8 slices of the stack, and only where the number of samples "
+    "is prime, so that there is one slice, is its count whole. Times are ratios to the mean's in "
+    "the same round of an interleaved run: median (quartiles)."
+)
+CASES = {"mean": "#666666", "propagate": "#0072B2", "drop": "#009E73", "drop, one NaN": "#D55E00"}
+MARKERS = dict(zip(CASES, "|os^", strict=True))
+
+
+class Case(NamedTuple):
+    """A compiled program, the arguments it is timed with, and what it does to memory."""
+
+    program: Any
+    arguments: tuple[Any, ...]
+
+
+def mean(stack: jax.Array) -> jax.Array:
+    # As a dot product: XLA for CPU is slow at sums over the first axis.
+    weights = jnp.full(len(stack), 1 / len(stack), jnp.float32)
+    dimensions = (((0,), (0,)), ((), ()))
+    total = lax.dot_general(weights, stack.astype(jnp.float32), dimensions, lax.Precision.HIGHEST)
+    return total.astype(stack.dtype)
+
+
+def clip(on_nonfinite: Any, stack: jax.Array) -> tuple[Callable[..., Any], Any]:
+    threshold = psc.constant_threshold(stack.shape[1] ** 0.5)  # about the norm of a sample
+    transformation = psc.per_sample_clip(threshold, on_nonfinite=on_nonfinite)
+    return transformation.update, transformation.init(stack[0])
+
+
+def make_cases(n: int, size: int, dtype: str) -> dict[str, Case]:
+    stack = jax.random.normal(jax.random.key(0), (n, size), dtype)
+    propagate, state = clip("propagate", stack)
+    drop, _ = clip("drop", stack)
+    dropping = jax.jit(drop).lower(stack, state).compile()
+    return {
+        "mean": Case(jax.jit(mean).lower(stack).compile(), (stack,)),
+        "propagate": Case(jax.jit(propagate).lower(stack, state).compile(), (stack, state)),
+        "drop": Case(dropping, (stack, state)),
+        "drop, one NaN": Case(dropping, (stack.at[n // 2, size // 2].set(jnp.nan), state)),
+    }
+
+
+def time_interleaved(cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, after one of each that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats + 1):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(case.program(*case.arguments))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def measure(n: int, size: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
+    cases = make_cases(n, size, dtype)
+    stack_bytes = n * size * jnp.dtype(dtype).itemsize
+    seconds = time_interleaved(cases, repeats)
+    rows = []
+    for name, case in cases.items():
+        ratios = [t / base for t, base in zip(seconds[name], seconds["mean"], strict=True)]
+        rows.append(
+            {
+                "samples": n,
+                "parameters": size,
+                "dtype": dtype,
+                "case": name,
+                "bytes_per_stack": case.program.cost_analysis()["bytes accessed"] / stack_bytes,
+                "temporary_per_stack": (
+                    case.program.memory_analysis().temp_size_in_bytes / stack_bytes
+                ),
+                "seconds_quartiles": quartiles(seconds[name]),
+                "ratio_quartiles": quartiles(ratios),
+            }
+        )
+    return rows
+
+
+def cpu_model() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "platform": device.platform,
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "psclip_optax": psc.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def describe(machine: dict[str, Any]) -> str:
+    on_cpu = machine["platform"] == "cpu"
+    device = f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else machine["device"]
+    return f"{device}; JAX {machine['jax']}; {machine['date']}"
+
+
+def stack_label(row: dict[str, Any]) -> str:
+    return f"{row['samples']} × {row['parameters']:,} {row['dtype']}"
+
+
+def to_table(result: dict[str, Any]) -> Table:
+    table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
+    table.add_column("stack", no_wrap=True)
+    table.add_column("case", no_wrap=True)
+    for name in ("bytes/stack", "temp/stack", "ms", "time/mean's"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        low, middle, high = row["ratio_quartiles"]
+        table.add_row(
+            stack_label(row) if row["case"] == "mean" else "",
+            row["case"],
+            f"{row['bytes_per_stack']:.2f}",
+            f"{row['temporary_per_stack']:.2f}",
+            f"{1e3 * row['seconds_quartiles'][1]:.1f}",
+            f"{middle:.2f} ({low:.2f}–{high:.2f})",
+            end_section=row["case"] == "drop, one NaN",
+        )
+    return table
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    labels = list(dict.fromkeys(map(stack_label, result["rows"])))
+    figure = Figure(figsize=(11, 1.8 + 0.55 * len(labels)), layout="constrained")
+    traffic, times = figure.subplots(1, 2, sharey=True)
+    for name, colour in CASES.items():
+        rows = [row for row in result["rows"] if row["case"] == name]
+        # The cases of a stack beside one another, so that none hides another.
+        offset = 0.18 * (list(CASES).index(name) - 1.5)
+        heights = [labels.index(stack_label(row)) + offset for row in rows]
+        style = {"color": colour, "marker": MARKERS[name], "linestyle": "none", "markersize": 8}
+        if name != "drop, one NaN":  # the same program as without NaN
+            traffic.plot([row["bytes_per_stack"] for row in rows], heights, **style)
+        low, middle, high = zip(*(row["ratio_quartiles"] for row in rows), strict=True)
+        spread = [
+            [m - x for m, x in zip(middle, low, strict=True)],
+            [x - m for m, x in zip(middle, high, strict=True)],
+        ]
+        times.errorbar(middle, heights, xerr=spread, label=name, capsize=3, **style)
+    traffic.set_yticks(range(len(labels)), labels)
+    traffic.set_ylim(len(labels) - 0.5, -0.5)
+    traffic.set_xlim(0, None)
+    traffic.set_xlabel("Bytes accessed, in stacks (XLA's count)")
+    times.set_xscale("log")
+    times.set_xlabel("Time, relative to the plain mean (median, quartiles)")
+    for axes in (traffic, times):
+        axes.grid(axis="x", which="both", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, names = times.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(CASES), frameon=False)
+    figure.suptitle(describe(result["machine"]), fontsize=10)
+    return figure
+
+
+def main(
+    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    repeats: int = 15,
+    quick: bool = False,
+) -> None:
+    """How often does per_sample_clip read the stacked gradients?
+
+    Args:
+      out: folder for stacked_traffic.json and stacked_traffic.png.
+      repeats: timed rounds, at least 2.
+      quick: one small stack a dtype, to see that the benchmark works.
+    """
+    stacks = [(64, 16_384)] if quick else [(128, 1_000_000), (127, 1_000_000), (1024, 100_000)]
+    rows = [
+        row
+        for dtype in ("float32", "bfloat16")
+        for n, size in stacks
+        for row in measure(n, size, dtype, repeats)
+    ]
+    result = {"machine": describe_machine(), "repeats": repeats, "note": NOTE, "rows": rows}
+    console = Console()
+    if not console.is_terminal:
+        console.width = 104  # the table's
+    console.print(to_table(result))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "stacked_traffic.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(result).savefig(out / "stacked_traffic.png", dpi=160)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

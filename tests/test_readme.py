@@ -1,0 +1,110 @@
+"""README.md: its Python runs and prints what it says, its commands work, its links lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pathlib
+import re
+import shlex
+import subprocess
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+SMALLER = {
+    "train": {"--width": "0.05", "--batch-size": "16", "--steps": "4"},
+    "compare": {
+        "--width": "0.05",
+        "--batch-size": "16",
+        "--steps": "4",
+        "--num-seeds": "3",
+        "--momentum-learning-rates": "0.1",
+        "--batch-clip-learning-rates": "0.1",
+        "--batch-clip-thresholds": "1",
+        "--ps-clip-learning-rates": "0.1",
+        "--ps-clip-thresholds": "1",
+    },
+}
+
+
+def fences(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def first_words(snippet: str) -> str:
+    return snippet.strip().splitlines()[-1][:40]
+
+
+@pytest.mark.parametrize("snippet", fences("python"), ids=first_words)
+def test_python_runs_and_prints_what_it_says(snippet: str):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    said = re.findall(r"^print\(.*\)  # (.+)$", snippet, flags=re.MULTILINE)
+    assert printed.getvalue().splitlines() == said
+    assert said or "assert " in snippet
+
+
+def shell_commands() -> list[str]:
+    lines = "".join(fences("bash")).splitlines()
+    return [command for line in lines for command in line.split(" && ")]
+
+
+def psclip_commands() -> list[list[str]]:
+    commands = map(shlex.split, shell_commands())
+    return [argv[1:] for argv in commands if argv[0] == ".venv/bin/psclip"]
+
+
+def test_shell_commands_are_of_the_kinds_checked_here():
+    known = r"""
+        python3\ -m\ venv\ \.venv
+        | \.venv/bin/pip\ install\ (-e\ )?'\.\[(?P<extra>\w+)\]'
+        | \.venv/bin/psclip\ .*
+        | \.venv/bin/python\ -m\ pytest\ -n\ auto
+    """
+    matches = [re.fullmatch(known, command, re.VERBOSE) for command in shell_commands()]
+    assert all(matches), shell_commands()
+    extras = {match["extra"] for match in matches if match} - {None}
+    assert extras == {"train", "dev"}
+    assert extras <= PROJECT["optional-dependencies"].keys()
+
+
+def test_psclip_commands_work_in_order(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    cli = pytest.importorskip("psclip_optax.cli")
+    monkeypatch.chdir(tmp_path)
+    assert {argv[0] for argv in psclip_commands()} == {"compare", "train"}
+    for argv in psclip_commands():
+        smaller = SMALLER[argv[0]].items()
+        added = [word for name, value in smaller if name not in argv for word in (name, value)]
+        assert cli.main([*argv, *added]) == 0, argv
+    assert (tmp_path / "compare" / "compare.png").is_file()
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text()
+    (extraction,) = re.findall(r"^test_command=\$\((.*)\)$", script, flags=re.MULTILINE)
+    extracted = subprocess.run(
+        ["bash", "-c", extraction], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert extracted in "".join(fences("bash")).splitlines()
+    assert extracted.endswith("pytest -n auto")
+    assert "pip install" not in script
+
+
+def test_versions_are_the_lower_bounds():
+    bounds = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["train"]
+    assert f"Python ≥ {PROJECT['requires-python'].removeprefix('>=')}," in README
+    for title in ("JAX", "Optax", "Flax"):
+        (version,) = re.findall(rf"{title} ≥ ([\d.]+\d)", README)
+        assert f"{title.lower()}>={version}" in bounds
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))
+def test_links_lead_to_files(target: str):
+    assert (ROOT / target).is_file()
