@@ -155,7 +155,8 @@ def vit(size: Size) -> Model:
 def lstm(size: Size) -> Model:
     features, inputs, steps = (8, 5, 6) if size == "small" else (256, 64, 64)
     module = nn.RNN(nn.OptimizedLSTMCell(features))
-    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((steps, inputs)))["params"]
+    example = jnp.zeros((steps, inputs), jnp.float32)
+    params = jax.jit(module.init)(jax.random.key(0), example)["params"]
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         zero = jnp.zeros(features, x.dtype)  # Flax's own initial state is always float32

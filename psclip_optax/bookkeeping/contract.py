@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,28 +39,27 @@ def _group_norms(group: Group, entered: Taps, cotangents: Taps, dtype: Any) -> j
     def of(site: Site) -> tuple[Site, jax.Array, jax.Array]:
         return site, entered[site.path], cotangents[site.path]
 
-    def rows(sites: list[Site]) -> embedding.Rows:
+    def rows(sites: Sequence[Site]) -> embedding.Rows:
         return embedding.joined([embedding.rows(*of(site)) for site in sites])
 
-    def factors(sites: list[Site], like: dense.Form) -> dense.Factors:
+    def factors(sites: Sequence[Site], like: dense.Form) -> dense.Factors:
         return dense.joined([dense.factors(*of(site), like) for site in sites])
 
-    sites = list(group.sites)
+    sites = group.sites
     if group.route == "dense":
-        return dense.squared_norms(factors(sites, dense.form(sites[0])), dtype)[0]
+        return dense.squared_norms(factors(sites, dense.form(sites[0])), dtype)
     if group.route == "embedding":
         return embedding.squared_norms(rows(sites), dtype)
     if group.route == "conv":
         pixels = conv.joined([conv.pixels(*of(site)) for site in sites])
         return conv.squared_norms(pixels, conv.window(sites[0]), dtype)
-    gathers = [site for site in sites if site.eqn.primitive.name == "gather"]
-    products = [site for site in sites if site.eqn.primitive.name == "dot_general"]
+    gathers, products = group.gathers, group.products
     taken, form = rows(gathers), dense.form(products[0])
     left, right = factors(products, form)
     is_left = form.left == (embedding.row_axis(gathers[0]),)
     over_rows, over_columns = (left, right) if is_left else (right, left)
     crossed = embedding.twice_inner_products(taken, over_rows, over_columns, dtype)
-    own = dense.squared_norms(dense.Factors(left, right), dtype)[0]
+    own = dense.squared_norms(dense.Factors(left, right), dtype)
     return jnp.maximum(own + embedding.squared_norms(taken, dtype) + crossed, 0)
 
 

@@ -87,19 +87,27 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
         squares += contract.squared_norms(plan, entered, cotangents, problem.dtype)
     norms, scales, finite, kept = _weigh(problem, samples, outs[0], squares)
 
-    def contracted(is_kept: jax.Array | None) -> list[jax.Array]:
-        def chosen(array: jax.Array) -> jax.Array:
-            return array if is_kept is None else _where_kept(is_kept, array)
+    def contracted(plan: LeafPlan, is_kept: jax.Array | None) -> jax.Array:
+        chosen = functools.partial(_where_kept, is_kept)
+        if not plan.groups:
+            return stacks.weighted_sum(chosen(stacked[plan.leaf]), 0, scales)
+        sites = {site.path for site in plan.sites}
+        entering, leaving = (
+            {path: chosen(side[path]) for path in sites} for side in (entered, cotangents)
+        )
+        return contract.weighted_sum(plan, leaves[plan.leaf], entering, leaving, scales)
 
-        sums = {leaf: stacks.weighted_sum(chosen(g), 0, scales) for leaf, g in stacked.items()}
-        entering, leaving = (jax.tree.map(chosen, side) for side in (entered, cotangents))
-        for plan in sited:
-            leaf = leaves[plan.leaf]
-            sums[plan.leaf] = contract.weighted_sum(plan, leaf, entering, leaving, scales)
-        return [sums[leaf] for leaf in range(len(leaves))]
-
-    spoilt = ~finite & ~kept
-    sums = _either(spoilt, lambda: contracted(kept), lambda: contracted(None))
+    # XLA's CPU backend runs convolutions inside a branch many times slower than outside. They
+    # compute so much for each number read that choosing the samples always costs little.
+    convolved = {plan.leaf: contracted(plan, kept) for plan in problem.plans if plan.is_convolution}
+    others = [plan for plan in problem.plans if not plan.is_convolution]
+    rest = _either(
+        ~finite & ~kept,
+        lambda: [contracted(plan, kept) for plan in others],
+        lambda: [contracted(plan, None) for plan in others],
+    )
+    sums = convolved | {plan.leaf: total for plan, total in zip(others, rest, strict=True)}
+    sums = [sums[leaf] for leaf in range(len(leaves))]
     return Result(sums, outs, norms, scales, finite)
 
 
@@ -134,8 +142,9 @@ def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
         sums = backward([example[index] for example in samples.examples])
         return [jnp.where(jnp.any(kept), total, 0) for total in sums]
 
-    spoilt = ~finite & ~kept
-    sums = _either(spoilt, backward_without_dropped, lambda: backward(samples.examples))
+    # Not in the other branch: XLA's CPU backend runs convolutions many times slower there.
+    plain = backward(samples.examples)
+    sums = _either(~finite & ~kept, backward_without_dropped, lambda: plain)
     return Result(sums, outs, norms, scales, finite)
 
 
@@ -238,7 +247,9 @@ def _either(
     return lax.cond(any_flag, if_any, otherwise)
 
 
-def _where_kept(kept: jax.Array, array: jax.Array) -> jax.Array:
+def _where_kept(kept: jax.Array | None, array: jax.Array) -> jax.Array:
+    if kept is None:
+        return array
     return jnp.where(kept.reshape(-1, *[1] * (array.ndim - 1)), array, jnp.zeros((), array.dtype))
 
 

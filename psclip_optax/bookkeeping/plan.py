@@ -37,6 +37,14 @@ class Group(NamedTuple):
     route: RouteName
     sites: tuple[Site, ...]
 
+    @property
+    def gathers(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.eqn.primitive.name == "gather")
+
+    @property
+    def products(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.eqn.primitive.name == "dot_general")
+
 
 class LeafPlan(NamedTuple):
     """How one parameter's per-sample gradients are treated.
@@ -55,6 +63,10 @@ class LeafPlan(NamedTuple):
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(site for group in self.groups for site in group.sites)
+
+    @property
+    def is_convolution(self) -> bool:
+        return any(group.route == "conv" for group in self.groups)
 
 
 def plan_leaves(closed: core.ClosedJaxpr, num_leaves: int) -> list[LeafPlan]:

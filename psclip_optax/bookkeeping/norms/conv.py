@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from psclip_optax.bookkeeping.norms import dense
 from psclip_optax.bookkeeping.sites import Site
 from psclip_optax.bookkeeping.views import aval
 
@@ -129,11 +130,14 @@ def _from_gradients(pixels: Pixels, window: Window, dtype: Any) -> jax.Array:
     patches = jnp.concatenate(
         [_read_at(inputs, out_shape, window, offset, 3) for offset in _offsets(window)], axis=-1
     )
-    flat = [side.reshape(*side.shape[:2], -1, side.shape[-1]) for side in (patches, cotangents)]
-    gradients = jnp.einsum(
-        "nbpi,nbpo->nbio", *flat, precision="highest", preferred_element_type=dtype
-    )
-    return jnp.sum(jnp.square(gradients), axis=(1, 2, 3))
+    gradients = dense.product(_rows(patches), _rows(cotangents), 1, dtype)
+    squares = jnp.sum(jnp.square(gradients), axis=(1, 2))
+    return jnp.sum(squares.reshape(inputs.shape[:2]), axis=1)
+
+
+def _rows(array: jax.Array) -> jax.Array:
+    """[n, B, M, *spatial, C] → [n · B, all pixels, C]."""
+    return array.reshape(array.shape[0] * array.shape[1], -1, array.shape[-1])
 
 
 def _from_gram(pixels: Pixels, window: Window, dtype: Any) -> jax.Array:
@@ -152,7 +156,5 @@ def _from_gram(pixels: Pixels, window: Window, dtype: Any) -> jax.Array:
 
 
 def _gram(array: jax.Array, dtype: Any) -> jax.Array:
-    flat = array.reshape(*array.shape[:2], -1, array.shape[-1])
-    return jnp.einsum(
-        "nbpc,nbqc->nbpq", flat, flat, precision="highest", preferred_element_type=dtype
-    )
+    rows = _rows(array)
+    return dense.product(rows, rows, 2, dtype)

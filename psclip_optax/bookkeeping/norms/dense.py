@@ -127,26 +127,31 @@ def joined(parts: Sequence[Factors]) -> Factors:
     return Factors(left, right)
 
 
-def squared_norms(factors: Factors, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """‖G_k‖² for each sample, [n], and G [n, B, a, c] where it was made on the way."""
+def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
+    """‖G_k‖² for each sample, [n]."""
     left, right = factors
-    num_rows, a, c = left.shape[2], left.shape[3], right.shape[3]
+    num_samples, num_blocks, num_rows, a = left.shape
+    c = right.shape[3]
+    # One batch axis: XLA's CPU backend takes three times as long over two.
+    left, right = (side.reshape(num_samples * num_blocks, num_rows, -1) for side in factors)
     if num_rows == 1:
-        squares = [jnp.sum(jnp.square(side.astype(dtype)), axis=(2, 3)) for side in factors]
-        return jnp.sum(squares[0] * squares[1], axis=1), None
-    if num_rows * (a + c) < a * c:
-        gram = _product(left, left, 3, dtype) * _product(right, right, 3, dtype)
-        return jnp.maximum(jnp.sum(gram, axis=(1, 2, 3)), 0), None
-    gradients = _product(left, right, 2, dtype)
-    return jnp.sum(jnp.square(gradients), axis=(1, 2, 3)), gradients
+        squares = [jnp.sum(jnp.square(side.astype(dtype)), axis=(1, 2)) for side in (left, right)]
+        norms = squares[0] * squares[1]
+    elif num_rows * (a + c) < a * c:
+        gram = product(left, left, 2, dtype) * product(right, right, 2, dtype)
+        norms = jnp.maximum(jnp.sum(gram, axis=(1, 2)), 0)
+    else:
+        norms = jnp.sum(jnp.square(product(left, right, 1, dtype)), axis=(1, 2))
+    return jnp.sum(norms.reshape(num_samples, num_blocks), axis=1)
 
 
-def _product(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:
+def product(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """Products of matrices [m, …, …] over `axis` of both, accumulated in `dtype`."""
     # In full precision, for a norm that cancels is worth nothing: GPUs would multiply in TF32.
     return lax.dot_general(
         one,
         other,
-        (((axis,), (axis,)), ((0, 1), (0, 1))),
+        (((axis,), (axis,)), ((0,), (0,))),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from psclip_optax.bookkeeping.norms import dense
 from psclip_optax.bookkeeping.sites import Site
 from psclip_optax.bookkeeping.views import aval
 
@@ -94,7 +95,8 @@ def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
         return jnp.sum(jnp.square(cotangents), axis=(1, 2, 3))
     if indices.shape[2] <= _LARGEST_GRAM:
         same = indices[..., :, None] == indices[..., None, :]
-        gram = jnp.einsum("nbtq,nbsq->nbts", cotangents, cotangents, precision="highest")
+        flat = cotangents.reshape(-1, *cotangents.shape[2:])
+        gram = dense.product(flat, flat, 2, dtype).reshape(same.shape)
         return jnp.maximum(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2, 3)), 0)
     sums = jax.vmap(jax.vmap(_sum_by_index))(indices, cotangents)
     return jnp.sum(jnp.square(sums), axis=(1, 2, 3))
@@ -118,12 +120,7 @@ def twice_inner_products(
     As an embedding tied to the output layer has it: Σ_s Σ_t over_rows[s, id_t] (over_columns_s ·
     dE_t).
     """
-    products = jnp.einsum(
-        "nbsq,nbtq->nbst",
-        over_columns,
-        rows.cotangents,
-        precision="highest",
-        preferred_element_type=dtype,
-    )
+    over, taken = (side.reshape(-1, *side.shape[2:]) for side in (over_columns, rows.cotangents))
+    products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)
     at_indices = jnp.take_along_axis(over_rows, rows.indices[:, :, None, :], axis=3)
     return 2 * jnp.sum(products * at_indices.astype(dtype), axis=(1, 2, 3))
