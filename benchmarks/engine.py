@@ -542,6 +542,30 @@ def show_ticks(axis: Any, limits: tuple[float, float]) -> None:
     axis.set_ticks([], minor=True)
 
 
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """README's table: what each mode costs against a plain gradient, for every model measured.
+
+    Args:
+      rows: as engine.json holds them.
+    """
+    lines = [
+        "| model, samples | one pass: time | memory | two passes: time | memory | `vmap`: time | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["experiment"] == "zoo":
+            modes = [_markdown(row["modes"][mode]) for mode in ("one_pass", "two_pass", "vmap")]
+            lines.append(f"| {row['model']}, {row['samples']} | {' | '.join(modes)} |")
+    return "\n".join(lines)
+
+
+def _markdown(figures: dict[str, Any]) -> str:
+    if "skipped" in figures:
+        return "– | –"
+    low, median, high = figures["ratio_quartiles"]
+    return f"{median:.2f} ({low:.2f}–{high:.2f}) | {figures['temp_ratio']:.2f}"
+
+
 def main(
     out: pathlib.Path = pathlib.Path(__file__).parent / "results",
     models: tuple[str, ...] | None = None,
@@ -550,6 +574,7 @@ def main(
     rounds: int | None = None,
     quick: bool = False,
     rerun: bool = False,
+    markdown: bool = False,
 ) -> None:
     """What does clipping per sample cost, against a plain gradient?
 
@@ -561,7 +586,11 @@ def main(
       rounds: timed rounds; 9 by default.
       quick: two small models and few rounds, to see that the benchmark works.
       rerun: measure also what is in the file already.
+      markdown: measure nothing, and print README's table from the file.
     """
+    if markdown:
+        print(to_markdown(json.loads((out / "engine.json").read_text())["rows"]))
+        return
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     chosen = models if models is not None else QUICK_MODELS if quick else tuple(SAMPLES)
     size: Size = "small" if quick else "full"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pathlib
 import re
 import shlex
@@ -11,6 +12,8 @@ import subprocess
 import tomllib
 
 import pytest
+
+from benchmarks.engine import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,3 +111,8 @@ def test_versions_are_the_lower_bounds():
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))
 def test_links_lead_to_files(target: str):
     assert (ROOT / target).is_file()
+
+
+def test_engine_table_is_that_of_the_committed_measurement():
+    rows = json.loads((ROOT / "benchmarks/results/engine.json").read_text())["rows"]
+    assert to_markdown(rows) in README

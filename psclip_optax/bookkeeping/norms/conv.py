@@ -30,6 +30,11 @@ def may_join(one: Site, other: Site) -> bool:
     )
 
 
+# Up to here patches are put together, for one product instead of one an offset; beyond, they would
+# take as many times the input's memory as the kernel has offsets.
+_MOST_PATCH_ENTRIES = 128
+
+
 class Pixels(NamedTuple):
     """What the kernel reads, [n, B, M, *padded, C], and cotangents, [n, B, M, *out, O].
 
@@ -126,13 +131,13 @@ def _offsets(window: Window) -> Any:
 
 def _from_gradients(pixels: Pixels, window: Window, dtype: Any) -> jax.Array:
     inputs, cotangents = pixels
-    out_shape = cotangents.shape[3:-1]
-    patches = jnp.concatenate(
-        [_read_at(inputs, out_shape, window, offset, 3) for offset in _offsets(window)], axis=-1
-    )
-    gradients = dense.product(_rows(patches), _rows(cotangents), 1, dtype)
-    squares = jnp.sum(jnp.square(gradients), axis=(1, 2))
-    return jnp.sum(squares.reshape(inputs.shape[:2]), axis=1)
+    out_shape, leaving = cotangents.shape[3:-1], _rows(cotangents)
+    read = [_read_at(inputs, out_shape, window, offset, 3) for offset in _offsets(window)]
+    if inputs.shape[-1] * len(read) <= _MOST_PATCH_ENTRIES:
+        read = [jnp.concatenate(read, axis=-1)]
+    gradients = [dense.product(_rows(part), leaving, 1, dtype) for part in read]
+    squares = [jnp.sum(jnp.square(part), axis=(1, 2)) for part in gradients]
+    return jnp.sum(sum(squares, jnp.zeros((), dtype)).reshape(inputs.shape[:2]), axis=1)
 
 
 def _rows(array: jax.Array) -> jax.Array:
