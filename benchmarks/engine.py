@@ -548,10 +548,9 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     Args:
       rows: as engine.json holds them.
     """
-    lines = [
-        "| model, samples | one pass: time | memory | two passes: time | memory | `vmap`: time | memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ["model, samples"]
+    columns += [f"{mode}: time | memory" for mode in ("one pass", "two passes", "`vmap`")]
+    lines = [f"| {' | '.join(columns)} |", "|---" * 7 + "|"]
     for row in rows:
         if row["experiment"] == "zoo":
             modes = [_markdown(row["modes"][mode]) for mode in ("one_pass", "two_pass", "vmap")]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from psclip_optax import clipping, stacks
-from psclip_optax.bookkeeping.calls import Call, take_apart, trace
+from psclip_optax.bookkeeping.calls import Call, take_apart, trace, varying
 from psclip_optax.bookkeeping.explain import Plan, explained, kept_bytes
 from psclip_optax.bookkeeping.passes import MODES, Problem, Result, Samples, in_slices
 from psclip_optax.bookkeeping.plan import plan_leaves
@@ -77,7 +77,9 @@ def clipped_value_and_grad(
         backward pass; "vmap" stacks gradients, for reference; "auto" is "one_pass" if what it keeps
         fits into ``memory_limit_bytes``, else "two_pass".
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
-        it; it keeps its position and its share in N. "propagate" lets it through.
+        it; it keeps its position and its share in N. In "one_pass" and "two_pass" so does a sample
+        the square of whose norm leaves its dtype's range (1.8e19 in float32). "propagate" lets it
+        through.
       axis_name: under ``jax.shard_map``, the mesh axis (or axes) over which the batch is sharded:
         positions run on over the devices, and value, gradients and counts are of the whole batch.
       spmd_axis_name: passed to :func:`jax.vmap`, for sharding constraints inside the loss.
@@ -144,7 +146,7 @@ def clipped_value_and_grad(
         problem = _problem(call, settings)
         mode = _chosen_mode(problem, call, settings)
         run = functools.partial(MODES[mode], problem, call.params)
-        result = in_slices(run, samples, settings.microbatch_size)
+        result = in_slices(run, samples, settings.microbatch_size, settings.axis_name)
         value, grads, stats = _packed(result, call, samples.counts, settings)
         return (value, grads, stats) if return_stats else (value, grads)
 
@@ -230,7 +232,7 @@ def _samples(
 ) -> Samples:
     n, dtype = call.num_samples, stacks.norm_dtype(call.params)
     mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
-    counts = jnp.ones(n, bool) if mask is None else mask
+    counts = varying(jnp.ones(n, bool) if mask is None else mask, settings.axis_name)
     if positions is not None:
         positions = clipping.check_positions(positions, n)
     elif settings.axis_name is not None:
@@ -253,6 +255,7 @@ def _problem(call: Call, settings: _Settings) -> Problem:
         plan_leaves(closed, len(call.params)),
         settings.on_nonfinite,
         stacks.norm_dtype(call.params),
+        settings.axis_name,
         settings.spmd_axis_name,
     )
 

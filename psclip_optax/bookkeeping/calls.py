@@ -84,7 +84,7 @@ def take_apart(
 
 
 def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
-    """The parameter as each device's own, so that shard_map does not add up its cotangents."""
+    """The array as each device's own, so that shard_map does not add up its cotangents."""
     missing = _missing_axes(leaf, axis_name)
     if not missing:
         return leaf
@@ -97,7 +97,13 @@ def _missing_axes(leaf: jax.Array, axis_name: Any) -> tuple[Any, ...]:
     if axis_name is None:
         return ()
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    return tuple(name for name in names if name not in jax.typeof(leaf).vma)
+    return tuple(name for name in names if name not in _varies_over(jax.typeof(leaf)))
+
+
+def _varies_over(kind: Any) -> frozenset[Any]:
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return kind.vma  # JAX < 0.10
 
 
 def _restored(example: Any, axis: int, keep_batch_dim: bool) -> Any:
@@ -173,8 +179,15 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     return value, aux
 
 
+def _one_of(leaf: jax.Array) -> Any:
+    # Under shard_map a real sample, for its type says over which mesh axes it varies.
+    if leaf.shape[0] and _varies_over(jax.typeof(leaf)):
+        return leaf[0]
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+
 def trace(call: Call) -> core.ClosedJaxpr:
-    one = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in call.examples]
+    one = [_one_of(leaf) for leaf in call.examples]
     closed = jax.make_jaxpr(call.loss)(call.params, one)
     if closed.effects:
         effects = ", ".join(map(str, closed.effects))

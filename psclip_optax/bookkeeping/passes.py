@@ -13,6 +13,7 @@ from jax.extend import core
 
 from psclip_optax import clipping, stacks, transforms
 from psclip_optax.bookkeeping import contract, taps
+from psclip_optax.bookkeeping.calls import varying
 from psclip_optax.bookkeeping.plan import LeafPlan
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.thresholds import concrete
@@ -61,6 +62,7 @@ class Problem(NamedTuple):
       plans: for each parameter.
       on_nonfinite: "drop" or "propagate".
       dtype: of norms and scales.
+      axis_name: of the mesh axes that the batch is sharded over, under shard_map.
       spmd_axis_name: of the axis of samples, for constraints inside the loss.
     """
 
@@ -68,6 +70,7 @@ class Problem(NamedTuple):
     plans: list[LeafPlan]
     on_nonfinite: OnNonfinite
     dtype: Any
+    axis_name: Any
     spmd_axis_name: Any
 
     def over_samples(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,7 +214,7 @@ def _tapped(
         return outs[0], (outs, entered)
 
     grad = jax.grad(outs, argnums=(0, 1), has_aux=True)
-    zeros = {path: action.zero for path, action in actions.items()}
+    zeros = {path: varying(a.zero, problem.axis_name) for path, a in actions.items()}
     gradients, (outs_, entered) = problem.over_samples(grad)(direct, zeros, samples.examples)
     stacked, cotangents = gradients
     return stacked, cotangents, outs_, entered
@@ -256,7 +259,9 @@ def _where_kept(kept: jax.Array | None, array: jax.Array) -> jax.Array:
 # Slices of a batch
 
 
-def in_slices(run: Callable[[Samples], Result], samples: Samples, size: int | None) -> Result:
+def in_slices(
+    run: Callable[[Samples], Result], samples: Samples, size: int | None, axis_name: Any
+) -> Result:
     """The same result from slices of at most `size` samples, one after the other.
 
     Slice j takes every num_slices-th sample from j on: contiguous slices of a batch that is sharded
@@ -285,6 +290,7 @@ def in_slices(run: Callable[[Samples], Result], samples: Samples, size: int | No
 
     one_slice = jax.eval_shape(run, jax.tree.map(lambda part: part[:, 0], parts))
     zeros = [jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)) for s in one_slice.sums]
+    zeros = [varying(zero, axis_name) for zero in zeros]
     # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
     is_unrolled = jax.default_backend() == "cpu" and num_slices <= _MOST_UNROLLED
     unroll = num_slices if is_unrolled else 1
