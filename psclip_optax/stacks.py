@@ -171,14 +171,14 @@ def selected_weighted_sum(
     sliced = leaf.reshape(shape)
     per_sample = [vector.reshape(split) for vector in (selected, factors, weights)]
 
-    def sum_of(i: jax.typing.ArrayLike) -> jax.Array:
+    def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         part = lax.dynamic_index_in_dim(sliced, i, axis + 1, keepdims=False)
         keep, factor, weight = (vector[:, i] for vector in per_sample)
         scaled = part.astype(weights.dtype) * _per_sample(factor, part, axis)
-        return weighted_sum(jnp.where(_per_sample(keep, part, axis), scaled, 0), axis, weight)
+        chosen = jnp.where(_per_sample(keep, part, axis), scaled, 0)
+        return total + weighted_sum(chosen, axis, weight), None
 
-    # From the first slice on, not from zeros, which under shard_map are of another type.
-    total, _ = lax.scan(
-        lambda total, i: (total + sum_of(i), None), sum_of(0), jnp.arange(1, num_slices)
-    )
+    # Zeros of the sum's type, of which a shape alone lacks what shard_map knows. No sum is computed.
+    zero = jnp.zeros_like(jnp.sum(leaf, axis), weights.dtype)
+    total, _ = lax.scan(add, zero, jnp.arange(num_slices))
     return total.astype(_accumulation_dtype(leaf.dtype))
