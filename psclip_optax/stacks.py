@@ -178,7 +178,7 @@ def selected_weighted_sum(
         chosen = jnp.where(_per_sample(keep, part, axis), scaled, 0)
         return total + weighted_sum(chosen, axis, weight), None
 
-    # Zeros of the sum's type, of which a shape alone lacks what shard_map knows. No sum is computed.
+    # Of the type that a sum has: a shape alone lacks what shard_map knows. No sum is computed.
     zero = jnp.zeros_like(jnp.sum(leaf, axis), weights.dtype)
     total, _ = lax.scan(add, zero, jnp.arange(num_slices))
     return total.astype(_accumulation_dtype(leaf.dtype))
