@@ -166,8 +166,8 @@ def per_sample_clip(
       on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
         keeps its position and its share in N. "propagate" lets it through, so that the result is
         not finite; a norm beyond the square root of the dtype's range (1.8e19 in float32), which
-        "drop" clips as any other, may give NaN there as well. "propagate" reads the gradients
-        twice, the least possible; so does "drop" when all are finite.
+        "drop" clips as any other, may give NaN there as well. "propagate" reads float32
+        gradients twice, the least possible; so does "drop" when all are finite.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update takes
