@@ -31,6 +31,10 @@ def route_of(site: Site) -> RouteName:
     return _ROUTES[site.eqn.primitive.name]
 
 
+def _with_primitive(sites: Sequence[Site], name: str) -> tuple[Site, ...]:
+    return tuple(site for site in sites if site.eqn.primitive.name == name)
+
+
 class Group(NamedTuple):
     """Sites of one parameter whose gradients overlap, and the route to the norm of their sum."""
 
@@ -39,11 +43,11 @@ class Group(NamedTuple):
 
     @property
     def gathers(self) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if site.eqn.primitive.name == "gather")
+        return _with_primitive(self.sites, "gather")
 
     @property
     def products(self) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if site.eqn.primitive.name == "dot_general")
+        return _with_primitive(self.sites, "dot_general")
 
 
 class LeafPlan(NamedTuple):
@@ -114,8 +118,7 @@ def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
 
 def _group(sites: list[Site]) -> Group | None:
     names = {site.eqn.primitive.name for site in sites}
-    gathers = [site for site in sites if site.eqn.primitive.name == "gather"]
-    products = [site for site in sites if site.eqn.primitive.name == "dot_general"]
+    gathers, products = (_with_primitive(sites, name) for name in ("gather", "dot_general"))
     if len({embedding.row_axis(site) for site in gathers}) > 1:
         return None
     forms = [dense.form(site) for site in products]

@@ -67,6 +67,13 @@ class Site(NamedTuple):
     layered: tuple[bool, ...]
 
     @property
+    def scan_axes(self) -> tuple[list[int], list[int]]:
+        """Axes, behind that of the samples, of scans over layers and of those that share W."""
+        axes = range(1, 1 + len(self.scans))
+        layered = [axis for axis, is_layered in zip(axes, self.layered, strict=True) if is_layered]
+        return layered, [axis for axis in axes if axis not in layered]
+
+    @property
     def y_aval(self) -> Any:
         return aval(self.eqn.outvars[0])
 

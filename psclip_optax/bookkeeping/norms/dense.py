@@ -94,8 +94,7 @@ def form(site: Site) -> Form:
 def factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
     """Both factors, in the order of `like`, which may take this site's left for its right."""
     axes = _axes(site)
-    layered = [1 + i for i, is_layered in enumerate(site.layered) if is_layered]
-    steps = [1 + i for i, is_layered in enumerate(site.layered) if not is_layered]
+    layered, steps = site.scan_axes
     offset = 1 + len(site.scans)
 
     def arranged(array: jax.Array, blocks: list[int], rows: list[int], columns: list[int]) -> Any:

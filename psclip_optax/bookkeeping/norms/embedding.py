@@ -46,8 +46,7 @@ def row_axis(site: Site) -> int:
 
 def rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
     offset = 1 + len(site.scans)
-    layered = [1 + i for i, is_layered in enumerate(site.layered) if is_layered]
-    steps = [1 + i for i, is_layered in enumerate(site.layered) if not is_layered]
+    layered, steps = site.scan_axes
     dims = site.eqn.params["dimension_numbers"]
     columns = [offset + axis for axis in dims.offset_dims]
     taken = [axis for axis in range(offset, dy.ndim) if axis not in columns]
