@@ -12,9 +12,10 @@ from jax import lax
 
 from psclip_optax import clipping, stacks
 from psclip_optax.bookkeeping.calls import Call, take_apart, trace, varying
-from psclip_optax.bookkeeping.explain import Plan, explained, kept_bytes
+from psclip_optax.bookkeeping.explain import Plan, explained, kept_bytes, plain_bytes
 from psclip_optax.bookkeeping.passes import MODES, Problem, Result, Samples, in_slices
-from psclip_optax.bookkeeping.plan import plan_leaves
+from psclip_optax.bookkeeping.plan import plan_weights
+from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
 from psclip_optax.clipping import ClipStats, OnNonfinite
 from psclip_optax.thresholds import Threshold, as_threshold
 
@@ -74,8 +75,8 @@ def clipped_value_and_grad(
       microbatch_size: work through the batch in slices of at most this many samples; changes the
         memory, not the result.
       mode: "one_pass" is the fastest; "two_pass" takes the memory of a plain gradient and a second
-        backward pass; "vmap" stacks gradients, for reference; "auto" is "one_pass" if what it keeps
-        fits into ``memory_limit_bytes``, else "two_pass".
+        backward pass; "vmap" stacks gradients, for reference; "auto" is "one_pass" if, by an
+        estimate, it fits into ``memory_limit_bytes``, else "two_pass".
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
         it; it keeps its position and its share in N. In "one_pass" and "two_pass" so does a sample
         the square of whose norm leaves its dtype's range (1.8e19 in float32). "propagate" lets it
@@ -99,6 +100,10 @@ def clipped_value_and_grad(
       TypeError: the loss is not a real scalar, or a parameter is not real floating-point.
       ValueError: an option is out of range, batch arguments do not have the same number of
         samples, or the loss has effects.
+
+    Warns:
+      UserWarning: the loss normalises by statistics over a batch axis of size 1, as batch
+        normalisation in training mode does; once each time it is traced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -250,9 +255,10 @@ def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
 
 def _problem(call: Call, settings: _Settings) -> Problem:
     closed = trace(call)
+    warn_of_batch_statistics(closed, len(call.params))
     return Problem(
         closed,
-        plan_leaves(closed, len(call.params)),
+        plan_weights(closed, len(call.params)),
         settings.on_nonfinite,
         stacks.norm_dtype(call.params),
         settings.axis_name,
@@ -265,10 +271,10 @@ def _chosen_mode(problem: Problem, call: Call, settings: _Settings) -> str:
         return settings.mode
     limit = settings.memory_limit_bytes or _device_memory()
     n = min(call.num_samples, settings.microbatch_size or call.num_samples)
-    kept = sum(
-        kept_bytes(plan, leaf, n) for plan, leaf in zip(problem.plans, call.params, strict=True)
-    )
-    return "one_pass" if limit is None or kept <= limit else "two_pass"
+    if limit is None:
+        return "one_pass"
+    needed = kept_bytes(problem.plans, call.params, n) + plain_bytes(problem.closed, call.params, n)
+    return "one_pass" if needed <= limit else "two_pass"
 
 
 def _device_memory() -> int | None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from psclip_optax.bookkeeping.norms import conv, dense, embedding
-from psclip_optax.bookkeeping.plan import Group, LeafPlan, route_of
+from psclip_optax.bookkeeping.plan import Group, LeafPlan, leaving_axes, route_of
 from psclip_optax.bookkeeping.sites import Site, of_parameter, operate
 from psclip_optax.bookkeeping.taps import Taps
+
+# How many entries of what enters and leaves the sites of a weight norms are taken of at a time.
+_MOST_AT_ONCE = 2**22
+# How many entries of gradients with respect to computed weights are made at a time.
+_MOST_PULLED_BACK = 2**22
 
 
 def squared_norms(plan: LeafPlan, entered: Taps, cotangents: Taps, dtype: Any) -> jax.Array:
@@ -19,12 +27,157 @@ def squared_norms(plan: LeafPlan, entered: Taps, cotangents: Taps, dtype: Any) -
 
     Args:
       plan: the parameter's, with sites.
-      entered: what entered each site, [n, scans…, …].
-      cotangents: those of what left each site, [n, scans…, …].
+      entered: what entered each site, [scans…, n, …].
+      cotangents: those of what left each site, [scans…, n, …].
       dtype: of the result, in which sums are accumulated.
     """
-    norms = [_group_norms(group, entered, cotangents, dtype) for group in plan.groups]
+    norms = [_norms_in_parts(group, entered, cotangents, dtype) for group in plan.groups]
     return jnp.sum(jnp.stack(norms), axis=0)
+
+
+def _norms_in_parts(group: Group, entered: Taps, cotangents: Taps, dtype: Any) -> jax.Array:
+    """Some samples after the others, so that what is made on the way takes little memory."""
+    axes = {site.path: site.sample_axis for site in group.sites}
+    sides = tuple({path: side[path] for path in axes} for side in (entered, cotangents))
+    path, axis = next(iter(axes.items()))
+    num_samples = cotangents[path].shape[axis]
+    size = sum(array.size for side in sides for array in side.values())
+    num_parts = _divisor(num_samples, size / _MOST_AT_ONCE)
+    if num_parts == 1:
+        return _group_norms(group, entered, cotangents, dtype)
+    length = num_samples // num_parts
+
+    def part(i: jax.Array) -> jax.Array:
+        x, dy = (
+            {p: lax.dynamic_slice_in_dim(a, i * length, length, axes[p]) for p, a in side.items()}
+            for side in sides
+        )
+        return _group_norms(group, x, dy, dtype)
+
+    return lax.map(part, jnp.arange(num_parts)).reshape(num_samples)
+
+
+def _divisor(number: int, at_least: float) -> int:
+    return next((d for d in range(1, number) if number % d == 0 and d >= at_least), number)
+
+
+def separable_squared_norms(
+    plan: LeafPlan,
+    entered: Taps,
+    cotangents: Taps,
+    slopes: Sequence[jax.Array],
+    along: Sequence[jax.Array],
+    dtype: Any,
+) -> jax.Array:
+    """‖G_k + Σ_u D_u ⊙ c_uk‖² for each sample, shape [n], for weights u computed separably.
+
+    Args:
+      plan: the parameter's.
+      entered: what entered each site, [scans…, n, …].
+      cotangents: those of what left each site, [scans…, n, …].
+      slopes: D_u, like the parameter: what u's cotangents of 1 are pulled back to.
+      along: c_uk, the gradients with respect to u, [n, …] over the plan's axes.
+      dtype: of the result, in which sums are accumulated.
+    """
+    axes = sorted(plan.axes[0])
+    order = [[own.index(axis) for axis in axes] for own in plan.axes]
+    shape = [slopes[0].shape[axis] for axis in axes]
+    along = [
+        c.reshape(-1, *(slopes[0].shape[axis] for axis in own)).transpose(0, *(1 + i for i in o))
+        for c, own, o in zip(along, plan.axes, order, strict=True)
+    ]
+    others = tuple(axis for axis in range(slopes[0].ndim) if axis not in axes)
+    terms = list(zip(slopes, along, strict=True))
+    computed = [
+        (c * e).astype(dtype).reshape(-1, math.prod(shape))
+        @ jnp.sum((d * f).astype(dtype), axis=others).ravel()
+        for (d, c), (f, e) in itertools.product(terms, repeat=2)
+    ]
+    crossed = [
+        _scaled_product(site, entered[site.path], cotangents[site.path], *term, axes, dtype)
+        for site, term in itertools.product(plan.sites, terms)
+    ]
+    own = squared_norms(plan, entered, cotangents, dtype)
+    return jnp.maximum(own + 2 * sum(crossed) + sum(computed), 0)
+
+
+def _scaled_product(
+    site: Site, x: jax.Array, dy: jax.Array, slope: jax.Array, c: jax.Array, axes: Any, dtype: Any
+) -> jax.Array:
+    """⟨G_k, D ⊙ c_k⟩ = ⟨dy_k ⊙ c_k, op(D, x_k)⟩, as the operation is scaled where D is."""
+    y = _over_samples(site)(slope, x)
+    sample = site.sample_axis
+    places = [sample, *(sample + 1 + axis for axis in leaving_axes(site, axes) or ())]
+    c = c.transpose(sorted(range(len(places)), key=places.__getitem__))
+    others = [axis for axis in range(y.ndim) if axis not in places]
+    c = jnp.expand_dims(c, others)
+    return jnp.sum(
+        (dy * y).astype(dtype) * c, axis=[axis for axis in range(y.ndim) if axis != sample]
+    )
+
+
+def _over_samples(site: Site) -> Callable[[Any, jax.Array], jax.Array]:
+    """From the parameter and what enters, [scans…, n, …], to what leaves the site, alike."""
+    axis = site.sample_axis
+    return jax.vmap(of_parameter(site, operate(site)), in_axes=(None, axis), out_axes=axis)
+
+
+def pulled_back_squared_norms(
+    pull_back: Callable[[list[jax.Array]], dict[int, jax.Array]],
+    leaves: Sequence[LeafPlan],
+    others: Sequence[tuple[LeafPlan, Any]],
+    stacked: dict[int, jax.Array],
+    entered: Taps,
+    cotangents: Taps,
+    dtype: Any,
+) -> jax.Array:
+    """Σ ‖g_k‖² over parameters from which weights are computed in any way, shape [n].
+
+    The gradients are made and pulled back for few samples at a time.
+
+    Args:
+      pull_back: from gradients with respect to all computed weights to those of all parameters.
+      leaves: the plans of these parameters.
+      others: the plans, shapes and dtypes of all computed weights.
+      stacked: gradients of each sample by automatic differentiation.
+      entered: what entered each site, [scans…, n, …].
+      cotangents: those of what left each site, [scans…, n, …].
+      dtype: of the result, in which sums are accumulated.
+    """
+    needed = {weight for plan in leaves for weight in plan.through}
+    chosen = [plan for plan, _ in others if plan.weight in needed]
+    axes = {site.path: site.sample_axis for plan in chosen for site in plan.sites}
+    direct = [plan.weight for plan in [*leaves, *chosen] if plan.is_direct]
+
+    def squared_norm(sample: tuple[dict[int, jax.Array], Taps, Taps]) -> jax.Array:
+        own, x, dy = sample
+        x, dy = (
+            {path: jnp.expand_dims(side[path], axis) for path, axis in axes.items()}
+            for side in (x, dy)
+        )
+        one = jnp.ones(1, dtype)
+
+        def gradient(plan: LeafPlan, kind: Any) -> jax.Array:
+            if plan.weight not in needed:
+                return jnp.zeros(kind.shape, kind.dtype)
+            if plan.is_direct:
+                return own[plan.weight]
+            return weighted_sum(plan, kind, x, dy, one)
+
+        pulled = pull_back([gradient(plan, kind) for plan, kind in others])
+        totals = [pulled[plan.weight] + own.get(plan.weight, 0) for plan in leaves]
+        return sum((jnp.sum(jnp.square(t.astype(dtype))) for t in totals), jnp.zeros((), dtype))
+
+    samples = (
+        {weight: stacked[weight] for weight in direct},
+        *(
+            {path: jnp.moveaxis(side[path], axis, 0) for path, axis in axes.items()}
+            for side in (entered, cotangents)
+        ),
+    )
+    num_entries = sum(kind.size for plan, kind in others if plan.weight in needed)
+    batch_size = max(1, _MOST_PULLED_BACK // max(1, num_entries))
+    return lax.map(squared_norm, samples, batch_size=batch_size)
 
 
 def site_squared_norm(site: Site, x: jax.Array, dy: jax.Array, dtype: Any) -> jax.Array:
@@ -36,14 +189,17 @@ def site_squared_norm(site: Site, x: jax.Array, dy: jax.Array, dtype: Any) -> ja
 
 
 def _group_norms(group: Group, entered: Taps, cotangents: Taps, dtype: Any) -> jax.Array:
-    def of(site: Site) -> tuple[Site, jax.Array, jax.Array]:
-        return site, entered[site.path], cotangents[site.path]
+    def samples_first(site: Site) -> tuple[Site, jax.Array, jax.Array]:
+        x, dy = entered[site.path], cotangents[site.path]
+        return site, jnp.moveaxis(x, site.sample_axis, 0), jnp.moveaxis(dy, site.sample_axis, 0)
 
     def rows(sites: Sequence[Site]) -> embedding.Rows:
-        return embedding.joined([embedding.rows(*of(site)) for site in sites])
+        return embedding.joined([embedding.rows(*samples_first(site)) for site in sites])
 
     def factors(sites: Sequence[Site], like: dense.Form) -> dense.Factors:
-        return dense.joined([dense.factors(*of(site), like) for site in sites])
+        both = [(entered[site.path], cotangents[site.path]) for site in sites]
+        pairs = zip(sites, both, strict=True)
+        return dense.joined([dense.factors(site, *own, like) for site, own in pairs])
 
     sites = group.sites
     if group.route == "dense":
@@ -51,15 +207,16 @@ def _group_norms(group: Group, entered: Taps, cotangents: Taps, dtype: Any) -> j
     if group.route == "embedding":
         return embedding.squared_norms(rows(sites), dtype)
     if group.route == "conv":
-        pixels = conv.joined([conv.pixels(*of(site)) for site in sites])
+        pixels = conv.joined([conv.pixels(*samples_first(site)) for site in sites])
         return conv.squared_norms(pixels, conv.window(sites[0]), dtype)
     gathers, products = group.gathers, group.products
     taken, form = rows(gathers), dense.form(products[0])
-    left, right = factors(products, form)
+    both = factors(products, form)
+    left, right = dense.by_sample(both)
     is_left = form.left == (embedding.row_axis(gathers[0]),)
     over_rows, over_columns = (left, right) if is_left else (right, left)
     crossed = embedding.twice_inner_products(taken, over_rows, over_columns, dtype)
-    own = dense.squared_norms(dense.Factors(left, right), dtype)
+    own = dense.squared_norms(both, dtype)
     return jnp.maximum(own + embedding.squared_norms(taken, dtype) + crossed, 0)
 
 
@@ -71,24 +228,20 @@ def weighted_sum(
     Args:
       plan: the parameter's, with sites.
       parameter: it, or its shape and dtype.
-      entered: what entered each site, [n, scans…, …].
-      cotangents: those of what left each site, [n, scans…, …].
+      entered: what entered each site, [scans…, n, …].
+      cotangents: those of what left each site, [scans…, n, …].
       weights: one for each sample, shape [n].
     """
 
     def leaving(parameter: Any) -> list[jax.Array]:
-        return [
-            jax.vmap(of_parameter(site, operate(site)), in_axes=(None, 0))(
-                parameter, entered[site.path]
-            )
-            for site in plan.sites
-        ]
+        return [_over_samples(site)(parameter, entered[site.path]) for site in plan.sites]
 
-    weighted = [_scaled(cotangents[site.path], weights) for site in plan.sites]
+    weighted = [_scaled(cotangents[site.path], weights, site.sample_axis) for site in plan.sites]
     (total,) = jax.linear_transpose(leaving, parameter)(weighted)
     return total
 
 
-def _scaled(array: jax.Array, weights: jax.Array) -> jax.Array:
-    weights = weights.reshape(-1, *[1] * (array.ndim - 1))
-    return (array * weights).astype(array.dtype)
+def _scaled(array: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
+    weights = weights.reshape(-1, *[1] * (array.ndim - 1 - axis))
+    # What has weight 0 may not be finite.
+    return jnp.where(weights == 0, 0, array * weights).astype(array.dtype)

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from psclip_optax.bookkeeping import contract
-from psclip_optax.bookkeeping.plan import LeafPlan
+from psclip_optax.bookkeeping.plan import LeafPlan, Plans
 from psclip_optax.bookkeeping.sites import Site
 from psclip_optax.bookkeeping.views import aval
 
@@ -85,43 +86,89 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def explained(
-    plans: Sequence[LeafPlan], params: Any, num_samples: int, mode: str, dtype: Any
-) -> Plan:
-    """The plan of a call, from what was planned for each leaf of its parameters."""
+def explained(plans: Plans, params: Any, num_samples: int, mode: str, dtype: Any) -> Plan:
+    """The plan of a call, from what was planned for each weight."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     rows = [
-        _row(plan, jax.tree_util.keystr(path), jnp.asarray(leaf), num_samples, dtype)
-        for plan, (path, leaf) in zip(plans, paths, strict=True)
+        _row(plans, plan, jax.tree_util.keystr(path), jnp.asarray(leaf), num_samples, dtype)
+        for plan, (path, leaf) in zip(plans.leaves, paths, strict=True)
     ]
     return Plan(tuple(rows), mode, num_samples)
 
 
-def kept_bytes(plan: LeafPlan, leaf: jax.Array, num_samples: int) -> int:
-    """What "one_pass" keeps of one parameter until the norms are known."""
-    if not plan.groups:
-        return num_samples * leaf.size * leaf.dtype.itemsize
+def kept_bytes(plans: Plans, leaves: Sequence[jax.Array], num_samples: int) -> int:
+    """What "one_pass" keeps of a batch until the norms are known."""
+    kinds = [*leaves, *(one.aval for one in plans.computed)]
+    both = zip(plans.all, kinds, strict=True)
+    return sum(_kept_bytes(plan, kind, num_samples) for plan, kind in both)
+
+
+def plain_bytes(closed: core.ClosedJaxpr, leaves: Sequence[jax.Array], num_samples: int) -> int:
+    """About what a plain gradient of a batch takes: parameters, their gradients, what is saved.
+
+    Args:
+      closed: the loss for one example.
+      leaves: the parameters.
+      num_samples: in the batch.
+    """
+    loss = core.jaxpr_as_fun(closed)
+    example = [
+        jax.ShapeDtypeStruct(aval(variable).shape, aval(variable).dtype)
+        for variable in closed.jaxpr.invars[len(leaves) :]
+    ]
+
+    def pull_back(leaves: list[Any], example: list[Any]) -> Any:
+        return jax.vjp(lambda leaves: loss(*leaves, *example)[0], leaves)[1]
+
+    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    saved = jax.tree.leaves(jax.eval_shape(pull_back, list(leaves), example))
+    # Parameters are saved as well, once for all samples.
+    of_one = sum(array.size * array.dtype.itemsize for array in saved) - parameters
+    return 2 * parameters + num_samples * max(of_one, 0)
+
+
+def _kept_bytes(plan: LeafPlan, kind: Any, num_samples: int) -> int:
+    if plan.is_direct:
+        return num_samples * kind.size * kind.dtype.itemsize
     leaving = _leaving(plan, num_samples).values()
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in leaving)
 
 
-def _row(plan: LeafPlan, path: str, leaf: jax.Array, num_samples: int, dtype: Any) -> PlanRow:
-    routes = dict.fromkeys(group.route for group in plan.groups)
+def _row(
+    plans: Plans, plan: LeafPlan, path: str, leaf: jax.Array, num_samples: int, dtype: Any
+) -> PlanRow:
+    # What is computed from several parameters is accounted to the first.
+    first = {weight: p.weight for p in reversed(plans.leaves) for weight in p.through}
+    computed = dict(zip([p.weight for p in plans.others], plans.computed, strict=True))
+    through = [other for other in plans.others if other.weight in plan.through]
+    own = [other for other in through if first[other.weight] == plan.weight]
+    kinds = {plan.weight: leaf} | {weight: one.aval for weight, one in computed.items()}
+    both = [plan, *own]
+    routes = dict.fromkeys(group.route for p in [plan, *through] for group in p.groups)
     return PlanRow(
         parameter=path,
         shape=f"{leaf.dtype}{list(leaf.shape)}",
         route=", ".join(routes) or "direct",
-        num_sites=len(plan.sites),
-        extra_flops=_flops(plan, num_samples, dtype) if routes else 2.0 * num_samples * leaf.size,
-        extra_bytes=kept_bytes(plan, leaf, num_samples),
-        reason=_reason(plan),
+        num_sites=sum(len(p.sites) for p in [plan, *through]),
+        extra_flops=sum(_flops(p, kinds[p.weight], num_samples, dtype) for p in both),
+        extra_bytes=sum(_kept_bytes(p, kinds[p.weight], num_samples) for p in both),
+        reason="; ".join([_reason(plan), *(_reason_computed(plan, p) for p in through)]).strip(
+            "; "
+        ),
     )
+
+
+def _reason_computed(plan: LeafPlan, other: LeafPlan) -> str:
+    how = {"none": "joined to", "separable": "scales", "pulled back": "pulled back from"}
+    return f"{how[plan.norm]} what {_reason(other)}"
 
 
 def _reason(plan: LeafPlan) -> str:
     if plan.groups:
         names = dict.fromkeys(site.eqn.primitive.name for site in plan.sites)
         return "enters " + ", ".join(names)
+    if not plan.is_used:
+        return "" if plan.through else "does not reach the loss"
     if plan.escape is None:
         return "no larger than what leaves its sites"
     source = f" at {plan.escape.source}" if plan.escape.source else ""
@@ -129,14 +176,16 @@ def _reason(plan: LeafPlan) -> str:
 
 
 def _batched(site: Site, shaped: Any, num_samples: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((num_samples, *site.scans, *shaped.shape), shaped.dtype)
+    return jax.ShapeDtypeStruct((*site.scans, num_samples, *shaped.shape), shaped.dtype)
 
 
 def _leaving(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:
     return {site.path: _batched(site, site.y_aval, num_samples) for site in plan.sites}
 
 
-def _flops(plan: LeafPlan, num_samples: int, dtype: Any) -> float:
+def _flops(plan: LeafPlan, kind: Any, num_samples: int, dtype: Any) -> float:
+    if not plan.groups:
+        return 2.0 * num_samples * kind.size if plan.is_used else 0.0
     entering = {
         site.path: _batched(site, aval(site.eqn.invars[1 - site.operand]), num_samples)
         for site in plan.sites

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jax.extend import core
 from psclip_optax import clipping, stacks, transforms
 from psclip_optax.bookkeeping import contract, taps
 from psclip_optax.bookkeeping.calls import varying
-from psclip_optax.bookkeeping.plan import LeafPlan
+from psclip_optax.bookkeeping.computed import compute
+from psclip_optax.bookkeeping.plan import LeafPlan, Plans
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.thresholds import concrete
 
@@ -54,12 +55,16 @@ class Result(NamedTuple):
     finite: jax.Array
 
 
+_Values = TypeVar("_Values")
+_PullBack: TypeAlias = Callable[[list[jax.Array]], dict[int, jax.Array]]
+
+
 class Problem(NamedTuple):
     """A traced loss, and what its parameters' gradients take.
 
     Attributes:
       closed: the loss for one example, from the parameters' and the example's leaves.
-      plans: for each parameter.
+      plans: for each parameter, and for weights that are computed from them.
       on_nonfinite: "drop" or "propagate".
       dtype: of norms and scales.
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
@@ -67,14 +72,15 @@ class Problem(NamedTuple):
     """
 
     closed: core.ClosedJaxpr
-    plans: list[LeafPlan]
+    plans: Plans
     on_nonfinite: OnNonfinite
     dtype: Any
     axis_name: Any
     spmd_axis_name: Any
 
-    def over_samples(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.vmap(function, in_axes=(None, None, 0), spmd_axis_name=self.spmd_axis_name)
+    def over_samples(self, function: Callable[..., Any], out_axes: Any = 0) -> Callable[..., Any]:
+        in_axes, name = (None, None, 0), self.spmd_axis_name
+        return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, spmd_axis_name=name)
 
 
 # The modes
@@ -82,84 +88,147 @@ class Problem(NamedTuple):
 
 def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """One forward and one backward pass, keeping what enters and leaves each site."""
-    sited = [plan for plan in problem.plans if plan.groups]
-    actions = {site.path: taps.tap(site) for plan in sited for site in plan.sites}
-    stacked, cotangents, outs, entered = _tapped(problem, leaves, samples, sited, actions)
-    squares = _stacked_squares(stacked, problem.dtype)
-    for plan in sited:
-        squares += contract.squared_norms(plan, entered, cotangents, problem.dtype)
-    norms, scales, finite, kept = _weigh(problem, samples, outs[0], squares)
+    plans = problem.plans.all
+    weights, pull_back = _weights(problem, leaves)
+    actions = {site.path: taps.tap(site) for plan in plans for site in plan.sites}
+    seen = _tapped(problem, leaves, weights, samples, actions)
+    squares = _squared_norms(problem, plans, pull_back, weights, seen)
+    norms, scales, finite, kept = _weigh(problem, samples, seen.outs[0], squares)
 
-    def contracted(plan: LeafPlan, is_kept: jax.Array | None) -> jax.Array:
-        chosen = functools.partial(_where_kept, is_kept)
-        if not plan.groups:
-            return stacks.weighted_sum(chosen(stacked[plan.leaf]), 0, scales)
-        sites = {site.path for site in plan.sites}
-        entering, leaving = (
-            {path: chosen(side[path]) for path in sites} for side in (entered, cotangents)
-        )
-        return contract.weighted_sum(plan, leaves[plan.leaf], entering, leaving, scales)
-
-    # XLA's CPU backend runs convolutions inside a branch many times slower than outside. They
-    # compute so much for each number read that choosing the samples always costs little.
-    convolved = {plan.leaf: contracted(plan, kept) for plan in problem.plans if plan.is_convolution}
-    others = [plan for plan in problem.plans if not plan.is_convolution]
-    rest = _either(
-        ~finite & ~kept,
-        lambda: [contracted(plan, kept) for plan in others],
-        lambda: [contracted(plan, None) for plan in others],
+    # A weight of 0 would not keep a NaN out of a sum of products.
+    axes = {site.path: site.sample_axis for plan in plans for site in plan.sites}
+    stacked, entered = _changed_if_any(
+        ~finite & ~kept, _zeroed(axes), (seen.stacked, seen.entered), kept
     )
-    sums = convolved | {plan.leaf: total for plan, total in zip(others, rest, strict=True)}
-    sums = [sums[leaf] for leaf in range(len(leaves))]
-    return Result(sums, outs, norms, scales, finite)
+
+    def contracted(plan: LeafPlan) -> jax.Array:
+        weight = weights[plan.weight]
+        if plan.is_direct:
+            return stacks.weighted_sum(stacked[plan.weight], 0, scales)
+        if not plan.groups:
+            return jnp.zeros_like(weight)
+        return contract.weighted_sum(plan, weight, entered, seen.cotangents, scales)
+
+    sums = {plan.weight: contracted(plan) for plan in plans}
+    pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])
+    sums = [sums[leaf] + pulled.get(leaf, 0) for leaf in range(len(leaves))]
+    return Result(sums, seen.outs, norms, scales, finite)
 
 
 def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """One forward pass and two backward: for the norms, then for the weighted sum."""
-    sited = [plan for plan in problem.plans if plan.groups]
-    probed = [plan for plan in sited if _may_be_probed(plan)]
-    tapped = [plan for plan in sited if not _may_be_probed(plan)]
+    plans = problem.plans.all
+    probed = [plan for plan in plans if _may_be_probed(plan)]
+    if not probed:  # a second pass would save nothing
+        return _one_pass(problem, leaves, samples)
+    others = [plan for plan in plans if not _may_be_probed(plan)]
+    weights, pull_back = _weights(problem, leaves)
     norm = functools.partial(contract.site_squared_norm, dtype=problem.dtype)
-    actions = {site.path: taps.tap(site) for plan in tapped for site in plan.sites}
+    actions = {site.path: taps.tap(site) for plan in others for site in plan.sites}
     for site in (site for plan in probed for site in plan.sites):
         actions[site.path] = taps.probe(site, norm, problem.dtype)
-    stacked, cotangents, outs, entered = _tapped(problem, leaves, samples, sited, actions)
-    squares = _stacked_squares(stacked, problem.dtype)
-    for plan in tapped:
-        squares += contract.squared_norms(plan, entered, cotangents, problem.dtype)
+    seen = _tapped(problem, leaves, weights, samples, actions)
+    squares = _squared_norms(problem, others, pull_back, weights, seen)
     for site in (site for plan in probed for site in plan.sites):
-        probed_squares = cotangents[site.path]
-        squares += jnp.sum(probed_squares, axis=tuple(range(1, probed_squares.ndim)))
-    norms, scales, finite, kept = _weigh(problem, samples, outs[0], squares)
+        probed_squares = seen.cotangents[site.path]
+        squares += jnp.sum(probed_squares, axis=tuple(range(site.sample_axis)))
+    norms, scales, finite, kept = _weigh(problem, samples, seen.outs[0], squares)
 
-    def backward(examples: list[jax.Array]) -> list[jax.Array]:
-        def losses(leaves: Sequence[Any]) -> jax.Array:
-            return problem.over_samples(_loss_of(problem))(leaves, None, examples)
+    sums = _backward(problem, list(leaves), samples.examples, scales, kept, ~finite & ~kept)
+    return Result(sums, seen.outs, norms, scales, finite)
 
-        value, pull_back = jax.vjp(losses, list(leaves))
+
+def _backward(
+    problem: Problem,
+    leaves: list[jax.Array],
+    examples: list[jax.Array],
+    scales: jax.Array,
+    kept: jax.Array,
+    bad: jax.Array,
+) -> list[jax.Array]:
+    """Σ γ_k g_k by one plain backward pass, and by another one if samples must be left out."""
+    # As the first pass has it, so that both share one forward pass.
+    closed = problem.plans.closed
+
+    def of(consts: list[Any], leaves: list[Any], examples: list[Any], scales: Any) -> list[Any]:
+        run = _outs_of(closed.replace(consts=consts))
+
+        def losses(leaves: list[Any]) -> jax.Array:
+            return problem.over_samples(lambda *inputs: run(*inputs)[0])(leaves, None, examples)
+
+        value, pull_back = jax.vjp(losses, leaves)
         return pull_back(scales.astype(value.dtype))[0]
 
-    def backward_without_dropped() -> list[jax.Array]:
+    def without_dropped(
+        _: Any, consts: list[Any], leaves: list[Any], examples: list[Any], scales: Any, kept: Any
+    ) -> list[Any]:
         # Padding and dropped samples may hold NaN, which weight 0 would not keep out.
         index = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
-        sums = backward([example[index] for example in samples.examples])
+        sums = of(consts, leaves, [example[index] for example in examples], scales)
         return [jnp.where(jnp.any(kept), total, 0) for total in sums]
 
-    # Not in the other branch: XLA's CPU backend runs convolutions many times slower there.
-    plain = backward(samples.examples)
-    sums = _either(~finite & ~kept, backward_without_dropped, lambda: plain)
-    return Result(sums, outs, norms, scales, finite)
+    consts = list(closed.consts)
+    sums = of(consts, leaves, examples, scales)
+    return _changed_if_any(bad, without_dropped, sums, consts, leaves, examples, scales, kept)
+
+
+def _changed_if_any(
+    flags: jax.Array, change: Callable[..., _Values], values: _Values, *operands: Any
+) -> _Values:
+    """change(values, *operands) where any flag is set, else the values as they are."""
+    any_flag = clipping.any_of(lax.stop_gradient(flags))
+    known = concrete(any_flag)
+    if known is not None:  # un-jitted: a loop would be compiled, anew in each call
+        return change(values, *operands) if known else values
+
+    # A loop of no step or one and not a branch, which would hold the values twice: a loop changes
+    # them where they are.
+    @jax.custom_jvp
+    def changed(flag: jax.Array, values: _Values, operands: tuple[Any, ...]) -> _Values:
+        def once(state: tuple[jax.Array, _Values]) -> tuple[jax.Array, _Values]:
+            return jnp.zeros_like(flag), change(state[1], *operands)
+
+        return lax.while_loop(lambda state: state[0], once, (flag, values))[1]
+
+    @changed.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        def branch(flag: jax.Array, values: _Values, operands: tuple[Any, ...]) -> _Values:
+            return lax.cond(flag, lambda: change(values, *operands), lambda: values)
+
+        return jax.jvp(branch, primals, tangents)
+
+    return changed(any_flag, values, operands)
+
+
+def _zeroed(axes: taps.Axes) -> Callable[..., tuple[dict[int, jax.Array], taps.Taps]]:
+    """A function that sets to 0 what is not kept of stacked gradients and of what enters sites."""
+
+    def zeroed(
+        seen: tuple[dict[int, jax.Array], taps.Taps], kept: jax.Array
+    ) -> tuple[dict[int, jax.Array], taps.Taps]:
+        def where_kept(array: jax.Array, axis: int) -> jax.Array:
+            flags = kept.reshape(-1, *[1] * (array.ndim - 1 - axis))
+            return jnp.where(flags, array, jnp.zeros((), array.dtype))
+
+        stacked, entered = seen
+        return (
+            {weight: where_kept(array, 0) for weight, array in stacked.items()},
+            {path: where_kept(array, axes[path]) for path, array in entered.items()},
+        )
+
+    return zeroed
 
 
 def _may_be_probed(plan: LeafPlan) -> bool:
     # Cotangents of probes add up: right for one use, and for the layers of a scan, but the steps
     # of a scan that share a parameter, and sites whose gradients overlap, have cross terms.
-    return all(len(group.sites) == 1 and all(group.sites[0].layered) for group in plan.groups)
+    once = all(len(group.sites) == 1 and all(group.sites[0].layered) for group in plan.groups)
+    return bool(plan.groups) and plan.norm == "own" and once
 
 
 def _by_vmap(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """The reference: gradients stacked by vmap, then clipped as the other face does."""
-    grad = jax.value_and_grad(_outs_of(problem), has_aux=True)
+    grad = jax.value_and_grad(_outs_of(problem.closed), has_aux=True)
     (_, outs), stacked = problem.over_samples(grad)(list(leaves), None, samples.examples)
     # A loss that is not finite drops its sample also where its gradient is finite.
     finite_loss = jnp.isfinite(outs[0])
@@ -182,8 +251,8 @@ MODES: dict[str, Callable[[Problem, Sequence[Any], Samples], Result]] = {
 }
 
 
-def _outs_of(problem: Problem) -> Callable[..., tuple[jax.Array, list[jax.Array]]]:
-    run = core.jaxpr_as_fun(problem.closed)
+def _outs_of(closed: core.ClosedJaxpr) -> Callable[..., tuple[jax.Array, list[jax.Array]]]:
+    run = core.jaxpr_as_fun(closed)
 
     def outs(leaves: Sequence[Any], _: None, example: list[jax.Array]) -> Any:
         outs = run(*leaves, *example)
@@ -192,38 +261,126 @@ def _outs_of(problem: Problem) -> Callable[..., tuple[jax.Array, list[jax.Array]
     return outs
 
 
-def _loss_of(problem: Problem) -> Callable[..., jax.Array]:
-    outs = _outs_of(problem)
-    return lambda *inputs: outs(*inputs)[0]
+def _weights(problem: Problem, leaves: Sequence[Any]) -> tuple[dict[int, Any], _PullBack]:
+    """All weights, and from gradients of the computed ones to those of the parameters."""
+    weights: dict[int, Any] = dict(enumerate(leaves))
+    others = [plan.weight for plan in problem.plans.others]
+    if not others:
+        return weights, lambda _: {}
+    computed, pull_back = jax.vjp(
+        compute(problem.plans.closed, problem.plans.computed), list(leaves)
+    )
+    weights.update(zip(others, computed, strict=True))
+
+    def pulled(gradients: list[jax.Array]) -> dict[int, jax.Array]:
+        alike = [g.astype(c.dtype) for g, c in zip(gradients, computed, strict=True)]
+        return dict(enumerate(pull_back(alike)[0]))
+
+    return weights, pulled
+
+
+class _Seen(NamedTuple):
+    """What one forward and one backward pass show of each sample.
+
+    Attributes:
+      stacked: gradients of the weights without sites.
+      cotangents: those of each action's zeros.
+      outs: what the loss returns.
+      entered: what entered the sites whose actions keep it.
+    """
+
+    stacked: dict[int, jax.Array]
+    cotangents: taps.Taps
+    outs: list[jax.Array]
+    entered: taps.Taps
 
 
 def _tapped(
     problem: Problem,
     leaves: Sequence[Any],
+    weights: dict[int, Any],
     samples: Samples,
-    sited: list[LeafPlan],
     actions: dict[Any, taps.Action],
-) -> tuple[dict[int, jax.Array], taps.Taps, list[jax.Array], taps.Taps]:
-    """Per-sample gradients of the parameters without sites, and of all actions' zeros."""
-    with_sites = {plan.leaf for plan in sited}
-    direct = {i: leaf for i, leaf in enumerate(leaves) if i not in with_sites}
+) -> _Seen:
+    plans = problem.plans
+    direct = {plan.weight: weights[plan.weight] for plan in plans.all if plan.is_direct}
+    places = {
+        plan.weight: (one.path, one.output)
+        for plan, one in zip(plans.others, plans.computed, strict=True)
+    }
 
     def outs(direct: dict[int, Any], zeros: taps.Taps, example: list[jax.Array]) -> Any:
         inputs = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
-        outs, entered = taps.run_with(problem.closed, [*inputs, *example], zeros, actions)
+        given = {place: direct.get(i, weights[i]) for i, place in places.items()}
+        outs, entered = taps.run_with(plans.closed, [*inputs, *example], zeros, actions, given)
         return outs[0], (outs, entered)
 
     grad = jax.grad(outs, argnums=(0, 1), has_aux=True)
     zeros = {path: varying(a.zero, problem.axis_name) for path, a in actions.items()}
-    gradients, (outs_, entered) = problem.over_samples(grad)(direct, zeros, samples.examples)
-    stacked, cotangents = gradients
-    return stacked, cotangents, outs_, entered
+    # Samples behind the steps of scans, as they run, so that nothing need be transposed.
+    leaving = {path: action.num_scans for path, action in actions.items()}
+    entering = {path: axis for path, axis in leaving.items() if actions[path].keeps}
+    run = problem.over_samples(grad, out_axes=((0, leaving), (0, entering)))
+    (stacked, cotangents), (outs_, entered) = run(direct, zeros, samples.examples)
+    return _Seen(stacked, cotangents, outs_, entered)
 
 
-def _stacked_squares(stacked: dict[int, jax.Array], dtype: Any) -> Any:
+def _squared_norms(
+    problem: Problem,
+    plans: Sequence[LeafPlan],
+    pull_back: _PullBack,
+    weights: dict[int, Any],
+    seen: _Seen,
+) -> Any:
+    """‖g_k‖² over the parameters of these plans, [n]."""
+    own = [plan for plan in plans if plan.norm == "own"]
+    squares = _stacked_squares([seen.stacked[p.weight] for p in own if p.is_direct], problem.dtype)
+    for plan in (plan for plan in own if plan.groups):
+        squares += contract.squared_norms(plan, seen.entered, seen.cotangents, problem.dtype)
+    for plan in (plan for plan in plans if plan.norm == "separable"):
+        squares += _separable_squares(problem, plan, pull_back, weights, seen)
+    pulled = [plan for plan in plans if plan.norm == "pulled back"]
+    if pulled:
+        squares += contract.pulled_back_squared_norms(
+            pull_back,
+            pulled,
+            [(plan, weights[plan.weight]) for plan in problem.plans.others],
+            seen.stacked,
+            seen.entered,
+            seen.cotangents,
+            problem.dtype,
+        )
+    return squares
+
+
+def _separable_squares(
+    problem: Problem,
+    plan: LeafPlan,
+    pull_back: _PullBack,
+    weights: dict[int, Any],
+    seen: _Seen,
+) -> jax.Array:
+    def slope(through: int) -> jax.Array:
+        cotangents = [
+            (jnp.ones_like if other.weight == through else jnp.zeros_like)(weights[other.weight])
+            for other in problem.plans.others
+        ]
+        return pull_back(cotangents)[plan.weight]
+
+    return contract.separable_squared_norms(
+        plan,
+        seen.entered,
+        seen.cotangents,
+        [slope(weight) for weight in plan.through],
+        [seen.stacked[weight] for weight in plan.through],
+        problem.dtype,
+    )
+
+
+def _stacked_squares(stacked: Sequence[jax.Array], dtype: Any) -> Any:
     if not stacked:
         return jnp.zeros((), dtype)
-    return stacks.squared_norms(stacks.Stack(list(stacked.values()), (0,) * len(stacked)), dtype)
+    return stacks.squared_norms(stacks.Stack(list(stacked), (0,) * len(stacked)), dtype)
 
 
 def _weigh(
@@ -236,24 +393,6 @@ def _weigh(
     scales = clipping.clip_scales(norms, samples.taus)
     scales = jnp.where(jnp.isfinite(norms), scales, jnp.nan)
     return norms, jnp.where(kept, scales, 0), finite, kept
-
-
-def _either(
-    flags: jax.Array,
-    if_any: Callable[[], list[jax.Array]],
-    otherwise: Callable[[], list[jax.Array]],
-) -> list[jax.Array]:
-    any_flag = clipping.any_of(lax.stop_gradient(flags))
-    known = concrete(any_flag)
-    if known is not None:  # un-jitted: `lax.cond` would compile both, anew in each call
-        return if_any() if known else otherwise()
-    return lax.cond(any_flag, if_any, otherwise)
-
-
-def _where_kept(kept: jax.Array | None, array: jax.Array) -> jax.Array:
-    if kept is None:
-        return array
-    return jnp.where(kept.reshape(-1, *[1] * (array.ndim - 1)), array, jnp.zeros((), array.dtype))
 
 
 # Slices of a batch

@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jax.extend import core
 
+from psclip_optax.bookkeeping.computed import compute, separable_axes
 from psclip_optax.bookkeeping.norms import conv, dense, embedding
-from psclip_optax.bookkeeping.sites import Escape, Site, Usage, find_usage
+from psclip_optax.bookkeeping.rewrites import rewritten
+from psclip_optax.bookkeeping.sites import Computed, Escape, Site, Usage, find_usage
 from psclip_optax.bookkeeping.views import are_disjoint, aval
 
 RouteName: TypeAlias = Literal["direct", "dense", "conv", "embedding", "tied"]
@@ -23,6 +25,10 @@ _RULES = {
     "dot_general": dense.supports,
     "conv_general_dilated": conv.supports,
     "gather": embedding.supports,
+}
+_LEAVING = {
+    "dot_general": dense.leaving_axes,
+    "conv_general_dilated": conv.leaving_axes,
 }
 
 
@@ -51,41 +57,173 @@ class Group(NamedTuple):
 
 
 class LeafPlan(NamedTuple):
-    """How one parameter's per-sample gradients are treated.
+    """How the per-sample gradients with respect to one weight are treated.
 
     Attributes:
-      leaf: which parameter.
+      weight: which parameter, or which of the weights that are computed from parameters.
       groups: its sites by overlap; empty where automatic differentiation gives the gradient of
         each sample.
       escape: why it does, where that is not for its size.
+      norm: what its share in the norm of a sample's gradient is taken from: its "own" sites or
+        gradients; those and a "separable" computation; what is "pulled back" through any; or
+        nothing ("none"), for another weight has it.
+      through: the weights that are computed from it.
+      axes: along which that is separable.
+      is_used: whether it meets data itself.
     """
 
-    leaf: int
+    weight: int
     groups: tuple[Group, ...] = ()
     escape: Escape | None = None
+    norm: Literal["own", "separable", "pulled back", "none"] = "own"
+    through: tuple[int, ...] = ()
+    axes: tuple[tuple[int, ...], ...] = ()
+    is_used: bool = True
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(site for group in self.groups for site in group.sites)
 
     @property
-    def is_convolution(self) -> bool:
-        return any(group.route == "conv" for group in self.groups)
+    def is_direct(self) -> bool:
+        """Whether automatic differentiation gives its gradient of each sample."""
+        return not self.groups and self.is_used
 
 
-def plan_leaves(closed: core.ClosedJaxpr, num_leaves: int) -> list[LeafPlan]:
-    """A plan for each of the first `num_leaves` inputs of the loss for one example."""
+class Plans(NamedTuple):
+    """How all per-sample gradients are treated.
+
+    Attributes:
+      leaves: a plan for each parameter.
+      others: one for each weight that is computed from parameters and treated as a weight.
+      computed: these weights.
+      closed: the loss for one example, rewritten so that few weights are computed.
+    """
+
+    leaves: list[LeafPlan]
+    others: list[LeafPlan]
+    computed: list[Computed]
+    closed: core.ClosedJaxpr
+
+    @property
+    def all(self) -> list[LeafPlan]:
+        return [*self.leaves, *self.others]
+
+
+_Family: TypeAlias = dict[int, Computed]
+
+
+def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
+    """A plan for the first `num_leaves` inputs of the loss for one example."""
     usage = find_usage(closed, num_leaves, _RULES)
+    apart = rewritten(closed, usage)
+    if apart is not closed:
+        closed, usage = apart, find_usage(apart, num_leaves, _RULES)
     avals = [aval(variable) for variable in closed.jaxpr.invars[:num_leaves]]
-    return [_plan_leaf(leaf, parameter, usage) for leaf, parameter in enumerate(avals)]
+    plans = Plans([_plan_weight(i, kind, usage) for i, kind in enumerate(avals)], [], [], closed)
+    for family in _families(usage):
+        _add_family(plans, family, usage, avals)
+    return plans
 
 
-def _plan_leaf(leaf: int, parameter: Any, usage: Usage) -> LeafPlan:
-    if leaf in usage.escapes:
-        return LeafPlan(leaf, escape=usage.escapes[leaf])
-    sites = [site for site in usage.sites if site.view.leaf == leaf]
-    if _is_small(parameter, sites):
-        return LeafPlan(leaf)
+def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any]) -> None:
+    """Plans computed weights, and anew the parameters that they are computed from."""
+    others = [_plan_weight(weight, one.aval, usage) for weight, one in family.items()]
+    relatives = sorted(frozenset().union(*(one.leaves for one in family.values())))
+    own = [plans.leaves[leaf] for leaf in relatives]
+    if _is_better_differentiated(own, others, avals, family):
+        escape = next((plan.escape for plan in others if plan.escape), None)
+        for leaf in relatives:
+            plans.leaves[leaf] = LeafPlan(leaf, escape=escape)
+        return
+    is_joined = _is_joined(own, family)
+    for plan in own:
+        through = tuple(weight for weight, one in family.items() if plan.weight in one.leaves)
+        plan = plan._replace(through=through)
+        axes = None if is_joined else _separable(plan, plans.closed, avals, others, family)
+        if is_joined:
+            plan = plan._replace(norm="none")
+        elif axes is not None:
+            plan = plan._replace(norm="separable", axes=axes)
+        else:
+            plan = plan._replace(norm="pulled back", groups=())
+        plans.leaves[plan.weight] = plan
+    plans.others.extend(plan._replace(norm="own" if is_joined else "none") for plan in others)
+    plans.computed.extend(family.values())
+
+
+def _families(usage: Usage) -> list[_Family]:
+    """The computed weights that meet data, parted so that no parameter is in two parts."""
+    meet_data = usage.escapes.keys() | {site.view.weight for site in usage.sites}
+    families: list[_Family] = []
+    for weight in sorted(meet_data - set(range(usage.num_leaves))):
+        one = usage.computed[weight - usage.num_leaves]
+        near = [f for f in families if any(one.leaves & other.leaves for other in f.values())]
+        merged = {w: other for family in near for w, other in family.items()}
+        families = [f for f in families if f not in near] + [merged | {weight: one}]
+    return families
+
+
+def _is_better_differentiated(
+    own: Sequence[LeafPlan], others: Sequence[LeafPlan], avals: Sequence[Any], family: _Family
+) -> bool:
+    """Whether automatic differentiation had best treat a family's parameters themselves.
+
+    They are small, or what is computed from them is larger by far and no site takes it in.
+    """
+    num_entries = sum(avals[plan.weight].size for plan in own)
+    num_direct = sum(family[plan.weight].aval.size for plan in others if not plan.groups)
+    is_small = not any(plan.groups for plan in [*own, *others]) and num_entries <= 4 * num_direct
+    return is_small or num_direct > 2 * num_entries
+
+
+def _is_joined(own: Sequence[LeafPlan], family: _Family) -> bool:
+    """Whether the parameters enter nothing but weights that hold each of their entries once."""
+    num_uses = sum(len(one.leaves) for one in family.values())
+    is_each_once = num_uses == len(own) and not any(plan.is_used for plan in own)
+    return is_each_once and all(one.is_joined for one in family.values())
+
+
+def _separable(
+    plan: LeafPlan,
+    closed: core.ClosedJaxpr,
+    avals: Sequence[Any],
+    others: Sequence[LeafPlan],
+    family: _Family,
+) -> tuple[tuple[int, ...], ...] | None:
+    """The parameter's axes along which all that is computed from it is separable, for each.
+
+    None unless to scale the parameter along them is, at all its sites, to scale what leaves.
+    """
+    is_direct = not any(other.groups for other in others if other.weight in plan.through)
+    if not plan.groups or not is_direct:
+        return None
+    found: list[tuple[int, ...]] = []
+    for weight in plan.through:
+        axes = separable_axes(compute(closed, [family[weight]]), avals, plan.weight)
+        if axes is None or set(axes) != set((found or [axes])[0]):
+            return None
+        found.append(axes)
+    scales = all(leaving_axes(site, found[0]) is not None for site in plan.sites)
+    return tuple(found) if scales else None
+
+
+def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
+    """The axes of what leaves a site that are these of the weight; None if one is none of them."""
+    rule = _LEAVING.get(site.eqn.primitive.name)
+    if rule is None or site.view.frame:
+        return None
+    of_frame = {site.view.axes[own]: leaving for own, leaving in rule(site).items()}
+    return [of_frame[a] for a in axes] if all(a in of_frame for a in axes) else None
+
+
+def _plan_weight(weight: int, kind: Any, usage: Usage) -> LeafPlan:
+    """The plan of a weight by itself."""
+    sites = [site for site in usage.sites if site.view.weight == weight]
+    escape = usage.escapes.get(weight)
+    is_used = bool(sites) or escape is not None
+    if escape is not None or _is_small(kind, sites):
+        return LeafPlan(weight, escape=escape, is_used=is_used)
     frames: dict[Any, list[Site]] = {}
     for site in sites:
         frames.setdefault(site.view.frame, []).append(site)
@@ -96,8 +234,8 @@ def _plan_leaf(leaf: int, parameter: Any, usage: Usage) -> LeafPlan:
         for other in list(frames.values())[:i]
     )
     if None in groups or not apart:
-        return LeafPlan(leaf, escape=_mixed(sites))
-    return LeafPlan(leaf, tuple(group for group in groups if group))
+        return LeafPlan(weight, escape=_mixed(sites))
+    return LeafPlan(weight, tuple(group for group in groups if group), is_used=is_used)
 
 
 def _mixed(sites: Sequence[Site]) -> Escape:

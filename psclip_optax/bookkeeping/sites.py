@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
 from psclip_optax.bookkeeping.views import (
@@ -31,20 +32,47 @@ from psclip_optax.bookkeeping.views import (
 
 @dataclasses.dataclass(frozen=True)
 class OfParameters:
-    """A variable that depends on parameters alone: on which, and as which view of a single one."""
+    """A variable that depends on parameters alone.
+
+    Attributes:
+      leaves: on which.
+      view: as which view of a weight: a parameter, or what is computed from parameters; None if it
+        is computed anew in each step of a scan.
+      is_stepped: whether it is another in each step of a scan around it.
+    """
 
     leaves: frozenset[int]
     view: View | None = None
+    is_stepped: bool = False
 
 
 class Other(enum.Enum):
-    """A variable that depends on the example, or neither on it nor on parameters."""
+    """A variable that depends on the example, or without gradient on neither it nor parameters."""
 
     DATA = enum.auto()
     CONSTANT = enum.auto()
+    CONSTANT_OF_A_STEP = enum.auto()
 
 
 Kind: TypeAlias = OfParameters | Other
+
+
+class Computed(NamedTuple):
+    """A weight that is computed from parameters alone, and so is the same for all samples.
+
+    Attributes:
+      path: of the equation that makes it, as in `Site`.
+      output: which of the equation's outputs it is.
+      aval: its shape and dtype.
+      leaves: the parameters that it is computed from.
+      is_joined: whether it is nothing but their entries side by side, each once.
+    """
+
+    path: Path
+    output: int
+    aval: Any
+    leaves: frozenset[int]
+    is_joined: bool
 
 
 class Site(NamedTuple):
@@ -67,11 +95,15 @@ class Site(NamedTuple):
     layered: tuple[bool, ...]
 
     @property
+    def sample_axis(self) -> int:
+        """The axis of samples in what enters and leaves: behind those of the scans, as they run."""
+        return len(self.scans)
+
+    @property
     def scan_axes(self) -> tuple[list[int], list[int]]:
-        """Axes, behind that of the samples, of scans over layers and of those that share W."""
-        axes = range(1, 1 + len(self.scans))
-        layered = [axis for axis, is_layered in zip(axes, self.layered, strict=True) if is_layered]
-        return layered, [axis for axis in axes if axis not in layered]
+        """The axes of scans over layers and of those that share W."""
+        layered = [axis for axis, is_layered in enumerate(self.layered) if is_layered]
+        return layered, [axis for axis in range(len(self.scans)) if axis not in layered]
 
     @property
     def y_aval(self) -> Any:
@@ -87,17 +119,62 @@ class Escape(NamedTuple):
 
 @dataclasses.dataclass
 class Usage:
-    """What becomes of the parameters in a loss."""
+    """What becomes of the weights in a loss: of its parameters, then of what is computed of them.
 
+    Attributes:
+      num_leaves: how many parameters there are; weight `num_leaves + i` is `computed[i]`.
+      computed: all that is computed from parameters alone.
+      sites: where weights meet data in operations linear in them.
+      escapes: the weights that meet data in other ways.
+      on_computed: the paths of equations that are linear in a weight that is computed, and which
+        operand that is.
+      kinds: what each variable is, by the path of the equation that holds its jaxpr.
+    """
+
+    num_leaves: int
+    computed: list[Computed] = dataclasses.field(default_factory=list)
     sites: list[Site] = dataclasses.field(default_factory=list)
     escapes: dict[int, Escape] = dataclasses.field(default_factory=dict)
+    on_computed: dict[Path, int] = dataclasses.field(default_factory=dict)
+    kinds: dict[Path, dict[core.Var, Kind]] = dataclasses.field(default_factory=dict)
 
     def escape(self, kinds: Iterable[Kind], reason: str, eqn: core.JaxprEqn | None) -> None:
         source = "" if eqn is None else source_info_util.summarize(eqn.source_info)
         for kind in kinds:
             if isinstance(kind, OfParameters):
-                for leaf in kind.leaves:
-                    self.escapes.setdefault(leaf, Escape(reason, source))
+                for weight in [kind.view.weight] if kind.view else kind.leaves:
+                    self.escapes.setdefault(weight, Escape(reason, source))
+
+    def compute(
+        self, eqn: core.JaxprEqn, kinds: Sequence[Kind], leaves: frozenset[int], path: Path
+    ) -> list[Kind]:
+        """Each output of an equation as a weight of its own; integers have no gradient."""
+        is_joined = eqn.primitive.name in ("concatenate", "stack") and self._are_apart(
+            kinds, leaves
+        )
+        outs: list[Kind] = []
+        for output, variable in enumerate(eqn.outvars):
+            if not has_gradient(variable):
+                outs.append(Other.CONSTANT)
+                continue
+            weight, kind = self.num_leaves + len(self.computed), aval(variable)
+            self.computed.append(Computed(path, output, kind, leaves, is_joined))
+            outs.append(_weight(weight, leaves, kind.ndim))
+        return outs
+
+    def _are_apart(self, kinds: Sequence[Kind], leaves: frozenset[int]) -> bool:
+        """Whether they are parameters, or these side by side, and each entry comes once at most."""
+        weights = [kind for kind in kinds if isinstance(kind, OfParameters)]
+        is_each_once = sum(len(kind.leaves) for kind in weights) == len(leaves)
+        return is_each_once and len(weights) == len(kinds) and all(map(self._is_once, weights))
+
+    def _is_once(self, kind: OfParameters) -> bool:
+        view = kind.view
+        if view is None or view.is_repeated:
+            return False
+        return (
+            view.weight < self.num_leaves or self.computed[view.weight - self.num_leaves].is_joined
+        )
 
 
 class _Scope(NamedTuple):
@@ -120,11 +197,11 @@ def find_usage(closed: core.ClosedJaxpr, num_leaves: int, rules: dict[str, SiteR
         operand of that index is the parameter.
 
     Returns:
-      Every site, and the parameters that escape. A parameter may have both.
+      Every site, and the weights that escape. A weight may have both.
     """
-    jaxpr, usage = closed.jaxpr, Usage()
+    jaxpr, usage = closed.jaxpr, Usage(num_leaves)
     kinds: list[Kind] = [
-        _parameter(i, aval(v).ndim) for i, v in enumerate(jaxpr.invars[:num_leaves])
+        _weight(i, frozenset([i]), aval(v).ndim) for i, v in enumerate(jaxpr.invars[:num_leaves])
     ]
     kinds += [Other.DATA] * (len(jaxpr.invars) - num_leaves)
     walk = _Walk(usage, rules)
@@ -133,11 +210,15 @@ def find_usage(closed: core.ClosedJaxpr, num_leaves: int, rules: dict[str, SiteR
     return usage
 
 
-def _parameter(leaf: int, ndim: int) -> OfParameters:
-    return OfParameters(frozenset([leaf]), View(leaf, (), (), tuple(range(ndim))))
+def has_gradient(variable: core.Var) -> bool:
+    return jnp.issubdtype(aval(variable).dtype, jnp.inexact)
 
 
-_CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "remat")
+def _weight(weight: int, leaves: frozenset[int], ndim: int) -> OfParameters:
+    return OfParameters(leaves, View(weight, (), (), tuple(range(ndim))))
+
+
+CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "remat")
 
 
 def inner_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -152,6 +233,7 @@ class _Walk(NamedTuple):
 
     def jaxpr(self, jaxpr: core.Jaxpr, kinds: Sequence[Kind], scope: _Scope) -> list[Kind]:
         known: dict[core.Var, Kind] = dict(zip(jaxpr.invars, kinds, strict=True))
+        self.usage.kinds[scope.path] = known
 
         def read(atom: Any) -> Kind:
             return (
@@ -170,18 +252,34 @@ class _Walk(NamedTuple):
         parameters = [kind for kind in kinds if isinstance(kind, OfParameters)]
         has_data = Other.DATA in kinds
         if not parameters:
-            return [Other.DATA if has_data else Other.CONSTANT] * len(eqn.outvars)
-        if eqn.primitive.name in _CALLS:
+            is_stepped = Other.CONSTANT_OF_A_STEP in kinds
+            constant = Other.CONSTANT_OF_A_STEP if is_stepped else Other.CONSTANT
+            return [Other.DATA if has_data else constant] * len(eqn.outvars)
+        if eqn.primitive.name in CALLS:
             return self.jaxpr(inner_jaxpr(eqn)[0], kinds, scope)
         if not has_data:
-            leaves = frozenset().union(*(kind.leaves for kind in parameters))
-            views = views_after(eqn, parameters[0].view) if len(parameters) == 1 else None
-            views = views or [None] * len(eqn.outvars)
-            return [OfParameters(leaves, view) for view in views]
+            return self.of_parameters(eqn, kinds, parameters, scope)
         if eqn.primitive.name == "scan":
             return self.scan(eqn, kinds, scope)
         self.meeting(eqn, kinds, scope)
         return [Other.DATA] * len(eqn.outvars)
+
+    def of_parameters(
+        self,
+        eqn: core.JaxprEqn,
+        kinds: list[Kind],
+        parameters: list[OfParameters],
+        scope: _Scope,
+    ) -> Sequence[Kind]:
+        views = views_after(eqn, parameters[0].view) if len(parameters) == 1 else None
+        if views:
+            return [dataclasses.replace(parameters[0], view=view) for view in views]
+        leaves = frozenset().union(*(kind.leaves for kind in parameters))
+        is_stepped = Other.CONSTANT_OF_A_STEP in kinds or any(k.is_stepped for k in parameters)
+        if is_stepped:
+            computed, constant = OfParameters(leaves, None, True), Other.CONSTANT_OF_A_STEP
+            return [computed if has_gradient(v) else constant for v in eqn.outvars]
+        return self.usage.compute(eqn, kinds, leaves, scope.path)
 
     def meeting(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> None:
         operands = [i for i, kind in enumerate(kinds) if isinstance(kind, OfParameters)]
@@ -190,8 +288,16 @@ class _Walk(NamedTuple):
         if len(operands) > 1 or rule is None or not rule(eqn, operands[0]):
             self.usage.escape(kinds, f"enters {name}", eqn)
             return
-        if not isinstance(weight, OfParameters) or weight.view is None:
-            self.usage.escape(kinds, f"is computed with before it enters {name}", eqn)
+        if not isinstance(weight, OfParameters):
+            return
+        if weight.view is None or weight.view.weight >= self.usage.num_leaves:
+            self.usage.on_computed[scope.path] = operands[0]
+        if weight.view is not None and weight.view.is_repeated:
+            self.usage.escape(kinds, f"is repeated before it enters {name}", eqn)
+            return
+        if weight.view is None:
+            reason = f"is computed with in each step of a scan before it enters {name}"
+            self.usage.escape(kinds, reason, eqn)
             return
         view = weight.view
         layers = {step.path for step in view.steps if isinstance(step, Layer)}
@@ -220,9 +326,11 @@ class _Walk(NamedTuple):
 
 
 def _layer(kind: Kind, path: Path) -> Kind:
-    if not isinstance(kind, OfParameters) or kind.view is None:
+    if kind is Other.CONSTANT:
+        return Other.CONSTANT_OF_A_STEP
+    if not isinstance(kind, OfParameters):
         return kind
-    return OfParameters(kind.leaves, layer_of(kind.view, path))
+    return OfParameters(kind.leaves, kind.view and layer_of(kind.view, path), True)
 
 
 def operate(site: Site) -> Callable[[Any, Any], Any]:

@@ -18,9 +18,10 @@ from jax import lax
 from jax.extend import core
 
 from psclip_optax.bookkeeping.sites import Site, inner_jaxpr, operate
-from psclip_optax.bookkeeping.views import Path, as_function
+from psclip_optax.bookkeeping.views import Path, as_function, run_equation
 
 Taps: TypeAlias = dict[Path, jax.Array]
+Axes: TypeAlias = dict[Path, int]
 SquaredNorm: TypeAlias = Callable[[Site, jax.Array, jax.Array], jax.Array]
 
 
@@ -30,19 +31,23 @@ class Action(NamedTuple):
     Attributes:
       operand: which input of the site's equation is W.
       zero: the array of zeros whose cotangent is wanted, with an axis for each scan around it.
-      run: from W, x and the zero of one step to y, and x where it is to be kept.
+      num_scans: how many.
+      keeps: whether x is kept.
+      run: from W, x and the zero of one step to y.
     """
 
     operand: int
     zero: jax.Array
-    run: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array | None]]
+    num_scans: int
+    keeps: bool
+    run: Callable[[Any, Any, jax.Array], Any]
 
 
 def tap(site: Site) -> Action:
     """Keeps what enters a site, and makes the cotangent of what leaves it known."""
     op = operate(site)
     zero = jnp.zeros((*site.scans, *site.y_aval.shape), site.y_aval.dtype)
-    return Action(site.operand, zero, lambda w, x, zero: (op(w, x) + zero, x))
+    return Action(site.operand, zero, len(site.scans), True, lambda w, x, zero: op(w, x) + zero)
 
 
 def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
@@ -75,7 +80,7 @@ def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
 
     run.defvjp(forward, backward)
     zero = jnp.zeros(site.scans, dtype)
-    return Action(site.operand, zero, lambda w, x, zero: (run(w, x, zero), None))
+    return Action(site.operand, zero, len(site.scans), False, run)
 
 
 def _cotangent(function: Callable[[Any], Any], x: Any, dy: jax.Array) -> Any:
@@ -89,6 +94,7 @@ def run_with(
     inputs: Sequence[Any],
     zeros: Taps,
     actions: dict[Path, Action],
+    given: dict[tuple[Path, int], Any],
 ) -> tuple[list[Any], Taps]:
     """The outputs of a jaxpr, and what entered the sites whose actions keep it.
 
@@ -97,8 +103,9 @@ def run_with(
       inputs: its inputs.
       zeros: each action's array of zeros.
       actions: what to do at each site.
+      given: for an output of an equation, by its path and index, a value to take instead.
     """
-    return _Runner(actions).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
+    return _Runner(actions, given).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
 
 
 class _Stretch:
@@ -132,6 +139,7 @@ def _stretches(jaxpr: core.Jaxpr, tapped: list[int]) -> Iterator[tuple[int, Any]
 
 class _Runner(NamedTuple):
     actions: dict[Path, Action]
+    given: dict[tuple[Path, int], Any]
 
     def jaxpr(
         self,
@@ -148,7 +156,8 @@ class _Runner(NamedTuple):
             return atom.val if isinstance(atom, core.Literal) else values[atom]
 
         entered: Taps = {}
-        tapped = sorted({p[len(path)] for p in taps})
+        of_interest = [*taps, *(p for p, _ in self.given if p[: len(path)] == path)]
+        tapped = sorted({p[len(path)] for p in of_interest})
         for i, stretch in _stretches(jaxpr, tapped):
             if isinstance(stretch, _Stretch):
                 outs = stretch.run(*map(read, stretch.inputs))
@@ -164,12 +173,19 @@ class _Runner(NamedTuple):
     def eqn(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
     ) -> tuple[list[Any], Taps]:
+        given = {output: value for (p, output), value in self.given.items() if p == path}
+        if given:
+            return self.computed(eqn, inputs, given), {}
         if path not in taps:
             return _NESTED[eqn.primitive.name](self, eqn, inputs, taps, path)
         action = self.actions[path]
         w, x = inputs[action.operand], inputs[1 - action.operand]
-        y, kept = action.run(w, x, taps[path])
-        return [y], {} if kept is None else {path: kept}
+        return [action.run(w, x, taps[path])], {path: x} if action.keeps else {}
+
+    def computed(self, eqn: core.JaxprEqn, inputs: list[Any], given: dict[int, Any]) -> list[Any]:
+        if len(given) == len(eqn.outvars):
+            return [given[output] for output in range(len(given))]
+        return [given.get(output, value) for output, value in enumerate(run_equation(eqn, inputs))]
 
     def call(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
@@ -182,10 +198,14 @@ class _Runner(NamedTuple):
     ) -> tuple[list[Any], Taps]:
         policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
 
-        def call(inputs: list[Any], taps: Taps) -> tuple[list[Any], Taps]:
-            return self.call(eqn, inputs, taps, path)
+        shared = _Shared()
 
-        return jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(inputs, taps)
+        def call(inputs: list[Any], taps: Taps) -> tuple[list[Any], list[jax.Array]]:
+            outs, entered = self.call(eqn, inputs, taps, path)
+            return outs, shared.once(entered)
+
+        outs, kept = jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(inputs, taps)
+        return outs, shared.of_all(kept)
 
     def scan(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
@@ -194,14 +214,15 @@ class _Runner(NamedTuple):
         num_consts, num_carry, body = params["num_consts"], params["num_carry"], params["jaxpr"]
         consts = inputs[:num_consts]
         init, xs = inputs[num_consts:][:num_carry], inputs[num_consts:][num_carry:]
+        shared = _Shared()
 
         def step(carry: list[Any], xs_and_taps: tuple[list[Any], Taps]) -> Any:
             xs, taps = xs_and_taps
             operands = [*consts, *carry, *xs]
             outs, entered = self.jaxpr(body.jaxpr, body.consts, operands, taps, path)
-            return outs[:num_carry], (outs[num_carry:], entered)
+            return outs[:num_carry], (outs[num_carry:], shared.once(entered))
 
-        carry, (ys, entered) = lax.scan(
+        carry, (ys, kept) = lax.scan(
             step,
             init,
             (xs, taps),
@@ -209,7 +230,24 @@ class _Runner(NamedTuple):
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*carry, *ys], entered
+        return [*carry, *ys], shared.of_all(kept)
+
+
+class _Shared:
+    """What enters several sites at once, as queries, keys and values do, is kept once."""
+
+    def __init__(self) -> None:
+        self._places: dict[Path, int] = {}
+
+    def once(self, entered: Taps) -> list[jax.Array]:
+        kept: dict[int, jax.Array] = {}
+        for path, x in entered.items():
+            kept.setdefault(id(x), x)
+            self._places[path] = list(kept).index(id(x))
+        return list(kept.values())
+
+    def of_all(self, kept: list[jax.Array]) -> Taps:
+        return {path: kept[place] for path, place in self._places.items()}
 
 
 _Nested = Callable[[_Runner, core.JaxprEqn, list[Any], Taps, Path], tuple[list[Any], Taps]]

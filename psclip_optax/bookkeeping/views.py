@@ -45,16 +45,18 @@ class View:
     """How a variable's entries lie in those of a parameter.
 
     Attributes:
-      leaf: which parameter.
-      steps: the equations from the parameter to the variable, in order.
+      weight: which parameter, or which of the weights that are computed from parameters.
+      steps: the equations from the weight to the variable, in order.
       frame: the same without transpositions, as values that compare equal where the entries agree.
       axes: for each axis of the variable, the axis of the frame that it is.
+      is_repeated: whether entries of the weight come several times.
     """
 
-    leaf: int
+    weight: int
     steps: tuple[Step, ...]
     frame: tuple[Any, ...]
     axes: tuple[int, ...]
+    is_repeated: bool = False
 
 
 def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
@@ -74,7 +76,7 @@ def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> V
     """A view whose axes are no longer those of the frame, so that it begins a new one."""
     frame = (*view.frame, (view.axes, *what))
     steps = (*view.steps, Equation(eqn, output))
-    return View(view.leaf, steps, frame, tuple(range(aval(output).ndim)))
+    return View(view.weight, steps, frame, tuple(range(aval(output).ndim)), view.is_repeated)
 
 
 def _cast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
@@ -90,9 +92,10 @@ def _reshaped(eqn: core.JaxprEqn, view: View) -> list[View]:
     return [_reframed(eqn, eqn.outvars[0], view, "reshape", aval(eqn.outvars[0]).shape)]
 
 
-def _broadcast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
-    repeats_entries = aval(eqn.outvars[0]).size != aval(eqn.invars[0]).size
-    return None if repeats_entries else _reshaped(eqn, view)
+def _broadcast(eqn: core.JaxprEqn, view: View) -> list[View]:
+    repeats = aval(eqn.outvars[0]).size != aval(eqn.invars[0]).size
+    (new,) = _reshaped(eqn, view)
+    return [dataclasses.replace(new, is_repeated=view.is_repeated or repeats)]
 
 
 def _sliced(eqn: core.JaxprEqn, view: View) -> list[View]:
@@ -119,6 +122,24 @@ def _split(eqn: core.JaxprEqn, view: View) -> list[View]:
     return views
 
 
+def _unstacked(eqn: core.JaxprEqn, view: View) -> list[View]:
+    axis, shape = eqn.params["axis"], aval(eqn.invars[0]).shape
+    boxes = [
+        tuple((i, i + 1) if a == axis else (0, size) for a, size in enumerate(shape))
+        for i in range(shape[axis])
+    ]
+    both = zip(eqn.outvars, boxes, strict=True)
+    return [_reframed(eqn, output, view, "box", box, None) for output, box in both]
+
+
+def _same(eqn: core.JaxprEqn, view: View) -> list[View]:
+    return _moved(eqn, view, view.axes)
+
+
+def _reversed(eqn: core.JaxprEqn, view: View) -> list[View]:
+    return [_reframed(eqn, eqn.outvars[0], view, "reverse", eqn.params["dimensions"])]
+
+
 _VIEW_RULES: dict[str, Callable[[Any, View], list[View] | None]] = {
     "convert_element_type": _cast,
     "transpose": _transposed,
@@ -126,8 +147,13 @@ _VIEW_RULES: dict[str, Callable[[Any, View], list[View] | None]] = {
     "squeeze": _reshaped,
     "expand_dims": _reshaped,
     "broadcast_in_dim": _broadcast,
+    "tile": _broadcast,
     "slice": _sliced,
     "split": _split,
+    "unstack": _unstacked,
+    "rev": _reversed,
+    "copy": _same,
+    "sharding_constraint": _same,
 }
 
 
@@ -150,8 +176,8 @@ def layer_of(view: View, path: Path) -> View | None:
         # A layer along an axis that was moved there; rare, and its frame would need a name.
         return None
     axes = tuple(axis - 1 for axis in view.axes[1:])
-    frame = (*view.frame, ("layer", path))
-    return View(view.leaf, (*view.steps, Layer(path)), frame, axes)
+    frame = (*view.frame, ((), "layer", path))
+    return View(view.weight, (*view.steps, Layer(path)), frame, axes, view.is_repeated)
 
 
 def as_function(
@@ -161,6 +187,16 @@ def as_function(
     empty = jax.make_jaxpr(lambda: ())().jaxpr
     jaxpr = empty.replace(invars=list(inputs), outvars=list(outputs), eqns=list(eqns))
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+
+def run_equation(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """An equation's outputs from the values of all its inputs, literals among them."""
+    values = {
+        atom: value
+        for atom, value in zip(eqn.invars, inputs, strict=True)
+        if not isinstance(atom, core.Literal)
+    }
+    return as_function([eqn], list(values), eqn.outvars)(*values.values())
 
 
 def segments(view: View) -> list[list[Equation]]:

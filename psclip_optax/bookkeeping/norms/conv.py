@@ -57,6 +57,12 @@ def supports(eqn: core.JaxprEqn, operand: int) -> bool:
     return operand == 1 and eqn.params["batch_group_count"] == 1
 
 
+def leaving_axes(site: Site) -> dict[int, int]:
+    """For each axis of W that is one of y, which."""
+    dims = site.eqn.params["dimension_numbers"]
+    return {dims.rhs_spec[0]: dims.out_spec[1]}
+
+
 def window(site: Site) -> Window:
     params, kernel = site.eqn.params, aval(site.eqn.invars[1]).shape
     size = tuple(kernel[axis] for axis in params["dimension_numbers"].rhs_spec[2:])

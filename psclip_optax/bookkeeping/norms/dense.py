@@ -29,7 +29,7 @@ class Form(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """left [n, B, T, a] and right [n, B, T, c]."""
+    """left [layers, n, B, T, a] and right [layers, n, B, T, c]."""
 
     left: jax.Array
     right: jax.Array
@@ -91,6 +91,13 @@ def form(site: Site) -> Form:
     return Form(in_frame(axes.w_blocks), in_frame(axes.w_contracted), in_frame(axes.w_free))
 
 
+def leaving_axes(site: Site) -> dict[int, int]:
+    """For each axis of W that is one of y, which."""
+    axes = _axes(site)
+    own, leaving = [*axes.w_blocks, *axes.w_free], [*axes.y_blocks, *axes.y_w_free]
+    return dict(zip(own, leaving, strict=True))
+
+
 def factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
     """Both factors, in the order of `like`, which may take this site's left for its right."""
     axes = _axes(site)
@@ -99,8 +106,9 @@ def factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
 
     def arranged(array: jax.Array, blocks: list[int], rows: list[int], columns: list[int]) -> Any:
         groups = [
-            [0],
-            layered + [offset + axis for axis in blocks],
+            layered,
+            [site.sample_axis],
+            [offset + axis for axis in blocks],
             steps + [offset + axis for axis in rows],
             [offset + axis for axis in columns],
         ]
@@ -122,17 +130,17 @@ def joined(parts: Sequence[Factors]) -> Factors:
     """The factors of the sum of several sites' gradients: theirs, one behind the other."""
     if len(parts) == 1:
         return parts[0]
-    left, right = (jnp.concatenate(sides, axis=2) for sides in zip(*parts, strict=True))
+    left, right = (jnp.concatenate(sides, axis=3) for sides in zip(*parts, strict=True))
     return Factors(left, right)
 
 
 def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
     """‖G_k‖² for each sample, [n]."""
     left, right = factors
-    num_samples, num_blocks, num_rows, a = left.shape
-    c = right.shape[3]
+    *parts, num_rows, a = left.shape
+    c = right.shape[-1]
     # One batch axis: XLA's CPU backend takes three times as long over two.
-    left, right = (side.reshape(num_samples * num_blocks, num_rows, -1) for side in factors)
+    left, right = (side.reshape(math.prod(parts), num_rows, -1) for side in factors)
     if num_rows == 1:
         squares = [jnp.sum(jnp.square(side.astype(dtype)), axis=(1, 2)) for side in (left, right)]
         norms = squares[0] * squares[1]
@@ -141,7 +149,14 @@ def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
         norms = jnp.maximum(jnp.sum(gram, axis=(1, 2)), 0)
     else:
         norms = jnp.sum(jnp.square(product(left, right, 1, dtype)), axis=(1, 2))
-    return jnp.sum(norms.reshape(num_samples, num_blocks), axis=1)
+    return jnp.sum(norms.reshape(parts), axis=(0, 2))
+
+
+def by_sample(factors: Factors) -> Factors:
+    """The same as [n, layers · B, T, …]."""
+    left, right = (side.swapaxes(0, 1) for side in factors)
+    n, _, _, num_rows, _ = left.shape
+    return Factors(*(side.reshape(n, -1, num_rows, side.shape[-1]) for side in (left, right)))
 
 
 def product(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:

@@ -1,0 +1,194 @@
+"""Weights that are computed from parameters alone: g v / ‖v‖, kernels side by side, masked ones.
+
+They are computed once for all samples, and a gradient with respect to them is pulled back through
+that computation: the weighted sum once, and for the norms what is cheapest. A computation that puts
+parameters side by side keeps norms. One that is *separable* along some axes (one norm a column)
+pulls a cotangent c back to D ⊙ c, with one D for all samples. Otherwise samples go one by one.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax.extend import core
+
+from psclip_optax.bookkeeping.sites import CALLS, Computed, inner_jaxpr
+from psclip_optax.bookkeeping.views import Path, aval, run_equation
+
+_UNKNOWN: Any = object()
+
+
+def compute(
+    closed: core.ClosedJaxpr, wanted: Sequence[Computed]
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """From the parameters' leaves to the values of what is computed from them.
+
+    Args:
+      closed: the loss for one example, whose first inputs are the parameters.
+      wanted: what to compute.
+    """
+
+    def values(leaves: Sequence[Any]) -> list[Any]:
+        found: dict[tuple[Path, int], Any] = {}
+        inputs = [*leaves, *[_UNKNOWN] * (len(closed.jaxpr.invars) - len(leaves))]
+        _run_known(closed.jaxpr, closed.consts, inputs, (), found)
+        return [found[one.path, one.output] for one in wanted]
+
+    return values
+
+
+def _run_known(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[Any],
+    path: Path,
+    found: dict[tuple[Path, int], Any],
+) -> list[Any]:
+    """Runs the equations whose inputs are known; the others' outputs are unknown."""
+    values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        outs = _equation(eqn, [read(atom) for atom in eqn.invars], (*path, i), found)
+        values.update(zip(eqn.outvars, outs, strict=True))
+        found.update({((*path, i), output): value for output, value in enumerate(outs)})
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(
+    eqn: core.JaxprEqn, inputs: list[Any], path: Path, found: dict[tuple[Path, int], Any]
+) -> list[Any]:
+    if eqn.primitive.name in CALLS:
+        jaxpr, consts = inner_jaxpr(eqn)
+        return _run_known(jaxpr, consts, inputs, path, found)
+    if not any(value is _UNKNOWN for value in inputs):
+        return run_equation(eqn, inputs)
+    if eqn.primitive.name == "scan":
+        # What its steps share may be computed from, though its data are unknown.
+        jaxpr, consts = inner_jaxpr(eqn)
+        num_consts = eqn.params["num_consts"]
+        of_a_step = [_UNKNOWN] * (len(inputs) - num_consts)
+        _run_known(jaxpr, consts, [*inputs[:num_consts], *of_a_step], path, found)
+    return [_UNKNOWN] * len(eqn.outvars)
+
+
+# Along which axes a computation is separable
+
+
+class _Spread(NamedTuple):
+    """How a variable depends on a parameter.
+
+    Attributes:
+      axes: for each of its axes the parameter's axis whose index it shares, or None.
+      separable: the parameter's axes such that entry i along them depends on entries i alone.
+    """
+
+    axes: tuple[int | None, ...]
+    separable: frozenset[int]
+
+
+def separable_axes(
+    function: Callable[[Sequence[Any]], Any], parameters: Sequence[Any], which: int
+) -> tuple[int, ...] | None:
+    """The parameter's axes that a computed array is separable along and that its entries run over.
+
+    Args:
+      function: from the parameters to the array.
+      parameters: their shapes and dtypes.
+      which: of them.
+
+    Returns:
+      For each axis of the array of size over 1 the parameter's axis, in order; None if the array
+      has other axes, so that not every entry depends on the parameter's entries there alone.
+    """
+    jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
+    shape = aval(jaxpr.invars[which]).shape
+    whole = tuple(axis if size > 1 else None for axis, size in enumerate(shape))
+    spreads: dict[core.Var, _Spread | None] = {
+        jaxpr.invars[which]: _Spread(whole, frozenset(axis for axis in whole if axis is not None))
+    }
+    for eqn in jaxpr.eqns:
+        depends = [v for v in eqn.invars if not isinstance(v, core.Literal) and v in spreads]
+        if not depends:
+            continue
+        rule = _SPREAD_RULES.get(eqn.primitive.name)
+        known = [(v, spreads[v]) for v in depends]
+        out = None if rule is None or None in [s for _, s in known] else rule(eqn, known)
+        spreads.update(dict.fromkeys(eqn.outvars, out))
+    out = jaxpr.outvars[0]
+    spread = None if isinstance(out, core.Literal) else spreads.get(out)
+    if spread is None:
+        return None
+    over = [a for a, size in zip(spread.axes, aval(out).shape, strict=True) if size > 1]
+    axes = tuple(axis for axis in over if axis is not None)
+    is_over_them = len(axes) == len(over) and set(axes) == spread.separable
+    return axes if is_over_them else None
+
+
+_Known: TypeAlias = Sequence[tuple[Any, Any]]
+
+
+def _spread(axes: Sequence[int | None], separable: frozenset[int]) -> _Spread:
+    separable = separable & frozenset(axis for axis in axes if axis is not None)
+    return _Spread(tuple(a if a in separable else None for a in axes), separable)
+
+
+def _elementwise(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
+    shape = aval(eqn.outvars[0]).shape
+    if any(aval(v).ndim != len(shape) for v, _ in known):
+        return None
+    separable = frozenset.intersection(*(spread.separable for _, spread in known))
+    found = [{spread.axes[i] for _, spread in known} & separable for i in range(len(shape))]
+    # Separable along an axis of the parameter only where all share one index, in one place.
+    places = collections.Counter(axis for axes in found for axis in axes)
+    mixed = {axis for axes in found for axis in axes if len(axes) > 1 or places[axis] > 1}
+    return _spread([next(iter(axes - mixed), None) for axes in found], separable - mixed)
+
+
+def _reduced(eqn: core.JaxprEqn, known: _Known) -> _Spread:
+    ((_, spread),) = known
+    axes = [axis for i, axis in enumerate(spread.axes) if i not in eqn.params["axes"]]
+    return _spread(axes, spread.separable)
+
+
+def _broadcast(eqn: core.JaxprEqn, known: _Known) -> _Spread:
+    ((_, spread),) = known
+    axes: list[int | None] = [None] * aval(eqn.outvars[0]).ndim
+    for axis, to in zip(spread.axes, eqn.params["broadcast_dimensions"], strict=True):
+        axes[to] = axis
+    return _spread(axes, spread.separable)
+
+
+def _transposed(eqn: core.JaxprEqn, known: _Known) -> _Spread:
+    ((_, spread),) = known
+    return _spread([spread.axes[axis] for axis in eqn.params["permutation"]], spread.separable)
+
+
+def _reshaped(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
+    ((variable, spread),) = known
+    before, after = aval(variable).shape, aval(eqn.outvars[0]).shape
+    if [size for size in before if size > 1] != [size for size in after if size > 1]:
+        return None
+    over = iter([axis for axis, size in zip(spread.axes, before, strict=True) if size > 1])
+    return _spread([next(over) if size > 1 else None for size in after], spread.separable)
+
+
+_ELEMENTWISE = (
+    *("abs", "add", "add_any", "cbrt", "clamp", "convert_element_type", "copy", "cos", "div"),
+    *("erf", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min"),
+    *("mul", "neg", "pow", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient"),
+    *("sub", "tanh"),
+)
+_SPREAD_RULES: dict[str, Callable[[Any, _Known], _Spread | None]] = {
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"), _reduced),
+    **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshaped),
+    "broadcast_in_dim": _broadcast,
+    "transpose": _transposed,
+}

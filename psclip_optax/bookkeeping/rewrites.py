@@ -1,0 +1,327 @@
+"""Rewrite a loss so that weights computed from parameters need not be: x (A B) as (x A) B.
+
+Where W is a sum, a product of two matrices, or scaled along axes that leave the operation, the
+operation is the same on its parts: of x (g v / ‖v‖) what is left is x v, scaled afterwards. Then
+parameters meet data themselves, in operations with fast routes. The gradient is that of the same
+function; rounding differs as between any two orders of summation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage
+from psclip_optax.bookkeeping.views import Path, aval, run_equation
+
+_Read: TypeAlias = Callable[[Any], Any]
+
+
+class _Product(NamedTuple):
+    """What a product without blocks contracts: axes of W with x's, and where x's others go in y."""
+
+    x: Any
+    contracted: dict[int, int]
+    leaving: dict[int, int]
+    precision: Any
+
+
+class _Use(NamedTuple):
+    """An operation y = op(W, x), linear in W.
+
+    Attributes:
+      apply: from what reads variables, and W, to y.
+      leaving: for each axis of W that is one of y, which.
+      product: what it contracts, if it is a product.
+      ndim: of y.
+    """
+
+    apply: Callable[[_Read, Any], Any]
+    leaving: dict[int, int]
+    product: _Product | None
+    ndim: int
+
+
+Expanded: TypeAlias = Callable[[_Read], Any]
+
+
+class _Scope(NamedTuple):
+    """The variables of one jaxpr: what makes them, and what they are of the parameters."""
+
+    makers: dict[core.Var, core.JaxprEqn]
+    kinds: dict[core.Var, Kind]
+    num_leaves: int
+
+    def maker(self, atom: Any) -> core.JaxprEqn | None:
+        return None if isinstance(atom, core.Literal) else self.makers.get(atom)
+
+    def is_plain(self, atom: Any) -> bool:
+        """Whether it is a view of a parameter, or no parameter's."""
+        kind = None if isinstance(atom, core.Literal) else self.kinds.get(atom)
+        if not isinstance(kind, OfParameters):
+            return True
+        return kind.view is not None and kind.view.weight < self.num_leaves
+
+
+def rewritten(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
+    """The loss with its operations on computed weights taken apart, as far as that is known how.
+
+    Args:
+      closed: the loss for one example.
+      usage: what becomes of the parameters in it.
+    """
+    if not usage.on_computed:
+        return closed
+    return closed.replace(jaxpr=_rewrite(closed.jaxpr, usage, ()))
+
+
+def _rewrite(jaxpr: core.Jaxpr, usage: Usage, path: Path) -> core.Jaxpr:
+    inside = [p for p in usage.on_computed if p[: len(path)] == path]
+    if not inside:
+        return jaxpr
+    makers = {variable: eqn for eqn in jaxpr.eqns for variable in eqn.outvars}
+    scope = _Scope(makers, usage.kinds[path], usage.num_leaves)
+    eqns = list(jaxpr.eqns)
+    for i in {p[len(path)] for p in inside}:
+        here = (*path, i)
+        if here in usage.on_computed:
+            eqns[i] = _rewrite_equation(eqns[i], usage.on_computed[here], scope)
+        else:
+            eqns[i] = _rewrite_inside(eqns[i], usage, here)
+    return jaxpr.replace(eqns=eqns)
+
+
+def _rewrite_inside(eqn: core.JaxprEqn, usage: Usage, path: Path) -> core.JaxprEqn:
+    inner = eqn.params["jaxpr"]
+    if isinstance(inner, core.ClosedJaxpr):
+        new: Any = inner.replace(jaxpr=_rewrite(inner.jaxpr, usage, path))
+    else:
+        new = _rewrite(inner, usage, path)
+    return eqn.replace(params=eqn.params | {"jaxpr": new})
+
+
+def _rewrite_equation(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> core.JaxprEqn:
+    use_of = _USES.get(eqn.primitive.name)
+    expanded = use_of and _expand(use_of(eqn, operand), eqn.invars[operand], scope)
+    if expanded is None:
+        return eqn
+    inputs = _inputs(expanded)
+    out = aval(eqn.outvars[0])
+
+    def run(*values: Any) -> Any:
+        known = dict(zip(inputs, values, strict=True))
+        return expanded(known.__getitem__).astype(out.dtype)
+
+    avals = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in inputs]
+    call = jax.make_jaxpr(jax.jit(run))(*avals).jaxpr.eqns[0]
+    inner = call.params["jaxpr"]
+    sourced = [inside.replace(source_info=eqn.source_info) for inside in inner.jaxpr.eqns]
+    params = call.params | {"jaxpr": inner.replace(jaxpr=inner.jaxpr.replace(eqns=sourced))}
+    return call.replace(
+        invars=inputs, outvars=eqn.outvars, params=params, source_info=eqn.source_info
+    )
+
+
+def _inputs(expanded: Expanded) -> list[core.Var]:
+    """The variables that it reads."""
+    inputs: dict[core.Var, None] = {}
+
+    def read(variable: core.Var) -> jax.Array:
+        inputs[variable] = None
+        return jnp.zeros(aval(variable).shape, aval(variable).dtype)
+
+    jax.eval_shape(lambda: expanded(read))
+    return list(inputs)
+
+
+# The operations
+
+
+def _of_product(eqn: core.JaxprEqn, operand: int) -> _Use:
+    contracted, blocks = eqn.params["dimension_numbers"]
+    w, x = operand, 1 - operand
+    free = [
+        [axis for axis in range(aval(atom).ndim) if axis not in (*contracted[i], *blocks[i])]
+        for i, atom in enumerate(eqn.invars)
+    ]
+    starts = (len(blocks[0]), len(blocks[0]) + len(free[0]))
+    leaving = [{axis: starts[i] + j for j, axis in enumerate(own)} for i, own in enumerate(free)]
+    of_blocks = {axis: i for i, axis in enumerate(blocks[w])}
+    pairs = dict(zip(contracted[w], contracted[x], strict=True))
+    product = _Product(eqn.invars[x], pairs, leaving[x], eqn.params["precision"])
+    product = None if of_blocks else product
+    return _Use(_applied(eqn, operand), of_blocks | leaving[w], product, _ndim(eqn))
+
+
+def _of_convolution(eqn: core.JaxprEqn, operand: int) -> _Use:
+    dims = eqn.params["dimension_numbers"]
+    return _Use(_applied(eqn, operand), {dims.rhs_spec[0]: dims.out_spec[1]}, None, _ndim(eqn))
+
+
+def _ndim(eqn: core.JaxprEqn) -> int:
+    return aval(eqn.outvars[0]).ndim
+
+
+def _applied(eqn: core.JaxprEqn, operand: int) -> Callable[[_Read, Any], Any]:
+    def apply(read: _Read, w: Any) -> Any:
+        operands = [w if i == operand else _value(read, a) for i, a in enumerate(eqn.invars)]
+        (y,) = run_equation(eqn, operands)
+        return y
+
+    return apply
+
+
+def _value(read: _Read, atom: Any) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else read(atom)
+
+
+_USES = {"dot_general": _of_product, "conv_general_dilated": _of_convolution}
+
+
+# What W may be
+
+
+def _expand(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
+    """The operation on what W is made of; None if some of that is computed in other ways."""
+    maker, expanded = scope.maker(atom), None
+    if maker is not None and maker.primitive.name in _RULES:
+        expanded = _RULES[maker.primitive.name](use, maker, scope)
+    if expanded is None and scope.is_plain(atom):
+        return lambda read: use.apply(read, _value(read, atom))
+    return expanded
+
+
+def _transposed(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
+    permutation = maker.params["permutation"]
+    product = use.product and use.product._replace(
+        contracted={permutation[own]: x for own, x in use.product.contracted.items()}
+    )
+    before = _Use(
+        lambda read, w: use.apply(read, lax.transpose(w, permutation)),
+        {permutation[own]: leaving for own, leaving in use.leaving.items()},
+        product,
+        use.ndim,
+    )
+    return _expand(before, maker.invars[0], scope)
+
+
+def _cast(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
+    (atom,), dtype = maker.invars, aval(maker.outvars[0]).dtype
+    if not jnp.issubdtype(aval(atom).dtype, jnp.floating):
+        return None
+    before = use._replace(apply=lambda read, w: use.apply(read, w.astype(dtype)))
+    return _expand(before, atom, scope)
+
+
+def _negated(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
+    expanded = _expand(use, maker.invars[0], scope)
+    return None if expanded is None else lambda read: -expanded(read)
+
+
+def _added(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
+    shape = aval(maker.outvars[0]).shape
+    if any(aval(atom).shape != shape for atom in maker.invars):
+        return None
+    one, other = (_expand(use, atom, scope) for atom in maker.invars)
+    if one is None or other is None:
+        return None
+    if maker.primitive.name == "sub":
+        return lambda read: one(read) - other(read)
+    return lambda read: one(read) + other(read)
+
+
+def _scaled(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
+    divides = maker.primitive.name == "div"
+    for core_of, scale_of in ((0, 1),) if divides else ((0, 1), (1, 0)):
+        scale = _scale(use, maker.invars[scale_of], scope)
+        expanded = scale and _expand(use, maker.invars[core_of], scope)
+        if scale is None or expanded is None:
+            continue
+        return _times(expanded, scale, divides)
+    return None
+
+
+def _times(expanded: Expanded, scale: Expanded, divides: bool) -> Expanded:
+    if divides:
+        return lambda read: expanded(read) / scale(read)
+    return lambda read: expanded(read) * scale(read)
+
+
+def _scale(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
+    """What scales W, as what scales y; None unless it runs along axes that leave alone."""
+    maker = scope.maker(atom)
+    places: Sequence[int] = range(aval(atom).ndim)
+    if maker is not None and maker.primitive.name == "broadcast_in_dim":
+        atom, places = maker.invars[0], maker.params["broadcast_dimensions"]
+    over = {own: axis for axis, own in enumerate(places) if aval(atom).shape[axis] > 1}
+    if not over.keys() <= use.leaving.keys():
+        return None
+    in_y = {use.leaving[own]: axis for own, axis in over.items()}
+    order = [in_y[axis] for axis in sorted(in_y)]
+    repeated = [axis for axis in range(use.ndim) if axis not in in_y]
+
+    def scale(read: _Read) -> Any:
+        value = jnp.asarray(_value(read, atom))
+        ones = [axis for axis in range(value.ndim) if axis not in order]
+        value = jnp.squeeze(value.transpose([*order, *ones]), range(len(order), value.ndim))
+        return jnp.expand_dims(value, repeated)
+
+    return scale
+
+
+def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
+    """(A B) meets x: x meets that of A and B whose axes it contracts, and the other thereafter."""
+    contracted, blocks = maker.params["dimension_numbers"]
+    product, operands = use.product, maker.invars
+    if product is None or blocks[0] or not all(map(scope.is_plain, operands)):
+        return None
+    free = [
+        [axis for axis in range(aval(atom).ndim) if axis not in contracted[i]]
+        for i, atom in enumerate(operands)
+    ]
+    bounds = (range(len(free[0])), range(len(free[0]), len(free[0]) + len(free[1])))
+    first = next((i for i in (0, 1) if set(bounds[i]) == product.contracted.keys()), None)
+    sizes = [math.prod(aval(atom).shape) for atom in operands]
+    if first is None or sum(sizes) > aval(maker.outvars[0]).size:
+        return None
+    second = 1 - first
+    into_x = [product.contracted[axis] for axis in bounds[first]]
+    num_left = aval(product.x).ndim - len(into_x)
+    num_inner = len(contracted[first])
+    # What is left of x and what is free in the second, in the order in which y has them.
+    places = [product.leaving[axis] for axis in sorted(product.leaving)]
+    places += [use.leaving[axis] for axis in bounds[second]]
+
+    def expanded(read: _Read) -> Any:
+        x, one, other = (
+            _value(read, atom) for atom in (product.x, operands[first], operands[second])
+        )
+        dot = functools.partial(lax.dot_general, precision=product.precision)
+        inner = dot(x, one, ((into_x, free[first]), ((), ())))
+        # The inner product's last axes are the contracted ones of A in ascending order.
+        ascending = sorted(range(num_inner), key=contracted[first].__getitem__)
+        theirs = [contracted[second][i] for i in ascending]
+        mine = list(range(num_left, num_left + num_inner))
+        y = dot(inner, other, ((mine, theirs), ((), ())))
+        return y.transpose(sorted(range(len(places)), key=places.__getitem__))
+
+    return expanded
+
+
+_RULES: dict[str, Callable[[_Use, core.JaxprEqn, _Scope], Expanded | None]] = {
+    "transpose": _transposed,
+    "convert_element_type": _cast,
+    "neg": _negated,
+    "add": _added,
+    "sub": _added,
+    "mul": _scaled,
+    "div": _scaled,
+    "dot_general": _multiplied,
+}
