@@ -12,7 +12,8 @@ from jax import lax
 
 from psclip_optax import clipping, stacks
 from psclip_optax.bookkeeping.calls import Call, take_apart, trace, varying
-from psclip_optax.bookkeeping.explain import Plan, explained, kept_bytes, plain_bytes
+from psclip_optax.bookkeeping.explain import Plan, explained
+from psclip_optax.bookkeeping.memory import kept_bytes, saved_bytes
 from psclip_optax.bookkeeping.passes import MODES, Problem, Result, Samples, in_slices
 from psclip_optax.bookkeeping.plan import plan_weights
 from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
@@ -273,8 +274,11 @@ def _chosen_mode(problem: Problem, call: Call, settings: _Settings) -> str:
     n = min(call.num_samples, settings.microbatch_size or call.num_samples)
     if limit is None:
         return "one_pass"
-    needed = kept_bytes(problem.plans, call.params, n) + plain_bytes(problem.closed, call.params, n)
-    return "one_pass" if needed <= limit else "two_pass"
+    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in call.params)
+    saved = saved_bytes(problem.closed, len(call.params), n)
+    kept = kept_bytes(problem.plans, call.params, n)
+    # Parameters and their gradients, what is saved for the backward pass, what is kept after it.
+    return "one_pass" if 2 * parameters + saved + kept <= limit else "two_pass"
 
 
 def _device_memory() -> int | None:

@@ -1,8 +1,18 @@
 import os
 
+import pytest
 from hypothesis import settings
+
+from psclip_optax.bookkeeping import passes
 
 # Compiling takes as long as it takes. On a build server a failure must be seen again by whoever
 # looks for it, elsewhere new examples are worth more.
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def two_passes_even_where_they_save_nothing(request, monkeypatch):
+    """So that small models, which need no second pass, test it; but not tests marked `as_is`."""
+    if "as_is" not in request.keywords:
+        monkeypatch.setattr(passes, "MOST_HELD", 0.0)

@@ -1,3 +1,4 @@
+import functools
 import os
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import psclip_optax as psc
+from psclip_optax.bookkeeping import passes
 from tests.models import ZOO
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing
 
@@ -419,6 +421,74 @@ def test_embeddings_with_repeated_and_outside_indices(indices, length):
 
 
 # Plans
+
+
+def scan_of(step, state, *xs):
+    return jnp.square(jax.lax.scan(lambda h, x: (step(h, *x), None), state, xs)[0]).sum()
+
+
+def conv_same(image, kernel):
+    dims = ("NHWC", "HWIO", "NHWC")
+    window = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": dims}
+    return jnp.tanh(0.3 * jax.lax.conv_general_dilated(image[None], kernel, **window)[0])
+
+
+IN_SCANS = {
+    "one kernel for all steps": lambda p, x, i: scan_of(
+        lambda h, j: conv_same(h, p["kernel"]) + j[0], x, i),
+    "a kernel a step": lambda p, x, i: scan_of(conv_same, x, p["kernels"]),
+    "look-ups in one table": lambda p, x, i: scan_of(
+        lambda h, j: jnp.tanh(h + p["table"][j].sum(0)), x[0, 0], i),
+    "look-ups in a table a step": lambda p, x, i: scan_of(
+        lambda h, t, j: jnp.tanh(h + t[j].sum(0)), x[0, 0], p["tables"], i),
+    "one row": lambda p, x, i: scan_of(lambda h, j: jnp.tanh(h + p["table"][j[0]]), x[0, 0], i),
+    "rows by vmap": lambda p, x, i: jnp.square(jax.vmap(lambda j: p["table"][j])(i[0]) * x[0, 0]).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("use", IN_SCANS)
+def test_convolutions_and_look_ups_in_scans(use, mode):
+    with enable_x64(True):
+        shapes = {
+            "kernel": (3, 3, 4, 4),
+            "kernels": (3, 3, 3, 4, 4),
+            "table": (9, 4),
+            "tables": (3, 9, 4),
+        }
+        keys = jax.random.split(jax.random.key(0), 5)
+        params = {
+            name: jax.random.normal(key, shape, jnp.float64)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+        }
+        x = jax.random.normal(keys[4], (5, 4, 3, 4)) * jnp.arange(1.0, 6)[:, None, None, None]
+        indices = jax.random.randint(keys[4], (5, 3, 6), -2, 11)
+        loss = IN_SCANS[use]
+        stacked = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, x, indices)
+        tau = float(np.median(norms_of(stacked)))
+        function = psc.clipped_grad(loss, tau, mode=mode)
+        grads = jax.jit(function)(params, x, indices)
+        assert_close(grads, clipped_mean(stacked, np.full(5, tau)), 1e-10)
+        rows = [row for row in function.explain(params, x, indices).rows if row.num_sites]
+        assert [row.route for row in rows] in (["conv"], ["embedding"])
+
+
+@pytest.mark.as_is
+@pytest.mark.parametrize("rematerialised", [False, True])
+def test_two_passes_only_where_a_second_one_saves_memory(rematerialised, monkeypatch):
+    ran = []
+    backward = passes._backward
+    monkeypatch.setattr(passes, "_backward", lambda *args: ran.append(1) or backward(*args))
+    params, x = jnp.ones((3, 30, 30)), jnp.ones((4, 20, 30))
+
+    def blocks(params, x):
+        block = lambda x, w: jnp.sin(jnp.cos(jnp.sin(x @ w)))
+        block = jax.checkpoint(block) if rematerialised else block
+        return functools.reduce(block, params, x).sum()
+
+    grads = psc.clipped_grad(blocks, 0.1, mode="two_pass")(params, x)
+    assert ran == [1] * rematerialised
+    assert_close(grads, psc.clipped_grad(blocks, 0.1, mode="vmap")(params, x), 1e-5)
 
 
 def test_explain_names_routes_and_the_line_that_made_a_fallback():

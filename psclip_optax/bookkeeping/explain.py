@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from psclip_optax.bookkeeping import contract
+from psclip_optax.bookkeeping.memory import entering, kept_bytes_of, leaving
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
-from psclip_optax.bookkeeping.sites import Site
-from psclip_optax.bookkeeping.views import aval
 
 _COLUMNS = ("parameter", "shape", "route", "sites", "extra FLOPs", "extra bytes", "reason")
 
@@ -96,44 +92,6 @@ def explained(plans: Plans, params: Any, num_samples: int, mode: str, dtype: Any
     return Plan(tuple(rows), mode, num_samples)
 
 
-def kept_bytes(plans: Plans, leaves: Sequence[jax.Array], num_samples: int) -> int:
-    """What "one_pass" keeps of a batch until the norms are known."""
-    kinds = [*leaves, *(one.aval for one in plans.computed)]
-    both = zip(plans.all, kinds, strict=True)
-    return sum(_kept_bytes(plan, kind, num_samples) for plan, kind in both)
-
-
-def plain_bytes(closed: core.ClosedJaxpr, leaves: Sequence[jax.Array], num_samples: int) -> int:
-    """About what a plain gradient of a batch takes: parameters, their gradients, what is saved.
-
-    Args:
-      closed: the loss for one example.
-      leaves: the parameters.
-      num_samples: in the batch.
-    """
-    loss = core.jaxpr_as_fun(closed)
-    example = [
-        jax.ShapeDtypeStruct(aval(variable).shape, aval(variable).dtype)
-        for variable in closed.jaxpr.invars[len(leaves) :]
-    ]
-
-    def pull_back(leaves: list[Any], example: list[Any]) -> Any:
-        return jax.vjp(lambda leaves: loss(*leaves, *example)[0], leaves)[1]
-
-    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    saved = jax.tree.leaves(jax.eval_shape(pull_back, list(leaves), example))
-    # Parameters are saved as well, once for all samples.
-    of_one = sum(array.size * array.dtype.itemsize for array in saved) - parameters
-    return 2 * parameters + num_samples * max(of_one, 0)
-
-
-def _kept_bytes(plan: LeafPlan, kind: Any, num_samples: int) -> int:
-    if plan.is_direct:
-        return num_samples * kind.size * kind.dtype.itemsize
-    leaving = _leaving(plan, num_samples).values()
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in leaving)
-
-
 def _row(
     plans: Plans, plan: LeafPlan, path: str, leaf: jax.Array, num_samples: int, dtype: Any
 ) -> PlanRow:
@@ -151,7 +109,7 @@ def _row(
         route=", ".join(routes) or "direct",
         num_sites=sum(len(p.sites) for p in [plan, *through]),
         extra_flops=sum(_flops(p, kinds[p.weight], num_samples, dtype) for p in both),
-        extra_bytes=sum(_kept_bytes(p, kinds[p.weight], num_samples) for p in both),
+        extra_bytes=sum(kept_bytes_of(p, kinds[p.weight], num_samples) for p in both),
         reason="; ".join([_reason(plan), *(_reason_computed(plan, p) for p in through)]).strip(
             "; "
         ),
@@ -175,21 +133,21 @@ def _reason(plan: LeafPlan) -> str:
     return plan.escape.reason + source
 
 
-def _batched(site: Site, shaped: Any, num_samples: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*site.scans, num_samples, *shaped.shape), shaped.dtype)
-
-
-def _leaving(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:
-    return {site.path: _batched(site, site.y_aval, num_samples) for site in plan.sites}
-
-
 def _flops(plan: LeafPlan, kind: Any, num_samples: int, dtype: Any) -> float:
     if not plan.groups:
         return 2.0 * num_samples * kind.size if plan.is_used else 0.0
-    entering = {
-        site.path: _batched(site, aval(site.eqn.invars[1 - site.operand]), num_samples)
-        for site in plan.sites
-    }
-    norms = jax.jit(lambda x, dy: contract.squared_norms(plan, x, dy, dtype))
-    analysis: Any = norms.lower(entering, _leaving(plan, num_samples)).cost_analysis()
+    both = entering(plan, num_samples), leaving(plan, num_samples)
+
+    def norms(x: Any, dy: Any) -> Any:
+        return contract.squared_norms(plan, x, dy, dtype)
+
+    def gradients(x: Any, dy: Any) -> Any:
+        return contract.weighted_sum(plan, kind, x, dy, jnp.ones(num_samples, dtype))
+
+    made = {"own": [norms], "separable": [norms, gradients], "none": [gradients]}[plan.norm]
+    return sum(_counted(function, *both) for function in made)
+
+
+def _counted(function: Any, *arguments: Any) -> float:
+    analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
     return float(analysis["flops"])

@@ -15,12 +15,15 @@ from psclip_optax import clipping, stacks, transforms
 from psclip_optax.bookkeeping import contract, taps
 from psclip_optax.bookkeeping.calls import varying
 from psclip_optax.bookkeeping.computed import compute
+from psclip_optax.bookkeeping.memory import held_bytes, saved_bytes
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.thresholds import concrete
 
 # Up to here the slices of a batch are unrolled on a CPU.
 _MOST_UNROLLED = 16
+# Up to here what one pass holds, relative to what a plain gradient saves, makes no second one.
+MOST_HELD = 1.15
 
 
 class Samples(NamedTuple):
@@ -115,11 +118,27 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     return Result(sums, seen.outs, norms, scales, finite)
 
 
+def _is_worth_a_pass(problem: Problem, leaves: Sequence[Any]) -> bool:
+    """Whether a second backward pass saves memory.
+
+    What one pass keeps takes the place of what a plain gradient saves for its backward pass, and
+    frees on the way. Where that is as much, a second pass would save nothing.
+    """
+    plans = problem.plans
+    if problem.axis_name is not None:
+        return True  # the estimate would have to know what varies over the mesh
+    saved = saved_bytes(plans.closed, len(leaves), 1)
+    return held_bytes(plans, leaves, 1) > MOST_HELD * saved
+
+
 def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-    """One forward pass and two backward: for the norms, then for the weighted sum."""
+    """One forward pass and two backward: for the norms, then for the weighted sum.
+
+    Where that saves no memory, one of each.
+    """
     plans = problem.plans.all
     probed = [plan for plan in plans if _may_be_probed(plan)]
-    if not probed:  # a second pass would save nothing
+    if not probed or not _is_worth_a_pass(problem, leaves):
         return _one_pass(problem, leaves, samples)
     others = [plan for plan in plans if not _may_be_probed(plan)]
     weights, pull_back = _weights(problem, leaves)

@@ -1,9 +1,10 @@
 """Rewrite a loss so that weights computed from parameters need not be: x (A B) as (x A) B.
 
 Where W is a sum, a product of two matrices, or scaled along axes that leave the operation, the
-operation is the same on its parts: of x (g v / ‖v‖) what is left is x v, scaled afterwards. Then
-parameters meet data themselves, in operations with fast routes. The gradient is that of the same
-function; rounding differs as between any two orders of summation.
+operation is the same on its parts: of x (g v / ‖v‖) what is left is x v, scaled afterwards. And a
+slice of one row, where data tell which, is a look-up. Then parameters meet data themselves, in
+operations with fast routes. The gradient is that of the same function; rounding differs as between
+any two orders of summation.
 """
 
 from __future__ import annotations
@@ -77,13 +78,13 @@ def rewritten(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
       closed: the loss for one example.
       usage: what becomes of the parameters in it.
     """
-    if not usage.on_computed:
+    if not usage.to_rewrite:
         return closed
     return closed.replace(jaxpr=_rewrite(closed.jaxpr, usage, ()))
 
 
 def _rewrite(jaxpr: core.Jaxpr, usage: Usage, path: Path) -> core.Jaxpr:
-    inside = [p for p in usage.on_computed if p[: len(path)] == path]
+    inside = [p for p in usage.to_rewrite if p[: len(path)] == path]
     if not inside:
         return jaxpr
     makers = {variable: eqn for eqn in jaxpr.eqns for variable in eqn.outvars}
@@ -91,8 +92,8 @@ def _rewrite(jaxpr: core.Jaxpr, usage: Usage, path: Path) -> core.Jaxpr:
     eqns = list(jaxpr.eqns)
     for i in {p[len(path)] for p in inside}:
         here = (*path, i)
-        if here in usage.on_computed:
-            eqns[i] = _rewrite_equation(eqns[i], usage.on_computed[here], scope)
+        if here in usage.to_rewrite:
+            eqns[i] = _rewrite_equation(eqns[i], usage.to_rewrite[here], scope)
         else:
             eqns[i] = _rewrite_inside(eqns[i], usage, here)
     return jaxpr.replace(eqns=eqns)
@@ -108,8 +109,7 @@ def _rewrite_inside(eqn: core.JaxprEqn, usage: Usage, path: Path) -> core.JaxprE
 
 
 def _rewrite_equation(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> core.JaxprEqn:
-    use_of = _USES.get(eqn.primitive.name)
-    expanded = use_of and _expand(use_of(eqn, operand), eqn.invars[operand], scope)
+    expanded = _form(eqn, operand, scope)
     if expanded is None:
         return eqn
     inputs = _inputs(expanded)
@@ -127,6 +127,29 @@ def _rewrite_equation(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> core.J
     return call.replace(
         invars=inputs, outvars=eqn.outvars, params=params, source_info=eqn.source_info
     )
+
+
+def _form(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> Expanded | None:
+    if eqn.primitive.name == "dynamic_slice":
+        return _looked_up(eqn)
+    use_of = _USES.get(eqn.primitive.name)
+    return use_of and _expand(use_of(eqn, operand), eqn.invars[operand], scope)
+
+
+def _looked_up(eqn: core.JaxprEqn) -> Expanded | None:
+    """A slice of one row, where data tell which, as the look-up of a row."""
+    table, *starts = eqn.invars
+    shape, sizes = aval(table).shape, tuple(eqn.params["slice_sizes"])
+    axes = [axis for axis, size in enumerate(shape) if sizes[axis] != size]
+    if len(axes) != 1 or sizes[axes[0]] != 1:
+        return None
+    dims = lax.GatherDimensionNumbers(tuple(range(len(shape))), (), tuple(axes))
+
+    def expanded(read: _Read) -> Any:
+        index = jnp.asarray(_value(read, starts[axes[0]]))[None]
+        return lax.gather(_value(read, table), index, dims, sizes, mode="clip")
+
+    return expanded
 
 
 def _inputs(expanded: Expanded) -> list[core.Var]:

@@ -126,8 +126,8 @@ class Usage:
       computed: all that is computed from parameters alone.
       sites: where weights meet data in operations linear in them.
       escapes: the weights that meet data in other ways.
-      on_computed: the paths of equations that are linear in a weight that is computed, and which
-        operand that is.
+      to_rewrite: the paths of equations that may have a better form, as they are linear in a weight
+        that is computed or take a slice where data tell, and which operand is the weight.
       kinds: what each variable is, by the path of the equation that holds its jaxpr.
     """
 
@@ -135,7 +135,7 @@ class Usage:
     computed: list[Computed] = dataclasses.field(default_factory=list)
     sites: list[Site] = dataclasses.field(default_factory=list)
     escapes: dict[int, Escape] = dataclasses.field(default_factory=dict)
-    on_computed: dict[Path, int] = dataclasses.field(default_factory=dict)
+    to_rewrite: dict[Path, int] = dataclasses.field(default_factory=dict)
     kinds: dict[Path, dict[core.Var, Kind]] = dataclasses.field(default_factory=dict)
 
     def escape(self, kinds: Iterable[Kind], reason: str, eqn: core.JaxprEqn | None) -> None:
@@ -284,6 +284,8 @@ class _Walk(NamedTuple):
     def meeting(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> None:
         operands = [i for i, kind in enumerate(kinds) if isinstance(kind, OfParameters)]
         weight, name = kinds[operands[0]], eqn.primitive.name
+        if name == "dynamic_slice" and operands == [0]:
+            self.usage.to_rewrite[scope.path] = 0
         rule = self.rules.get(name)
         if len(operands) > 1 or rule is None or not rule(eqn, operands[0]):
             self.usage.escape(kinds, f"enters {name}", eqn)
@@ -291,7 +293,7 @@ class _Walk(NamedTuple):
         if not isinstance(weight, OfParameters):
             return
         if weight.view is None or weight.view.weight >= self.usage.num_leaves:
-            self.usage.on_computed[scope.path] = operands[0]
+            self.usage.to_rewrite[scope.path] = operands[0]
         if weight.view is not None and weight.view.is_repeated:
             self.usage.escape(kinds, f"is repeated before it enters {name}", eqn)
             return

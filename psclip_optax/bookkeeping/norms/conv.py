@@ -92,7 +92,7 @@ def _arranged(site: Site, array: jax.Array, spec: Any, groups: int) -> jax.Array
     """[n, scans…, image's axes in any order] → [n, B, M, *spatial, channels of a group]."""
     offset = 1 + len(site.scans)
     image, channel, *spatial = (offset + axis for axis in spec)
-    layered, steps = site.scan_axes
+    layered, steps = ([1 + axis for axis in axes] for axes in site.scan_axes)
     order = [0, *layered, channel, *steps, image, *spatial]
     sizes = [array.shape[axis] for axis in order]
     num_layers, num_steps = len(layered), len(steps)

@@ -30,38 +30,43 @@ class Rows(NamedTuple):
 
 
 def supports(eqn: core.JaxprEqn, operand: int) -> bool:
-    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if operand != 0 or dims.operand_batching_dims or len(dims.start_index_map) != 1:
+    dims = eqn.params["dimension_numbers"]
+    if operand != 0 or dims.operand_batching_dims:
         return False
-    row_axis, shape = dims.start_index_map[0], aval(eqn.invars[0]).shape
-    whole = [size for axis, size in enumerate(shape) if axis != row_axis]
-    taken = [size for axis, size in enumerate(sizes) if axis != row_axis]
-    return dims.collapsed_slice_dims == (row_axis,) and whole == taken
+    indexed = _indexed(eqn)
+    if len(indexed) != 1 or indexed[0] not in dims.start_index_map:
+        return False
+    is_row = eqn.params["slice_sizes"][indexed[0]] == 1
+    return is_row and set(dims.collapsed_slice_dims) <= set(indexed)
+
+
+def _indexed(eqn: core.JaxprEqn) -> list[int]:
+    """The axes of which not all is taken; along the others an index can only be 0."""
+    shape, sizes = aval(eqn.invars[0]).shape, eqn.params["slice_sizes"]
+    collapsed = eqn.params["dimension_numbers"].collapsed_slice_dims
+    return [a for a, size in enumerate(shape) if sizes[a] != size or a in collapsed]
 
 
 def row_axis(site: Site) -> int:
     """The axis of the frame that is indexed."""
-    return site.view.axes[site.eqn.params["dimension_numbers"].start_index_map[0]]
+    return site.view.axes[_indexed(site.eqn)[0]]
 
 
 def rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
     offset = 1 + len(site.scans)
-    layered, steps = site.scan_axes
+    layered, steps = ([1 + axis for axis in axes] for axes in site.scan_axes)
     dims = site.eqn.params["dimension_numbers"]
     columns = [offset + axis for axis in dims.offset_dims]
     taken = [axis for axis in range(offset, dy.ndim) if axis not in columns]
-    operand = aval(site.eqn.invars[0])
-    own = [a for a in range(operand.ndim) if a != dims.start_index_map[0]]
+    own = [a for a in range(aval(site.eqn.invars[0]).ndim) if a not in dims.collapsed_slice_dims]
     # Offset axes come in the operand's order; the frame's is the one that sites share.
     columns = [columns[own.index(a)] for a in sorted(own, key=site.view.axes.__getitem__)]
     groups = [[0], layered, steps + taken, columns]
     shape = [math.prod(dy.shape[axis] for axis in group) for group in groups]
     cotangents = dy.transpose([*itertools.chain(*groups)]).reshape(shape)
-    indices = indices[..., 0]
-    flat = indices.transpose([*itertools.chain(*_shifted(groups[:3], taken, offset))]).reshape(
-        shape[:3]
-    )
-    return _resolved(flat, cotangents, operand.shape[dims.start_index_map[0]], site)
+    order = [*itertools.chain(*_shifted(groups[:3], taken, offset)), indices.ndim - 1]
+    flat = indices.transpose(order).reshape(*shape[:3], -1)
+    return _resolved(flat, cotangents, site)
 
 
 def _shifted(groups: list[list[int]], taken: list[int], offset: int) -> list[list[int]]:
@@ -70,12 +75,17 @@ def _shifted(groups: list[list[int]], taken: list[int], offset: int) -> list[lis
     return [[in_indices.get(axis, axis) for axis in group] for group in groups]
 
 
-def _resolved(indices: jax.Array, cotangents: jax.Array, num_rows: int, site: Site) -> Rows:
+def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
     """As the gather takes an index outside: the nearest row, or none."""
+    (axis,), shape = _indexed(site.eqn), aval(site.eqn.invars[0]).shape
+    place = site.eqn.params["dimension_numbers"].start_index_map.index(axis)
+    own = indices[..., place]
     if site.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
-        return Rows(jnp.clip(indices, 0, num_rows - 1), cotangents)
-    is_inside = (indices >= 0) & (indices < num_rows)
-    return Rows(jnp.where(is_inside, indices, 0), jnp.where(is_inside[..., None], cotangents, 0))
+        return Rows(jnp.clip(own, 0, shape[axis] - 1), cotangents)
+    # Where all of an axis is taken, any other index than 0 leaves it.
+    others = jnp.delete(indices, place, axis=-1, assume_unique_indices=True)
+    is_inside = (own >= 0) & (own < shape[axis]) & jnp.all(others == 0, axis=-1)
+    return Rows(jnp.where(is_inside, own, 0), jnp.where(is_inside[..., None], cotangents, 0))
 
 
 def joined(parts: list[Rows]) -> Rows:
