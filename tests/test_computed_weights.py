@@ -100,6 +100,8 @@ USES = {
     "matrices, larger than their product": (
         lambda p, x, r, i: end(x @ (p["w"] @ p["square"])), "w", "pulled back"),
     "sum": (lambda p, x, r, i: end(x @ (p["w"] - p["v"])), "v", "enters dot_general"),
+    "scaled by a number, nothing contracted": (
+        lambda p, x, r, i: end(jnp.einsum("i,ij->ij", x, 0.5 * (p["w"] * p["s"]))), "w", "no larger"),
     "scaled columns": (lambda p, x, r, i: end(x @ (p["w"] * p["s"])), "w", "enters dot_general"),
     "scaled rows": (lambda p, x, r, i: end(r @ (p["w"] * p["s"]).T), "w", "pulled back"),
     "divided by a norm": (lambda p, x, r, i: end(x @ (p["w"] / jnp.linalg.norm(p["w"]))), "w", "scales"),

@@ -261,8 +261,10 @@ def _added(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
 
 
 def _scaled(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
-    divides = maker.primitive.name == "div"
+    divides, shape = maker.primitive.name == "div", aval(maker.outvars[0]).shape
     for core_of, scale_of in ((0, 1),) if divides else ((0, 1), (1, 0)):
+        if aval(maker.invars[core_of]).shape != shape:  # a number, or repeated
+            continue
         scale = _scale(use, maker.invars[scale_of], scope)
         expanded = scale and _expand(use, maker.invars[core_of], scope)
         if scale is None or expanded is None:
