@@ -15,7 +15,7 @@ import psclip_optax as psc
 from benchmarks.peers.common import Inputs, Steps
 from tests.models import ZOO, Model, Size
 
-# The fastest of 1, 2, 4 and 8 for either model. Of a whole batch, XLA's CPU backend fuses what
+# The fastest tried for either model. Of a whole batch, XLA's CPU backend fuses what
 # jax_privacy does with the gradients, scaling and the sum over samples, so that time grows about
 # with the square of the number of parameters; an `optimization_barrier` as its
 # `pre_clipping_transform` does not help.

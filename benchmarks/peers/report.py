@@ -19,7 +19,7 @@ NOTE = (
     "as the libraries for it need. A step ends with the clipped sum or mean: no noise, no update. "
     "Peak: how far a step raises the process's resident memory, results included, relative to the "
     "plain step. Temp: XLA's temporary memory, likewise. One by one: jax_privacy's "
-    "microbatch_size=1, the fastest of 1, 2, 4 and 8; of a whole batch XLA's CPU backend fuses the "
+    "microbatch_size=1, the fastest tried; of a whole batch XLA's CPU backend fuses the "
     "scaling and the sum over samples so badly that time grows about with the square of the "
     "parameters. The GPT's output matrix is not tied to its embedding, since ghost clipping in "
     "Opacus refuses tied weights. Book-keeping for PyTorch: pip finds no distribution of fastDP, "

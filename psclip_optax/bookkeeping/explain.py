@@ -150,4 +150,4 @@ def _flops(plan: LeafPlan, kind: Any, num_samples: int, dtype: Any) -> float:
 
 def _counted(function: Any, *arguments: Any) -> float:
     analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
-    return float(analysis["flops"])
+    return float(analysis.get("flops", 0))

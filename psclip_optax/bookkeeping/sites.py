@@ -39,11 +39,18 @@ class OfParameters:
       view: as which view of a weight: a parameter, or what is computed from parameters; None if it
         is computed anew in each step of a scan.
       is_stepped: whether it is another in each step of a scan around it.
+      computed_from: the weights that what is computed anew in each step is computed from.
     """
 
     leaves: frozenset[int]
     view: View | None = None
     is_stepped: bool = False
+    computed_from: frozenset[int] = frozenset()
+
+    @property
+    def weights(self) -> frozenset[int]:
+        """The weights that its gradient is passed on to."""
+        return frozenset([self.view.weight]) if self.view else self.computed_from
 
 
 class Other(enum.Enum):
@@ -142,7 +149,7 @@ class Usage:
         source = "" if eqn is None else source_info_util.summarize(eqn.source_info)
         for kind in kinds:
             if isinstance(kind, OfParameters):
-                for weight in [kind.view.weight] if kind.view else kind.leaves:
+                for weight in kind.weights:
                     self.escapes.setdefault(weight, Escape(reason, source))
 
     def compute(
@@ -277,7 +284,8 @@ class _Walk(NamedTuple):
         leaves = frozenset().union(*(kind.leaves for kind in parameters))
         is_stepped = Other.CONSTANT_OF_A_STEP in kinds or any(k.is_stepped for k in parameters)
         if is_stepped:
-            computed, constant = OfParameters(leaves, None, True), Other.CONSTANT_OF_A_STEP
+            weights = frozenset().union(*(kind.weights for kind in parameters))
+            computed, constant = OfParameters(leaves, None, True, weights), Other.CONSTANT_OF_A_STEP
             return [computed if has_gradient(v) else constant for v in eqn.outvars]
         return self.usage.compute(eqn, kinds, leaves, scope.path)
 
@@ -332,7 +340,8 @@ def _layer(kind: Kind, path: Path) -> Kind:
         return Other.CONSTANT_OF_A_STEP
     if not isinstance(kind, OfParameters):
         return kind
-    return OfParameters(kind.leaves, kind.view and layer_of(kind.view, path), True)
+    view = kind.view and layer_of(kind.view, path)
+    return OfParameters(kind.leaves, view, True, kind.weights)
 
 
 def operate(site: Site) -> Callable[[Any, Any], Any]:

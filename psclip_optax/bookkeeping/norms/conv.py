@@ -514,6 +514,7 @@ def _in_chunks(
     n = len(arrays[0])
     num_chunks = _num_chunks(n, num_bytes)
     size = -(-n // num_chunks)
+    num_chunks = -(-n // size)
     if num_chunks == 1:
         return function(arrays)
     if n % num_chunks:
