@@ -423,6 +423,17 @@ def test_embeddings_with_repeated_and_outside_indices(indices, length):
 # Plans
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_that_do_not_reach_the_loss_have_zero_gradients(mode):
+    f = psc.clipped_value_and_grad(
+        lambda p, x: (0 * x).sum() + 1, 0.5, mode=mode, return_stats=True
+    )
+    value, grads, stats = f(PARAMS, jnp.ones((5, 3)))
+    assert value == 1
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(grads))
+    assert stats.norms.shape == stats.scales.shape == (5,)
+
+
 def scan_of(step, state, *xs):
     return jnp.square(jax.lax.scan(lambda h, x: (step(h, *x), None), state, xs)[0]).sum()
 
