@@ -3,7 +3,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import psclip_optax as psc
@@ -36,6 +36,8 @@ SEEDS_OF_A_CHUNK = 10**6
 def test_random_programs_have_the_clipped_gradients_of_vmap_of_grad(chunk, offset):
     program = draw_program(SEEDS_OF_A_CHUNK * chunk + offset)
     outcome = check(program)
+    # XLA's CPU backend has no kernel for some products of bfloat16: it raises, and loudly.
+    assume("UNIMPLEMENTED: Unsupported element type" not in outcome.message)
     assert outcome.ok, f"{outcome.message}\n{program}"
 
 
