@@ -40,7 +40,7 @@ Run: TypeAlias = Callable[..., Any]
 NUM_SAMPLES = 4
 BETA = 3.0
 LEAST_OPERATIONS, MOST_OPERATIONS = 30, 33
-MOST_PARAMETERS = 14
+MOST_PARAMETERS = 10
 MOST_ENTRIES = 100
 NUM_UNJITTED = 4
 # Compiled programs are kept until then.
@@ -57,31 +57,29 @@ class Mixture(NamedTuple):
     params: tuple[str, ...]
     data: tuple[str, ...]
     tolerance: float
-
-    @property
-    def has_bfloat16(self) -> bool:
-        return "bfloat16" in self.params + self.data
+    floor: float
 
     @property
     def has_float64(self) -> bool:
         return "float64" in self.params
 
 
-# An entry of bfloat16 has a relative error of 2⁻⁹ = 0.002. The reference rounds to it wherever the
-# program does, but sums in other orders and rounds each sample's gradient, so that both differ
-# from the exact gradient, and from each other, by several such errors.
-IN_BFLOAT16 = 8e-2
-MIXTURES = {
-    "float64": Mixture(("float64",), ("float64",), 1e-10),
-    "float32": Mixture(("float32",), ("float32",), 1e-5),
-    "float64, float32": Mixture(("float64", "float32"), ("float64", "float32"), 1e-5),
-    "bfloat16": Mixture(("bfloat16",), ("bfloat16", "float32"), IN_BFLOAT16),
-    "float32 in bfloat16": Mixture(("float32",), ("bfloat16",), IN_BFLOAT16),
-    "float32, bfloat16": Mixture(("float32", "bfloat16"), ("float32",), IN_BFLOAT16),
-}
-MIXTURE_SHARES = (0.3, 0.3, 0.1, 0.1, 0.1, 0.1)
 # A leaf whose gradient vanishes is held against this share of the largest entry of all leaves.
 FLOOR = 1e-2
+# An entry of bfloat16 has a relative error of 2⁻⁹ = 0.002. The reference rounds to it wherever the
+# program does, but sums in other orders and rounds each sample's gradient, so that both differ
+# from the exact gradient, and from each other, by several such errors. Where large cotangents meet
+# and cancel, small gradients have the errors of large ones.
+IN_BFLOAT16 = (5e-2, 1e-1)
+MIXTURES = {
+    "float64": Mixture(("float64",), ("float64",), 1e-10, FLOOR),
+    "float32": Mixture(("float32",), ("float32",), 1e-5, FLOOR),
+    "float64, float32": Mixture(("float64", "float32"), ("float64", "float32"), 1e-5, FLOOR),
+    "bfloat16": Mixture(("bfloat16",), ("bfloat16", "float32"), *IN_BFLOAT16),
+    "float32 in bfloat16": Mixture(("float32",), ("bfloat16",), *IN_BFLOAT16),
+    "float32, bfloat16": Mixture(("float32", "bfloat16"), ("float32",), *IN_BFLOAT16),
+}
+MIXTURE_SHARES = (0.3, 0.3, 0.1, 0.1, 0.1, 0.1)
 
 
 class Value(NamedTuple):
@@ -448,9 +446,7 @@ def convolution(d: Draft) -> Step:
     groups = d.choose([g for g in range(1, channels + 1) if channels % g == 0])
     by_images = images if groups == 1 and images > 1 and d.chance(0.1) else 1
     kernel = tuple(d.integer(1, 3) for _ in range(spatial))
-    stride, dilation, lhs_dilation = (
-        tuple(1 if d.chance(0.6) else d.integer(1, 3) for _ in range(spatial)) for _ in range(3)
-    )
+    stride, dilation, lhs_dilation = zip(*(_steps(d) for _ in sizes), strict=True)
     padding = [
         _padding(d, *each) for each in zip(sizes, kernel, dilation, lhs_dilation, strict=True)
     ]
@@ -485,6 +481,12 @@ def convolution(d: Draft) -> Step:
         f"batch_groups={by_images} {dtype}"
     )
     return Step("convolution", (x, w), run, details)
+
+
+def _steps(d: Draft) -> Sequence[int]:
+    """A stride, a dilation of the kernel and one of the image, of which one is more than 1."""
+    # XLA aborts on some gradients of convolutions with several.
+    return d.shuffled((1, 1, d.choose([1, 2, 3])))
 
 
 def _padding(d: Draft, size: int, kernel: int, dilation: int, lhs_dilation: int) -> tuple[int, int]:
@@ -636,7 +638,7 @@ def broadcast(d: Draft) -> Step:
 # Of data x of any shape, resized to what is needed, and a weight of rank 1 or more.
 FREE_USES: dict[str, Run] = {
     "penalty": lambda x, w: lax.sin(jnp.mean(x)) + jnp.mean(w * w),
-    "scattered into": lambda x, w: w.at[0].add(jnp.mean(x)),
+    "scattered into": lambda x, w: w.at[0].add(jnp.mean(x).astype(w.dtype)),
     "written over": lambda x, w: lax.dynamic_update_slice_in_dim(w, fitted(x, w[:1]), 0, 0),
     "concatenated": lambda x, w: jnp.concatenate([w, fitted(x, w)]),
     "quadratic": lambda x, w: lax.tanh(jnp.sum(fitted(x, w) * w) * w),
@@ -1113,7 +1115,7 @@ def any_weight(d: Draft) -> Step:
     return _drawn(d, WEIGHTS)(d)
 
 
-PARTS: dict[Rule, float] = {wrapped: 4, any_weight: 2.5, any_data: 2, free: 0.6}
+PARTS: dict[Rule, float] = {wrapped: 3.5, any_weight: 2.5, any_data: 2.5, free: 0.5}
 
 
 def draw_program(seed: int) -> Program:
@@ -1194,24 +1196,28 @@ def reference_of(program: Program) -> Reference:
     return Reference(losses, stacked, np.sqrt(sum(squares, np.zeros(NUM_SAMPLES))))
 
 
-def relative_error(actual: Any, expected: Any, floor: float = FLOOR) -> float:
-    """The largest error of an entry, relative to the largest entry of its leaf."""
+def relative_error(actual: Any, expected: Any, sizes: Any = None, floor: float = FLOOR) -> float:
+    """The largest error of an entry, relative to the largest entry of its leaf.
+
+    Args:
+      actual: a tree.
+      expected: another one.
+      sizes: of what the expected values are sums of, where these may cancel.
+      floor: the least that counts as a leaf's largest entry, as a share of all leaves' largest.
+    """
     if jax.tree.structure(actual) != jax.tree.structure(expected):
         return math.inf
-    pairs = [
-        (np.asarray(got, np.float64), np.asarray(want, np.float64))
-        for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    trees = (actual, expected, expected if sizes is None else sizes)
+    leaves = [[np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees]
+    largest = [np.abs(size).max(initial=0) for size in leaves[2]]
+    smallest = max(floor * max(largest), 1e-30)
+    errors = [
+        np.abs(got - want).max(initial=0) / max(own, smallest)
+        if got.shape == want.shape
+        else math.inf
+        for got, want, own in zip(leaves[0], leaves[1], largest, strict=True)
     ]
-    if any(
-        got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all())
-        for got, want in pairs
-    ):
-        return math.inf
-    smallest = floor * max(np.abs(want).max(initial=0) for _, want in pairs)
-    return max(
-        float(np.abs(got - want).max(initial=0) / max(np.abs(want).max(initial=0), smallest, 1e-30))
-        for got, want in pairs
-    )
+    return float(max(errors)) if np.isfinite(errors).all() else math.inf
 
 
 class Check(NamedTuple):
@@ -1274,16 +1280,20 @@ def _error(
         name: np.where(finite.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, np.nan)
         for name, leaf in reference.stacked.items()
     }
-    losses = reference.losses[finite]
+    losses, taus = reference.losses[finite], growing(alpha, BETA, NUM_SAMPLES)
+    sizes = jax.tree.map(np.abs, stacked)
+    floor = MIXTURES[program.mixture].floor
     return max(
-        relative_error(grads, clipped_mean(stacked, growing(alpha, BETA, NUM_SAMPLES))),
+        relative_error(grads, clipped_mean(stacked, taus), clipped_mean(sizes, taus), floor),
         relative_error(np.asarray(stats.norms)[finite], reference.norms[finite]),
         # The mean alone may vanish.
         relative_error(np.append(losses, value), np.append(losses, losses.mean())),
     )
 
 
-def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
+def check(
+    program: Program, clip: Run = psc.clipped_value_and_grad, with_routes: bool = False
+) -> Outcome:
     """Compares what `clip` gives with the reference."""
     started = time.perf_counter()
     mixture, checks = MIXTURES[program.mixture], checks_of(program.seed)
@@ -1298,7 +1308,7 @@ def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
                 part = program if how.jitted else shortened(program)
                 found = errors_of(part, how, reference_of(part), clip)
                 errors |= {f"{how}, {what}": error for what, error in found.items()}
-            routes = _routes(program)
+            routes = _routes(program) if with_routes else {}
         except Exception as error:
             errors[f"{type(error).__name__}: {error}"[:500]] = math.inf
     wrong = [f"{what}: {e:.2g}" for what, e in errors.items() if not e <= mixture.tolerance]
@@ -1377,7 +1387,7 @@ def run_programs(seeds: Sequence[int], path: pathlib.Path) -> list[Outcome]:
     outcomes = _read_back(path)
     with path.open("a") as file:
         for seed in (seed for seed in seeds if seed not in outcomes):
-            outcomes[seed] = check(draw_program(seed))
+            outcomes[seed] = check(draw_program(seed), with_routes=True)
             print(_line(outcomes[seed]), file=file, flush=True)
             if len(outcomes) % CLEAR_EVERY == 0:
                 jax.clear_caches()

@@ -143,7 +143,8 @@ def test_a_failing_program_is_reduced_to_what_fails():
 def test_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     ran = []
 
-    def checked(program):
+    def checked(program, with_routes):
+        assert with_routes
         ran.append(program.seed)
         wrong = program.seed == 1
         routes = {"dense": 2}
