@@ -323,8 +323,18 @@ def with_custom_jvp(params, x):
     return jnp.sin(x @ doubled(params["w"])).sum()
 
 
+def gradient_through_a_rematerialised_scan(params, x):
+    @jax.checkpoint
+    def recurrent(h):
+        w = jnp.sin(params["w"])
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w @ w.T), None), h, None, length=3)[0]
+
+    return jnp.square(jax.grad(lambda h: recurrent(h).sum())(x)).sum()  # traced as a closed_call
+
+
 USES = {
     "custom_jvp": with_custom_jvp,
+    "gradient through a rematerialised scan": gradient_through_a_rematerialised_scan,
     "relu of the parameter": lambda p, x: (x @ jax.nn.relu(p["w"])).sum() ** 2,
     "stop_gradient": lambda p, x: ((x @ jax.lax.stop_gradient(p["w"])) * p["b"]).sum(),
     "regulariser": lambda p, x: jnp.sin(x @ p["w"]).sum() + (p["w"] ** 2).sum(),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage
+from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage, body_parameter
 from psclip_optax.bookkeeping.views import Path, aval, run_equation
 
 _Read: TypeAlias = Callable[[Any], Any]
@@ -100,12 +100,13 @@ def _rewrite(jaxpr: core.Jaxpr, usage: Usage, path: Path) -> core.Jaxpr:
 
 
 def _rewrite_inside(eqn: core.JaxprEqn, usage: Usage, path: Path) -> core.JaxprEqn:
-    inner = eqn.params["jaxpr"]
+    body = body_parameter(eqn)
+    inner = eqn.params[body]
     if isinstance(inner, core.ClosedJaxpr):
         new: Any = inner.replace(jaxpr=_rewrite(inner.jaxpr, usage, path))
     else:
         new = _rewrite(inner, usage, path)
-    return eqn.replace(params=eqn.params | {"jaxpr": new})
+    return eqn.replace(params=eqn.params | {body: new})
 
 
 def _rewrite_equation(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> core.JaxprEqn:

@@ -228,9 +228,13 @@ def _weight(weight: int, leaves: frozenset[int], ndim: int) -> OfParameters:
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "remat")
 
 
+def body_parameter(eqn: core.JaxprEqn) -> str:
+    return "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
+
+
 def inner_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
     """The jaxpr, with its constants, that an equation calls with its own inputs."""
-    inner = eqn.params["jaxpr"]
+    inner = eqn.params[body_parameter(eqn)]
     return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
 
 

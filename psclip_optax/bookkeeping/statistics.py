@@ -37,7 +37,7 @@ Rule: TypeAlias = Callable[[core.JaxprEqn, Sequence[frozenset[int]], Any], froze
 
 _BODIES = {
     **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2", "scan"), "jaxpr"),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    **dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
     "cond": "branches",
     "while": "body_jaxpr",
 }
