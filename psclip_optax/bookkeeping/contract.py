@@ -13,7 +13,7 @@ from jax import lax
 
 from psclip_optax.bookkeeping.norms import conv, dense, embedding
 from psclip_optax.bookkeeping.plan import Group, LeafPlan, leaving_axes, route_of
-from psclip_optax.bookkeeping.sites import Site, of_parameter, operate
+from psclip_optax.bookkeeping.sites import Site, of_parameter, operate, viewed
 from psclip_optax.bookkeeping.taps import Taps
 
 # How many entries of what enters and leaves the sites of a weight norms are taken of at a time.
@@ -233,12 +233,30 @@ def weighted_sum(
       weights: one for each sample, shape [n].
     """
 
-    def leaving(parameter: Any) -> list[jax.Array]:
-        return [_over_samples(site)(parameter, entered[site.path]) for site in plan.sites]
-
     weighted = [_scaled(cotangents[site.path], weights, site.sample_axis) for site in plan.sites]
-    (total,) = jax.linear_transpose(leaving, parameter)(weighted)
+    parts = [
+        _seen_by_parameter(site, entered[site.path], dy)
+        for site, dy in zip(plan.sites, weighted, strict=True)
+    ]
+    (total,) = jax.linear_transpose(lambda p: [of(p) for of, _ in parts], parameter)(
+        [cotangent for _, cotangent in parts]
+    )
     return total
+
+
+def _seen_by_parameter(
+    site: Site, x: jax.Array, dy: jax.Array
+) -> tuple[Callable[[Any], Any], jax.Array]:
+    """A function linear in the parameter, and the cotangent of what it gives."""
+    if route_of(site) == "dense" and not _is_explicit(x):
+        return viewed(site), dense.summed_gradient(site, x, dy)
+    return lambda parameter: _over_samples(site)(parameter, x), dy
+
+
+def _is_explicit(array: jax.Array) -> bool:
+    """Whether the array's type says how it is sharded: then the product's type would have to."""
+    mesh = jax.typeof(array).sharding.mesh
+    return not mesh.empty and bool(mesh.explicit_axes)
 
 
 def _scaled(array: jax.Array, weights: jax.Array, axis: int) -> jax.Array:

@@ -105,20 +105,57 @@ def factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
     offset = 1 + len(site.scans)
 
     def arranged(array: jax.Array, blocks: list[int], rows: list[int], columns: list[int]) -> Any:
-        groups = [
-            layered,
-            [site.sample_axis],
-            [offset + axis for axis in blocks],
-            steps + [offset + axis for axis in rows],
-            [offset + axis for axis in columns],
-        ]
-        shape = [math.prod(array.shape[axis] for axis in group) for group in groups]
-        return array.transpose([*itertools.chain(*groups)]).reshape(shape)
+        blocks, rows, columns = (
+            [offset + axis for axis in axes] for axes in (blocks, rows, columns)
+        )
+        return _arranged(array, layered, [site.sample_axis], blocks, steps + rows, columns)
 
     entering = arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)
     leaving = arranged(dy, axes.y_blocks, axes.y_x_free, axes.y_w_free)
     is_swapped = form(site).left != like.left
     return Factors(leaving, entering) if is_swapped else Factors(entering, leaving)
+
+
+def _arranged(array: jax.Array, *groups: list[int]) -> jax.Array:
+    """The array with one axis for all axes of each group."""
+    shape = [math.prod(array.shape[axis] for axis in group) for group in groups]
+    return array.transpose([*itertools.chain(*groups)]).reshape(shape)
+
+
+def summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Σ_k G_k with respect to W, [layers…, *W], by one product over samples, steps and rows.
+
+    Automatic differentiation makes the same product the other way around, (dyᵀ x)ᵀ, before which
+    XLA's CPU backend copies dy: in a recurrent net that takes as long as the product itself.
+    """
+    axes, w = _axes(site), aval(site.eqn.invars[site.operand])
+    layered, steps = site.scan_axes
+    offset = 1 + len(site.scans)
+    dtype = jnp.promote_types(x.dtype, dy.dtype)
+
+    def arranged(array: jax.Array, blocks: list[int], rows: list[int], columns: list[int]) -> Any:
+        blocks, rows, columns = (
+            [offset + axis for axis in axes] for axes in (blocks, rows, columns)
+        )
+        rows = [*steps, site.sample_axis, *rows]
+        return _arranged(array.astype(dtype), layered + blocks, rows, columns)
+
+    sides = [
+        (axes.w_contracted, arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)),
+        (axes.w_free, arranged(dy, axes.y_blocks, axes.y_x_free, axes.y_w_free)),
+    ]
+    (first, left), (second, right) = sorted(sides, key=lambda side: side[0])  # as they lie in W
+    batch = (0,)
+    if left.shape[0] == 1:
+        left, right, batch = left[0], right[0], ()
+    rows = (len(batch),)
+    total = lax.dot_general(
+        left, right, ((rows, rows), (batch, batch)), precision=site.eqn.params["precision"]
+    )
+    order, layers = [*axes.w_blocks, *first, *second], [x.shape[axis] for axis in layered]
+    total = total.reshape(*layers, *(w.shape[axis] for axis in order)).astype(w.dtype)
+    places = [len(layers) + order.index(axis) for axis in range(w.ndim)]
+    return total.transpose([*range(len(layers)), *places])
 
 
 def may_join(one: Form, other: Form) -> bool:
