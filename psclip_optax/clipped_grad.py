@@ -13,9 +13,10 @@ from jax import lax
 from psclip_optax import clipping, stacks
 from psclip_optax.bookkeeping.calls import Call, take_apart, trace, varying
 from psclip_optax.bookkeeping.explain import Plan, explained
-from psclip_optax.bookkeeping.memory import kept_bytes, saved_bytes
-from psclip_optax.bookkeeping.passes import MODES, Problem, Result, Samples, in_slices
+from psclip_optax.bookkeeping.memory import estimated_bytes
+from psclip_optax.bookkeeping.passes import MODES, Problem
 from psclip_optax.bookkeeping.plan import plan_weights
+from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
 from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
 from psclip_optax.clipping import ClipStats, OnNonfinite
 from psclip_optax.thresholds import Threshold, as_threshold
@@ -153,7 +154,13 @@ def clipped_value_and_grad(
         problem = _problem(call, settings)
         mode = _chosen_mode(problem, call, settings)
         run = functools.partial(MODES[mode], problem, call.params)
-        result = in_slices(run, samples, settings.microbatch_size, settings.axis_name)
+        result = in_slices(
+            run,
+            samples,
+            settings.microbatch_size,
+            axis_name=settings.axis_name,
+            has_convolutions=problem.has_convolutions,
+        )
         value, grads, stats = _packed(result, call, samples.counts, settings)
         return (value, grads, stats) if return_stats else (value, grads)
 
@@ -276,10 +283,8 @@ def _chosen_mode(problem: Problem, call: Call, settings: _Settings) -> str:
     if limit is None:
         return "one_pass"
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in call.params)
-    saved = saved_bytes(problem.closed, len(call.params), n)
-    kept = kept_bytes(problem.plans, call.params, n)
-    # Parameters and their gradients, what is saved for the backward pass, what is kept after it.
-    return "one_pass" if 2 * parameters + saved + kept <= limit else "two_pass"
+    of_batch = estimated_bytes(problem.closed, problem.plans, call.params, n).of_one_pass
+    return "one_pass" if 2 * parameters + of_batch <= limit else "two_pass"
 
 
 def _device_memory() -> int | None:

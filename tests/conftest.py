@@ -1,3 +1,4 @@
+import math
 import os
 
 import pytest
@@ -12,7 +13,8 @@ settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def two_passes_even_where_they_save_nothing(request, monkeypatch):
-    """So that small models, which need no second pass, test it; but not tests marked `as_is`."""
+def two_passes_even_where_slices_would_do(request, monkeypatch):
+    """So that small models test them; but not in tests marked `as_is`."""
     if "as_is" not in request.keywords:
-        monkeypatch.setattr(passes, "MOST_HELD", 0.0)
+        monkeypatch.setattr(passes, "MOST_SLICES", 0)
+        monkeypatch.setattr(passes, "MOST_KEPT", math.inf)

@@ -10,13 +10,16 @@ what no later operation takes. `--show SEED` prints a program and, if it fails, 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import math
+import multiprocessing
 import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
 from typing import Any, Literal, NamedTuple, TypeAlias
 from unittest import mock
 
@@ -1133,6 +1136,10 @@ def draw_program(seed: int) -> Program:
 # Checks
 
 
+# How a message begins where XLA cannot run vmap(grad) either.
+NO_REFERENCE = "no reference: "
+
+
 class Outcome(NamedTuple):
     """What came of a program.
 
@@ -1158,6 +1165,10 @@ class Outcome(NamedTuple):
     seconds: float
     routes: dict[str, int]
     message: str = ""
+
+    @property
+    def has_reference(self) -> bool:
+        return not self.message.startswith(NO_REFERENCE)
 
 
 class Reference(NamedTuple):
@@ -1187,9 +1198,18 @@ def _compiled(function: Run) -> Run:
     return jax.jit(function, compiler_options=_quick_compilation())
 
 
+class NoReferenceError(Exception):
+    """XLA has no kernel for something in the program itself, as for some products of bfloat16."""
+
+
 def reference_of(program: Program) -> Reference:
     stacked_grads = jax.vmap(jax.value_and_grad(program.loss), in_axes=(None, 0))
-    losses, stacked = _compiled(stacked_grads)(program.params, program.batch)
+    try:
+        losses, stacked = jax.block_until_ready(
+            _compiled(stacked_grads)(program.params, program.batch)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise NoReferenceError(error) from error
     losses = np.asarray(losses, np.float64)
     stacked = {name: np.asarray(leaf, np.float64) for name, leaf in stacked.items()}
     squares = [np.sum(leaf.reshape(NUM_SAMPLES, -1) ** 2, axis=1) for leaf in stacked.values()]
@@ -1298,8 +1318,8 @@ def check(
     started = time.perf_counter()
     mixture, checks = MIXTURES[program.mixture], checks_of(program.seed)
     errors, routes = {}, {}
-    # Two passes even where they save nothing, as in all programs as small as these.
-    two_passes = mock.patch.object(passes, "MOST_HELD", 0.0)
+    # Two passes even where slices would do, as in all programs as small as these.
+    two_passes = mock.patch.multiple(passes, MOST_SLICES=0, MOST_KEPT=math.inf)
     with enable_x64(mixture.has_float64), warnings.catch_warnings(), two_passes:
         # What is random may look like batch statistics of one sample.
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")
@@ -1309,6 +1329,8 @@ def check(
                 found = errors_of(part, how, reference_of(part), clip)
                 errors |= {f"{how}, {what}": error for what, error in found.items()}
             routes = _routes(program) if with_routes else {}
+        except NoReferenceError as error:
+            errors[f"{NO_REFERENCE}{error}"[:500]] = math.inf
         except Exception as error:
             errors[f"{type(error).__name__}: {error}"[:500]] = math.inf
     wrong = [f"{what}: {e:.2g}" for what, e in errors.items() if not e <= mixture.tolerance]
@@ -1385,25 +1407,76 @@ def _read_back(path: pathlib.Path) -> dict[int, Outcome]:
 
 def run_programs(seeds: Sequence[int], path: pathlib.Path) -> list[Outcome]:
     outcomes = _read_back(path)
-    with path.open("a") as file:
+    with path.open("a") as file, _Worker() as worker:
         for seed in (seed for seed in seeds if seed not in outcomes):
-            outcomes[seed] = check(draw_program(seed), with_routes=True)
+            outcomes[seed] = _outcome(seed, worker)
             print(_line(outcomes[seed]), file=file, flush=True)
-            if len(outcomes) % CLEAR_EVERY == 0:
-                jax.clear_caches()
     return [outcomes[seed] for seed in seeds]
+
+
+class _Worker(contextlib.AbstractContextManager["_Worker"]):
+    """Another process, for XLA aborts on some programs and takes its process along."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._pool = self._new()
+
+    def _new(self) -> futures.ProcessPoolExecutor:
+        return futures.ProcessPoolExecutor(1, self._context)
+
+    def __call__(self, function: Callable[[int], Any], seed: int) -> Any:
+        try:
+            return self._pool.submit(function, seed).result()
+        except futures.BrokenExecutor:
+            self._pool = self._new()
+            raise
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown()
+
+
+def _outcome(seed: int, worker: _Worker) -> Outcome:
+    try:
+        return worker(_checked, seed)
+    except futures.BrokenExecutor:
+        program = draw_program(seed)
+    try:
+        worker(_has_reference, seed)
+    except futures.BrokenExecutor:
+        message = f"{NO_REFERENCE}XLA aborts"
+    else:
+        message = "XLA aborts"
+    checks = tuple(map(str, checks_of(seed)))
+    size = len(program.operations)
+    return Outcome(seed, program.mixture, size, checks, False, math.inf, 0.0, {}, message)
+
+
+def _checked(seed: int) -> Outcome:
+    if seed % CLEAR_EVERY == 0:
+        jax.clear_caches()
+    return check(draw_program(seed), with_routes=True)
+
+
+def _has_reference(seed: int) -> None:
+    program = draw_program(seed)
+    with enable_x64(MIXTURES[program.mixture].has_float64):
+        for how in checks_of(seed):
+            reference_of(program if how.jitted else shortened(program))
 
 
 def _print_tally(outcomes: Sequence[Outcome], console: Console) -> None:
     by_mixture: dict[str, list[Outcome]] = {name: [] for name in MIXTURES}
     for outcome in outcomes:
         by_mixture[outcome.mixture].append(outcome)
-    table = Table("dtypes", "programs", "operations", "failures", "largest error", "seconds each")
-    for name, own in [*by_mixture.items(), ("all", outcomes)]:
+    columns = ("dtypes", "programs", "no reference", "operations", "failures", "largest error")
+    table = Table(*columns, "seconds each")
+    for name, drawn in [*by_mixture.items(), ("all", outcomes)]:
+        own = [outcome for outcome in drawn if outcome.has_reference]
         if own:
             table.add_row(
                 name,
                 str(len(own)),
+                str(len(drawn) - len(own)),
                 str(sum(o.operations for o in own)),
                 str(sum(not o.ok for o in own)),
                 f"{max(o.error for o in own):.1e}",
@@ -1416,7 +1489,7 @@ def _print_tally(outcomes: Sequence[Outcome], console: Console) -> None:
         parameters.add_row(route, str(number))
     console.print(parameters)
     for outcome in outcomes:
-        if not outcome.ok:
+        if not outcome.ok and outcome.has_reference:
             console.print(f"seed {outcome.seed}: {outcome.message}", markup=False, soft_wrap=True)
 
 

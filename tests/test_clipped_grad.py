@@ -494,22 +494,51 @@ def test_convolutions_and_look_ups_in_scans(use, mode):
         assert [row.route for row in rows] in (["conv"], ["embedding"])
 
 
+def layers(params, x):
+    return functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x)
+
+
+def narrow_layer(params, x):
+    return functools.reduce(lambda y, _: jnp.sin(jnp.cos(y)), range(9), x @ params[0])
+
+
+def rule_within_a_rule(params, x):
+    """JAX has the gradient of this, but not of this under vmap."""
+    inner = jax.custom_vjp(jnp.sin)
+    inner.defvjp(lambda x: (jnp.sin(x), x), lambda x, dy: (dy * jnp.cos(x),))
+    outer = jax.custom_jvp(lambda x: inner(x))
+    outer.defjvp(lambda x, dx: (outer(*x), jax.jvp(inner, x, dx)[1]))
+    return outer(layers(params, x))
+
+
+MEMORY = {  # how many slices, and how many second passes
+    "keeps about as much as is saved": (layers, 2, 0),
+    "keeps little of what is saved": (narrow_layer, 1, 0),
+    "keeps much of what is computed again": (jax.checkpoint(layers), 1, 1),
+    "has no second pass": (jax.checkpoint(rule_within_a_rule), 1, 0),
+}
+
+
 @pytest.mark.as_is
-@pytest.mark.parametrize("rematerialised", [False, True])
-def test_two_passes_only_where_a_second_one_saves_memory(rematerialised, monkeypatch):
-    ran = []
-    backward = passes._backward
-    monkeypatch.setattr(passes, "_backward", lambda *args: ran.append(1) or backward(*args))
-    params, x = jnp.ones((3, 30, 30)), jnp.ones((4, 20, 30))
-
-    def blocks(params, x):
-        block = lambda x, w: jnp.sin(jnp.cos(jnp.sin(x @ w)))
-        block = jax.checkpoint(block) if rematerialised else block
-        return functools.reduce(block, params, x).sum()
-
-    grads = psc.clipped_grad(blocks, 0.1, mode="two_pass")(params, x)
-    assert ran == [1] * rematerialised
-    assert_close(grads, psc.clipped_grad(blocks, 0.1, mode="vmap")(params, x), 1e-5)
+@pytest.mark.parametrize("what", MEMORY)
+def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypatch):
+    outputs, num_slices, num_passes = MEMORY[what]
+    loss = lambda params, x: outputs(params, x).sum()
+    sizes, ran = [], []
+    one_pass, backward = passes._one_pass, passes._backward
+    monkeypatch.setattr(passes, "_backward", lambda *args: [*backward(*args), ran.append(1)][:-1])
+    monkeypatch.setattr(
+        passes,
+        "_one_pass",
+        lambda *args: sizes.append(args[-1].taus.size) or one_pass(*args),
+    )
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=(9, 30, 30)) / 30**0.5, jnp.float32)
+    x = jnp.asarray(rng.normal(size=(4, 20, 30)), jnp.float32)
+    grads = psc.clipped_grad(loss, 1.0, mode="two_pass")(params, x)
+    assert len(ran) == num_passes
+    assert set(sizes) == (set() if num_passes else {4 // num_slices})
+    assert_close(grads, psc.clipped_grad(loss, 1.0, mode="vmap")(params, x), 1e-5)
 
 
 def test_explain_names_routes_and_the_line_that_made_a_fallback():

@@ -232,7 +232,6 @@ def weighted_sum(
       cotangents: those of what left each site, [scans…, n, …].
       weights: one for each sample, shape [n].
     """
-
     weighted = [_scaled(cotangents[site.path], weights, site.sample_axis) for site in plan.sites]
     parts = [
         _seen_by_parameter(site, entered[site.path], dy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -17,21 +17,62 @@ from psclip_optax.bookkeeping.views import aval
 _MARK = 7919
 
 
-def kept_bytes(plans: Plans, leaves: Sequence[jax.Array], num_samples: int) -> int:
-    """What "one_pass" keeps of a batch until the norms are known, beyond a plain gradient."""
-    kinds = [*leaves, *(one.aval for one in plans.computed)]
-    both = zip(plans.all, kinds, strict=True)
-    return sum(kept_bytes_of(plan, kind, num_samples) for plan, kind in both)
+# What JAX raises where it has the gradient of a loss but not of the loss under vmap, as of a
+# custom_vjp within a custom_jvp.
+NO_GRADIENT_OF_VMAP = (TypeError, NotImplementedError)
 
 
-def saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int:
-    """What a plain gradient of a batch saves between its forward and its backward pass.
+class Bytes(NamedTuple):
+    """What a batch takes, besides parameters and their gradients.
+
+    Attributes:
+      saved: by a plain gradient, between its forward and its backward pass.
+      saved_rewritten: the same of the loss as it is rewritten, which makes fewer weights and more
+        of the samples' arrays.
+      entering: by what enters the sites. Of a rematerialised loss, that is not in `saved`.
+      kept: by what "one_pass" keeps until the norms are known, for each weight.
+    """
+
+    saved: int
+    saved_rewritten: int
+    entering: int
+    kept: dict[int, int]
+
+    @property
+    def of_one_pass(self) -> int:
+        """At the worst, as with scans, whose loops free nothing of theirs before they end."""
+        return max(self.saved_rewritten, self.entering) + sum(self.kept.values())
+
+
+def estimated_bytes(
+    closed: core.ClosedJaxpr, plans: Plans, leaves: Sequence[Any], num_samples: int
+) -> Bytes:
+    """By shapes, before XLA frees, fuses or computes anything twice.
 
     Args:
       closed: the loss for one example.
-      num_leaves: how many of its inputs are parameters.
+      plans: made for it.
+      leaves: the parameters.
       num_samples: in the batch.
     """
+    kinds = [*leaves, *(one.aval for one in plans.computed)]
+    sites = [site for plan in plans.all for site in plan.sites]
+    # What enters several sites is held once.
+    entered = {site.eqn.invars[1 - site.operand]: site for site in sites}
+    saved = _saved_bytes(closed, len(leaves), num_samples)
+    is_rewritten = plans.closed is not closed
+    return Bytes(
+        saved,
+        _saved_bytes(plans.closed, len(leaves), num_samples) if is_rewritten else saved,
+        _bytes(batched(site, aval(x), num_samples) for x, site in entered.items()),
+        {
+            plan.weight: kept_bytes_of(plan, kind, num_samples)
+            for plan, kind in zip(plans.all, kinds, strict=True)
+        },
+    )
+
+
+def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int:
     run = core.jaxpr_as_fun(closed)
     kinds = [(aval(variable).shape, aval(variable).dtype) for variable in closed.jaxpr.invars]
     leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds[:num_leaves]]
@@ -41,24 +82,20 @@ def saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> 
         losses = jax.vmap(lambda leaves, example: run(*leaves, *example)[0], in_axes=(None, 0))
         return jax.vjp(lambda leaves: losses(leaves, batch), leaves)[1]
 
-    saved = jax.tree.leaves(jax.eval_shape(pull_back, leaves, batch))
+    try:
+        saved = jax.tree.leaves(jax.eval_shape(pull_back, leaves, batch))
+    except NO_GRADIENT_OF_VMAP:
+        return 0
     of_samples = [array for array in saved if _MARK in array.shape]
     return _bytes(of_samples) * num_samples // _MARK
-
-
-def held_bytes(plans: Plans, leaves: Sequence[Any], num_samples: int) -> int:
-    """What "one_pass" holds of a batch as the norms are known: what is kept and what entered."""
-    sites = [site for plan in plans.all for site in plan.sites]
-    # What enters several sites is held once.
-    entered = {site.eqn.invars[1 - site.operand]: site for site in sites}
-    inputs = [batched(site, aval(x), num_samples) for x, site in entered.items()]
-    return kept_bytes(plans, leaves, num_samples) + _bytes(inputs)
 
 
 def kept_bytes_of(plan: LeafPlan, kind: Any, num_samples: int) -> int:
     if plan.is_direct:
         return num_samples * kind.size * kind.dtype.itemsize
-    return _bytes(leaving(plan, num_samples).values())
+    # A separable norm makes what leaves the sites once more, of the slope.
+    times = 2 if plan.norm == "separable" else 1
+    return times * _bytes(leaving(plan, num_samples).values())
 
 
 def entering(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:

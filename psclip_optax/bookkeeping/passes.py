@@ -15,48 +15,16 @@ from psclip_optax import clipping, stacks, transforms
 from psclip_optax.bookkeeping import contract, taps
 from psclip_optax.bookkeeping.calls import varying
 from psclip_optax.bookkeeping.computed import compute
-from psclip_optax.bookkeeping.memory import held_bytes, saved_bytes
+from psclip_optax.bookkeeping.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
+from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.thresholds import concrete
 
-# Up to here the slices of a batch are unrolled on a CPU.
-_MOST_UNROLLED = 16
-# Up to here what one pass holds, relative to what a plain gradient saves, makes no second one.
-MOST_HELD = 1.15
-
-
-class Samples(NamedTuple):
-    """The samples of one slice of a batch: their data, and what the clipping needs of each.
-
-    Attributes:
-      examples: the batched leaves, n on the first axis of each.
-      taus: τ_k, [n].
-      counts: whether the sample is no padding, bool [n].
-    """
-
-    examples: list[jax.Array]
-    taus: jax.Array
-    counts: jax.Array
-
-
-class Result(NamedTuple):
-    """What one slice gives.
-
-    Attributes:
-      sums: Σ γ_k g_k of each parameter.
-      outs: what the loss returns, stacked: the losses, then the leaves of aux.
-      norms: ‖g_k‖, [n].
-      scales: γ_k, [n]; 0 for masked and dropped samples.
-      finite: whether loss and gradient are, bool [n].
-    """
-
-    sums: list[jax.Array]
-    outs: list[jax.Array]
-    norms: jax.Array
-    scales: jax.Array
-    finite: jax.Array
-
+# What one pass may keep, relative to what a plain gradient saves, of a batch that is not sliced.
+MOST_KEPT = 0.15
+# In more slices than these one pass would run too few samples at a time to be fast.
+MOST_SLICES = 4
 
 _Values = TypeVar("_Values")
 _PullBack: TypeAlias = Callable[[list[jax.Array]], dict[int, jax.Array]]
@@ -80,6 +48,11 @@ class Problem(NamedTuple):
     dtype: Any
     axis_name: Any
     spmd_axis_name: Any
+
+    @property
+    def has_convolutions(self) -> bool:
+        sites = (site for plan in self.plans.all for site in plan.sites)
+        return any(site.eqn.primitive.name == "conv_general_dilated" for site in sites)
 
     def over_samples(self, function: Callable[..., Any], out_axes: Any = 0) -> Callable[..., Any]:
         in_axes, name = (None, None, 0), self.spmd_axis_name
@@ -118,28 +91,45 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     return Result(sums, seen.outs, norms, scales, finite)
 
 
-def _is_worth_a_pass(problem: Problem, leaves: Sequence[Any]) -> bool:
-    """Whether a second backward pass saves memory.
-
-    What one pass keeps takes the place of what a plain gradient saves for its backward pass, and
-    frees on the way. Where that is as much, a second pass would save nothing.
-    """
-    plans = problem.plans
-    if problem.axis_name is not None:
-        return True  # the estimate would have to know what varies over the mesh
-    saved = saved_bytes(plans.closed, len(leaves), 1)
-    return held_bytes(plans, leaves, 1) > MOST_HELD * saved
-
-
 def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-    """One forward pass and two backward: for the norms, then for the weighted sum.
+    """About a plain gradient's memory: one pass over a few slices, else two passes over all."""
+    num_samples = samples.taus.size
+    num_slices = _num_slices(problem, leaves, num_samples)
+    if num_slices is None:
+        try:
+            return _in_two_passes(problem, leaves, samples)
+        except NO_GRADIENT_OF_VMAP:
+            return _one_pass(problem, leaves, samples)
+    return in_slices(
+        functools.partial(_one_pass, problem, leaves),
+        samples,
+        -(-num_samples // num_slices),
+        axis_name=problem.axis_name,
+        has_convolutions=problem.has_convolutions,
+    )
 
-    Where that saves no memory, one of each.
-    """
+
+def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
+    """In how many slices one pass takes a plain gradient's memory; None: better in two passes."""
+    plans = problem.plans
+    others = [plan.weight for plan in plans.all if not _may_be_probed(plan)]
+    if problem.axis_name is not None:  # an estimate would have to know what varies over the mesh
+        return None if len(others) < len(plans.all) else 1
+    estimate = estimated_bytes(problem.closed, plans, leaves, 1)
+    most_kept = MOST_KEPT * estimate.saved
+    fits = sum(estimate.kept.values()) <= most_kept
+    wanted = -(-estimate.of_one_pass // max(estimate.saved, 1))
+    num_slices = 1 if fits else max(wanted, 1)
+    would_keep = sum(estimate.kept[weight] for weight in others)
+    if num_slices > min(MOST_SLICES, num_samples) and would_keep <= most_kept:
+        return None
+    return min(num_slices, num_samples)
+
+
+def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+    """One forward pass and two backward: for the norms, then for the weighted sum."""
     plans = problem.plans.all
     probed = [plan for plan in plans if _may_be_probed(plan)]
-    if not probed or not _is_worth_a_pass(problem, leaves):
-        return _one_pass(problem, leaves, samples)
     others = [plan for plan in plans if not _may_be_probed(plan)]
     weights, pull_back = _weights(problem, leaves)
     norm = functools.partial(contract.site_squared_norm, dtype=problem.dtype)
@@ -413,49 +403,3 @@ def _weigh(
     scales = clipping.clip_scales(norms, samples.taus)
     scales = jnp.where(jnp.isfinite(norms), scales, jnp.nan)
     return norms, jnp.where(kept, scales, 0), finite, kept
-
-
-# Slices of a batch
-
-
-def in_slices(
-    run: Callable[[Samples], Result], samples: Samples, size: int | None, axis_name: Any
-) -> Result:
-    """The same result from slices of at most `size` samples, one after the other.
-
-    Slice j takes every num_slices-th sample from j on: contiguous slices of a batch that is sharded
-    over devices would move it. Where the last ones are short, real samples fill them, masked.
-    """
-    n = samples.taus.size
-    if size is None or size >= n:
-        return run(samples)
-    num_slices = -(-n // size)
-    missing = num_slices * size - n
-
-    def split(array: jax.Array) -> jax.Array:
-        whole = jnp.concatenate([array, array[:missing]]) if missing else array
-        return whole.reshape(size, num_slices, *array.shape[1:])
-
-    parts = jax.tree.map(split, samples)
-    is_real = jnp.arange(num_slices * size) < n
-    parts = parts._replace(counts=parts.counts & is_real.reshape(size, num_slices))
-
-    def one(sums: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], Result]:
-        result = run(jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, i, 1, False), parts))
-        added = [
-            total + new.astype(total.dtype) for total, new in zip(sums, result.sums, strict=True)
-        ]
-        return added, result._replace(sums=[])
-
-    one_slice = jax.eval_shape(run, jax.tree.map(lambda part: part[:, 0], parts))
-    zeros = [jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)) for s in one_slice.sums]
-    zeros = [varying(zero, axis_name) for zero in zeros]
-    # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
-    is_unrolled = jax.default_backend() == "cpu" and num_slices <= _MOST_UNROLLED
-    unroll = num_slices if is_unrolled else 1
-    sums, results = lax.scan(one, zeros, jnp.arange(num_slices), unroll=unroll)
-
-    def in_order(array: jax.Array) -> jax.Array:
-        return array.swapaxes(0, 1).reshape(num_slices * size, *array.shape[2:])[:n]
-
-    return jax.tree.map(in_order, results)._replace(sums=sums)

@@ -1,0 +1,116 @@
+"""Slices of a batch, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from psclip_optax.bookkeeping.calls import varying
+
+# Up to here the slices of a batch are unrolled on a CPU, if at all.
+_MOST_UNROLLED = 16
+
+
+class Samples(NamedTuple):
+    """The samples of one slice of a batch: their data, and what the clipping needs of each.
+
+    Attributes:
+      examples: the batched leaves, n on the first axis of each.
+      taus: τ_k, [n].
+      counts: whether the sample is no padding, bool [n].
+    """
+
+    examples: list[jax.Array]
+    taus: jax.Array
+    counts: jax.Array
+
+
+class Result(NamedTuple):
+    """What one slice gives.
+
+    Attributes:
+      sums: Σ γ_k g_k of each parameter.
+      outs: what the loss returns, stacked: the losses, then the leaves of aux.
+      norms: ‖g_k‖, [n].
+      scales: γ_k, [n]; 0 for masked and dropped samples.
+      finite: whether loss and gradient are, bool [n].
+    """
+
+    sums: list[jax.Array]
+    outs: list[jax.Array]
+    norms: jax.Array
+    scales: jax.Array
+    finite: jax.Array
+
+
+def in_slices(
+    run: Callable[[Samples], Result],
+    samples: Samples,
+    size: int | None,
+    *,
+    axis_name: Any,
+    has_convolutions: bool,
+) -> Result:
+    """The same result from slices of at most `size` samples, one after the other.
+
+    Slice j takes every num_slices-th sample from j on: contiguous slices of a batch that is sharded
+    over devices would move it. Where the last ones are short, real samples fill them, masked.
+
+    Args:
+      run: what gives the result of a slice.
+      samples: all of them.
+      size: of a slice; None for one slice.
+      axis_name: of the mesh axes that the batch is sharded over, under shard_map.
+      has_convolutions: whether `run` has some.
+    """
+    n = samples.taus.size
+    if size is None or size >= n:
+        return run(samples)
+    num_slices = -(-n // size)
+    missing = num_slices * size - n
+
+    def split(array: jax.Array) -> jax.Array:
+        whole = jnp.concatenate([array, array[:missing]]) if missing else array
+        return whole.reshape(size, num_slices, *array.shape[1:])
+
+    parts = jax.tree.map(split, samples)
+    is_real = jnp.arange(num_slices * size) < n
+    parts = parts._replace(counts=parts.counts & is_real.reshape(size, num_slices))
+    # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
+    is_cpu = jax.default_backend() == "cpu"
+    is_unrolled = is_cpu and has_convolutions and num_slices <= _MOST_UNROLLED
+
+    def one(sums: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], Result]:
+        i = _after(sums, i) if is_unrolled else i
+        result = run(jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, i, 1, False), parts))
+        added = [
+            total + new.astype(total.dtype) for total, new in zip(sums, result.sums, strict=True)
+        ]
+        return added, result._replace(sums=[])
+
+    one_slice = jax.eval_shape(run, jax.tree.map(lambda part: part[:, 0], parts))
+    zeros = [jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)) for s in one_slice.sums]
+    zeros = [varying(zero, axis_name) for zero in zeros]
+    unroll = num_slices if is_unrolled else 1
+    sums, results = lax.scan(one, zeros, jnp.arange(num_slices), unroll=unroll)
+
+    def in_order(array: jax.Array) -> jax.Array:
+        return array.swapaxes(0, 1).reshape(num_slices * size, *array.shape[2:])[:n]
+
+    return jax.tree.map(in_order, results)._replace(sums=sums)
+
+
+def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:
+    """The index, once the sums are known.
+
+    XLA would run unrolled slices side by side, and hold what each of them saves. It drops an
+    optimization_barrier before it orders what is to run, so that the index must seem to depend on
+    the sums.
+    """
+    total = sum((total.ravel()[0] for total in sums if total.size), jnp.zeros(()))
+    never = (total > 0) & (total < 0)
+    return i + never.astype(i.dtype)
