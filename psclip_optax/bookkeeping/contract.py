@@ -37,6 +37,8 @@ def squared_norms(plan: LeafPlan, entered: Taps, cotangents: Taps, dtype: Any) -
 
 def _norms_in_parts(group: Group, entered: Taps, cotangents: Taps, dtype: Any) -> jax.Array:
     """Some samples after the others, so that what is made on the way takes little memory."""
+    if group.route == "conv":  # which does so by itself
+        return _group_norms(group, entered, cotangents, dtype)
     axes = {site.path: site.sample_axis for site in group.sites}
     sides = tuple({path: side[path] for path in axes} for side in (entered, cotangents))
     path, axis = next(iter(axes.items()))
