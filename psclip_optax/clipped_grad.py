@@ -76,10 +76,11 @@ def clipped_value_and_grad(
         batches is used unchanged.
       microbatch_size: work through the batch in slices of at most this many samples; changes the
         memory, not the result.
-      mode: "one_pass" is the fastest; "two_pass" takes a second backward pass where, by the shapes,
-        that saves memory (as of rematerialised layers); "vmap" stacks gradients, for reference;
-        "auto" is "one_pass" if, by an estimate, it fits into ``memory_limit_bytes``, else
-        "two_pass".
+      mode: "one_pass" is the fastest; "two_pass" takes about a plain gradient's memory: by the
+        shapes, one pass over the batch or over two to four slices of it, or, where more slices
+        would be needed (as of many rematerialised layers), one forward pass and two backward;
+        "vmap" stacks gradients, for reference; "auto" is "one_pass" if, by an estimate, it fits
+        into ``memory_limit_bytes``, else "two_pass".
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
         it; it keeps its position and its share in N. In "one_pass" and "two_pass" so does a sample
         the square of whose norm leaves its dtype's range (1.8e19 in float32). "propagate" lets it
