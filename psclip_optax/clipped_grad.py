@@ -14,7 +14,7 @@ from psclip_optax import clipping, stacks
 from psclip_optax.bookkeeping.calls import Call, take_apart, trace, varying
 from psclip_optax.bookkeeping.explain import Plan, explained
 from psclip_optax.bookkeeping.memory import estimated_bytes
-from psclip_optax.bookkeeping.passes import MODES, Problem
+from psclip_optax.bookkeeping.passes import MODES, Problem, num_slices
 from psclip_optax.bookkeeping.plan import plan_weights
 from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
 from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
@@ -170,7 +170,14 @@ def clipped_value_and_grad(
         problem = _problem(call, settings)
         num_samples = min(call.num_samples, settings.microbatch_size or call.num_samples)
         mode = _chosen_mode(problem, call, settings)
-        return explained(problem.plans, params, num_samples, mode, problem.dtype)
+        return explained(
+            problem.plans,
+            params,
+            num_samples,
+            problem.dtype,
+            mode=mode,
+            num_slices=num_slices(problem, call.params, num_samples) if mode == "two_pass" else 1,
+        )
 
     value_and_grad.explain = explain  # pyright: ignore[reportFunctionMemberAccess]
     return value_and_grad

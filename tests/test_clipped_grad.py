@@ -512,17 +512,17 @@ def rule_within_a_rule(params, x):
 
 
 MEMORY = {  # how many slices, and how many second passes
-    "keeps about as much as is saved": (layers, 2, 0),
-    "keeps little of what is saved": (narrow_layer, 1, 0),
-    "keeps much of what is computed again": (jax.checkpoint(layers), 1, 1),
-    "has no second pass": (jax.checkpoint(rule_within_a_rule), 1, 0),
+    "keeps about as much as is saved": (layers, 2, 0, "(one pass in 2 slices)"),
+    "keeps little of what is saved": (narrow_layer, 1, 0, "(one pass)"),
+    "keeps much of what is computed again": (jax.checkpoint(layers), 1, 1, "two passes"),
+    "has no second pass": (jax.checkpoint(rule_within_a_rule), 1, 0, "two passes"),
 }
 
 
 @pytest.mark.as_is
 @pytest.mark.parametrize("what", MEMORY)
 def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypatch):
-    outputs, num_slices, num_passes = MEMORY[what]
+    outputs, num_slices, num_passes, words = MEMORY[what]
     loss = lambda params, x: outputs(params, x).sum()
     sizes, ran = [], []
     one_pass, backward = passes._one_pass, passes._backward
@@ -535,7 +535,9 @@ def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypat
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(9, 30, 30)) / 30**0.5, jnp.float32)
     x = jnp.asarray(rng.normal(size=(4, 20, 30)), jnp.float32)
-    grads = psc.clipped_grad(loss, 1.0, mode="two_pass")(params, x)
+    function = psc.clipped_grad(loss, 1.0, mode="two_pass")
+    assert words in str(function.explain(params, x))
+    grads = function(params, x)
     assert len(ran) == num_passes
     assert set(sizes) == (set() if num_passes else {4 // num_slices})
     assert_close(grads, psc.clipped_grad(loss, 1.0, mode="vmap")(params, x), 1e-5)

@@ -47,11 +47,14 @@ class Plan:
       rows: one for each parameter, in the order of the tree's leaves.
       mode: which the call takes.
       num_samples: of the batch that it was made for.
+      num_slices: of "two_pass": over how many slices of the batch one pass runs, None for two
+        passes over all of it.
     """
 
     rows: tuple[PlanRow, ...]
     mode: str
     num_samples: int
+    num_slices: int | None
 
     def __str__(self) -> str:
         cells = [_COLUMNS, *(_cells(row) for row in self.rows)]
@@ -66,8 +69,15 @@ class Plan:
             for row in cells
         ]
         rule = "-" * max(map(len, lines))
-        title = f"mode {self.mode}, {self.num_samples} samples"
+        title = f"mode {self.mode}{self._how()}, {self.num_samples} samples"
         return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    def _how(self) -> str:
+        if self.mode != "two_pass":
+            return ""
+        if self.num_slices is None:
+            return " (two passes)"
+        return " (one pass)" if self.num_slices == 1 else f" (one pass in {self.num_slices} slices)"
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
@@ -82,14 +92,16 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def explained(plans: Plans, params: Any, num_samples: int, mode: str, dtype: Any) -> Plan:
+def explained(
+    plans: Plans, params: Any, num_samples: int, dtype: Any, *, mode: str, num_slices: int | None
+) -> Plan:
     """The plan of a call, from what was planned for each weight."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     rows = [
         _row(plans, plan, jax.tree_util.keystr(path), jnp.asarray(leaf), num_samples, dtype)
         for plan, (path, leaf) in zip(plans.leaves, paths, strict=True)
     ]
-    return Plan(tuple(rows), mode, num_samples)
+    return Plan(tuple(rows), mode, num_samples, num_slices)
 
 
 def _row(

@@ -94,8 +94,8 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
 def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """About a plain gradient's memory: one pass over a few slices, else two passes over all."""
     num_samples = samples.taus.size
-    num_slices = _num_slices(problem, leaves, num_samples)
-    if num_slices is None:
+    slices = num_slices(problem, leaves, num_samples)
+    if slices is None:
         try:
             return _in_two_passes(problem, leaves, samples)
         except NO_GRADIENT_OF_VMAP:
@@ -103,13 +103,13 @@ def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     return in_slices(
         functools.partial(_one_pass, problem, leaves),
         samples,
-        -(-num_samples // num_slices),
+        -(-num_samples // slices),
         axis_name=problem.axis_name,
         has_convolutions=problem.has_convolutions,
     )
 
 
-def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
+def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
     """In how many slices one pass takes a plain gradient's memory; None: better in two passes."""
     plans = problem.plans
     others = [plan.weight for plan in plans.all if not _may_be_probed(plan)]
@@ -119,11 +119,11 @@ def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> in
     most_kept = MOST_KEPT * estimate.saved
     fits = sum(estimate.kept.values()) <= most_kept
     wanted = -(-estimate.of_one_pass // max(estimate.saved, 1))
-    num_slices = 1 if fits else max(wanted, 1)
+    slices = 1 if fits else max(wanted, 1)
     would_keep = sum(estimate.kept[weight] for weight in others)
-    if num_slices > min(MOST_SLICES, num_samples) and would_keep <= most_kept:
+    if slices > min(MOST_SLICES, num_samples) and would_keep <= most_kept:
         return None
-    return min(num_slices, num_samples)
+    return min(slices, num_samples)
 
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
