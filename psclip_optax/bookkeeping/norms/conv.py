@@ -501,7 +501,7 @@ def _squared_norms(pixels: Pixels, window: Sequence[Axis], dtype: Any) -> jax.Ar
     def of_chunk(arrays: Sequence[jax.Array]) -> jax.Array:
         return way.squared_norms(*_sides(_with_arrays(pixels, arrays)), axes, dtype)
 
-    entries = len(arrays[0]) * blocks * way.entries + sum(array.size for array in arrays)
+    entries = len(arrays[0]) * blocks * way.entries
     return _in_chunks(of_chunk, arrays, entries * jnp.dtype(dtype).itemsize)
 
 
@@ -510,7 +510,7 @@ def _in_chunks(
     arrays: Sequence[jax.Array],
     num_bytes: int,
 ) -> jax.Array:
-    """A function of samples, of a few at a time, for all at once take so many bytes."""
+    """A function of samples, of a few at a time, for on the way it takes so many bytes for all."""
     n = len(arrays[0])
     num_chunks = _num_chunks(n, num_bytes)
     size = -(-n // num_chunks)
