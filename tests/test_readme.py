@@ -13,7 +13,8 @@ import tomllib
 
 import pytest
 
-from benchmarks.engine import to_markdown
+from benchmarks import engine
+from benchmarks.peers import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,6 +114,12 @@ def test_links_lead_to_files(target: str):
     assert (ROOT / target).is_file()
 
 
-def test_engine_table_is_that_of_the_committed_measurement():
-    rows = json.loads((ROOT / "benchmarks/results/engine.json").read_text())["rows"]
-    assert to_markdown(rows) in README
+@pytest.mark.parametrize(
+    ("to_markdown", "path"),
+    [
+        (engine.to_markdown, "benchmarks/results/engine.json"),
+        (report.to_markdown, "benchmarks/peers/results/peers.json"),
+    ],
+)
+def test_tables_are_those_of_the_committed_measurements(to_markdown, path):
+    assert to_markdown(json.loads((ROOT / path).read_text())["rows"]).strip() in README
