@@ -536,8 +536,12 @@ def draw_sweep(axes: Axes, lines: dict[str, list[dict[str, Any]]], along: str) -
 def show_ticks(axis: Any, limits: tuple[float, float]) -> None:
     shown = [tick for tick in TICKS if limits[0] <= tick <= limits[1]]
     # Of a wide range the ticks between would run into one another.
-    is_wide = limits[1] / limits[0] > 30
-    axis.set_ticks([tick for tick in shown if not is_wide or tick not in (0.7, 1.2, 1.5, 3)])
+    width = limits[1] / limits[0]
+    if width > 1000:
+        shown = [tick for tick in shown if tick in (1, 10, 100, 1000)]
+    elif width > 30:
+        shown = [tick for tick in shown if tick not in (0.7, 1.2, 1.5, 3)]
+    axis.set_ticks(shown)
     axis.set_major_formatter("{x:g}")
     axis.set_ticks([], minor=True)
 
@@ -549,7 +553,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
       rows: as engine.json holds them.
     """
     columns = ["model, samples"]
-    columns += [f"{mode}: time | memory" for mode in ("one pass", "two passes", "`vmap`")]
+    columns += [f"`{mode}`: time | memory" for mode in ("one_pass", "two_pass", "vmap")]
     lines = [f"| {' | '.join(columns)} |", "|---" * 7 + "|"]
     for row in rows:
         if row["experiment"] == "zoo":
