@@ -543,6 +543,15 @@ def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypat
     assert_close(grads, psc.clipped_grad(loss, 1.0, mode="vmap")(params, x), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("num_devices", "num_samples", "numbers"),
+    [(1, 6, [1, 2, 3, 4, 5, 6]), (4, 24, [1, 2, 3, 6]), (4, 4, [1]), (4, 6, [1, 2, 3, 4, 5, 6])],
+)
+def test_slices_leave_each_device_as_many_samples(num_devices, num_samples, numbers, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: num_devices)
+    assert passes._even_slices(range(1, 9), num_samples) == numbers
+
+
 def test_explain_names_routes_and_the_line_that_made_a_fallback():
     model = ZOO["gpt_scanned"]("small")
     plan = psc.clipped_value_and_grad(model.loss, 1.0).explain(model.params, *model.batch(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -118,12 +118,22 @@ def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int
     estimate = estimated_bytes(problem.closed, plans, leaves, 1)
     most_kept = MOST_KEPT * estimate.saved
     fits = sum(estimate.kept.values()) <= most_kept
-    wanted = -(-estimate.of_one_pass // max(estimate.saved, 1))
-    slices = 1 if fits else max(wanted, 1)
+    wanted = 1 if fits else max(1, -(-estimate.of_one_pass // max(estimate.saved, 1)))
+    few = _even_slices(range(wanted, MOST_SLICES + 1), num_samples)
+    if few:
+        return few[0]
     would_keep = sum(estimate.kept[weight] for weight in others)
-    if slices > min(MOST_SLICES, num_samples) and would_keep <= most_kept:
+    if would_keep <= most_kept:
         return None
-    return min(slices, num_samples)
+    return _even_slices(range(1, wanted + 1), num_samples)[-1]
+
+
+def _even_slices(numbers: Iterable[int], num_samples: int) -> list[int]:
+    """Those numbers of slices that leave samples where they are, should devices share them."""
+    num_devices = jax.device_count()
+    if num_devices == 1 or num_samples % num_devices:
+        return [number for number in numbers if number <= num_samples]
+    return [number for number in numbers if num_samples % (number * num_devices) == 0]
 
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
