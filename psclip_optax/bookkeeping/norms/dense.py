@@ -102,18 +102,20 @@ def factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
     """Both factors, in the order of `like`, which may take this site's left for its right."""
     axes = _axes(site)
     layered, steps = site.scan_axes
-    offset = 1 + len(site.scans)
 
-    def arranged(array: jax.Array, blocks: list[int], rows: list[int], columns: list[int]) -> Any:
-        blocks, rows, columns = (
-            [offset + axis for axis in axes] for axes in (blocks, rows, columns)
-        )
+    def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
+        blocks, rows, columns = _behind_samples(site, own)
         return _arranged(array, layered, [site.sample_axis], blocks, steps + rows, columns)
 
     entering = arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)
     leaving = arranged(dy, axes.y_blocks, axes.y_x_free, axes.y_w_free)
     is_swapped = form(site).left != like.left
     return Factors(leaving, entering) if is_swapped else Factors(entering, leaving)
+
+
+def _behind_samples(site: Site, groups: Sequence[list[int]]) -> list[list[int]]:
+    """Axes of one step of one sample as those of all: behind the scans' and the samples'."""
+    return [[site.sample_axis + 1 + axis for axis in group] for group in groups]
 
 
 def _arranged(array: jax.Array, *groups: list[int]) -> jax.Array:
@@ -130,13 +132,10 @@ def summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
     """
     axes, w = _axes(site), aval(site.eqn.invars[site.operand])
     layered, steps = site.scan_axes
-    offset = 1 + len(site.scans)
     dtype = jnp.promote_types(x.dtype, dy.dtype)
 
-    def arranged(array: jax.Array, blocks: list[int], rows: list[int], columns: list[int]) -> Any:
-        blocks, rows, columns = (
-            [offset + axis for axis in axes] for axes in (blocks, rows, columns)
-        )
+    def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
+        blocks, rows, columns = _behind_samples(site, own)
         rows = [*steps, site.sample_axis, *rows]
         return _arranged(array.astype(dtype), layered + blocks, rows, columns)
 
