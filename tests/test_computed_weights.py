@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
+from psclip_optax.bookkeeping.computed import is_radial
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 N = 5
@@ -113,6 +114,8 @@ USES = {
         lambda p, x, r, i: end(jnp.einsum("oi,i->o", normed(p["w"].T, 1), x)), "w", "scales"),
     "two norms": (
         lambda p, x, r, i: end(x @ (p["w"] / jnp.abs(p["w"]).sum(0) / jnp.square(p["w"]).sum(0))), "w", "scales"),
+    "signed squares": (
+        lambda p, x, r, i: end(x @ (p["w"] / (p["w"] * jnp.abs(p["w"]) + 9).sum(0))), "w", "scales"),
     "a norm and its parameter": (
         lambda p, x, r, i: end(x @ p["w"]) + end(jnp.linalg.norm(p["w"], axis=0) * x.sum()), "w", "scales"),
     "decay": (lambda p, x, r, i: end(x @ p["w"]) + 0.1 * (p["w"] ** 2).sum(), "w", "scales"),
@@ -196,6 +199,24 @@ def test_computed_weights_are_exact(use):
             assert_close(grads, clipped_mean(stacked, np.full(N, tau)), 1e-10)
         rows = {row.parameter: row for row in function.explain(params, *batch).rows}
         assert words in rows[f"['{parameter}']"].reason
+
+
+@pytest.mark.parametrize(
+    ("divisor", "radial"),
+    [
+        (lambda w: jnp.sqrt((w * w).sum(0)), True),
+        (lambda w: jnp.sqrt(jnp.square(w).sum(0) + 1e-6), True),
+        (lambda w: (jnp.abs(w) ** 2).sum(0), True),
+        (lambda w: jnp.sqrt((w * w).sum()), False),  # of all columns: no norm of one column alone
+        (lambda w: jnp.abs(w).sum(0), False),
+        (lambda w: (w * jnp.abs(w)).sum(0), False),
+        (lambda w: (w**3).sum(0), False),
+        (lambda w: jnp.square(w).sum(0) + w[0], False),
+    ],
+)
+def test_sums_of_squares_are_told_from_other_divisors(divisor, radial):
+    kinds = [jax.ShapeDtypeStruct((12, 10), jnp.float32)]
+    assert is_radial(lambda leaves: divisor(leaves[0]), kinds, 0, (1,)) is radial
 
 
 def test_micro_batches_seeds_and_bad_samples_do_not_matter():

@@ -3,12 +3,14 @@
 They are computed once for all samples, and a gradient with respect to them is pulled back through
 that computation: the weighted sum once, and for the norms what is cheapest. A computation that puts
 parameters side by side keeps norms. One that is *separable* along some axes (one norm a column)
-pulls a cotangent c back to D ⊙ c, with one D for all samples. Otherwise samples go one by one.
+pulls a cotangent c back to D ⊙ c, with one D for all samples; if the parameter enters it through
+sums of squares alone (*radial*), D is the parameter, scaled. Otherwise samples go one by one.
 """
 
 from __future__ import annotations
 
 import collections
+import enum
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -129,6 +131,58 @@ def separable_axes(
     axes = tuple(axis for axis in over if axis is not None)
     is_over_them = len(axes) == len(over) and set(axes) == spread.separable
     return axes if is_over_them else None
+
+
+class _Power(enum.Enum):
+    """What a variable is of a parameter: entries up to sign, their squares, or of sums of these."""
+
+    ENTRIES = enum.auto()
+    SQUARES = enum.auto()
+    SUMS = enum.auto()
+
+
+def is_radial(
+    function: Callable[[Sequence[Any]], Any],
+    parameters: Sequence[Any],
+    which: int,
+    axes: Sequence[int],
+) -> bool:
+    """Whether a parameter enters through sums of its squares over all but these axes alone.
+
+    Args:
+      function: from the parameters to an array.
+      parameters: their shapes and dtypes.
+      which: of them.
+      axes: of that parameter.
+    """
+    jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
+    powers: dict[core.Var, _Power | None] = {jaxpr.invars[which]: _Power.ENTRIES}
+    others = tuple(a for a in range(aval(jaxpr.invars[which]).ndim) if a not in axes)
+    for eqn in jaxpr.eqns:
+        inputs = [v for v in eqn.invars if not isinstance(v, core.Literal) and v in powers]
+        if not inputs:
+            continue
+        power = _power(eqn, {powers[v] for v in inputs}, others)
+        powers.update(dict.fromkeys(eqn.outvars, power))
+    return all(powers.get(v, _Power.SUMS) is _Power.SUMS for v in jaxpr.outvars)
+
+
+def _power(
+    eqn: core.JaxprEqn, inputs: set[_Power | None], others: tuple[int, ...]
+) -> _Power | None:
+    name, params = eqn.primitive.name, eqn.params
+    if inputs == {_Power.SUMS}:
+        return _Power.SUMS
+    # A product of two variables may be v |v|, whose gradient is no multiple of v.
+    if any(v is not eqn.invars[0] for v in eqn.invars):
+        return None
+    (power,) = inputs
+    if name in ("convert_element_type", "copy", "abs"):
+        return power
+    if power is _Power.SQUARES:
+        return _Power.SUMS if name == "reduce_sum" and params["axes"] == others else None
+    is_square = name in ("mul", "square") or (name == "integer_pow" and params["y"] == 2)
+    return _Power.SQUARES if is_square else None
 
 
 _Known: TypeAlias = Sequence[tuple[Any, Any]]

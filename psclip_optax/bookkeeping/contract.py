@@ -65,7 +65,9 @@ def _divisor(number: int, at_least: float) -> int:
 
 def separable_squared_norms(
     plan: LeafPlan,
+    parameter: jax.Array,
     entered: Taps,
+    left: Taps,
     cotangents: Taps,
     slopes: Sequence[jax.Array],
     along: Sequence[jax.Array],
@@ -75,7 +77,9 @@ def separable_squared_norms(
 
     Args:
       plan: the parameter's.
+      parameter: it.
       entered: what entered each site, [scans…, n, …].
+      left: what left each site, [scans…, n, …], if the plan is radial.
       cotangents: those of what left each site, [scans…, n, …].
       slopes: D_u, like the parameter: what u's cotangents of 1 are pulled back to.
       along: c_uk, the gradients with respect to u, [n, …] over the plan's axes.
@@ -96,18 +100,32 @@ def separable_squared_norms(
         for (d, c), (f, e) in itertools.product(terms, repeat=2)
     ]
     crossed = [
-        _scaled_product(site, entered[site.path], cotangents[site.path], *term, axes, dtype)
-        for site, term in itertools.product(plan.sites, terms)
+        _scaled_product(site, y, cotangents[site.path], c, axes, dtype)
+        for site in plan.sites
+        for y, c in (
+            [(left[site.path], _of_parameter(terms, parameter.astype(dtype), others))]
+            if plan.is_radial
+            else [(_over_samples(site)(d, entered[site.path]), c) for d, c in terms]
+        )
     ]
     own = squared_norms(plan, entered, cotangents, dtype)
     return jnp.maximum(own + 2 * sum(crossed) + sum(computed), 0)
 
 
-def _scaled_product(
-    site: Site, x: jax.Array, dy: jax.Array, slope: jax.Array, c: jax.Array, axes: Any, dtype: Any
+def _of_parameter(
+    terms: Sequence[tuple[jax.Array, jax.Array]], parameter: jax.Array, others: tuple[int, ...]
 ) -> jax.Array:
-    """⟨G_k, D ⊙ c_k⟩ = ⟨dy_k ⊙ c_k, op(D, x_k)⟩, as the operation is scaled where D is."""
-    y = _over_samples(site)(slope, x)
+    """c_k of W ⊙ c_k = Σ_u D_u ⊙ c_uk, where each D_u is a multiple of W over the other axes."""
+    squares = jnp.sum(jnp.square(parameter), axis=others)
+    inverse = jnp.where(squares == 0, 0, 1 / jnp.where(squares == 0, 1, squares))
+    multiples = [jnp.sum(d.astype(parameter.dtype) * parameter, others) * inverse for d, _ in terms]
+    return sum((m * c for m, (_, c) in zip(multiples, terms, strict=True)), jnp.zeros(()))
+
+
+def _scaled_product(
+    site: Site, y: jax.Array, dy: jax.Array, c: jax.Array, axes: Any, dtype: Any
+) -> jax.Array:
+    """⟨G_k, D ⊙ c_k⟩ = ⟨dy_k ⊙ c_k, y_k⟩ with y = op(D, x), as it is scaled where D is."""
     sample = site.sample_axis
     places = [sample, *(sample + 1 + axis for axis in leaving_axes(site, axes) or ())]
     c = c.transpose(sorted(range(len(places)), key=places.__getitem__))

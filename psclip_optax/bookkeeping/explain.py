@@ -156,6 +156,8 @@ def _flops(plan: LeafPlan, kind: Any, num_samples: int, dtype: Any) -> float:
     def gradients(x: Any, dy: Any) -> Any:
         return contract.weighted_sum(plan, kind, x, dy, jnp.ones(num_samples, dtype))
 
+    if plan.is_radial:
+        return _counted(norms, *both)
     made = {"own": [norms], "separable": [norms, gradients], "none": [gradients]}[plan.norm]
     return sum(_counted(function, *both) for function in made)
 

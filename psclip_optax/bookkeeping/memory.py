@@ -26,22 +26,23 @@ class Bytes(NamedTuple):
     """What a batch takes, besides parameters and their gradients.
 
     Attributes:
-      saved: by a plain gradient, between its forward and its backward pass.
+      saved: by a plain gradient, between its forward and its backward pass; None where JAX has no
+        gradient of the loss under vmap.
       saved_rewritten: the same of the loss as it is rewritten, which makes fewer weights and more
         of the samples' arrays.
       entering: by what enters the sites. Of a rematerialised loss, that is not in `saved`.
       kept: by what "one_pass" keeps until the norms are known, for each weight.
     """
 
-    saved: int
-    saved_rewritten: int
+    saved: int | None
+    saved_rewritten: int | None
     entering: int
     kept: dict[int, int]
 
     @property
     def of_one_pass(self) -> int:
         """At the worst, as with scans, whose loops free nothing of theirs before they end."""
-        return max(self.saved_rewritten, self.entering) + sum(self.kept.values())
+        return max(self.saved_rewritten or 0, self.entering) + sum(self.kept.values())
 
 
 def estimated_bytes(
@@ -72,7 +73,7 @@ def estimated_bytes(
     )
 
 
-def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int:
+def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int | None:
     run = core.jaxpr_as_fun(closed)
     kinds = [(aval(variable).shape, aval(variable).dtype) for variable in closed.jaxpr.invars]
     leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds[:num_leaves]]
@@ -85,7 +86,7 @@ def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) ->
     try:
         saved = jax.tree.leaves(jax.eval_shape(pull_back, leaves, batch))
     except NO_GRADIENT_OF_VMAP:
-        return 0
+        return None
     of_samples = [array for array in saved if _MARK in array.shape]
     return _bytes(of_samples) * num_samples // _MARK
 
@@ -93,7 +94,7 @@ def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) ->
 def kept_bytes_of(plan: LeafPlan, kind: Any, num_samples: int) -> int:
     if plan.is_direct:
         return num_samples * kind.size * kind.dtype.itemsize
-    # A separable norm makes what leaves the sites once more, of the slope.
+    # A separable norm takes what leaves the sites as well, of the parameter or of the slope.
     times = 2 if plan.norm == "separable" else 1
     return times * _bytes(leaving(plan, num_samples).values())
 

@@ -66,7 +66,9 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     """One forward and one backward pass, keeping what enters and leaves each site."""
     plans = problem.plans.all
     weights, pull_back = _weights(problem, leaves)
-    actions = {site.path: taps.tap(site) for plan in plans for site in plan.sites}
+    actions = {
+        site.path: taps.tap(site, keeps_y=plan.is_radial) for plan in plans for site in plan.sites
+    }
     seen = _tapped(problem, leaves, weights, samples, actions)
     squares = _squared_norms(problem, plans, pull_back, weights, seen)
     norms, scales, finite, kept = _weigh(problem, samples, seen.outs[0], squares)
@@ -116,6 +118,8 @@ def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int
     if problem.axis_name is not None:  # an estimate would have to know what varies over the mesh
         return None if len(others) < len(plans.all) else 1
     estimate = estimated_bytes(problem.closed, plans, leaves, 1)
+    if estimate.saved is None:
+        return 1
     most_kept = MOST_KEPT * estimate.saved
     fits = sum(estimate.kept.values()) <= most_kept
     wanted = 1 if fits else max(1, -(-estimate.of_one_pass // max(estimate.saved, 1)))
@@ -143,7 +147,9 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
     others = [plan for plan in plans if not _may_be_probed(plan)]
     weights, pull_back = _weights(problem, leaves)
     norm = functools.partial(contract.site_squared_norm, dtype=problem.dtype)
-    actions = {site.path: taps.tap(site) for plan in others for site in plan.sites}
+    actions = {
+        site.path: taps.tap(site, keeps_y=plan.is_radial) for plan in others for site in plan.sites
+    }
     for site in (site for plan in probed for site in plan.sites):
         actions[site.path] = taps.probe(site, norm, problem.dtype)
     seen = _tapped(problem, leaves, weights, samples, actions)
@@ -306,12 +312,14 @@ class _Seen(NamedTuple):
       cotangents: those of each action's zeros.
       outs: what the loss returns.
       entered: what entered the sites whose actions keep it.
+      left: what left them, alike.
     """
 
     stacked: dict[int, jax.Array]
     cotangents: taps.Taps
     outs: list[jax.Array]
     entered: taps.Taps
+    left: taps.Taps
 
 
 def _tapped(
@@ -331,17 +339,21 @@ def _tapped(
     def outs(direct: dict[int, Any], zeros: taps.Taps, example: list[jax.Array]) -> Any:
         inputs = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
         given = {place: direct.get(i, weights[i]) for i, place in places.items()}
-        outs, entered = taps.run_with(plans.closed, [*inputs, *example], zeros, actions, given)
-        return outs[0], (outs, entered)
+        outs, kept = taps.run_with(plans.closed, [*inputs, *example], zeros, actions, given)
+        return outs[0], (outs, kept)
 
     grad = jax.grad(outs, argnums=(0, 1), has_aux=True)
     zeros = {path: varying(a.zero, problem.axis_name) for path, a in actions.items()}
     # Samples behind the steps of scans, as they run, so that nothing need be transposed.
-    leaving = {path: action.num_scans for path, action in actions.items()}
-    entering = {path: axis for path, axis in leaving.items() if actions[path].keeps}
-    run = problem.over_samples(grad, out_axes=((0, leaving), (0, entering)))
-    (stacked, cotangents), (outs_, entered) = run(direct, zeros, samples.examples)
-    return _Seen(stacked, cotangents, outs_, entered)
+    axes = {path: action.num_scans for path, action in actions.items()}
+    axes_kept = {(path, side): axes[path] for path in actions for side in actions[path].keeps}
+    run = problem.over_samples(grad, out_axes=((0, axes), (0, axes_kept)))
+    (stacked, cotangents), (outs_, kept) = run(direct, zeros, samples.examples)
+    entered, left = (
+        {path: array for (path, own), array in kept.items() if own == side}
+        for side in ("entering", "leaving")
+    )
+    return _Seen(stacked, cotangents, outs_, entered, left)
 
 
 def _squared_norms(
@@ -388,7 +400,9 @@ def _separable_squares(
 
     return contract.separable_squared_norms(
         plan,
+        weights[plan.weight],
         seen.entered,
+        seen.left,
         seen.cotangents,
         [slope(weight) for weight in plan.through],
         [seen.stacked[weight] for weight in plan.through],

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jax.extend import core
 
-from psclip_optax.bookkeeping.computed import compute, separable_axes
+from psclip_optax.bookkeeping.computed import compute, is_radial, separable_axes
 from psclip_optax.bookkeeping.norms import conv, dense, embedding
 from psclip_optax.bookkeeping.rewrites import rewritten
 from psclip_optax.bookkeeping.sites import Computed, Escape, Site, Usage, find_usage
@@ -69,6 +69,8 @@ class LeafPlan(NamedTuple):
         nothing ("none"), for another weight has it.
       through: the weights that are computed from it.
       axes: along which that is separable.
+      is_radial: whether those depend on its entries through sums of their squares over the other
+        axes, so that their gradients with respect to it are multiples of itself.
       is_used: whether it meets data itself.
     """
 
@@ -78,6 +80,7 @@ class LeafPlan(NamedTuple):
     norm: Literal["own", "separable", "pulled back", "none"] = "own"
     through: tuple[int, ...] = ()
     axes: tuple[tuple[int, ...], ...] = ()
+    is_radial: bool = False
     is_used: bool = True
 
     @property
@@ -144,7 +147,9 @@ def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any
         if is_joined:
             plan = plan._replace(norm="none")
         elif axes is not None:
-            plan = plan._replace(norm="separable", axes=axes)
+            functions = [compute(plans.closed, [family[weight]]) for weight in through]
+            radial = all(is_radial(f, avals, plan.weight, axes[0]) for f in functions)
+            plan = plan._replace(norm="separable", axes=axes, is_radial=radial)
         else:
             plan = plan._replace(norm="pulled back", groups=())
         plans.leaves[plan.weight] = plan

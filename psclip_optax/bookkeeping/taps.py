@@ -1,15 +1,16 @@
 """Run a loss with taps at its sites, whose cotangents tell what its gradient is there.
 
 A *tap* is an array of zeros added to what leaves a site: its cotangent is that of what leaves, and
-what enters is returned beside the loss. A *probe* is a zero whose cotangent is the squared norm of
-the gradient at its site, so that nothing need be kept. Equations without taps in them are run as
-they are: the user's own derivative rules, rematerialisation and control flow stay.
+what enters (and leaves, if asked for) is returned beside the loss. A *probe* is a zero whose
+cotangent is the squared norm of the gradient at its site, so that nothing need be kept. Equations
+without taps in them are run as they are: the user's own derivative rules, rematerialisation and
+control flow stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from psclip_optax.bookkeeping.views import Path, as_function, run_equation
 
 Taps: TypeAlias = dict[Path, jax.Array]
 Axes: TypeAlias = dict[Path, int]
+Side: TypeAlias = Literal["entering", "leaving"]
+Kept: TypeAlias = dict[tuple[Path, Side], jax.Array]
 SquaredNorm: TypeAlias = Callable[[Site, jax.Array, jax.Array], jax.Array]
 
 
@@ -32,22 +35,23 @@ class Action(NamedTuple):
       operand: which input of the site's equation is W.
       zero: the array of zeros whose cotangent is wanted, with an axis for each scan around it.
       num_scans: how many.
-      keeps: whether x is kept.
+      keeps: which of x ("entering") and y ("leaving") are kept.
       run: from W, x and the zero of one step to y.
     """
 
     operand: int
     zero: jax.Array
     num_scans: int
-    keeps: bool
+    keeps: tuple[Side, ...]
     run: Callable[[Any, Any, jax.Array], Any]
 
 
-def tap(site: Site) -> Action:
-    """Keeps what enters a site, and makes the cotangent of what leaves it known."""
+def tap(site: Site, *, keeps_y: bool = False) -> Action:
+    """Keeps what enters a site, maybe y too, and makes the cotangent of what leaves it known."""
+    keeps: tuple[Side, ...] = ("entering", "leaving") if keeps_y else ("entering",)
     op = operate(site)
     zero = jnp.zeros((*site.scans, *site.y_aval.shape), site.y_aval.dtype)
-    return Action(site.operand, zero, len(site.scans), True, lambda w, x, zero: op(w, x) + zero)
+    return Action(site.operand, zero, len(site.scans), keeps, lambda w, x, zero: op(w, x) + zero)
 
 
 def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
@@ -80,7 +84,7 @@ def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
 
     run.defvjp(forward, backward)
     zero = jnp.zeros(site.scans, dtype)
-    return Action(site.operand, zero, len(site.scans), False, run)
+    return Action(site.operand, zero, len(site.scans), (), run)
 
 
 def _cotangent(function: Callable[[Any], Any], x: Any, dy: jax.Array) -> Any:
@@ -95,8 +99,8 @@ def run_with(
     zeros: Taps,
     actions: dict[Path, Action],
     given: dict[tuple[Path, int], Any],
-) -> tuple[list[Any], Taps]:
-    """The outputs of a jaxpr, and what entered the sites whose actions keep it.
+) -> tuple[list[Any], Kept]:
+    """The outputs of a jaxpr, and what the actions at its sites keep.
 
     Args:
       closed: the jaxpr.
@@ -148,14 +152,14 @@ class _Runner(NamedTuple):
         inputs: Sequence[Any],
         taps: Taps,
         path: Path,
-    ) -> tuple[list[Any], Taps]:
+    ) -> tuple[list[Any], Kept]:
         values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, core.Literal) else values[atom]
 
-        entered: Taps = {}
+        kept: Kept = {}
         of_interest = [*taps, *(p for p, _ in self.given if p[: len(path)] == path)]
         tapped = sorted({p[len(path)] for p in of_interest})
         for i, stretch in _stretches(jaxpr, tapped):
@@ -167,12 +171,12 @@ class _Runner(NamedTuple):
             own = {p: tap for p, tap in taps.items() if p[: len(here)] == here}
             outs, new = self.eqn(stretch, [read(atom) for atom in stretch.invars], own, here)
             values.update(zip(stretch.outvars, outs, strict=True))
-            entered |= new
-        return [read(atom) for atom in jaxpr.outvars], entered
+            kept |= new
+        return [read(atom) for atom in jaxpr.outvars], kept
 
     def eqn(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
-    ) -> tuple[list[Any], Taps]:
+    ) -> tuple[list[Any], Kept]:
         given = {output: value for (p, output), value in self.given.items() if p == path}
         if given:
             return self.computed(eqn, inputs, given), {}
@@ -180,7 +184,9 @@ class _Runner(NamedTuple):
             return _NESTED[eqn.primitive.name](self, eqn, inputs, taps, path)
         action = self.actions[path]
         w, x = inputs[action.operand], inputs[1 - action.operand]
-        return [action.run(w, x, taps[path])], {path: x} if action.keeps else {}
+        y = action.run(w, x, taps[path])
+        sides: dict[Side, Any] = {"entering": x, "leaving": y}
+        return [y], {(path, side): sides[side] for side in action.keeps}
 
     def computed(self, eqn: core.JaxprEqn, inputs: list[Any], given: dict[int, Any]) -> list[Any]:
         if len(given) == len(eqn.outvars):
@@ -189,27 +195,27 @@ class _Runner(NamedTuple):
 
     def call(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
-    ) -> tuple[list[Any], Taps]:
+    ) -> tuple[list[Any], Kept]:
         jaxpr, consts = inner_jaxpr(eqn)
         return self.jaxpr(jaxpr, consts, inputs, taps, path)
 
     def checkpoint(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
-    ) -> tuple[list[Any], Taps]:
+    ) -> tuple[list[Any], Kept]:
         policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
 
         shared = _Shared()
 
         def call(inputs: list[Any], taps: Taps) -> tuple[list[Any], list[jax.Array]]:
-            outs, entered = self.call(eqn, inputs, taps, path)
-            return outs, shared.once(entered)
+            outs, kept = self.call(eqn, inputs, taps, path)
+            return outs, shared.once(kept)
 
-        outs, kept = jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(inputs, taps)
-        return outs, shared.of_all(kept)
+        outs, once = jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(inputs, taps)
+        return outs, shared.of_all(once)
 
     def scan(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
-    ) -> tuple[list[Any], Taps]:
+    ) -> tuple[list[Any], Kept]:
         params = eqn.params
         num_consts, num_carry, body = params["num_consts"], params["num_carry"], params["jaxpr"]
         consts = inputs[:num_consts]
@@ -219,10 +225,10 @@ class _Runner(NamedTuple):
         def step(carry: list[Any], xs_and_taps: tuple[list[Any], Taps]) -> Any:
             xs, taps = xs_and_taps
             operands = [*consts, *carry, *xs]
-            outs, entered = self.jaxpr(body.jaxpr, body.consts, operands, taps, path)
-            return outs[:num_carry], (outs[num_carry:], shared.once(entered))
+            outs, kept = self.jaxpr(body.jaxpr, body.consts, operands, taps, path)
+            return outs[:num_carry], (outs[num_carry:], shared.once(kept))
 
-        carry, (ys, kept) = lax.scan(
+        carry, (ys, once) = lax.scan(
             step,
             init,
             (xs, taps),
@@ -230,27 +236,27 @@ class _Runner(NamedTuple):
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*carry, *ys], shared.of_all(kept)
+        return [*carry, *ys], shared.of_all(once)
 
 
 class _Shared:
     """What enters several sites at once, as queries, keys and values do, is kept once."""
 
     def __init__(self) -> None:
-        self._places: dict[Path, int] = {}
+        self._places: dict[tuple[Path, Side], int] = {}
 
-    def once(self, entered: Taps) -> list[jax.Array]:
-        kept: dict[int, jax.Array] = {}
-        for path, x in entered.items():
-            kept.setdefault(id(x), x)
-            self._places[path] = list(kept).index(id(x))
-        return list(kept.values())
+    def once(self, kept: Kept) -> list[jax.Array]:
+        once: dict[int, jax.Array] = {}
+        for place, array in kept.items():
+            once.setdefault(id(array), array)
+            self._places[place] = list(once).index(id(array))
+        return list(once.values())
 
-    def of_all(self, kept: list[jax.Array]) -> Taps:
-        return {path: kept[place] for path, place in self._places.items()}
+    def of_all(self, once: list[jax.Array]) -> Kept:
+        return {place: once[i] for place, i in self._places.items()}
 
 
-_Nested = Callable[[_Runner, core.JaxprEqn, list[Any], Taps, Path], tuple[list[Any], Taps]]
+_Nested = Callable[[_Runner, core.JaxprEqn, list[Any], Taps, Path], tuple[list[Any], Kept]]
 _NESTED: dict[str, _Nested] = {
     "scan": _Runner.scan,
     "checkpoint": _Runner.checkpoint,
