@@ -515,7 +515,7 @@ MEMORY = {  # how many slices, and how many second passes
     "keeps about as much as is saved": (layers, 2, 0, "(one pass in 2 slices)"),
     "keeps little of what is saved": (narrow_layer, 1, 0, "(one pass)"),
     "keeps much of what is computed again": (jax.checkpoint(layers), 1, 1, "two passes"),
-    "has no second pass": (jax.checkpoint(rule_within_a_rule), 1, 0, "two passes"),
+    "has no second pass": (jax.checkpoint(rule_within_a_rule), 1, 0, "(one pass)"),
 }
 
 
