@@ -151,7 +151,7 @@ def clipped_value_and_grad(
     ) -> Any:
         call = _call(loss, params, batch, settings)
         rule = default_threshold if threshold is None else as_threshold(threshold)
-        samples = _samples(call, rule, sample_mask, positions, settings)
+        samples, number = _samples(call, rule, sample_mask, positions, settings)
         problem = _problem(call, settings)
         mode = _chosen_mode(problem, call, settings)
         run = functools.partial(MODES[mode], problem, call.params)
@@ -162,7 +162,7 @@ def clipped_value_and_grad(
             axis_name=settings.axis_name,
             has_convolutions=problem.has_convolutions,
         )
-        value, grads, stats = _packed(result, call, samples.counts, settings)
+        value, grads, stats = _packed(result, call, samples.counts, number, settings)
         return (value, grads, stats) if return_stats else (value, grads)
 
     def explain(params: Any, *batch: Any) -> Plan:
@@ -251,17 +251,22 @@ def _checked_mode(mode: str) -> Any:
 
 def _samples(
     call: Call, threshold: Threshold, sample_mask: Any, positions: Any, settings: _Settings
-) -> Samples:
+) -> tuple[Samples, Any]:
+    """The samples, and how many of the whole batch count."""
     n, dtype = call.num_samples, stacks.norm_dtype(call.params)
     mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
     counts = varying(jnp.ones(n, bool) if mask is None else mask, settings.axis_name)
+    number: Any = n if mask is None else jnp.sum(counts)
+    if settings.axis_name is not None:
+        number = lax.psum(number, settings.axis_name)
+    shares = jnp.broadcast_to(1 / jnp.maximum(number, 1).astype(dtype), (n,))
     if positions is not None:
         positions = clipping.check_positions(positions, n)
     elif settings.axis_name is not None:
         before = _counts_before(jnp.sum(counts), settings.axis_name)
         positions = before + clipping.batch_positions(n, mask)
     taus = clipping.batch_thresholds(threshold, n, dtype, mask, positions)
-    return Samples(call.examples, taus, counts)
+    return Samples(call.examples, taus, shares, counts), number
 
 
 def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
@@ -301,29 +306,21 @@ def _device_memory() -> int | None:
 
 
 def _packed(
-    result: Result, call: Call, counts: jax.Array, settings: _Settings
+    result: Result, call: Call, counts: jax.Array, number: Any, settings: _Settings
 ) -> tuple[Any, Any, ClipStats]:
     losses, *aux = result.outs
-    averaged = counts & result.finite if settings.on_nonfinite == "drop" else counts
+    drops = settings.on_nonfinite == "drop"
     stats = clipping.clip_stats(result.norms, result.scales, counts, result.finite)
-    total_loss = jnp.sum(jnp.where(averaged, losses, 0))
-    totals = (
-        result.sums,
-        total_loss,
-        jnp.sum(averaged),
-        jnp.sum(counts),
-        (stats.num_clipped, stats.num_nonfinite),
-    )
+    averaged = counts & result.finite if drops else counts
+    total_loss = jnp.sum(jnp.where(averaged, losses, 0), dtype=stacks.norm_dtype([losses]))
+    totals = result.sums, total_loss, (stats.num_clipped, stats.num_nonfinite)
     if settings.axis_name is not None:
         totals = lax.psum(totals, settings.axis_name)
-    sums, total_loss, num_averaged, number, (num_clipped, num_nonfinite) = totals
-    grads = [_divided(total, number, leaf) for total, leaf in zip(sums, call.params, strict=True)]
-    value = _divided(total_loss, num_averaged, losses)
-    value = (value, call.aux_treedef().unflatten(aux)) if settings.has_aux else value
+    sums, total_loss, (num_clipped, num_nonfinite) = totals
     stats = stats._replace(num_clipped=num_clipped, num_nonfinite=num_nonfinite)
+    num_averaged = number - num_nonfinite if drops else number
+    value = total_loss / jnp.maximum(num_averaged, 1).astype(total_loss.dtype)
+    value = value.astype(losses.dtype)
+    value = (value, call.aux_treedef().unflatten(aux)) if settings.has_aux else value
+    grads = [total.astype(leaf.dtype) for total, leaf in zip(sums, call.params, strict=True)]
     return value, call.treedef.unflatten(grads), stats
-
-
-def _divided(total: jax.Array, number: jax.Array, like: Any) -> jax.Array:
-    wide = stacks.norm_dtype([total])
-    return (total.astype(wide) / jnp.maximum(number, 1).astype(wide)).astype(jnp.result_type(like))

@@ -1,4 +1,4 @@
-"""The modes: each gives Σ γ_k g_k of a batch, or of one slice of it after the other."""
+"""The modes: each gives Σ γ_k g_k / N of a batch, or of one slice of it after the other."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     )
 
     def contracted(plan: LeafPlan) -> jax.Array:
-        weight = weights[plan.weight]
+        weight, of_samples = weights[plan.weight], scales * samples.shares
         if plan.is_direct:
-            return stacks.weighted_sum(stacked[plan.weight], 0, scales)
+            return stacks.weighted_sum(stacked[plan.weight], 0, of_samples)
         if not plan.groups:
             return jnp.zeros_like(weight)
-        return contract.weighted_sum(plan, weight, entered, seen.cotangents, scales)
+        return contract.weighted_sum(plan, weight, entered, seen.cotangents, of_samples)
 
     sums = {plan.weight: contracted(plan) for plan in plans}
     pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])
@@ -159,7 +159,8 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
         squares += jnp.sum(probed_squares, axis=tuple(range(site.sample_axis)))
     norms, scales, finite, kept = _weigh(problem, samples, seen.outs[0], squares)
 
-    sums = _backward(problem, list(leaves), samples.examples, scales, kept, ~finite & ~kept)
+    of_samples, bad = scales * samples.shares, ~finite & ~kept
+    sums = _backward(problem, list(leaves), samples.examples, of_samples, kept, bad)
     return Result(sums, seen.outs, norms, scales, finite)
 
 
@@ -167,34 +168,39 @@ def _backward(
     problem: Problem,
     leaves: list[jax.Array],
     examples: list[jax.Array],
-    scales: jax.Array,
+    of_samples: jax.Array,
     kept: jax.Array,
     bad: jax.Array,
 ) -> list[jax.Array]:
-    """Σ γ_k g_k by one plain backward pass, and by another one if samples must be left out."""
+    """Σ of_samples_k g_k by a plain backward pass, and by another if samples must be left out."""
     # As the first pass has it, so that both share one forward pass.
     closed = problem.plans.closed
 
-    def of(consts: list[Any], leaves: list[Any], examples: list[Any], scales: Any) -> list[Any]:
+    def of(consts: list[Any], leaves: list[Any], examples: list[Any], of_samples: Any) -> list[Any]:
         run = _outs_of(closed.replace(consts=consts))
 
         def losses(leaves: list[Any]) -> jax.Array:
             return problem.over_samples(lambda *inputs: run(*inputs)[0])(leaves, None, examples)
 
         value, pull_back = jax.vjp(losses, leaves)
-        return pull_back(scales.astype(value.dtype))[0]
+        return pull_back(of_samples.astype(value.dtype))[0]
 
     def without_dropped(
-        _: Any, consts: list[Any], leaves: list[Any], examples: list[Any], scales: Any, kept: Any
+        _: Any,
+        consts: list[Any],
+        leaves: list[Any],
+        examples: list[Any],
+        of_samples: Any,
+        kept: Any,
     ) -> list[Any]:
         # Padding and dropped samples may hold NaN, which weight 0 would not keep out.
         index = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
-        sums = of(consts, leaves, [example[index] for example in examples], scales)
+        sums = of(consts, leaves, [example[index] for example in examples], of_samples)
         return [jnp.where(jnp.any(kept), total, 0) for total in sums]
 
     consts = list(closed.consts)
-    sums = of(consts, leaves, examples, scales)
-    return _changed_if_any(bad, without_dropped, sums, consts, leaves, examples, scales, kept)
+    sums = of(consts, leaves, examples, of_samples)
+    return _changed_if_any(bad, without_dropped, sums, consts, leaves, examples, of_samples, kept)
 
 
 def _changed_if_any(
@@ -266,6 +272,7 @@ def _by_vmap(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resul
         on_nonfinite=problem.on_nonfinite,
     )
     finite = jnp.where(samples.counts, kept & finite_loss, True)
+    sums = [total * samples.shares[0].astype(total.dtype) for total in sums]
     return Result(sums, outs, stats.norms, stats.scales, finite)
 
 

@@ -21,11 +21,14 @@ class Samples(NamedTuple):
     Attributes:
       examples: the batched leaves, n on the first axis of each.
       taus: τ_k, [n].
+      shares: 1/N, what a sample has of the mean, [n]. With it in the weights, no gradient need be
+        divided, and a sum in half precision does not leave its range.
       counts: whether the sample is no padding, bool [n].
     """
 
     examples: list[jax.Array]
     taus: jax.Array
+    shares: jax.Array
     counts: jax.Array
 
 
@@ -33,7 +36,7 @@ class Result(NamedTuple):
     """What one slice gives.
 
     Attributes:
-      sums: Σ γ_k g_k of each parameter.
+      sums: Σ γ_k g_k / N of each parameter.
       outs: what the loss returns, stacked: the losses, then the leaves of aux.
       norms: ‖g_k‖, [n].
       scales: γ_k, [n]; 0 for masked and dropped samples.

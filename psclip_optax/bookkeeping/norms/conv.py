@@ -384,7 +384,8 @@ def _gram_of_pixels(inputs: jax.Array, reads: Sequence[Reads], dtype: Any) -> ja
         # Sums of offsets along one axis after the other: far fewer than of all of their products.
         for axis, own in enumerate(moved[: len(reads)]):
             both = (1 + axis, 1 + axis + len(reads))
-            gram = sum(_read_both(gram, both, own, k) for k in own.starts)
+            terms = [_read_both(gram, both, own, k) for k in own.starts]
+            gram = sum(terms, jnp.zeros((), dtype))
         total += gram
     return total
 
