@@ -9,6 +9,7 @@ is in the JSON already is not measured again, so an interrupted run goes on wher
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -41,12 +42,14 @@ from tests.models import ZOO, Model, Size, gpt
 Mode = Literal["plain", "one_pass", "two_pass", "vmap"]
 Sweep = Literal["n", "length"]
 
+COMPILATIONS = 5
 NOTE = (
     "Time: ratio to the plain gradient's in the same round, median (quartiles). Temp: temporary "
     "memory of the compiled program; allowed is 1.1 × (plain + the sites' cotangents). FLOPs: "
     "XLA's count with every scan unrolled, and of a branch the dearer side. Compile: tracing "
-    "included, one measurement. Error: of the gradients, half of the samples clipped, against "
-    "stacked ones in float32; relative to the largest entry of each leaf, largest over the leaves."
+    f"included, median of {COMPILATIONS} ratios (of one in a sweep). Error: of the gradients, half "
+    "of the samples clipped, against stacked ones in float32; relative to the largest entry of "
+    "each leaf, largest over the leaves."
 )
 # What a step of a plain gradient can do in about a second on two cores.
 SAMPLES = {
@@ -95,10 +98,10 @@ class Point(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled step, and how long tracing and compiling took."""
+    """A compiled step, and how long tracing and compiling took, each time."""
 
     compiled: Any
-    compile_seconds: float
+    compile_seconds: list[float]
 
 
 # What is measured
@@ -146,11 +149,21 @@ def step(loss: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
     return plain
 
 
-def compile_timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Program:
-    jax.clear_caches()  # what tracing another mode has left would shorten this one's
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return Program(compiled, time.perf_counter() - start)
+def compile_interleaved(
+    steps: dict[Any, Callable[..., Any]], arguments: tuple[Any, ...], rounds: int
+) -> dict[Any, Program]:
+    programs: dict[Any, Program] = {}
+    for _ in range(rounds):
+        for mode, function in steps.items():
+            # What tracing another mode has left would shorten this one's, or lengthen it by the
+            # collection of its garbage.
+            jax.clear_caches()
+            gc.collect()
+            start = time.perf_counter()
+            compiled = jax.jit(function).lower(*arguments).compile()
+            before = programs[mode].compile_seconds if mode in programs else []
+            programs[mode] = Program(compiled, [*before, time.perf_counter() - start])
+    return programs
 
 
 # FLOPs
@@ -242,7 +255,9 @@ def measure(point: Point, size: Size, rounds: int) -> dict[str, Any]:
     skipped = skip_reasons(point, parameter_bytes)
     steps = {mode: step(model.loss, mode) for mode in MODES if mode not in skipped}
     arguments = (model.params, jnp.float32(jnp.inf), *batch)
-    programs = {mode: compile_timed(function, arguments) for mode, function in steps.items()}
+    is_zoo, is_quick = point.experiment == "zoo", size == "small"
+    compilations = COMPILATIONS if is_zoo and not is_quick else 1
+    programs = compile_interleaved(steps, arguments, compilations)
     tau = jnp.median(programs["one_pass"].compiled(*arguments)[2].norms)  # clips half of them
     arguments = (model.params, tau, *batch)
     cases = {mode: Case(program.compiled, arguments) for mode, program in programs.items()}
@@ -251,11 +266,11 @@ def measure(point: Point, size: Size, rounds: int) -> dict[str, Any]:
         mode: figures_of(programs[mode], seconds[mode], count_flops(steps[mode], arguments))
         for mode in steps
     }
-    add_ratios(figures, seconds)
+    add_ratios(figures, seconds, programs)
     cotangents = cotangent_bytes(model, batch)
     allowed = 1.1 * (figures["plain"]["temp_bytes"] + cotangents)
     figures["one_pass"]["temp_per_allowed"] = figures["one_pass"]["temp_bytes"] / allowed
-    if point.experiment == "zoo":
+    if is_zoo:
         add_errors(figures, programs, model.loss, arguments, parameter_bytes)
     return {
         **point._asdict(),
@@ -287,17 +302,29 @@ def figures_of(program: Program, seconds: list[float], flops: float) -> dict[str
         "seconds_quartiles": quartiles(seconds),
         "temp_bytes": program.compiled.memory_analysis().temp_size_in_bytes,
         "flops": flops,
-        "compile_seconds": program.compile_seconds,
+        "compile_seconds": statistics.median(program.compile_seconds),
     }
 
 
-def add_ratios(figures: dict[Any, dict[str, Any]], seconds: dict[str, list[float]]) -> None:
+def add_ratios(
+    figures: dict[Any, dict[str, Any]],
+    seconds: dict[str, list[float]],
+    programs: dict[Any, Program],
+) -> None:
+    compiling = {mode: program.compile_seconds for mode, program in programs.items()}
     for mode, of_mode in figures.items():
-        rounds = zip(seconds[mode], seconds["plain"], strict=True)
-        of_mode["ratio_quartiles"] = quartiles([own / plain for own, plain in rounds])
-        for quantity, unit in (("temp", "_bytes"), ("flops", ""), ("compile", "_seconds")):
+        of_mode["ratio_quartiles"] = ratio_quartiles(seconds[mode], seconds["plain"])
+        of_compiling = ratio_quartiles(compiling[mode], compiling["plain"])
+        of_mode["compile_ratio_quartiles"] = of_compiling
+        of_mode["compile_ratio"] = of_compiling[1]
+        for quantity, unit in (("temp", "_bytes"), ("flops", "")):
             of_plain = figures["plain"][quantity + unit]
             of_mode[quantity + "_ratio"] = of_mode[quantity + unit] / of_plain
+
+
+def ratio_quartiles(seconds: list[float], of_plain: list[float]) -> list[float]:
+    ratios = [own / plain for own, plain in zip(seconds, of_plain, strict=True)]
+    return quartiles(ratios) if len(ratios) > 1 else ratios * 3
 
 
 def add_errors(

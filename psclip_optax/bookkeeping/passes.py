@@ -73,11 +73,8 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     squares = _squared_norms(problem, plans, pull_back, weights, seen)
     norms, scales, finite, kept = _weigh(problem, samples, seen.outs[0], squares)
 
-    # A weight of 0 would not keep a NaN out of a sum of products.
     axes = {site.path: site.sample_axis for plan in plans for site in plan.sites}
-    stacked, entered = _changed_if_any(
-        ~finite & ~kept, _zeroed(axes), (seen.stacked, seen.entered), kept
-    )
+    stacked, entered = _without_dropped(seen, axes, ~finite & ~kept, kept)
 
     def contracted(plan: LeafPlan) -> jax.Array:
         weight, of_samples = weights[plan.weight], scales * samples.shares
@@ -231,23 +228,30 @@ def _changed_if_any(
     return changed(any_flag, values, operands)
 
 
-def _zeroed(axes: taps.Axes) -> Callable[..., tuple[dict[int, jax.Array], taps.Taps]]:
-    """A function that sets to 0 what is not kept of stacked gradients and of what enters sites."""
+def _without_dropped(
+    seen: _Seen, axes: taps.Axes, dropped: jax.Array, kept: jax.Array
+) -> tuple[dict[int, jax.Array], taps.Taps]:
+    """Stacked gradients and what enters sites, 0 for dropped samples: weight 0 keeps no NaN out."""
 
-    def zeroed(
-        seen: tuple[dict[int, jax.Array], taps.Taps], kept: jax.Array
-    ) -> tuple[dict[int, jax.Array], taps.Taps]:
+    def zeroed(both: tuple[dict[int, jax.Array], taps.Taps], kept: jax.Array) -> Any:
         def where_kept(array: jax.Array, axis: int) -> jax.Array:
             flags = kept.reshape(-1, *[1] * (array.ndim - 1 - axis))
             return jnp.where(flags, array, jnp.zeros((), array.dtype))
 
-        stacked, entered = seen
+        stacked, entered = both
         return (
             {weight: where_kept(array, 0) for weight, array in stacked.items()},
             {path: where_kept(array, axes[path]) for path, array in entered.items()},
         )
 
-    return zeroed
+    def squeezed(array: jax.Array, axis: int) -> jax.Array:
+        longer = (size for size in array.shape[axis + 1 :] if size > 1)
+        return array.reshape(*array.shape[: axis + 1], *longer)
+
+    # Without axes of size 1, as XLA has them anyway: it would make each activation once more.
+    entered = {path: squeezed(array, axes[path]) for path, array in seen.entered.items()}
+    stacked, entered = _changed_if_any(dropped, zeroed, (seen.stacked, entered), kept)
+    return stacked, {path: x.reshape(seen.entered[path].shape) for path, x in entered.items()}
 
 
 def _may_be_probed(plan: LeafPlan) -> bool:
