@@ -244,14 +244,7 @@ def _without_dropped(
             {path: where_kept(array, axes[path]) for path, array in entered.items()},
         )
 
-    def squeezed(array: jax.Array, axis: int) -> jax.Array:
-        longer = (size for size in array.shape[axis + 1 :] if size > 1)
-        return array.reshape(*array.shape[: axis + 1], *longer)
-
-    # Without axes of size 1, as XLA has them anyway: it would make each activation once more.
-    entered = {path: squeezed(array, axes[path]) for path, array in seen.entered.items()}
-    stacked, entered = _changed_if_any(dropped, zeroed, (seen.stacked, entered), kept)
-    return stacked, {path: x.reshape(seen.entered[path].shape) for path, x in entered.items()}
+    return _changed_if_any(dropped, zeroed, (seen.stacked, seen.entered), kept)
 
 
 def _may_be_probed(plan: LeafPlan) -> bool:
@@ -276,7 +269,8 @@ def _by_vmap(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resul
         on_nonfinite=problem.on_nonfinite,
     )
     finite = jnp.where(samples.counts, kept & finite_loss, True)
-    sums = [total * samples.shares[0].astype(total.dtype) for total in sums]
+    share = jnp.max(samples.shares, initial=0)  # the same of all
+    sums = [total * share.astype(total.dtype) for total in sums]
     return Result(sums, outs, stats.norms, stats.scales, finite)
 
 
