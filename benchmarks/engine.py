@@ -78,7 +78,7 @@ MODES: tuple[Mode, ...] = ("plain", "one_pass", "two_pass", "vmap")
 # Okabe and Ito's colours, which the colour-blind can tell apart; hatched for print in grey.
 STYLES = {"one_pass": ("#0072B2", ""), "two_pass": ("#56B4E9", "///"), "vmap": ("#D55E00", "...")}
 LINES = {"alexnet": ("#0072B2", "o"), "mlp": ("#D55E00", "s"), "gpt_tied": ("#009E73", "^")}
-TICKS = (0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+TICKS = (0.01, 0.1, 0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Point(NamedTuple):
@@ -565,7 +565,7 @@ def show_ticks(axis: Any, limits: tuple[float, float]) -> None:
     # Of a wide range the ticks between would run into one another.
     width = limits[1] / limits[0]
     if width > 1000:
-        shown = [tick for tick in shown if tick in (1, 10, 100, 1000)]
+        shown = [tick for tick in shown if tick in (0.01, 0.1, 1, 10, 100, 1000)]
     elif width > 30:
         shown = [tick for tick in shown if tick not in (0.7, 1.2, 1.5, 3)]
     axis.set_ticks(shown)
