@@ -44,19 +44,42 @@ def _norms_in_parts(group: Group, entered: Taps, cotangents: Taps, dtype: Any) -
     path, axis = next(iter(axes.items()))
     num_samples = cotangents[path].shape[axis]
     size = sum(array.size for side in sides for array in side.values())
-    num_parts = _divisor(num_samples, size / _MOST_AT_ONCE)
+
+    def norms(sides: tuple[Taps, Taps]) -> jax.Array:
+        return _group_norms(group, *sides, dtype)
+
+    return _in_parts(norms, sides, (axes, axes), num_samples, size / _MOST_AT_ONCE)
+
+
+def _in_parts(
+    function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, at_least: float
+) -> jax.Array:
+    """The function's result [n], made in at least so many parts if the samples can be so parted.
+
+    A part has every so many-th sample, as many of each device as of the others: consecutive ones of
+    samples that devices share would have to move.
+
+    Args:
+      function: of trees of arrays, to one number for each sample.
+      trees: of the arrays.
+      axes: of the samples in each of them.
+      num_samples: n.
+      at_least: of one device's samples.
+    """
+    devices = jax.device_count() if num_samples % jax.device_count() == 0 else 1
+    num_parts = _divisor(num_samples // devices, at_least / devices)
     if num_parts == 1:
-        return _group_norms(group, entered, cotangents, dtype)
-    length = num_samples // num_parts
+        return function(trees)
 
     def part(i: jax.Array) -> jax.Array:
-        x, dy = (
-            {p: lax.dynamic_slice_in_dim(a, i * length, length, axes[p]) for p, a in side.items()}
-            for side in sides
-        )
-        return _group_norms(group, x, dy, dtype)
+        def own(array: jax.Array, axis: int) -> jax.Array:
+            split = (num_samples // num_parts, num_parts)
+            parted = array.reshape(*array.shape[:axis], *split, *array.shape[axis + 1 :])
+            return lax.dynamic_index_in_dim(parted, i, axis + 1, keepdims=False)
 
-    return lax.map(part, jnp.arange(num_parts)).reshape(num_samples)
+        return function(jax.tree.map(own, trees, axes))
+
+    return lax.map(part, jnp.arange(num_parts)).T.reshape(num_samples)
 
 
 def _divisor(number: int, at_least: float) -> int:
@@ -196,8 +219,14 @@ def pulled_back_squared_norms(
         ),
     )
     num_entries = sum(kind.size for plan, kind in others if plan.weight in needed)
-    batch_size = max(1, _MOST_PULLED_BACK // max(1, num_entries))
-    return lax.map(squared_norm, samples, batch_size=batch_size)
+    num_samples = len(jax.tree.leaves(samples)[0])
+    return _in_parts(
+        jax.vmap(squared_norm),
+        samples,
+        jax.tree.map(lambda _: 0, samples),
+        num_samples,
+        num_samples * num_entries / _MOST_PULLED_BACK,
+    )
 
 
 def site_squared_norm(site: Site, x: jax.Array, dy: jax.Array, dtype: Any) -> jax.Array:

@@ -136,8 +136,9 @@ def summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
 
     def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
         blocks, rows, columns = _behind_samples(site, own)
-        rows = [*steps, site.sample_axis, *rows]
-        return _arranged(array.astype(dtype), layered + blocks, rows, columns)
+        # Not as one axis: of samples that are sharded, behind steps, it would gather them all.
+        apart = [[axis] for axis in (*steps, site.sample_axis)]
+        return _arranged(array.astype(dtype), layered + blocks, *apart, rows, columns)
 
     sides = [
         (axes.w_contracted, arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)),
@@ -147,7 +148,7 @@ def summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
     batch = (0,)
     if left.shape[0] == 1:
         left, right, batch = left[0], right[0], ()
-    rows = (len(batch),)
+    rows = tuple(range(len(batch), left.ndim - 1))
     total = lax.dot_general(
         left, right, ((rows, rows), (batch, batch)), precision=site.eqn.params["precision"]
     )
@@ -172,6 +173,19 @@ def joined(parts: Sequence[Factors]) -> Factors:
 
 def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
     """‖G_k‖² for each sample, [n]."""
+    if factors.left.shape[0] == 1:
+        return _squared_norms_of_layer(Factors(factors.left[0], factors.right[0]), dtype)
+
+    def add(total: jax.Array, layer: Factors) -> tuple[jax.Array, None]:
+        return total + _squared_norms_of_layer(layer, dtype), None
+
+    # Layer after layer: as one axis, with samples behind it that are sharded, it would gather them.
+    zero = jnp.zeros_like(factors.left[0, :, 0, 0, 0], dtype)
+    return lax.scan(add, zero, factors)[0]
+
+
+def _squared_norms_of_layer(factors: Factors, dtype: Any) -> jax.Array:
+    """The same of left [n, B, T, a] and right [n, B, T, c]."""
     left, right = factors
     *parts, num_rows, a = left.shape
     c = right.shape[-1]
@@ -185,7 +199,7 @@ def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
         norms = jnp.maximum(jnp.sum(gram, axis=(1, 2)), 0)
     else:
         norms = jnp.sum(jnp.square(product(left, right, 1, dtype)), axis=(1, 2))
-    return jnp.sum(norms.reshape(parts), axis=(0, 2))
+    return jnp.sum(norms.reshape(parts), axis=1)
 
 
 def by_sample(factors: Factors) -> Factors:
