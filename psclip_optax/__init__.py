@@ -1,5 +1,6 @@
 """Per-sample gradient clipping for JAX and Optax: clip each sample's gradient, then average."""
 
+from psclip_optax.accumulation import accumulate_clipped
 from psclip_optax.clipped_grad import clipped_grad, clipped_value_and_grad
 from psclip_optax.clipping import ClipStats
 from psclip_optax.optimizers import ps_clip_sgd
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipStats",
+    "accumulate_clipped",
     "clipped_grad",
     "clipped_value_and_grad",
     "constant_threshold",

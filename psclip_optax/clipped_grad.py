@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from psclip_optax import clipping, stacks
-from psclip_optax.bookkeeping.calls import Call, take_apart, trace, varying
-from psclip_optax.bookkeeping.explain import Plan, explained
+from psclip_optax import clipping, meshes, stacks
+from psclip_optax.bookkeeping import microbatches
+from psclip_optax.bookkeeping.calls import Call, axes_of_leaves, take_apart, trace, varying
+from psclip_optax.bookkeeping.explain import Plan, explained, explained_microbatches
 from psclip_optax.bookkeeping.memory import estimated_bytes
 from psclip_optax.bookkeeping.passes import MODES, Problem, num_slices
 from psclip_optax.bookkeeping.plan import plan_weights
@@ -22,6 +24,7 @@ from psclip_optax.clipping import ClipStats, OnNonfinite
 from psclip_optax.thresholds import Threshold, as_threshold
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
+ClipAt: TypeAlias = Literal["sample", "micro-batch"]
 
 
 class _Settings(NamedTuple):
@@ -36,6 +39,12 @@ class _Settings(NamedTuple):
     axis_name: Any
     spmd_axis_name: Any
     memory_limit_bytes: int | None
+    clip_at: ClipAt
+
+    def num_together(self, num_samples: int) -> int:
+        """How many samples are clipped together."""
+        size = self.microbatch_size if self.clip_at == "micro-batch" else 1
+        return max(1, min(size or 1, num_samples))
 
 
 def clipped_value_and_grad(
@@ -52,6 +61,7 @@ def clipped_value_and_grad(
     spmd_axis_name: Any = None,
     return_stats: bool = False,
     memory_limit_bytes: int | None = None,
+    clip_at: ClipAt = "sample",
 ) -> Callable[..., Any]:
     r"""Value and clipped mean gradient of a per-sample loss, without stacked gradients.
 
@@ -90,6 +100,12 @@ def clipped_value_and_grad(
       spmd_axis_name: passed to :func:`jax.vmap`, for sharding constraints inside the loss.
       return_stats: whether to return a ``psc.ClipStats`` as well.
       memory_limit_bytes: for "auto"; by default what the device has, where it tells.
+      clip_at: "sample" clips each sample's gradient. "micro-batch" clips the mean gradient of each
+        ``microbatch_size`` consecutive samples at τ_j, j its 1-based position, and averages them by
+        their numbers of samples: what :func:`psc.accumulate_clipped
+        <psclip_optax.accumulate_clipped>` does over several steps, in one, at the cost of plain
+        gradients. Then the micro-batch takes the sample's place: positions and figures are one for
+        each, and one with a loss or gradient that is not finite is dropped whole.
 
     Returns:
       ``f(params, *batch, sample_mask=None, positions=None, threshold=None)``, which returns
@@ -138,9 +154,26 @@ def clipped_value_and_grad(
         axis_name=axis_name,
         spmd_axis_name=spmd_axis_name,
         memory_limit_bytes=_checked_size("memory_limit_bytes", memory_limit_bytes),
+        clip_at=_checked_clip_at(clip_at, microbatch_size),
     )
     clipping.check_on_nonfinite(on_nonfinite)
     default_threshold = as_threshold(threshold)
+
+    def compute(
+        params: Any, batch: tuple[Any, ...], sample_mask: Any, positions: Any, rule: Threshold
+    ) -> tuple[Any, Any, ClipStats]:
+        call = _call(loss, params, batch, settings)
+        samples = _samples(call, rule, sample_mask, positions, settings)
+        problem = _problem(call, settings)
+        result = in_slices(
+            _run(problem, call, sample_mask is not None, settings),
+            samples,
+            settings.microbatch_size,
+            axis_name=settings.axis_name,
+            has_convolutions=problem.has_convolutions,
+            consecutive=settings.clip_at == "micro-batch",
+        )
+        return _packed(result, call, samples.counts, settings)
 
     def value_and_grad(
         params: Any,
@@ -149,26 +182,22 @@ def clipped_value_and_grad(
         positions: Any = None,
         threshold: Any = None,
     ) -> Any:
-        call = _call(loss, params, batch, settings)
         rule = default_threshold if threshold is None else as_threshold(threshold)
-        samples, number = _samples(call, rule, sample_mask, positions, settings)
-        problem = _problem(call, settings)
-        mode = _chosen_mode(problem, call, settings)
-        run = functools.partial(MODES[mode], problem, call.params)
-        result = in_slices(
-            run,
-            samples,
-            settings.microbatch_size,
-            axis_name=settings.axis_name,
-            has_convolutions=problem.has_convolutions,
-        )
-        value, grads, stats = _packed(result, call, samples.counts, number, settings)
+        arguments = (params, batch, sample_mask, positions, rule)
+        mesh = meshes.explicit_mesh(arguments)
+        if mesh is None:
+            value, grads, stats = compute(*arguments)
+        else:
+            out_specs = _out_specs(params, batch, settings)
+            value, grads, stats = meshes.with_auto_axes(compute, arguments, mesh, out_specs)
         return (value, grads, stats) if return_stats else (value, grads)
 
     def explain(params: Any, *batch: Any) -> Plan:
         call = _call(loss, params, batch, settings)
         problem = _problem(call, settings)
         num_samples = min(call.num_samples, settings.microbatch_size or call.num_samples)
+        if settings.clip_at == "micro-batch":
+            return explained_microbatches(params, num_samples)
         mode = _chosen_mode(problem, call, settings)
         return explained(
             problem.plans,
@@ -236,6 +265,15 @@ def _call(loss: Any, params: Any, batch: tuple[Any, ...], settings: _Settings) -
     )
 
 
+def _out_specs(params: Any, batch: tuple[Any, ...], settings: _Settings) -> Any:
+    """How value, gradients and figures are sharded where parameters and batch are so by type."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+    by_sample = meshes.samples_spec(leaves, axes_of_leaves(settings.in_axes, batch))
+    by_unit = by_sample if settings.clip_at == "sample" else P()
+    value = (P(), by_sample) if settings.has_aux else P()
+    return value, meshes.specs_of(params), ClipStats(by_unit, by_unit, P(), P())
+
+
 def _checked_size(name: str, size: int | None) -> int | None:
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(f"{name} is a positive int or None, got {size!r}")
@@ -249,30 +287,37 @@ def _checked_mode(mode: str) -> Any:
     return mode
 
 
+def _checked_clip_at(clip_at: str, microbatch_size: int | None) -> Any:
+    if clip_at not in ("sample", "micro-batch"):
+        raise ValueError(f'clip_at is "sample" or "micro-batch", got {clip_at!r}')
+    if clip_at == "micro-batch" and microbatch_size is None:
+        raise ValueError(
+            'clip_at="micro-batch" needs microbatch_size, the number of samples in each; that of '
+            "the whole batch clips the batch's mean gradient"
+        )
+    return clip_at
+
+
 def _samples(
     call: Call, threshold: Threshold, sample_mask: Any, positions: Any, settings: _Settings
-) -> tuple[Samples, Any]:
-    """The samples, and how many of the whole batch count."""
+) -> Samples:
     n, dtype = call.num_samples, stacks.norm_dtype(call.params)
+    together = settings.num_together(n)
     mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
     counts = varying(jnp.ones(n, bool) if mask is None else mask, settings.axis_name)
     number: Any = n if mask is None else jnp.sum(counts)
     if settings.axis_name is not None:
         number = lax.psum(number, settings.axis_name)
     shares = jnp.broadcast_to(1 / jnp.maximum(number, 1).astype(dtype), (n,))
+    units = microbatches.counting(counts, together)
+    unit_mask = None if mask is None else units
     if positions is not None:
-        positions = clipping.check_positions(positions, n)
-    elif settings.axis_name is not None:
-        before = _counts_before(jnp.sum(counts), settings.axis_name)
-        positions = before + clipping.batch_positions(n, mask)
-    taus = clipping.batch_thresholds(threshold, n, dtype, mask, positions)
-    return Samples(call.examples, taus, shares, counts), number
-
-
-def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
-    """How many samples count on the devices before this one."""
-    numbers = lax.all_gather(number, axis_name)
-    return jnp.sum(jnp.where(jnp.arange(numbers.size) < lax.axis_index(axis_name), numbers, 0))
+        positions = clipping.check_positions(positions, units.size)
+    taus = clipping.batch_thresholds(
+        threshold, units.size, dtype, unit_mask, positions, settings.axis_name
+    )
+    taus = microbatches.of_each_sample(taus, together, n)
+    return Samples(call.examples, taus, shares, counts)
 
 
 def _problem(call: Call, settings: _Settings) -> Problem:
@@ -285,6 +330,21 @@ def _problem(call: Call, settings: _Settings) -> Problem:
         stacks.norm_dtype(call.params),
         settings.axis_name,
         settings.spmd_axis_name,
+    )
+
+
+def _run(
+    problem: Problem, call: Call, is_masked: bool, settings: _Settings
+) -> Callable[[Samples], Result]:
+    """What gives the result of a slice."""
+    if not call.num_samples:  # of none there is a stack, but nothing that enters a site
+        return functools.partial(MODES["vmap"], problem, call.params)
+    if settings.clip_at == "sample":
+        mode = MODES[_chosen_mode(problem, call, settings)]
+        return functools.partial(mode, problem, call.params)
+    is_padded = is_masked or call.num_samples % settings.num_together(call.num_samples) != 0
+    return functools.partial(
+        microbatches.clip_microbatch, problem, call.params, is_padded=is_padded
     )
 
 
@@ -306,19 +366,20 @@ def _device_memory() -> int | None:
 
 
 def _packed(
-    result: Result, call: Call, counts: jax.Array, number: Any, settings: _Settings
+    result: Result, call: Call, counts: jax.Array, settings: _Settings
 ) -> tuple[Any, Any, ClipStats]:
     losses, *aux = result.outs
-    drops = settings.on_nonfinite == "drop"
-    stats = clipping.clip_stats(result.norms, result.scales, counts, result.finite)
-    averaged = counts & result.finite if drops else counts
+    together = settings.num_together(counts.size)
+    units = microbatches.counting(counts, together)
+    stats = clipping.clip_stats(result.norms, result.scales, units, result.finite)
+    finite = microbatches.of_each_sample(result.finite, together, counts.size)
+    averaged = counts & finite if settings.on_nonfinite == "drop" else counts
     total_loss = jnp.sum(jnp.where(averaged, losses, 0), dtype=stacks.norm_dtype([losses]))
-    totals = result.sums, total_loss, (stats.num_clipped, stats.num_nonfinite)
+    totals = result.sums, total_loss, jnp.sum(averaged), (stats.num_clipped, stats.num_nonfinite)
     if settings.axis_name is not None:
         totals = lax.psum(totals, settings.axis_name)
-    sums, total_loss, (num_clipped, num_nonfinite) = totals
+    sums, total_loss, num_averaged, (num_clipped, num_nonfinite) = totals
     stats = stats._replace(num_clipped=num_clipped, num_nonfinite=num_nonfinite)
-    num_averaged = number - num_nonfinite if drops else number
     value = total_loss / jnp.maximum(num_averaged, 1).astype(total_loss.dtype)
     value = value.astype(losses.dtype)
     value = (value, call.aux_treedef().unflatten(aux)) if settings.has_aux else value

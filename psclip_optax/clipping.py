@@ -59,11 +59,24 @@ def check_positions(positions: Any, num_samples: int) -> jax.Array:
     return positions
 
 
-def batch_positions(num_samples: int, sample_mask: jax.Array | None) -> jax.Array:
-    """1, 2, … over the samples that count; a masked one repeats the last, never used, position."""
-    if sample_mask is None:
-        return jnp.arange(1, num_samples + 1)
-    return jnp.maximum(jnp.cumsum(sample_mask), 1)
+def batch_positions(
+    num_samples: int, sample_mask: jax.Array | None, axis_name: Any = None
+) -> jax.Array:
+    """1, 2, … over the samples that count; a masked one repeats the last, never used, position.
+
+    They run on over the devices of mesh axes under shard_map.
+    """
+    counts = jnp.ones(num_samples, bool) if sample_mask is None else sample_mask
+    own = jnp.arange(1, num_samples + 1) if sample_mask is None else jnp.cumsum(counts)
+    if axis_name is not None:
+        own += _counts_before(jnp.sum(counts), axis_name)
+    return jnp.maximum(own, 1)
+
+
+def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
+    """How many samples count on the devices before this one."""
+    numbers = lax.all_gather(number, axis_name)
+    return jnp.sum(jnp.where(jnp.arange(numbers.size) < lax.axis_index(axis_name), numbers, 0))
 
 
 def batch_thresholds(
@@ -72,10 +85,11 @@ def batch_thresholds(
     dtype: Any,
     sample_mask: jax.Array | None,
     positions: jax.Array | None,
+    axis_name: Any = None,
 ) -> jax.Array:
     """τ_k of each sample, shape [n]; what it is for a masked one does not matter."""
     if positions is None:
-        positions = batch_positions(num_samples, sample_mask)
+        positions = batch_positions(num_samples, sample_mask, axis_name)
     return thresholds_at(threshold, positions, dtype)
 
 
@@ -106,6 +120,22 @@ def clip_stats(
         num_clipped=jnp.sum(kept & (scales < 1), dtype=jnp.int32),
         num_nonfinite=jnp.sum(counts & ~finite, dtype=jnp.int32),
     )
+
+
+def over_devices(
+    stats: ClipStats, counts: jax.Array, kept: jax.Array, axis_name: Any
+) -> tuple[ClipStats, jax.Array, jax.Array]:
+    """The same of the whole batch on each device, from those of its shard, under shard_map."""
+    number = lax.psum(1, axis_name)
+
+    def gathered(array: jax.Array) -> jax.Array:
+        # As a sum, which is known to be the same on all devices; an all_gather's result is not.
+        mine = jnp.arange(number)[:, None] == lax.axis_index(axis_name)
+        return lax.psum(jnp.where(mine, array, 0), axis_name).reshape(-1).astype(array.dtype)
+
+    num_clipped, num_nonfinite = lax.psum((stats.num_clipped, stats.num_nonfinite), axis_name)
+    whole = ClipStats(gathered(stats.norms), gathered(stats.scales), num_clipped, num_nonfinite)
+    return whole, gathered(counts), gathered(kept)
 
 
 class BatchFigures(NamedTuple):

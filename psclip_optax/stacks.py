@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +104,33 @@ def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> No
                 f"{list(one_sample)}, but the parameter has shape {list(jnp.shape(param))}. "
                 f"Stack per-sample gradients with jax.vmap(jax.grad(loss), …). {_PUT_IT_FIRST}"
             )
+
+
+def warn_if_beyond_memory(stack: Stack) -> None:
+    """Before the allocator fails: while the stack is traced, when nothing of it is there yet."""
+    if not isinstance(stack.leaves[0], jax.core.Tracer):
+        return
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in stack.leaves)
+    memory = _memory_of_devices()
+    if memory is not None and size > memory:
+        warnings.warn(
+            f"a stack of {stack.num_samples} per-sample gradients takes {size / 2**30:.1f} GiB, "
+            f"and the devices have {memory / 2**30:.1f} GiB; psc.clipped_value_and_grad(loss, "
+            "threshold) gives the same gradient from the loss itself without stacking any, or take "
+            "fewer samples at a time",
+            stacklevel=3,
+        )
+
+
+def _memory_of_devices() -> int | None:
+    """Bytes that all devices have together, for a stack may be sharded; None where unknown."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":  # all of them share the machine's
+        names = os.sysconf_names if hasattr(os, "sysconf") else {}
+        known = "SC_PHYS_PAGES" in names
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else limit * len(devices)
 
 
 def _accumulation_dtype(dtype: Any) -> Any:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from psclip_optax import clipping, stacks
+from psclip_optax import clipping, meshes, stacks
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import Threshold, as_threshold
@@ -68,22 +69,41 @@ def _clip_with_care(
     Zero weights would not do: 0 · NaN is NaN. And the square of a norm may leave the range of its
     dtype while the norm, or the clipped gradient, does not.
     """
+    own = _own_scales(stack, batch.taus, squared_norms)
+    kept = batch.counts & own.finite if on_nonfinite == "drop" else batch.counts
+    sums = [
+        stacks.selected_weighted_sum(leaf, axis, kept, own.factors, own.weights)
+        for leaf, axis in zip(*stack, strict=True)
+    ]
+    return sums, own.norms, own.scales, own.finite
+
+
+class _OwnScales(NamedTuple):
+    """γ_k g_k = weights_k (factors_k g_k), where no product leaves the range of its dtype, [n]."""
+
+    factors: jax.Array
+    weights: jax.Array
+    norms: jax.Array
+    scales: jax.Array
+    finite: jax.Array
+
+
+def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _OwnScales:
     huge = 2.0 ** (jnp.finfo(squared_norms.dtype).maxexp * 25 // 32)
     too_large, too_small = ~jnp.isfinite(squared_norms), squared_norms < _smallest(squared_norms)
     # The factors depend on the data: XLA would take constant ones out of the square, in vain.
-    factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(batch.taus.dtype)
+    factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
     squares = stacks.scaled_squared_norms(stack, factors)
-    finite, norms, units = jnp.isfinite(squares), jnp.sqrt(squares), 1 / factors
+    norms, units = jnp.sqrt(squares), 1 / factors
     # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows.
-    limits = batch.taus / jnp.where(norms > 0, norms, 1)
-    weights = jnp.where(norms > 0, jnp.minimum(units, limits), units)
-    scales = jnp.where(norms > 0, jnp.minimum(1, limits / units), 1)
-    kept = batch.counts & finite if on_nonfinite == "drop" else batch.counts
-    sums = [
-        stacks.selected_weighted_sum(leaf, axis, kept, factors, weights)
-        for leaf, axis in zip(*stack, strict=True)
-    ]
-    return sums, norms * units, scales, finite
+    limits = taus / jnp.where(norms > 0, norms, 1)
+    return _OwnScales(
+        factors=factors,
+        weights=jnp.where(norms > 0, jnp.minimum(units, limits), units),
+        norms=norms * units,
+        scales=jnp.where(norms > 0, jnp.minimum(1, limits / units), 1),
+        finite=jnp.isfinite(squares),
+    )
 
 
 def _smallest(squared_norms: jax.Array) -> float:
@@ -123,6 +143,34 @@ def clip_and_sum(
     return sums, clipping.clip_stats(norms, scales, batch.counts, finite), kept
 
 
+def clipped_alone(
+    leaves: list[jax.Array], tau: jax.Array
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """γ g of one gradient, ‖g‖ and γ = min(1, τ / ‖g‖); all NaN where it is not finite."""
+    stack = Stack([leaf[None] for leaf in leaves], (0,) * len(leaves))
+    taus = tau.reshape(1)
+    squared_norms = stacks.squared_norms(stack, taus.dtype)
+
+    def plainly() -> tuple[jax.Array, ...]:
+        norms = jnp.sqrt(squared_norms)
+        scales = clipping.clip_scales(norms, taus)
+        return jnp.ones_like(norms), scales, norms, scales
+
+    def with_care() -> tuple[jax.Array, ...]:
+        own = _own_scales(stack, taus, squared_norms)
+        weights, scales = (jnp.where(own.finite, x, jnp.nan) for x in (own.weights, own.scales))
+        return own.factors, weights, own.norms, scales
+
+    both = lax.cond(_needs_care(squared_norms, taus), with_care, plainly)
+    factor, weight, norm, scale = (one[0] for one in both)
+
+    def clipped(leaf: jax.Array) -> jax.Array:
+        scaled = leaf.astype(jnp.promote_types(leaf.dtype, factor.dtype)) * factor * weight
+        return scaled.astype(leaf.dtype)
+
+    return [clipped(leaf) for leaf in leaves], norm, scale
+
+
 def _next_state(state: PerSampleClipState, figures: BatchFigures) -> PerSampleClipState:
     count = jnp.asarray(optax.safe_increment(state.count))
     cast = [new.astype(old.dtype) for new, old in zip(figures, state[1:], strict=True)]
@@ -143,6 +191,7 @@ def per_sample_clip(
     *,
     sample_axis: int = 0,
     on_nonfinite: OnNonfinite = "drop",
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip every sample's gradient to its threshold, then average over the batch.
 
@@ -168,6 +217,9 @@ def per_sample_clip(
         not finite; a norm beyond the square root of the dtype's range (1.8e19 in float32), which
         "drop" clips as any other, may give NaN there as well. "propagate" reads float32
         gradients twice, the least possible; so does "drop" when all are finite.
+      axis_name: under :func:`jax.shard_map`, the mesh axis (or axes) over which the samples are
+        sharded: positions run on over the devices, and the result and the state are the whole
+        batch's, the same on all of them.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update takes
@@ -188,6 +240,9 @@ def per_sample_clip(
       ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
         leaves, shapes do not fit the parameters, mask or positions are not of shape [n], or
         the transformation is wrapped in ``optax.masked``, ``optax.MultiSteps`` or the like.
+
+    Warns:
+      UserWarning: the stack takes more memory than the devices have; while it is traced.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -229,13 +284,29 @@ def per_sample_clip(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         del extra_args
+        arguments = (per_sample_grads, state, params, sample_mask, positions, threshold)
+        mesh = meshes.explicit_mesh(arguments)
+        if mesh is None:
+            return compute(*arguments)
+        out_specs = (meshes.specs_without(per_sample_grads, sample_axis), P())
+        return meshes.with_auto_axes(compute, arguments, mesh, out_specs)
+
+    def compute(
+        per_sample_grads: optax.Updates,
+        state: PerSampleClipState,
+        params: optax.Params | None,
+        sample_mask: Any,
+        positions: Any,
+        threshold: Threshold,
+    ) -> tuple[optax.Updates, PerSampleClipState]:
         stack = stacks.check_stack(per_sample_grads, sample_axis)
         stacks.check_against_params(stack, per_sample_grads, params)
+        stacks.warn_if_beyond_memory(stack)
         n = stack.num_samples
         mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
         positions = None if positions is None else clipping.check_positions(positions, n)
         taus = clipping.batch_thresholds(
-            threshold, n, stacks.norm_dtype(stack.leaves), mask, positions
+            threshold, n, stacks.norm_dtype(stack.leaves), mask, positions, axis_name
         )
         batch = Batch(taus, jnp.ones(n, bool) if mask is None else mask)
         sums, stats, kept = clip_and_sum(
@@ -245,7 +316,11 @@ def per_sample_clip(
             masked=mask is not None,
             on_nonfinite=on_nonfinite,
         )
-        state = _next_state(state, clipping.batch_figures(stats, batch.counts, kept))
+        counts = batch.counts
+        if axis_name is not None:
+            sums = lax.psum(sums, axis_name)
+            stats, counts, kept = clipping.over_devices(stats, counts, kept, axis_name)
+        state = _next_state(state, clipping.batch_figures(stats, counts, kept))
         divisor = jnp.maximum(state.num_samples, 1)
         means = [
             (total / divisor.astype(total.dtype)).astype(leaf.dtype)

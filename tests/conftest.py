@@ -1,10 +1,14 @@
 import math
 import os
 
+import jax
 import pytest
 from hypothesis import settings
 
 from psclip_optax.bookkeeping import passes
+
+# So that tests of sharding run in this process; all others use the first. Before JAX starts.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # Compiling takes as long as it takes. On a build server a failure must be seen again by whoever
 # looks for it, elsewhere new examples are worth more.

@@ -1,8 +1,4 @@
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -272,15 +268,6 @@ def test_vmap_over_seeds(mode):
         params = jax.tree.map(lambda p, i=i: p[i], shifted)
         expected = expected_of(params, batch, np.full(4, 0.7))[1]
         assert_close(jax.tree.map(lambda g, i=i: g[i], grads), expected, 1e-5)
-
-
-def test_under_shard_map_it_gives_what_one_device_gives():
-    # In a process of its own: the number of devices is set before JAX starts.
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-m", "tests.sharded_clipping"]
-    root = pathlib.Path(__file__).parents[1]
-    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
 
 
 def test_dropout_keys_are_a_batch_argument():

@@ -57,7 +57,7 @@ def take_apart(
     _check_params(params)
     leaves, treedef = jax.tree.flatten(params)
     leaves = [varying(jnp.asarray(leaf), axis_name) for leaf in leaves]
-    axes = _axes_of_leaves(in_axes, batch)
+    axes = axes_of_leaves(in_axes, batch)
     batch_leaves, batch_treedef = jax.tree.flatten(batch)
     batch_leaves = [jnp.asarray(leaf) for leaf in batch_leaves]
     _check_batch(batch, batch_leaves, axes)
@@ -110,7 +110,9 @@ def _restored(example: Any, axis: int, keep_batch_dim: bool) -> Any:
     return jnp.expand_dims(example, axis) if keep_batch_dim else example
 
 
-def _axes_of_leaves(in_axes: Any, batch: tuple[Any, ...]) -> list[int | None]:
+def axes_of_leaves(in_axes: Any, batch: tuple[Any, ...]) -> list[int | None]:
+    """The axis of samples of each leaf, None where all share it."""
+
     def is_axis(node: Any) -> bool:
         return node is None or isinstance(node, int)
 

@@ -22,7 +22,7 @@ class PlanRow:
     Attributes:
       parameter: its path in the tree of parameters.
       shape: its dtype and shape.
-      route: "direct" (its gradient is made for each sample by automatic differentiation), "dense",
+      route: "plain" (of a micro-batch's mean loss, with clip_at="micro-batch"), "direct" (its gradient is made for each sample by automatic differentiation), "dense",
         "conv", "embedding" or "tied" (norms from what enters and leaves each site).
       num_sites: how many times it enters the loss, the steps of a scan counted once.
       extra_flops: floating-point operations for the norms of a batch, as XLA counts them.
@@ -45,7 +45,7 @@ class Plan:
 
     Attributes:
       rows: one for each parameter, in the order of the tree's leaves.
-      mode: which the call takes.
+      mode: which the call takes; "micro-batch" where that is what is clipped.
       num_samples: of the batch that it was made for.
       num_slices: of "two_pass": over how many slices of the batch one pass runs, None for two
         passes over all of it.
@@ -104,6 +104,27 @@ def explained(
     return Plan(tuple(rows), mode, num_samples, num_slices)
 
 
+def explained_microbatches(params: Any, num_samples: int) -> Plan:
+    """The plan where micro-batches of so many samples are clipped: plain gradients of each."""
+    rows = [
+        PlanRow(
+            parameter=jax.tree_util.keystr(path),
+            shape=_described(leaf),
+            route="plain",
+            num_sites=0,
+            extra_flops=2.0 * jnp.size(leaf),
+            extra_bytes=0,
+            reason="the norm of the gradient of the micro-batch's mean loss",
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    return Plan(tuple(rows), "micro-batch", num_samples, 1)
+
+
+def _described(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
 def _row(
     plans: Plans, plan: LeafPlan, path: str, leaf: jax.Array, num_samples: int, dtype: Any
 ) -> PlanRow:
@@ -117,7 +138,7 @@ def _row(
     routes = dict.fromkeys(group.route for p in [plan, *through] for group in p.groups)
     return PlanRow(
         parameter=path,
-        shape=f"{leaf.dtype}{list(leaf.shape)}",
+        shape=_described(leaf),
         route=", ".join(routes) or "direct",
         num_sites=sum(len(p.sites) for p in [plan, *through]),
         extra_flops=sum(_flops(p, kinds[p.weight], num_samples, dtype) for p in both),

@@ -38,7 +38,7 @@ class Result(NamedTuple):
     Attributes:
       sums: Σ γ_k g_k / N of each parameter.
       outs: what the loss returns, stacked: the losses, then the leaves of aux.
-      norms: ‖g_k‖, [n].
+      norms: ‖g_k‖, [n]; of what is clipped together, as the two below, [1] for a micro-batch.
       scales: γ_k, [n]; 0 for masked and dropped samples.
       finite: whether loss and gradient are, bool [n].
     """
@@ -57,11 +57,13 @@ def in_slices(
     *,
     axis_name: Any,
     has_convolutions: bool,
+    consecutive: bool = False,
 ) -> Result:
-    """The same result from slices of at most `size` samples, one after the other.
+    """The results of slices of at most `size` samples, one after the other.
 
-    Slice j takes every num_slices-th sample from j on: contiguous slices of a batch that is sharded
-    over devices would move it. Where the last ones are short, real samples fill them, masked.
+    Where it does not matter which samples are in a slice, slice j takes every num_slices-th from j
+    on: consecutive slices of a batch that is sharded over devices would move it. Where the last
+    ones are short, real samples fill them, masked.
 
     Args:
       run: what gives the result of a slice.
@@ -69,42 +71,54 @@ def in_slices(
       size: of a slice; None for one slice.
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
       has_convolutions: whether `run` has some.
+      consecutive: whether a slice is of consecutive samples.
     """
     n = samples.taus.size
     if size is None or size >= n:
         return run(samples)
+    axis = 0 if consecutive else 1
     num_slices = -(-n // size)
     missing = num_slices * size - n
 
     def split(array: jax.Array) -> jax.Array:
         whole = jnp.concatenate([array, array[:missing]]) if missing else array
-        return whole.reshape(size, num_slices, *array.shape[1:])
+        return _sliced(whole, num_slices, axis)
 
     parts = jax.tree.map(split, samples)
     is_real = jnp.arange(num_slices * size) < n
-    parts = parts._replace(counts=parts.counts & is_real.reshape(size, num_slices))
+    parts = parts._replace(counts=parts.counts & _sliced(is_real, num_slices, axis))
     # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
     is_cpu = jax.default_backend() == "cpu"
     is_unrolled = is_cpu and has_convolutions and num_slices <= _MOST_UNROLLED
 
     def one(sums: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], Result]:
         i = _after(sums, i) if is_unrolled else i
-        result = run(jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, i, 1, False), parts))
+        result = run(
+            jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, i, axis, False), parts)
+        )
         added = [
             total + new.astype(total.dtype) for total, new in zip(sums, result.sums, strict=True)
         ]
         return added, result._replace(sums=[])
 
-    one_slice = jax.eval_shape(run, jax.tree.map(lambda part: part[:, 0], parts))
+    first = jax.tree.map(lambda part: lax.index_in_dim(part, 0, axis, False), parts)
+    one_slice = jax.eval_shape(run, first)
     zeros = [jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)) for s in one_slice.sums]
     zeros = [varying(zero, axis_name) for zero in zeros]
     unroll = num_slices if is_unrolled else 1
     sums, results = lax.scan(one, zeros, jnp.arange(num_slices), unroll=unroll)
 
     def in_order(array: jax.Array) -> jax.Array:
-        return array.swapaxes(0, 1).reshape(num_slices * size, *array.shape[2:])[:n]
+        ordered = jnp.moveaxis(array, 0, axis)
+        return ordered.reshape(-1, *ordered.shape[2:])[:n]
 
     return jax.tree.map(in_order, results)._replace(sums=sums)
+
+
+def _sliced(array: jax.Array, num_slices: int, axis: int) -> jax.Array:
+    shape = [len(array) // num_slices]
+    shape.insert(axis, num_slices)
+    return array.reshape(*shape, *array.shape[1:])
 
 
 def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:

@@ -1,0 +1,172 @@
+"""accumulate_clipped: clip each micro-batch's mean gradient before it is accumulated."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from psclip_optax import stacks
+from psclip_optax.thresholds import Threshold, as_threshold, thresholds_at
+from psclip_optax.transforms import clipped_alone
+
+
+def accumulate_clipped(
+    inner: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[Any], Any],
+    threshold: Threshold | jax.typing.ArrayLike,
+    *,
+    use_grad_mean: bool = True,
+    should_skip_update_fn: Any = None,
+    accumulator_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Accumulate gradients of micro-batches, each clipped before it is added.
+
+    :class:`optax.MultiSteps`, but the mean gradient :math:`\bar g_k` of the k-th micro-batch of a
+    window of K is clipped to the norm τ_k first, so that no micro-batch can dominate the sum:
+
+    .. math:: g = \frac1K \sum_{k=1}^K \min(1, \tau_k / \|\bar g_k\|) \, \bar g_k
+
+    k restarts at 1 with each window. A micro-batch that is skipped is not counted.
+
+    Args:
+      inner: what takes the accumulated gradient: any Optax optimizer.
+      every_k_schedule: K, or a function from the number of updates made so far to it.
+      threshold: the largest norm τ_k of the mean gradient of the micro-batch at the 1-based
+        position k in its window: a number, :func:`psc.growing_threshold
+        <psclip_optax.growing_threshold>`, or any callable from integer positions [n] to norms [n].
+        A micro-batch's mean is less noisy than a sample's gradient: its α is smaller.
+      use_grad_mean: whether gradients are averaged over the window, or summed.
+      should_skip_update_fn: as of ``optax.MultiSteps``, such as ``optax.skip_not_finite``; it is
+        given the gradient before clipping.
+      accumulator_dtype: of the accumulated gradient.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` over gradients of the parameters' own shapes,
+      with the ``optax.MultiStepsState`` of ``optax.MultiSteps``. Updates are zero but for every
+      K-th. A gradient that is not finite makes the accumulated one NaN unless it is skipped.
+
+    Raises:
+      TypeError: ``inner`` is no gradient transformation, ``every_k_schedule`` neither an int nor a
+        callable, the threshold neither a number nor a callable, or a gradient is not real
+        floating-point.
+      ValueError: ``every_k_schedule`` is below 1, or the gradients do not have the shapes of the
+        parameters that ``init`` saw, as stacked per-sample gradients.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import psclip_optax as psc
+      >>> tx = psc.accumulate_clipped(optax.sgd(1.0), 2, psc.growing_threshold(1.0, 1.0))
+      >>> w = jnp.zeros(2)
+      >>> state = tx.init(w)
+      >>> updates, state = tx.update(jnp.array([0.5, 0.0]), state, w)
+      >>> print(updates)
+      [0. 0.]
+      >>> updates, state = tx.update(jnp.array([0.0, 100.0]), state, w)  # clipped at 2
+      >>> print(updates)
+      [-0.25 -1.  ]
+
+    References:
+      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
+      <https://arxiv.org/abs/2605.02701>`_, 2026 (clipping before accumulation).
+    """
+    _check_inner(inner)
+    every_k_schedule = _checked_schedule(every_k_schedule)
+    threshold = as_threshold(threshold)
+
+    def steps(should_skip_update_fn: Any) -> optax.MultiSteps:
+        return optax.MultiSteps(
+            inner,
+            every_k_schedule,
+            use_grad_mean=use_grad_mean,
+            should_skip_update_fn=should_skip_update_fn,
+            accumulator_dtype=accumulator_dtype,
+        )
+
+    def init(params: optax.Params) -> optax.MultiStepsState:
+        return steps(should_skip_update_fn).init(params)
+
+    def update(
+        grads: optax.Updates,
+        state: optax.MultiStepsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.MultiStepsState]:
+        leaves = _checked_leaves(grads, state.acc_grads)
+        dtype = stacks.norm_dtype(leaves)
+        position = jnp.asarray(state.mini_step, jnp.int32).reshape(1) + 1
+        clipped, *_ = clipped_alone(leaves, thresholds_at(threshold, position, dtype))
+        should_skip = should_skip_update_fn and _seeing(grads, should_skip_update_fn)
+        clipped = jax.tree.unflatten(jax.tree.structure(grads), clipped)
+        return steps(should_skip).update(clipped, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the first argument has its own name)
+
+
+def _seeing(grads: optax.Updates, should_skip_update_fn: Any) -> Any:
+    """The rule on the gradient as it came: a clipped one has no norm that is too large."""
+
+    @functools.wraps(should_skip_update_fn)
+    def should_skip(clipped: optax.Updates, *arguments: Any) -> Any:
+        del clipped
+        return should_skip_update_fn(grads, *arguments)
+
+    return should_skip
+
+
+def _check_inner(inner: Any) -> None:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            "accumulate_clipped takes an optax.GradientTransformation to give the accumulated "
+            f"gradient to, such as optax.sgd(0.1), got {inner!r}"
+        )
+
+
+def _checked_schedule(every_k_schedule: Any) -> Any:
+    if callable(every_k_schedule):
+        return every_k_schedule
+    try:
+        number = operator.index(every_k_schedule)
+    except TypeError as error:
+        raise TypeError(
+            "every_k_schedule is the int number of micro-batches in a window, or a function from "
+            f"the number of updates to it, got {every_k_schedule!r}"
+        ) from error
+    if number < 1 or isinstance(every_k_schedule, bool):
+        raise ValueError(
+            "every_k_schedule is the number of micro-batches in a window, at least 1, got "
+            f"{every_k_schedule!r}"
+        )
+    return number
+
+
+def _checked_leaves(grads: optax.Updates, accumulated: optax.Updates) -> list[jax.Array]:
+    leaves, treedef = jax.tree.flatten(grads)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(grads)]
+    if treedef != jax.tree.structure(accumulated):
+        raise ValueError(
+            f"gradients have the parameters' structure, {jax.tree.structure(accumulated)}, got "
+            f"{treedef}"
+        )
+    for path, leaf, kept in zip(paths, leaves, jax.tree.leaves(accumulated), strict=True):
+        described = f"grads{path} is {leaf.dtype}{list(leaf.shape)}"
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{described}, but gradients are real floating-point arrays; take those of the "
+                "floating-point parameters alone (as eqx.partition or nnx.split do), complex ones "
+                "as their real and imaginary parts"
+            )
+        if leaf.shape != jnp.shape(kept):
+            raise ValueError(
+                f"{described}, but its parameter has shape {list(jnp.shape(kept))}: "
+                "accumulate_clipped takes the mean gradient of a micro-batch. Average stacked "
+                "per-sample gradients first, clipped with "
+                "optax.chain(psc.per_sample_clip(…), psc.accumulate_clipped(…)) or not"
+            )
+    return leaves

@@ -1,0 +1,79 @@
+"""Arrays on meshes whose axes are Explicit: what is made of them runs with Auto axes.
+
+There every operation has to say how its result is sharded, where JAX cannot tell. The clipping
+cannot say it of operations inside a loss that it does not know, and leaves it to the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The mesh with Explicit axes that some array is on; None where there is none."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            mesh = jax.typeof(leaf).sharding.mesh
+            kinds = mesh.axis_types or ()
+            if AxisType.Explicit in kinds and AxisType.Manual not in kinds:
+                return mesh
+    return None
+
+
+def specs_of(tree: Any) -> Any:
+    """How each array of a tree is sharded over Explicit axes."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
+
+
+def specs_without(tree: Any, axis: int) -> Any:
+    """How each array would be sharded without one of its axes."""
+
+    def spec_without(leaf: Any) -> P:
+        spec = jax.typeof(leaf).sharding.spec
+        left = [part for i, part in enumerate(spec) if i != axis % max(jnp.ndim(leaf), 1)]
+        return P(*left)
+
+    return jax.tree.map(spec_without, tree)
+
+
+def samples_spec(leaves: Sequence[Any], axes: Sequence[int | None]) -> P:
+    """How an array [n] is sharded as the n samples on these axes of the leaves are."""
+    for leaf, axis in zip(leaves, axes, strict=True):
+        spec = jax.typeof(leaf).sharding.spec
+        if axis is not None and axis % jnp.ndim(leaf) < len(spec):
+            return P(spec[axis % jnp.ndim(leaf)])
+    return P()
+
+
+def with_auto_axes(
+    function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Any, out_specs: Any
+) -> Any:
+    """function(*arguments) with Auto axes, and what it returns on Explicit ones.
+
+    Args:
+      function: of trees of arrays, and of other leaves as they are.
+      arguments: the trees.
+      mesh: of the Explicit axes.
+      out_specs: a prefix of the tree that the function returns.
+    """
+    leaves, treedef = jax.tree.flatten(arguments)
+    is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+
+    def of_arrays(*arrays: jax.Array) -> Any:
+        own = iter(arrays)
+        merged = [
+            next(own) if is_one else leaf for is_one, leaf in zip(is_array, leaves, strict=True)
+        ]
+        return function(*treedef.unflatten(merged))
+
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), out_specs, is_leaf=lambda node: isinstance(node, P)
+    )
+    arrays = [leaf for is_one, leaf in zip(is_array, leaves, strict=True) if is_one]
+    return jax.sharding.auto_axes(of_arrays, out_sharding=shardings)(*arrays)

@@ -1,0 +1,130 @@
+"""What a compiled program sends between devices, read from its text."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+_OPERATION = re.compile(
+    r" = (?P<shapes>.*?) (?P<name>all-reduce|all-gather|all-to-all|collective-permute|"
+    r"reduce-scatter|collective-broadcast)(-start)?\("
+)
+_MOVING = ("all-gather", "all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    """One operation that all devices take part in.
+
+    Attributes:
+      name: such as "all-reduce".
+      num_elements: of what each device has at its larger end, each time.
+      num_bytes: of these.
+      times: how often it is run.
+      line: of the program.
+    """
+
+    name: str
+    num_elements: int
+    num_bytes: int
+    times: int
+    line: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """Those of a program that are run where no sample is dropped.
+
+    Only where there are samples to drop is the body of a loop without a known number of steps run,
+    or a branch taken but the first.
+    """
+    times = _times_run(text)
+    found = []
+    for computation, lines in _computations(text).items():
+        for line in lines if times(computation) else []:
+            operation = _OPERATION.search(line)
+            if operation:
+                sizes = _sizes(operation, line)
+                found.append(Collective(operation["name"], *sizes, times(computation), line))
+    return found
+
+
+def num_elements(text: str) -> int:
+    """How many elements a program sends between devices where no sample is dropped."""
+    return sum(one.num_elements * one.times for one in collectives(text))
+
+
+def num_bytes(text: str) -> int:
+    """How many bytes a program sends between devices where no sample is dropped."""
+    return sum(one.num_bytes * one.times for one in collectives(text))
+
+
+def moving_operations(text: str) -> list[str]:
+    """What moves samples between devices where none was dropped.
+
+    Sums over devices do not, nor does the count of a mask's samples, by which they have positions.
+    """
+    return [
+        one.line for one in collectives(text) if one.name in _MOVING and "cumsum" not in one.line
+    ]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            words = line.split()
+            name = words[1] if words[0] == "ENTRY" else words[0]
+        found.setdefault(name, []).append(line.strip())
+    return found
+
+
+def _times_run(text: str):
+    """From a computation's name to how often it is run."""
+    calls: dict[str, list[tuple[str, int]]] = {}
+    for caller, lines in _computations(text).items():
+        for line in lines:
+            for called, times in _calls(line):
+                calls.setdefault(called, []).append((caller, times))
+
+    @functools.cache
+    def times(name: str) -> int:
+        if name not in calls:
+            return 1
+        return sum(number * times(caller) for caller, number in calls[name])
+
+    return times
+
+
+def _calls(line: str) -> list[tuple[str, int]]:
+    found = [(name, 1) for name in re.findall(r"(?:to_apply|calls)=([\w.%-]+)", line)]
+    known = re.search(r'"known_trip_count":{"n":"(\d+)"}', line)
+    steps = int(known[1]) if known else 0
+    found += [(name, steps) for name in re.findall(r" while\(.* body=([\w.%-]+)", line)]
+    found += [(name, 0) for name in re.findall(r"true_computation=([\w.%-]+)", line)]
+    found += [(name, 1) for name in re.findall(r"false_computation=([\w.%-]+)", line)]
+    for branches in re.findall(r"branch_computations={([^}]*)}", line):
+        taken, *others = (name.strip() for name in branches.split(","))
+        found += [(taken, 1), *((name, 0) for name in others)]
+    return found
+
+
+def _sizes(operation: re.Match[str], line: str) -> tuple[int, int]:
+    """Elements and bytes."""
+    arrays = re.findall(r"(?:pred|[a-z]+(\d+))\w*\[([\d,]*)\]", operation["shapes"])
+    sizes = [math.prod(int(d) for d in shape.split(",") if d) for _, shape in arrays]
+    widths = [int(bits or 8) // 8 for bits, _ in arrays]
+    # Of what is scattered a device has all before.
+    times = _group_size(line) if operation["name"] == "reduce-scatter" else 1
+    return times * sum(sizes), times * sum(s * w for s, w in zip(sizes, widths, strict=True))
+
+
+def _group_size(line: str) -> int:
+    listed = re.search(r"replica_groups={{([\d,]+)}", line)
+    if listed:
+        return len(listed[1].split(","))
+    folded = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if folded is None:
+        raise ValueError(f"no groups of devices in {line}")
+    return int(folded[1])

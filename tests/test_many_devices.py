@@ -1,0 +1,350 @@
+"""Both faces on 8 virtual devices give what they give on one, and send little between them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import psclip_optax as psc
+from tests.collectives import collectives, moving_operations, num_bytes, num_elements
+from tests.models import ZOO
+from tests.numerics import assert_close, enable_x64
+
+MODES = ["one_pass", "two_pass", "vmap"]
+LAYOUTS = ["data parallel", "sharded parameters", "tensor parallel"]
+THRESHOLD = psc.growing_threshold(0.5, 1.5)
+N = 32
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs 8 devices, which tests/conftest.py makes of a CPU alone"
+)
+
+
+def mesh_of(layout, axis_type=AxisType.Auto):
+    shape, names = ((4, 2), ("data", "model")) if layout == "tensor parallel" else ((8,), ("data",))
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(names))
+
+
+def params_sharding(mesh, layout, leaf):
+    if layout == "data parallel":
+        return NamedSharding(mesh, P())
+    name = "model" if layout == "tensor parallel" else "data"
+    axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape[name] == 0]
+    return NamedSharding(mesh, P(*[None] * axes[-1], name) if axes else P())
+
+
+def placed(mesh, layout, params, batch):
+    shardings = jax.tree.map(functools.partial(params_sharding, mesh, layout), params)
+    return jax.device_put(params, shardings), jax.device_put(batch, NamedSharding(mesh, P("data")))
+
+
+def in_float64(tree):
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if is_float(leaf) else leaf, tree)
+
+
+# A sequence through a look-up and a product, and a vector through two products
+
+
+def sequence_loss(params, tokens, y):
+    hidden = jnp.tanh(params["table"][tokens] @ params["w"] + params["b"])
+    return jnp.square(hidden.sum() - y)
+
+
+def vector_loss(params, x, y):
+    hidden = jnp.tanh(jnp.dot(x, params["w"]) + params["b"])
+    return jnp.square(jnp.dot(hidden, params["v"]).sum() - y)
+
+
+def sequences(n=N):
+    random = np.random.default_rng(0)
+    shapes = {"table": (32, 8), "w": (8, 16), "b": (16,)}
+    params = {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
+    return params, (jnp.asarray(random.integers(0, 32, (n, 5))), outliers(random, n))
+
+
+def vectors(n=N):
+    random = np.random.default_rng(0)
+    shapes = {"w": (8, 16), "b": (16,), "v": (16, 8)}
+    params = {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
+    return params, (jnp.asarray(random.standard_t(1.5, (n, 8))), outliers(random, n))
+
+
+def outliers(random, n):
+    return jnp.asarray(random.standard_t(1.5, n)).at[3].set(jnp.nan)  # a sample to drop
+
+
+MASK = np.arange(N) % 7 != 5
+
+
+def finite(stats):
+    """The figures without the norm that is not finite, which is compared apart."""
+    return stats._replace(norms=jnp.nan_to_num(stats.norms, posinf=-1.0, nan=-1.0))
+
+
+def assert_same(got, expected):
+    assert_close(got[:2], expected[:2], 1e-10)
+    assert_close(finite(got[2]), finite(expected[2]), 1e-10)
+    assert int(expected[2].num_nonfinite) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"mode": mode} for mode in MODES),
+        {"mode": "one_pass", "microbatch_size": 8},
+        {"mode": "two_pass", "microbatch_size": 8},
+        {"mode": "vmap", "microbatch_size": 8},
+        {"mode": "one_pass", "microbatch_size": 5},
+        {"clip_at": "micro-batch", "microbatch_size": 4},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_sharded_by_jit(layout, options):
+    with enable_x64(True):
+        params, batch = sequences()
+        f = jax.jit(
+            psc.clipped_value_and_grad(sequence_loss, THRESHOLD, return_stats=True, **options)
+        )
+        expected = f(params, *batch, sample_mask=MASK)
+        mesh = mesh_of(layout)
+        params, (*batch, mask) = placed(mesh, layout, params, (*batch, MASK))
+        assert_same(f(params, *batch, sample_mask=mask), expected)
+
+
+@pytest.mark.parametrize("is_set", [False, True], ids=["mesh not set", "mesh set"])
+@pytest.mark.parametrize("layout", ["data parallel", "tensor parallel"])
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_explicit_mesh(mode, size, layout, is_set):
+    with enable_x64(True):
+        params, batch = vectors()
+        f = jax.jit(
+            psc.clipped_value_and_grad(
+                vector_loss, THRESHOLD, mode=mode, microbatch_size=size, return_stats=True
+            )
+        )
+        expected = f(params, *batch, sample_mask=MASK)
+        mesh = mesh_of(layout, AxisType.Explicit)
+        params, (*batch, mask) = placed(mesh, layout, params, (*batch, MASK))
+        if not is_set:
+            assert_same(f(params, *batch, sample_mask=mask), expected)
+            return
+        with jax.set_mesh(mesh):
+            assert_same(f(params, *batch, sample_mask=mask), expected)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_stack(layout, axis_type):
+    with enable_x64(True):
+        params, batch = vectors()
+        stacked = jax.vmap(jax.grad(vector_loss), (None, 0, 0))(params, *batch)
+        tx = psc.per_sample_clip(THRESHOLD)
+        update = jax.jit(tx.update)
+        grads, state = update(stacked, tx.init(params), sample_mask=MASK)
+        mesh = mesh_of(layout, axis_type)
+        own = functools.partial(params_sharding, mesh, layout)
+
+        def placed_stack(leaf):
+            spec = [] if layout == "sharded parameters" else own(leaf[0]).spec
+            return jax.device_put(leaf, NamedSharding(mesh, P("data", *spec)))
+
+        mask = jax.device_put(MASK, NamedSharding(mesh, P("data")))
+        got, got_state = update(
+            jax.tree.map(placed_stack, stacked), tx.init(params), sample_mask=mask
+        )
+        assert_close(got, grads, 1e-10)
+        assert_close(got_state, state, 1e-10)
+
+
+# Under shard_map
+
+
+def specs_of_stats():
+    return psc.ClipStats(P("data"), P("data"), P(), P())
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"mode": mode} for mode in MODES),
+        {"mode": "one_pass", "microbatch_size": 1},
+        {"mode": "two_pass", "microbatch_size": 3},
+        {"mode": "vmap", "microbatch_size": 2},
+        {"clip_at": "micro-batch", "microbatch_size": 2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_shard_map(options, masked, check_vma):
+    build = functools.partial(
+        psc.clipped_value_and_grad, sequence_loss, THRESHOLD, return_stats=True, **options
+    )
+    with enable_x64(True):
+        params, batch = sequences()
+        mask = MASK if masked else None
+        expected = build()(params, *batch, sample_mask=mask)
+        f = build(axis_name="data")
+        call = lambda params, tokens, y, mask: f(params, tokens, y, sample_mask=mask)
+        sharded = jax.shard_map(
+            call,
+            mesh=mesh_of("data parallel"),
+            in_specs=(P(), P("data"), P("data"), P("data")),
+            out_specs=(P(), P(), specs_of_stats()),
+            check_vma=check_vma,
+        )
+        assert_same(jax.jit(sharded)(params, *batch, mask), expected)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_with_aux_and_two_axes(check_vma):
+    loss = lambda params, tokens, y: (sequence_loss(params, tokens, y), tokens[0])
+    with enable_x64(True):
+        params, batch = sequences()
+        expected = psc.clipped_value_and_grad(loss, THRESHOLD, has_aux=True)(params, *batch)
+        names = ("data", "model")
+        f = psc.clipped_value_and_grad(loss, THRESHOLD, has_aux=True, axis_name=names)
+        sharded = jax.shard_map(
+            f,
+            mesh=mesh_of("tensor parallel"),
+            in_specs=(P(), P(names), P(names)),
+            out_specs=((P(), P(names)), P()),
+            check_vma=check_vma,
+        )
+        assert_close(jax.jit(sharded)(params, *batch), expected, 1e-10)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_stack_under_shard_map(masked, check_vma):
+    with enable_x64(True):
+        params, batch = sequences()
+        stacked = jax.vmap(jax.grad(sequence_loss), (None, 0, 0))(params, *batch)
+        mask = MASK if masked else None
+        tx = psc.per_sample_clip(THRESHOLD)
+        expected = tx.update(stacked, tx.init(params), params, sample_mask=mask)
+        tx = psc.per_sample_clip(THRESHOLD, axis_name="data")
+        call = lambda stacked, state, mask: tx.update(stacked, state, params, sample_mask=mask)
+        sharded = jax.shard_map(
+            call,
+            mesh=mesh_of("data parallel"),
+            in_specs=(P("data"), P(), P("data")),
+            out_specs=(P(), P()),
+            check_vma=check_vma,
+        )
+        assert int(expected[1].num_nonfinite) == 1
+        assert_close(jax.jit(sharded)(stacked, tx.init(params), mask), expected, 1e-10)
+
+
+# The zoo
+
+
+@pytest.mark.parametrize("layout", ["data parallel", "sharded parameters"])
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", ["alexnet", "gpt_tied", "gpt_scanned", "lstm", "weight_norm"])
+def test_zoo_is_that_of_one_device_and_sends_no_more_than_a_plain_gradient(name, mode, layout):
+    n = 16
+    with enable_x64(True):
+        model = ZOO[name]("small")
+        params, batch = in_float64(model.params), in_float64(model.batch(n))
+        threshold = psc.growing_threshold(0.1, 1.5)
+        expected = jax.jit(psc.clipped_value_and_grad(model.loss, threshold))(params, *batch)
+        mesh = mesh_of(layout)
+        loss = gathering(mesh, model.loss) if layout == "sharded parameters" else model.loss
+        params, batch = placed(mesh, layout, params, batch)
+        f = jax.jit(psc.clipped_value_and_grad(loss, threshold, mode=mode))
+        compiled = f.lower(params, *batch).compile()
+        assert_close(compiled(params, *batch), expected, 1e-10, floor=1e-3)
+        plain = plain_gradient(loss).lower(params, *batch).compile().as_text()
+        sent, by_plain = num_elements(compiled.as_text()), num_elements(plain)
+        assert by_plain > 0
+        assert sent <= 1.5 * by_plain + 16 * n, f"{sent} against {by_plain}"
+
+
+def gathering(mesh, loss):
+    """As fully sharded parameters are used: each is gathered where it is used, not the samples."""
+
+    def gathered_loss(params, *example):
+        everywhere = NamedSharding(mesh, P())
+        return loss(jax.lax.with_sharding_constraint(params, everywhere), *example)
+
+    return gathered_loss
+
+
+def plain_gradient(loss):
+    def mean_loss(params, *batch):
+        return jnp.mean(jax.vmap(loss, (None, *[0] * len(batch)))(params, *batch))
+
+    return jax.jit(jax.value_and_grad(mean_loss))
+
+
+# Slices of a sharded batch
+
+
+@pytest.mark.as_is
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize(("n", "size"), [(32, 16), (160, 8)], ids=["unrolled", "in a loop"])
+def test_slices_of_a_sharded_batch_stay_sharded(mode, n, size):
+    with enable_x64(True):
+        params, batch = sequences(n)
+        f = jax.jit(
+            psc.clipped_value_and_grad(
+                sequence_loss, THRESHOLD, mode=mode, microbatch_size=size, return_stats=True
+            )
+        )
+        mask = np.arange(n) != 5
+        expected = f(params, *batch, sample_mask=mask)
+        layout = "data parallel"
+        params, (*batch, mask) = placed(mesh_of(layout), layout, params, (*batch, mask))
+        compiled = f.lower(params, *batch, sample_mask=mask).compile()
+        assert_same(compiled(params, *batch, sample_mask=mask), expected)
+        moved = moving_operations(compiled.as_text())
+        assert not moved, "samples move between devices\n" + "\n".join(moved)
+
+
+@pytest.mark.parametrize("operation", ["all-gather", "all-to-all", "collective-permute-start"])
+def test_operations_that_move_samples_are_found(operation):
+    text = f"""%branch.1 (x: f32[4]) -> f32[16] {{
+  ROOT %a = f32[16]{{0}} all-gather(%x), dimensions={{0}}
+}}
+
+%body.1 (x: f32[4]) -> f32[16] {{
+  ROOT %a = f32[16]{{0}} all-gather(%x), dimensions={{0}}
+}}
+
+ENTRY %main (x: f32[4]) -> f32[16] {{
+  %sum = (f32[], f32[2,3]{{1,0}}) all-reduce(%y, %z), to_apply=%add
+  %part = f32[4]{{0}} reduce-scatter(%x), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}
+  %moved = f32[16]{{0}} {operation}(%x), dimensions={{0}}
+  %loop = f32[16]{{0}} while(%x), condition=%flag.1, body=%body.1
+  ROOT %c = f32[16]{{0}} conditional(%i, %x, %x), branch_computations={{%kept.1, %branch.1}}
+}}"""
+    assert moving_operations(text) == [f"%moved = f32[16]{{0}} {operation}(%x), dimensions={{0}}"]
+    assert [one.num_elements for one in collectives(text)] == [7, 16, 16]
+    assert [one.num_bytes for one in collectives(text)] == [28, 64, 64]
+    assert num_elements(text) == 39
+
+
+def test_what_a_loop_sends_counts_as_often_as_it_is_run():
+    text = """%inner.1 (x: bf16[4]) -> bf16[4] {
+  ROOT %a = bf16[4]{0} all-reduce(%x), to_apply=%add
+}
+
+%outer.1 (x: bf16[4]) -> bf16[4] {
+  ROOT %w = bf16[4]{0} while(%x), condition=%c.1, body=%inner.1, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+ENTRY %main (x: bf16[4]) -> bf16[4] {
+  %a = bf16[4]{0} all-reduce(%x), to_apply=%add
+  ROOT %w = bf16[4]{0} while(%a), condition=%c.2, body=%outer.1, backend_config={"known_trip_count":{"n":"3"}}
+}"""
+    assert [one.times for one in collectives(text)] == [15, 1]
+    assert num_elements(text) == 64
+    assert num_bytes(text) == 128
