@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from psclip_optax import __version__
 from psclip_optax.training.configs import CompareConfig, TrainConfig, UsageError, check_config
@@ -16,7 +17,7 @@ _DESCRIPTION = """Per-sample gradient clipping for JAX and Optax.
 
 `psclip compare` shows it against momentum SGD and batch clipping; `psclip --version` tells the \
 version."""
-_EXIT_USAGE, _EXIT_INTERRUPTED = 2, 130
+_EXIT_LOST, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 _TRAIN_EXTRA = {
     "flax",
     "grain",
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0; 2 after one line on stderr that says what is wrong; 130 when interrupted.
+      A process that lost the others of its run ends at once, with 1 and one line on stderr.
 
     Example:
       >>> main(["--version"])
@@ -75,13 +77,22 @@ def _run(arguments: list[str]) -> int:
     from rich.console import Console
 
     from psclip_optax.training.archives import DatasetError
+    from psclip_optax.training.distributed import ProcessLostError
 
     command = _compare if isinstance(config, CompareConfig) else _train
     try:
         command(config, Console())
     except DatasetError as error:
         raise UsageError(str(error)) from error
+    except ProcessLostError as error:
+        _end_at_once(f"psclip: error: {error}")
     return 0
+
+
+def _end_at_once(message: str) -> NoReturn:
+    # Python's own end would wait for the processes that are lost.
+    print(message, file=sys.stderr, flush=True)
+    os._exit(_EXIT_LOST)
 
 
 def _parse(arguments: list[str]) -> CompareConfig | TrainConfig | None:
@@ -121,9 +132,12 @@ def _compare(config: Any, console: Any) -> None:
 
 
 def _train(config: Any, console: Any) -> None:
+    from psclip_optax.training.distributed import is_first_process
     from psclip_optax.training.runs import train
 
     result = train(config, console)
+    if not is_first_process():
+        return
     console.print(f"Test accuracy: {result.accuracy:.1%}", highlight=False)
     for what, name in (
         ("Configuration", "config.json"),

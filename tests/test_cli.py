@@ -43,7 +43,8 @@ def test_help_names_the_commands(argv: list[str], capsys):
     [
         ("train", "dataset model method lr alpha beta steps seed out data-dir cache-dir width "
                   "dropout momentum batch-size schedule label-noise pixel-df augment eval-every "
-                  "checkpoint-every log-every resume"),
+                  "checkpoint-every log-every resume accumulate clip-at distributed coordinator "
+                  "num-processes process-id distributed-timeout"),
         ("compare", "dataset model data-dir steps batch-size num-seeds overwrite out "
                     "momentum-learning-rates batch-clip-learning-rates batch-clip-thresholds "
                     "ps-clip-learning-rates ps-clip-thresholds"),
@@ -81,6 +82,36 @@ def test_help_lists_the_options(command: str, options: str, capsys):
         (["train", "--eval-every", "0"], ["--eval-every"]),
         (["train", "--checkpoint-every", "0"], ["--checkpoint-every"]),
         (["train", "--log-every", "0"], ["--log-every"]),
+        (["train", "--accumulate", "0"], ["--accumulate: expected at least 1, got 0"]),
+        (
+            ["train", "--accumulate", "3"],
+            ["--accumulate: expected a divisor of --batch-size 64, got 3"],
+        ),
+        (["compare", "--accumulate", "5"], ["--accumulate: expected a divisor"]),
+        (["train", "--clip-at", "step"], ["--clip-at", "'step'", "micro-batch"]),
+        (
+            ["train", "--method", "momentum", "--clip-at", "batch"],
+            ["--clip-at: of ps-clip and ps-clip-constant alone, got batch with --method momentum"],
+        ),
+        (["train", "--num-processes", "2"], ["--num-processes: expected --distributed with it"]),
+        (
+            ["train", "--distributed", "--coordinator", "127.0.0.1:1"],
+            ["--coordinator: expected --num-processes and --process-id with it"],
+        ),
+        (
+            [
+                "train",
+                "--distributed",
+                "--coordinator",
+                "127.0.0.1:1",
+                "--num-processes",
+                "2",
+                "--process-id",
+                "2",
+            ],
+            ["--process-id: expected less than --num-processes 2, got 2"],
+        ),
+        (["train", "--distributed-timeout", "0"], ["--distributed-timeout: expected at least 1"]),
         (["compare", "--num-seeds", "2"], ["--num-seeds: expected at least 3"]),
         (["compare", "--ps-clip-thresholds", "1"], ["momentum 9", "ps-clip 3 × 1 = 3"]),
         (["compare", "--ps-clip-thresholds", "1", "0", "2"], ["--ps-clip-thresholds", "got 0.0"]),

@@ -14,6 +14,11 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
 from psclip_optax.training.configs import UsageError
+from psclip_optax.training.distributed import (
+    is_first_process,
+    told_by_first_process,
+    wait_for_all,
+)
 from psclip_optax.training.files import to_json, write_atomically
 
 _DIGESTS = "digests.json"
@@ -70,8 +75,10 @@ def save_checkpoint(manager: ocp.CheckpointManager, state: TrainState) -> None:
     """
     step = int(state.step)
     manager.save(step, args=ocp.args.StandardSave(_saved_part(state)))
-    folder = _folder(manager, step)
-    write_atomically(folder / _DIGESTS, to_json(_digests(folder), indent=1).encode())
+    wait_for_all(f"checkpoint {step}")
+    if is_first_process():
+        folder = _folder(manager, step)
+        write_atomically(folder / _DIGESTS, to_json(_digests(folder), indent=1).encode())
 
 
 def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restored:
@@ -90,7 +97,7 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
     Example: see `save_checkpoint`.
     """
     steps = sorted(manager.all_steps(), reverse=True)
-    intact = next((step for step in steps if _is_intact(_folder(manager, step))), None)
+    intact = _newest_intact(manager, steps)
     if intact is None:
         if steps:
             raise UsageError(
@@ -105,6 +112,16 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
     for step in damaged:
         manager.delete(step)
     return Restored(restored, damaged)
+
+
+def _newest_intact(manager: ocp.CheckpointManager, steps: list[int]) -> int | None:
+    """The first process looks, and tells the others."""
+    none = -1
+    found = none
+    if is_first_process():
+        found = next((step for step in steps if _is_intact(_folder(manager, step))), none)
+    found = told_by_first_process(found)
+    return None if found == none else found
 
 
 def _saved_part(state: TrainState) -> dict[str, Any]:

@@ -16,6 +16,7 @@ ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
 MethodName: TypeAlias = Literal["sgd", "momentum", "batch-clip", "ps-clip", "ps-clip-constant"]
 ScheduleName: TypeAlias = Literal["cosine", "constant"]
 EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
+ClipAtName: TypeAlias = Literal["sample", "micro-batch", "batch"]
 
 
 class UsageError(Exception):
@@ -63,6 +64,10 @@ class TaskConfig:
     """Degrees of freedom of the Student-t factor that multiplies each training image."""
     engine: EngineName = "auto"
     """How samples are clipped: vmap stacks their gradients, for reference; the others don't."""
+    accumulate: int = 1
+    """Micro-batches that each batch is worked through in, one after the other."""
+    clip_at: ClipAtName = "sample"
+    """What ps-clip clips: each sample's gradient, each micro-batch's mean, or the batch's."""
     augment: bool = False
     """Crop the training images at random and flip half of them."""
     seed: int = 0
@@ -96,6 +101,16 @@ class TrainConfig(TaskConfig):
     """Folder for the configuration, the metrics and the checkpoints."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
+    distributed: bool = False
+    """Train on all devices of several processes, each started with the same flags."""
+    coordinator: str | None = None
+    """HOST:PORT at which the first process listens; by default what the cluster tells."""
+    num_processes: int | None = None
+    """How many processes there are; by default what the cluster tells."""
+    process_id: int | None = None
+    """Which of them this is, from 0; by default what the cluster tells."""
+    distributed_timeout: int = 300
+    """Seconds after which a process that does not come, or does not answer, ends the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +176,7 @@ _RANGES = {
     "dropout": _PROPER_RATE,
     "batch_size": _COUNT,
     "momentum": _PROPER_RATE,
+    "accumulate": _COUNT,
     "beta": _ABOVE_ZERO,
     "label_noise": _Range("a number in [0, 1]", lambda x: 0 <= x <= 1),
     "pixel_df": _POSITIVE,
@@ -171,6 +187,9 @@ _RANGES = {
     "eval_every": _COUNT,
     "checkpoint_every": _COUNT,
     "log_every": _COUNT,
+    "num_processes": _COUNT,
+    "process_id": _NOT_NEGATIVE,
+    "distributed_timeout": _COUNT,
     "num_seeds": _Range("at least 3, for a standard error", lambda n: n >= 3),
     "validation_share": _Range("a number between 0 and 1", lambda x: 0 < x < 1),
     "momentum_learning_rates": _POSITIVE,
@@ -188,7 +207,8 @@ def check_config(config: TrainConfig | CompareConfig) -> None:
       config: what a command was told.
 
     Raises:
-      UsageError: a number is out of its range, or the grids of `compare` differ in size.
+      UsageError: a number is out of its range, the grids of `compare` differ in size, or flags
+        contradict each other.
 
     Example:
       >>> check_config(TrainConfig(lr=-1.0))
@@ -200,8 +220,39 @@ def check_config(config: TrainConfig | CompareConfig) -> None:
         for number in values:
             if name in _RANGES and number is not None and not _RANGES[name].contains(number):
                 raise UsageError(f"{flag(name)}: expected {_RANGES[name].expected}, got {number}")
+    if config.batch_size % config.accumulate:
+        raise UsageError(
+            f"--accumulate: expected a divisor of --batch-size {config.batch_size}, got "
+            f"{config.accumulate}"
+        )
     if isinstance(config, CompareConfig):
         _check_grids(config)
+        return
+    if config.clip_at != "sample" and not config.method.startswith("ps-clip"):
+        raise UsageError(
+            f"--clip-at: of ps-clip and ps-clip-constant alone, got {config.clip_at} with --method "
+            f"{config.method}"
+        )
+    _check_processes(config)
+
+
+def _check_processes(config: TrainConfig) -> None:
+    told = {
+        "coordinator": config.coordinator,
+        "num_processes": config.num_processes,
+        "process_id": config.process_id,
+    }
+    given = [flag(name) for name, value in told.items() if value is not None]
+    if given and not config.distributed:
+        raise UsageError(f"{given[0]}: expected --distributed with it")
+    if given and len(given) < len(told):
+        missing = [flag(name) for name, value in told.items() if value is None]
+        raise UsageError(f"{given[0]}: expected {' and '.join(missing)} with it")
+    if config.process_id is not None and config.process_id >= (config.num_processes or 0):
+        raise UsageError(
+            f"--process-id: expected less than --num-processes {config.num_processes}, got "
+            f"{config.process_id}"
+        )
 
 
 def flag(name: str) -> str:

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psclip_optax.clipped_grad import Mode
 from psclip_optax.thresholds import Threshold, constant_threshold, growing_threshold
-from psclip_optax.training.configs import MethodName, ScheduleName
+from psclip_optax.training.configs import ClipAtName, MethodName, ScheduleName, TaskConfig
 
 
 class Hyperparams(NamedTuple):
@@ -107,29 +106,54 @@ METHODS: dict[MethodName, Method] = {
 }
 
 
-def build_gradients(name: MethodName, engine: Mode) -> dict[str, Any]:
+def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
+    """The method that a name stands for: clipping at the batch is batch clipping.
+
+    Args:
+      name: one of `METHODS`.
+      clip_at: what is clipped, by the methods that clip before they average.
+
+    Returns:
+      One of `METHODS`.
+
+    Example:
+      >>> method_that_clips("ps-clip", "batch"), method_that_clips("ps-clip", "micro-batch")
+      ('batch-clip', 'ps-clip')
+    """
+    clips_before = METHODS[name].threshold is not None
+    return "batch-clip" if clips_before and clip_at == "batch" else name
+
+
+def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
     """Which gradients a method's optimizer takes.
 
     Args:
       name: one of `METHODS`.
-      engine: how samples are clipped, a mode of `psclip_optax.clipped_value_and_grad`.
+      config: names the engine, what is clipped, and in how many micro-batches.
 
     Returns:
       Arguments for `linen_train_step`. The threshold comes from the optimizer's state.
 
     Example:
-      >>> build_gradients("momentum", "auto")
-      {'gradients': 'mean'}
+      >>> build_gradients("momentum", TaskConfig(accumulate=2))
+      {'microbatch_size': 32, 'gradients': 'mean'}
     """
     threshold = METHODS[name].threshold
+    in_parts = config.accumulate > 1 or config.clip_at == "micro-batch"
+    size = {"microbatch_size": config.batch_size // config.accumulate if in_parts else None}
     if threshold is None:
-        return {"gradients": "mean"}
+        return size | {"gradients": "mean"}
 
     def threshold_from(opt_state: Any) -> Threshold:
         numbers = opt_state.hyperparams
         return threshold(numbers["threshold"], numbers["beta"])
 
-    return {"gradients": "clipped", "threshold_from": threshold_from, "mode": engine}
+    return size | {
+        "gradients": "clipped",
+        "threshold_from": threshold_from,
+        "mode": config.engine,
+        "clip_at": config.clip_at,
+    }
 
 
 def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule:

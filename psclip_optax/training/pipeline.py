@@ -126,6 +126,8 @@ def evaluation_batches(
     batch_size: int,
     mean: Sequence[float] | np.ndarray,
     std: Sequence[float] | np.ndarray,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.MapDataset[Batch]:
     """Batches of equal size that hold every example once, in order, under a mask.
 
@@ -133,14 +135,16 @@ def evaluation_batches(
 
     Args:
       split: `N` examples, images `[N, H, W, C]`.
-      batch_size: size of each batch.
+      batch_size: size of each batch, divisible by `process_count`.
       mean: `[C]`, see `train_batches`.
       std: `[C]`, see `train_batches`.
+      process_index: which contiguous slice of each batch to load.
+      process_count: how many slices there are.
 
     Returns:
-      A random-access dataset of `⌈N / batch_size⌉` dicts: `image` float32
-      `[batch_size, H, W, C]`, normalised; `label` int32 `[batch_size]`; `mask` bool
-      `[batch_size]`, false for the repetitions of the last example that fill the last batch.
+      A random-access dataset of `⌈N / batch_size⌉` dicts with `n = batch_size / process_count`
+      examples: `image` float32 `[n, H, W, C]`, normalised; `label` int32 `[n]`; `mask` bool `[n]`,
+      false for the repetitions of the last example that fill the last batch.
 
     Raises:
       ValueError: an argument is out of range, or `split` is malformed.
@@ -153,10 +157,10 @@ def evaluation_batches(
     """
     num_examples = check_split(split)
     mean, std = _as_images(split, mean, std)
-    _check_batch_size(batch_size)
+    local = _local_slice(batch_size, process_index, process_count)
 
     def load(start: int) -> Batch:
-        positions = np.arange(start, start + batch_size)
+        positions = np.arange(start + local.start, start + local.stop)
         index = np.minimum(positions, num_examples - 1)
         return {
             "image": _normalize_gathered(split.images[index], mean, std),

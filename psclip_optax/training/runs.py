@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import time
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import psclip_optax
@@ -31,6 +34,15 @@ from psclip_optax.training.configs import (
 )
 from psclip_optax.training.corruptions import corrupt
 from psclip_optax.training.datasets import Dataset, Split, load_dataset
+from psclip_optax.training.distributed import (
+    data_parallel_mesh,
+    is_first_process,
+    join_processes,
+    noticing_lost_processes,
+    replicate,
+    shard_batch,
+    wait_for_all,
+)
 from psclip_optax.training.files import make_writable_folder, to_json, write_atomically
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.methods import (
@@ -41,6 +53,7 @@ from psclip_optax.training.methods import (
     gradient_figures,
     learning_rate_of,
     learning_rate_schedule,
+    method_that_clips,
     with_hyperparams,
 )
 from psclip_optax.training.metrics import append_record, commit, cut_back, read_records
@@ -51,7 +64,19 @@ from psclip_optax.training.steps import Metrics, linen_eval_step, linen_train_st
 
 _CONFIG, _METRICS, _CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
 # What may change when a run goes on: none of it touches the parameters.
-_FREE_FIELDS = {"out", "resume", "cache_dir", "log_every", "eval_every", "checkpoint_every"}
+_FREE_FIELDS = {
+    "out",
+    "resume",
+    "cache_dir",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "distributed",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "distributed_timeout",
+}
 _EVALUATION_BATCH_SIZE = 500
 _LIBRARIES = ("jax", "jaxlib", "optax", "flax", "grain", "orbax-checkpoint", "numpy")
 
@@ -113,7 +138,12 @@ def build_task_model(config: TaskConfig, dataset: Dataset) -> nn.Module:
 
 
 def build_trainer(
-    name: MethodName, model: nn.Module, dataset: Dataset, config: TaskConfig, num_steps: int
+    name: MethodName,
+    model: nn.Module,
+    dataset: Dataset,
+    config: TaskConfig,
+    num_steps: int,
+    mesh: Mesh | None = None,
 ) -> Trainer:
     """Builds a method's initialisation and train step.
 
@@ -123,6 +153,8 @@ def build_trainer(
       dataset: gives the shape of an image.
       config: names dropout rate, momentum and schedule.
       num_steps: length of a run, for the schedule.
+      mesh: of the devices that share each batch; None for one device. A batch is then this
+        process's slice, and a step's results are on all devices.
 
     Returns:
       The trainer. A batch is a dict with `image`, `label` and `position`, as `train_batches` gives
@@ -138,22 +170,26 @@ def build_trainer(
       >>> int(state.step), int(metrics["num_samples"])
       (1, 64)
     """
+    name = method_that_clips(name, config.clip_at)
     schedule = learning_rate_schedule(config.schedule, num_steps)
     tx = build_optimizer(
         name, Hyperparams(0.0, 0.0, 1.0), momentum=config.momentum, schedule=schedule
     )
     has_dropout = config.dropout > 0
     loss = classification_loss(model, dropout=has_dropout)
-    update = linen_train_step(loss, has_aux=True, **build_gradients(name, config.engine))
+    update = linen_train_step(loss, has_aux=True, **build_gradients(name, config))
 
     def init(seed: int, hyperparams: Hyperparams) -> TrainState:
         params = _initial_params(jax.random.key(seed), model, dataset.image_shape)
         state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
         opt_state = with_hyperparams(state.opt_state, hyperparams)
         # An array from the start: a Python number would have the step compiled twice.
-        return state.replace(step=jnp.int32(0), opt_state=opt_state)
+        state = state.replace(step=jnp.int32(0), opt_state=opt_state)
+        return state if mesh is None else replicate(mesh, state)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    everywhere = None if mesh is None else NamedSharding(mesh, P())
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def compiled_step(
         state: TrainState, key: jax.Array, image: Any, label: Any, position: Any
     ) -> tuple[TrainState, Metrics]:
@@ -164,7 +200,11 @@ def build_trainer(
         return state, _named_metrics(metrics) | {"learning_rate": learning_rate}
 
     def step(state: TrainState, key: jax.Array, batch: Batch) -> tuple[TrainState, Metrics]:
-        return compiled_step(state, key, batch["image"], batch["label"], batch["position"])
+        names = ("image", "label", "position")
+        arrays = tuple(batch[name] for name in names)
+        if mesh is not None:
+            arrays, key = shard_batch(mesh, arrays), replicate(mesh, key)
+        return compiled_step(state, key, *arrays)
 
     return Trainer(init, step)
 
@@ -186,7 +226,12 @@ def dropout_key(seed: int) -> jax.Array:
 
 
 def training_batches(
-    split: Split, dataset: Dataset, config: TaskConfig, seed: int
+    split: Split,
+    dataset: Dataset,
+    config: TaskConfig,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.MapDataset[Batch]:
     """Corrupts a training split and batches it.
 
@@ -195,6 +240,8 @@ def training_batches(
       dataset: whose pixels' mean and standard deviation normalise the images.
       config: names the corruption, the batch size and the augmentation.
       seed: of the corruption and of the order.
+      process_index: which slice of each batch to load.
+      process_count: how many slices there are.
 
     Returns:
       What `train_batches` returns.
@@ -218,11 +265,13 @@ def training_batches(
         mean=dataset.pixel_mean,
         std=dataset.pixel_std,
         augment=config.augment,
+        process_index=process_index,
+        process_count=process_count,
     )
 
 
 def build_evaluation(
-    eval_step: Callable[..., Metrics], split: Split, dataset: Dataset
+    eval_step: Callable[..., Metrics], split: Split, dataset: Dataset, mesh: Mesh | None = None
 ) -> Callable[[Any], dict[str, float]]:
     """Builds the evaluation on a split.
 
@@ -230,6 +279,7 @@ def build_evaluation(
       eval_step: what `linen_eval_step` returned, for the `classification_loss` of a model.
       split: clean examples.
       dataset: whose pixels' mean and standard deviation normalise the images.
+      mesh: of the devices that share each batch, and have the parameters; None for one device.
 
     Returns:
       A function from parameters to `loss`, the mean cross-entropy, and `accuracy`.
@@ -243,17 +293,22 @@ def build_evaluation(
       >>> 0 <= figures["accuracy"] < 0.5
       True
     """
+    num_devices = 1 if mesh is None else mesh.size
     batches = evaluation_batches(
         split,
-        batch_size=_EVALUATION_BATCH_SIZE,
+        batch_size=-(-_EVALUATION_BATCH_SIZE // num_devices) * num_devices,
         mean=dataset.pixel_mean,
         std=dataset.pixel_std,
+        process_index=0 if mesh is None else jax.process_index(),
+        process_count=1 if mesh is None else jax.process_count(),
     )
 
     def evaluate(params: Any) -> dict[str, float]:
+        shares = (batch for _, batch in iterate(batches, 0, len(batches)))
+        whole = shares if mesh is None else (shard_batch(mesh, batch) for batch in shares)
         sums = [
             eval_step(params, batch["image"], batch["label"], sample_mask=batch["mask"])
-            for _, batch in iterate(batches, 0, len(batches))
+            for batch in whole
         ]
         total = {name: sum(float(part[name]) for part in sums) for name in ("loss", "aux", "count")}
         return {
@@ -298,20 +353,32 @@ def train(config: TrainConfig, console: Console) -> RunResult:
 
     Raises:
       UsageError: a number is out of range, the folder cannot be written, holds a run already, or,
-        with `resume`, holds none, another one or no intact checkpoint.
+        with `resume`, holds none, another one or no intact checkpoint, or the processes of a
+        distributed run did not come together.
       DatasetError: the dataset cannot be had.
+      ProcessLostError: another process of a distributed run ended or does not answer.
     """
     check_config(config)
     out = make_writable_folder(config.out)
     _check_folder(out, config)
     dataset = load_dataset(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
+    if config.distributed:  # after what may fail, for the others would wait for this one
+        join_processes(config)
+    with noticing_lost_processes():
+        return _train(config, dataset, out, console if is_first_process() else Console(quiet=True))
+
+
+def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Console) -> RunResult:
+    mesh = data_parallel_mesh() if config.distributed else None
+    _check_devices(config, mesh)
     model = build_task_model(config, dataset)
-    trainer = build_trainer(config.method, model, dataset, config, config.steps)
+    trainer = build_trainer(config.method, model, dataset, config, config.steps, mesh)
     eval_step = linen_eval_step(classification_loss(model), has_aux=True)
-    evaluate = build_evaluation(eval_step, dataset.test, dataset)
-    batches = training_batches(dataset.train, dataset, config, config.seed)
+    evaluate = build_evaluation(eval_step, dataset.test, dataset, mesh)
+    index, count = (jax.process_index(), jax.process_count()) if mesh else (0, 1)
+    batches = training_batches(dataset.train, dataset, config, config.seed, index, count)
     state = trainer.init(config.seed, Hyperparams(config.lr, config.alpha, config.beta))
-    if not config.resume:
+    if not config.resume and is_first_process():
         content = {"config": _resolved(config), **provenance()}
         write_atomically(out / _CONFIG, to_json(content, indent=2).encode())
     with open_checkpoints(out / _CHECKPOINTS) as manager:
@@ -321,6 +388,7 @@ def train(config: TrainConfig, console: Console) -> RunResult:
                 f"checkpoint {step} is damaged and was removed: going on from {state.step}"
             )
         state = _train_on(config, trainer, state, batches, evaluate, manager, out, console)
+    wait_for_all("end of training")
     last = [record for record in read_records(out / _METRICS) if record["kind"] == "test"][-1]
     return RunResult(out, state, last["accuracy"], last["loss"])
 
@@ -336,12 +404,14 @@ def _train_on(
     console: Console,
 ) -> TrainState:
     start = int(state.step)
-    kept = cut_back(out / _METRICS, start)
+    # Of the other processes nobody reads what they record.
+    path = out / _METRICS if is_first_process() else pathlib.Path(os.devnull)
+    kept = cut_back(path, start) if is_first_process() else []
     clock = _Clock(kept[-1]["seconds"] if kept else 0.0)
     key = dropout_key(config.seed)
     label = METHODS[config.method].label
     with (
-        (out / _METRICS).open("a", encoding="utf-8") as file,
+        path.open("a", encoding="utf-8") as file,
         reporting_progress(config.steps, console) as report,
     ):
         for index, batch in iterate(batches, start, config.steps - start):
@@ -357,9 +427,18 @@ def _train_on(
                 append_record(file, record | {"seconds": clock.seconds()})
             if _is_due(step, config.checkpoint_every, config.steps):
                 # Metrics first, so that no checkpoint is ahead of them.
-                commit(file)
+                if is_first_process():
+                    commit(file)
                 save_checkpoint(manager, state)
     return state
+
+
+def _check_devices(config: TrainConfig, mesh: Mesh | None) -> None:
+    if mesh is not None and config.batch_size % mesh.size:
+        raise UsageError(
+            f"--batch-size: expected a multiple of the {mesh.size} devices of "
+            f"{jax.process_count()} processes, got {config.batch_size}"
+        )
 
 
 class _Clock:
@@ -389,7 +468,8 @@ def _sample_keys(key: jax.Array, step: Any, positions: jax.Array) -> jax.Array:
 def _named_metrics(metrics: Metrics) -> Metrics:
     # The step's mean is over the finite losses and 0 where there is none, which would look like a
     # perfect fit in a run that diverged.
-    is_finite = metrics["num_nonfinite"] < metrics.get("num_samples", 1)
+    number = metrics.get("num_microbatches", metrics.get("num_samples", 1))
+    is_finite = metrics["num_nonfinite"] < number
     named = {name: value for name, value in metrics.items() if name != "aux"}
     return named | {
         "loss": jnp.where(is_finite, metrics["loss"], jnp.nan),

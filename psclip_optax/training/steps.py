@@ -16,7 +16,8 @@ import optax
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from psclip_optax.clipped_grad import Mode, clipped_value_and_grad
+from psclip_optax.bookkeeping.microbatches import counting
+from psclip_optax.clipped_grad import ClipAt, Mode, clipped_value_and_grad
 from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
 from psclip_optax.thresholds import Threshold
 from psclip_optax.transforms import PerSampleClipState
@@ -82,17 +83,52 @@ def _mean_gradients(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> 
     return _Computed(logs, gradients, {}, {})
 
 
-def _clipped_gradients(threshold_from: Callable[[Any], Any], mode: Mode) -> _Gradients:
+def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Gradients:
     def compute(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
         value_and_grad = clipped_value_and_grad(
-            loss, threshold_from(opt_state), has_aux=True, mode=mode, return_stats=True
+            loss,
+            threshold_from(opt_state),
+            has_aux=True,
+            mode=how.mode,
+            microbatch_size=how.microbatch_size,
+            clip_at=how.clip_at,
+            return_stats=True,
         )
+        by_sample = how.clip_at == "sample"
         (_, logs), gradients, stats = value_and_grad(
-            params, *batch.examples, sample_mask=batch.sample_mask, positions=batch.positions
+            params,
+            *batch.examples,
+            sample_mask=batch.sample_mask,
+            positions=batch.positions if by_sample else None,
         )
-        counts = _counts(stats.norms, batch.sample_mask)
-        figures = batch_figures(stats, counts, counts & jnp.isfinite(stats.norms))
-        return _Computed(logs, gradients, {}, figures._asdict())
+        counts = _counts(logs["loss"], batch.sample_mask)
+        units = counting(counts, 1 if by_sample else how.microbatch_size or counts.size)
+        figures = batch_figures(stats, units, units & jnp.isfinite(stats.norms))._asdict()
+        if not by_sample:
+            number = {"num_microbatches": figures["num_samples"]}
+            figures |= number | {"num_samples": jnp.sum(counts, dtype=jnp.int32)}
+        return _Computed(logs, gradients, {}, figures)
+
+    return _Gradients(compute, stacked=False)
+
+
+def _mean_gradients_in_parts(microbatch_size: int) -> _Gradients:
+    """Of micro-batches one after the other, none of them clipped."""
+
+    def compute(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
+        del opt_state
+        value_and_grad = clipped_value_and_grad(
+            loss,
+            jnp.inf,
+            has_aux=True,
+            microbatch_size=microbatch_size,
+            clip_at="micro-batch",
+            on_nonfinite="propagate",
+        )
+        (_, logs), gradients = value_and_grad(
+            params, *batch.examples, sample_mask=batch.sample_mask
+        )
+        return _Computed(logs, gradients, {}, {})
 
     return _Gradients(compute, stacked=False)
 
@@ -103,8 +139,16 @@ _GRADIENTS = {
 }
 
 
+class _How(NamedTuple):
+    """What `clipped_value_and_grad` is told, apart from the threshold."""
+
+    mode: Mode
+    microbatch_size: int | None
+    clip_at: ClipAt
+
+
 def _chosen_gradients(
-    name: str | None, threshold: Any, threshold_from: Callable[[Any], Any] | None, mode: Mode
+    name: str | None, threshold: Any, threshold_from: Callable[[Any], Any] | None, how: _How
 ) -> _Gradients:
     known = ", ".join(map(repr, [*_GRADIENTS, "clipped"]))
     has_threshold = threshold is not None or threshold_from is not None
@@ -117,9 +161,16 @@ def _chosen_gradients(
             f"got gradients={name!r}, {threshold=}, {threshold_from=}; per_sample_clip has its "
             "threshold in the optimizer"
         )
-    if name != "clipped":
+    if name == "clipped":
+        return _clipped_gradients(threshold_from or (lambda _: threshold), how)
+    if how.microbatch_size is None:
         return _GRADIENTS[name]
-    return _clipped_gradients(threshold_from or (lambda _: threshold), mode)
+    if name == "per_sample":
+        raise ValueError(
+            'gradients="per_sample" stacks the whole batch; microbatch_size is of "clipped" and '
+            f'"mean", got {how.microbatch_size}'
+        )
+    return _mean_gradients_in_parts(how.microbatch_size)
 
 
 def _over_samples(function: _Loss, params: Any, examples: tuple[Any, ...]) -> Any:
@@ -236,8 +287,8 @@ def _metrics(computed: _Computed, batch: _Batch, opt_state: Any) -> Metrics:
     figures = states[0]._asdict() if states else computed.figures
     figures = {name: value for name, value in figures.items() if name != "count"}
     if figures:
-        share = figures["num_clipped"] / jnp.maximum(figures["num_samples"], 1)
-        figures["clipped_share"] = share
+        number = figures.get("num_microbatches", figures["num_samples"])
+        figures["clipped_share"] = figures["num_clipped"] / jnp.maximum(number, 1)
     return _mean_logs(computed.logs, batch.sample_mask) | figures
 
 
@@ -249,6 +300,8 @@ def linen_train_step(
     threshold: Threshold | jax.typing.ArrayLike | None = None,
     threshold_from: Callable[[Any], Threshold | jax.typing.ArrayLike] | None = None,
     mode: Mode = "auto",
+    microbatch_size: int | None = None,
+    clip_at: ClipAt = "sample",
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds a jitted train step over Flax's `TrainState`.
 
@@ -267,6 +320,11 @@ def linen_train_step(
       threshold_from: Instead of it, a function from the optimizer's state to the threshold, for one
         that is scheduled or tuned.
       mode: For "clipped", as for :func:`psclip_optax.clipped_value_and_grad`.
+      microbatch_size: For "clipped" and "mean": the batch is worked through in slices of at most
+        this many samples.
+      clip_at: For "clipped": "sample", or "micro-batch" for the mean gradient of each slice;
+        `positions` then have no use, and "num_microbatches" is among the metrics, of which
+        "num_clipped" and "num_nonfinite" speak.
 
     Returns:
       `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of
@@ -300,7 +358,9 @@ def linen_train_step(
       Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
       <https://arxiv.org/abs/2605.02701>`_, 2026.
     """
-    kind = _chosen_gradients(gradients, threshold, threshold_from, mode)
+    kind = _chosen_gradients(
+        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at)
+    )
     logged_loss = _logged(loss, has_aux)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -329,6 +389,8 @@ def nnx_train_step(
     threshold: Threshold | jax.typing.ArrayLike | None = None,
     threshold_from: Callable[[Any], Threshold | jax.typing.ArrayLike] | None = None,
     mode: Mode = "auto",
+    microbatch_size: int | None = None,
+    clip_at: ClipAt = "sample",
 ) -> Callable[..., Metrics]:
     """Builds a jitted train step over an NNX model and its `nnx.Optimizer`.
 
@@ -345,6 +407,8 @@ def nnx_train_step(
       threshold: As for :func:`linen_train_step`.
       threshold_from: As for :func:`linen_train_step`.
       mode: As for :func:`linen_train_step`.
+      microbatch_size: As for :func:`linen_train_step`.
+      clip_at: As for :func:`linen_train_step`.
 
     Returns:
       `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,
@@ -374,7 +438,9 @@ def nnx_train_step(
       Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
       <https://arxiv.org/abs/2605.02701>`_, 2026.
     """
-    kind = _chosen_gradients(gradients, threshold, threshold_from, mode)
+    kind = _chosen_gradients(
+        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at)
+    )
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(

@@ -12,7 +12,7 @@ import pytest
 
 import psclip_optax as psc
 from psclip_optax.clipped_grad import Mode
-from psclip_optax.training.configs import EngineName, MethodName
+from psclip_optax.training.configs import EngineName, MethodName, TaskConfig
 from psclip_optax.training.methods import (
     METHODS,
     Hyperparams,
@@ -61,7 +61,7 @@ def optimizer(name: MethodName, point: Hyperparams) -> optax.GradientTransformat
 
 
 def mean_gradient(name: MethodName, gradients, opt_state):
-    options = build_gradients(name, "auto")
+    options = build_gradients(name, TaskConfig())
     if options["gradients"] == "mean":
         return gradients.mean(axis=0)
     clip = psc.per_sample_clip(options["threshold_from"](opt_state))

@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
+import psclip_optax as psc
 from psclip_optax.training import runs
 from psclip_optax.training.configs import TrainConfig, UsageError
 from psclip_optax.training.datasets import load_dataset
+from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.methods import Hyperparams
 from psclip_optax.training.runs import RunResult, build_task_model, build_trainer, train
 from tests.training.test_checkpoints import flip_a_bit
@@ -207,6 +210,65 @@ def test_image_of_another_size_is_refused_before_anything_is_written(tmp_path: p
     with pytest.raises(UsageError, match="--model alexnet: AlexNet takes images"):
         run(tiny(tmp_path, model="alexnet"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["momentum", "ps-clip", "batch-clip"])
+def test_accumulating_changes_no_number(method: str, tmp_path: pathlib.Path):
+    # Of what is clipped by sample, or not before the whole batch.
+    once, _ = run(tiny(tmp_path / "once", method=method))
+    in_parts, _ = run(tiny(tmp_path / "parts", method=method, accumulate=4))
+    for got, want in zip(*map(params_of, (in_parts, once)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def params_of(result: RunResult) -> list[Any]:
+    return jax.tree.leaves(result.state.params)
+
+
+def test_clipping_at_the_micro_batch_is_accumulate_clipped(tmp_path: pathlib.Path):
+    alpha, lr = 0.5, 0.1
+    result, _ = run(
+        tiny(
+            tmp_path,
+            method="ps-clip",
+            accumulate=4,
+            clip_at="micro-batch",
+            steps=1,
+            alpha=alpha,
+            lr=lr,
+        )
+    )
+    config = tiny(tmp_path)
+    digits = load_dataset("digits")
+    model = build_task_model(config, digits)
+    batch: Any = runs.training_batches(digits.train, digits, config, 0)[0]
+    init = build_trainer("momentum", model, digits, config, 1).init
+    params = init(0, Hyperparams(lr, alpha, config.beta)).params
+    loss = classification_loss(model)
+    tx = psc.accumulate_clipped(
+        optax.sgd(lr, momentum=0.9), 4, psc.growing_threshold(alpha, config.beta)
+    )
+    state = tx.init(params)
+    for i in range(0, 16, 4):
+        part = batch["image"][i : i + 4], batch["label"][i : i + 4]
+        grads = jax.grad(lambda p, x, y: jax.vmap(loss, (None, 0, 0))(p, x, y)[0].mean())(
+            params, *part
+        )
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for got, want in zip(params_of(result), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    train_record = records(tmp_path)[0]
+    assert train_record["num_microbatches"] == 4
+    assert train_record["num_samples"] == 16
+    assert 0 < train_record["clipped_share"] <= 1
+
+
+def test_clipping_at_the_batch_is_batch_clipping(tmp_path: pathlib.Path):
+    options: dict[str, Any] = {"alpha": 0.5, "accumulate": 2}
+    at_batch, _ = run(tiny(tmp_path / "at", method="ps-clip", clip_at="batch", **options))
+    expected, _ = run(tiny(tmp_path / "expected", method="batch-clip", **options))
+    assert_same_run(at_batch, expected)
 
 
 def trainer_and_batch(**changes: Any):

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from benchmarks import scaling
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scaling")
+    scaling.main(out=out, quick=True)
+    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((out / "scaling.json").read_text())
+
+
+def row_of(result, model, mode, devices):
+    [row] = [
+        row
+        for row in result["rows"]
+        if (row["model"], row["mode"], row["devices"]) == (model, mode, devices)
+    ]
+    return row
+
+
+@pytest.mark.parametrize("model", scaling.SAMPLES_PER_DEVICE)
+def test_a_plain_gradient_sends_its_parameters_once(result, model):
+    assert row_of(result, model, "plain", 1)["bytes_sent"] == 0
+    for devices in scaling.DEVICES[1:]:
+        row = row_of(result, model, "plain", devices)
+        # And the loss; XLA may sum bias gradients twice.
+        assert row["parameter_bytes"] <= row["bytes_sent"] <= 1.1 * row["parameter_bytes"] + 8
+
+
+@pytest.mark.parametrize("model", scaling.SAMPLES_PER_DEVICE)
+def test_efficiency_is_the_formula_by_hand(result, model):
+    assumed = result["assumptions"]
+    plain, ours = (row_of(result, model, mode, 8) for mode in ("plain", "one_pass"))
+    [curve] = [c for c in result["simulated"] if (c["model"], c["mode"]) == (model, "one_pass")]
+    seconds = (
+        ours["flops"] / assumed["flops_per_second"]
+        + 2 * 3 / 4 * ours["bytes_sent"] / assumed["bytes_per_second"]
+        + 2 * 2 * assumed["seconds_per_message"]
+    )
+    expected = plain["flops"] / assumed["flops_per_second"] / seconds
+    assert curve["efficiency"][curve["devices"].index(4)] == pytest.approx(expected)
+
+
+def test_too_few_devices_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling.jax, "device_count", lambda: 2)
+    with pytest.raises(SystemExit, match="JAX_NUM_CPU_DEVICES=8 python -m benchmarks.scaling"):
+        scaling.main(out=tmp_path)

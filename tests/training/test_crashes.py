@@ -1,0 +1,124 @@
+"""Whatever moment a run is killed at, what it goes on to has the bits of one never stopped."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.training.processes import assert_all_succeed, command, final_state, records, start
+
+# Every step writes a line and a checkpoint, so that most moments are in the midst of one of them.
+# Dropout, noise and crops, so that all that is drawn must be drawn again.
+FLAGS = {
+    "steps": 60,
+    "checkpoint_every": 1,
+    "eval_every": 7,
+    "dropout": 0.1,
+    "label_noise": 0.2,
+    "pixel_df": 1.5,
+    "augment": True,
+    "accumulate": 2,
+}
+NUM_KILLS = int(os.environ.get("PSCLIP_KILLS", "4"))
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert_all_succeed([start(command(out, **FLAGS))])
+    return out
+
+
+def test_killed_at_random_moments(uninterrupted: pathlib.Path, tmp_path: pathlib.Path):
+    moments = random.Random(0)
+    out, killed = tmp_path / "run", 0
+    while killed < NUM_KILLS:
+        resume = {"resume": True} if (out / "config.json").exists() else {}
+        process = start(command(out, **FLAGS, **resume))
+        # From when it has something to lose; before that, from its start.
+        if moments.random() < 0.8:
+            wait_for_a_new_line(out, process)
+        time.sleep(moments.uniform(0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            killed += 1
+        elif killed < NUM_KILLS:  # it was through: once more from a beginning
+            assert_same(out, uninterrupted)
+            shutil.rmtree(out)
+    resume = {"resume": True} if (out / "config.json").exists() else {}
+    assert_all_succeed([start(command(out, **FLAGS, **resume))])
+    assert_same(out, uninterrupted)
+
+
+def wait_for_a_new_line(out: pathlib.Path, process: subprocess.Popen[str]) -> None:
+    def size() -> int:
+        path = out / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    before, end = size(), time.monotonic() + 120
+    while size() <= before and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def assert_same(out: pathlib.Path, expected: pathlib.Path) -> None:
+    assert records(out) == records(expected)
+    for got, want in zip(final_state(out), final_state(expected), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[list[str]]:
+    """What to put before a command for a disk of 4 MiB at `tmp_path`/disk."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = f"mount -t tmpfs -o size=4m tmpfs {folder}"
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if not sys.platform.startswith("linux") or subprocess.run([*inside, mount]).returncode:
+        pytest.skip("needs leave to mount a small file system in a namespace of its own")
+    yield [*inside, f'{mount} && "$@"; status=$?; ls -A {folder}/run >&2; exit $status', "sh"]
+
+
+def test_a_full_disk_is_told_in_one_line(small_disk: list[str], tmp_path: pathlib.Path):
+    out = tmp_path / "disk" / "run"
+    argv = command(out, **{**FLAGS, "accumulate": 1, "width": 1.0, "model": "small_cnn"})
+    process = start([*small_disk, *argv])
+    _, complaint = process.communicate(timeout=300)
+    line, *left = complaint.splitlines()
+    assert process.returncode == 2, complaint
+    assert line.startswith("psclip: error: --out: cannot write to ")
+    assert "No space left on device" in line
+    assert "--resume" in line
+    assert {"config.json", "checkpoints", "metrics.jsonl"} <= set(left)
+    assert "Traceback" not in complaint
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path: pathlib.Path):
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    (folder / "config.json").write_text("theirs")
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
+    if not sys.platform.startswith("linux") or subprocess.run([*inside, mount]).returncode:
+        pytest.skip("needs leave to mount a folder read-only in a namespace of its own")
+    process = start([*inside, f'{mount} && exec "$@"', "sh", *command(folder)])
+    _, complaint = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert complaint.startswith("psclip: error: --out: cannot write to ")
+    assert "Read-only file system" in complaint
+    assert (folder / "config.json").read_text() == "theirs"

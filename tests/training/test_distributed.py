@@ -1,0 +1,101 @@
+"""Several processes train as one does, and none waits for ever for one that is gone."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.training.processes import (
+    SMALL,
+    assert_all_succeed,
+    command,
+    final_state,
+    records,
+    start,
+    start_together,
+    wait_until,
+)
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert_all_succeed([start(command(out))])
+    return out
+
+
+def assert_same_run(out: pathlib.Path, expected: pathlib.Path):
+    # Sums over processes have another order: equal but for rounding.
+    for got, want in zip(final_state(out), final_state(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    got, want = records(out), records(expected)
+    assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in want]
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(*([r[k] for k in a if k != "kind"] for r in (a, b)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_processes_train_as_one(number: int, alone: pathlib.Path, tmp_path: pathlib.Path):
+    printed = assert_all_succeed(start_together(number, tmp_path))
+    assert "Test accuracy" in printed[0]
+    for output in printed[1:]:  # what sums over processes says of itself apart
+        assert all(line.startswith("[Gloo]") for line in output.splitlines())
+    assert_same_run(tmp_path, alone)
+
+
+def test_a_process_that_dies_ends_the_run_and_others_go_on_from_its_checkpoint(
+    alone: pathlib.Path, tmp_path: pathlib.Path
+):
+    running = start_together(2, tmp_path, checkpoint_every=1, distributed_timeout=20)
+    first, second = running
+    wait_until(lambda: (tmp_path / "checkpoints" / "3" / "digests.json").exists())
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, complaint = first.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    assert first.returncode != 0
+    assert "psclip: error: process 0 of 2: another one ended" in complaint
+    assert "--resume" in complaint
+    assert records(tmp_path)[-1]["step"] < SMALL["steps"]
+    # Other numbers of processes: those that are left, and more than there were.
+    assert_all_succeed([start(command(tmp_path, resume=True))])
+    assert_same_run(tmp_path, alone)
+
+
+def test_the_number_of_processes_may_change(alone: pathlib.Path, tmp_path: pathlib.Path):
+    running = start(command(tmp_path, checkpoint_every=1))
+    wait_until(lambda: (tmp_path / "checkpoints" / "3" / "digests.json").exists())
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert_all_succeed(start_together(2, tmp_path, resume=True))
+    assert_same_run(tmp_path, alone)
+
+
+def test_a_process_that_stays_alone_says_so(tmp_path: pathlib.Path):
+    started = time.monotonic()
+    first, second = start_together(2, tmp_path, distributed_timeout=5)
+    first.kill()
+    first.communicate()
+    _, complaint = second.communicate(timeout=120)
+    assert time.monotonic() - started < 100
+    assert second.returncode != 0
+    assert "--distributed" in complaint or "distributed service" in complaint
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(tmp_path: pathlib.Path):
+    running = start_together(2, tmp_path, batch_size=15)
+    for process in running:
+        _, complaint = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert (
+            "--batch-size: expected a multiple of the 2 devices of 2 processes, got 15" in complaint
+        )
+    assert not (tmp_path / "config.json").exists()
