@@ -45,8 +45,8 @@ class Assumptions(NamedTuple):
 ASSUMPTIONS = Assumptions()
 NOTE = (
     "FLOPs and bytes are of one device, from XLA's count of the program compiled for all of them "
-    "and from its text; ratios to the plain gradient's at as many devices. Each device has the same "
-    "number of samples, whatever their number. Nothing is timed: the devices are virtual."
+    "and from its text; ratios to the plain gradient's at as many devices. Each device has as many "
+    "samples, whatever the number of devices. Nothing is timed: the devices are virtual."
 )
 MODEL = (
     f"Simulated: a device computes {ASSUMPTIONS.flops_per_second / 1e12:.0f} TFLOP/s, and all "
@@ -185,7 +185,7 @@ def main(
     """
     if jax.device_count() < DEVICES[-1]:
         raise SystemExit(
-            f"expected {DEVICES[-1]} devices, found {jax.device_count()}; on a CPU they are made by "
+            f"expected {DEVICES[-1]} devices, found {jax.device_count()}; a CPU has them with "
             f"JAX_NUM_CPU_DEVICES={DEVICES[-1]} python -m benchmarks.scaling"
         )
     size = "small" if quick else "full"

@@ -22,8 +22,9 @@ class PlanRow:
     Attributes:
       parameter: its path in the tree of parameters.
       shape: its dtype and shape.
-      route: "plain" (of a micro-batch's mean loss, with clip_at="micro-batch"), "direct" (its gradient is made for each sample by automatic differentiation), "dense",
-        "conv", "embedding" or "tied" (norms from what enters and leaves each site).
+      route: "direct" (its gradient is made for each sample by automatic differentiation), "dense",
+        "conv", "embedding" or "tied" (norms from what enters and leaves each site); "plain" where
+        micro-batches are clipped.
       num_sites: how many times it enters the loss, the steps of a scan counted once.
       extra_flops: floating-point operations for the norms of a batch, as XLA counts them.
       extra_bytes: what a batch keeps until the norms are known, beyond a plain gradient.

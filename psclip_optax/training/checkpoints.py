@@ -5,11 +5,15 @@ Orbax itself restores a checkpoint with a flipped bit without a word, as other p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
@@ -23,6 +27,7 @@ from psclip_optax.training.files import to_json, write_atomically
 
 _DIGESTS = "digests.json"
 _NUM_KEPT = 3
+_MIB = 2**20
 
 
 class Restored(NamedTuple):
@@ -65,6 +70,9 @@ def save_checkpoint(manager: ocp.CheckpointManager, state: TrainState) -> None:
       manager: what `open_checkpoints` returned.
       state: the state, named by its step.
 
+    Raises:
+      OSError: the disk has no room for it; nothing was written.
+
     Example:
       >>> import tempfile, jax.numpy as jnp, optax
       >>> state = TrainState.create(apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1))
@@ -74,6 +82,7 @@ def save_checkpoint(manager: ocp.CheckpointManager, state: TrainState) -> None:
       Array([1., 1.], dtype=float32)
     """
     step = int(state.step)
+    _check_room(manager, state)
     manager.save(step, args=ocp.args.StandardSave(_saved_part(state)))
     wait_for_all(f"checkpoint {step}")
     if is_first_process():
@@ -112,6 +121,14 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
     for step in damaged:
         manager.delete(step)
     return Restored(restored, damaged)
+
+
+def _check_room(manager: ocp.CheckpointManager, state: TrainState) -> None:
+    # Before Orbax starts, all of whose tasks would tell that they failed.
+    free = shutil.disk_usage(manager.directory).free if is_first_process() else 0
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_saved_part(state)))
+    if told_by_first_process(free // _MIB) < needed // _MIB + 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(manager.directory))
 
 
 def _newest_intact(manager: ocp.CheckpointManager, steps: list[int]) -> int | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import pathlib
+import re
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -82,6 +86,46 @@ def make_writable_folder(folder: pathlib.Path) -> pathlib.Path:
         raise UsageError(
             f"--out: cannot write to {folder}: {error.strerror}; choose another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def noticing_what_cannot_be_written(folder: pathlib.Path) -> Iterator[None]:
+    """Turns the errors of a disk that is full, or gone, into one line.
+
+    Args:
+      folder: what is written to.
+
+    Raises:
+      UsageError: something could not be written.
+
+    Example:
+      >>> import errno
+      >>> with noticing_what_cannot_be_written(pathlib.Path("run")):
+      ...     raise OSError(errno.ENOSPC, "No space left on device")
+      Traceback (most recent call last):
+      psclip_optax.training.configs.UsageError: --out: cannot write to run: No space left on ...
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _why_not_written(error)
+        if reason is None:
+            raise
+        # Each of Orbax's tasks that failed would tell it again, with a traceback.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise UsageError(
+            f"--out: cannot write to {folder}: {reason}; the checkpoints before are whole: make "
+            "room, and go on with --resume"
+        ) from error
+
+
+def _why_not_written(error: BaseException | None) -> str | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, beneath Orbax
+    if code:
+        return os.strerror(int(code[1]))
+    return None if error is None else _why_not_written(error.__cause__ or error.__context__)
 
 
 def _plain(value: Any) -> Any:

@@ -43,7 +43,12 @@ from psclip_optax.training.distributed import (
     shard_batch,
     wait_for_all,
 )
-from psclip_optax.training.files import make_writable_folder, to_json, write_atomically
+from psclip_optax.training.files import (
+    make_writable_folder,
+    noticing_what_cannot_be_written,
+    to_json,
+    write_atomically,
+)
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.methods import (
     METHODS,
@@ -381,7 +386,7 @@ def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Co
     if not config.resume and is_first_process():
         content = {"config": _resolved(config), **provenance()}
         write_atomically(out / _CONFIG, to_json(content, indent=2).encode())
-    with open_checkpoints(out / _CHECKPOINTS) as manager:
+    with noticing_what_cannot_be_written(out), open_checkpoints(out / _CHECKPOINTS) as manager:
         state, damaged = restore_newest(manager, state)
         for step in damaged:
             console.print(

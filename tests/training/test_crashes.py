@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ FLAGS = {
     "augment": True,
     "accumulate": 2,
 }
+RESUME = {"resume": True}
 NUM_KILLS = int(os.environ.get("PSCLIP_KILLS", "4"))
 
 pytestmark = pytest.mark.timeout(1800)
@@ -45,7 +46,7 @@ def test_killed_at_random_moments(uninterrupted: pathlib.Path, tmp_path: pathlib
     moments = random.Random(0)
     out, killed = tmp_path / "run", 0
     while killed < NUM_KILLS:
-        resume = {"resume": True} if (out / "config.json").exists() else {}
+        resume = RESUME if (out / "config.json").exists() else {}
         process = start(command(out, **FLAGS, **resume))
         # From when it has something to lose; before that, from its start.
         if moments.random() < 0.8:
@@ -58,7 +59,7 @@ def test_killed_at_random_moments(uninterrupted: pathlib.Path, tmp_path: pathlib
         elif killed < NUM_KILLS:  # it was through: once more from a beginning
             assert_same(out, uninterrupted)
             shutil.rmtree(out)
-    resume = {"resume": True} if (out / "config.json").exists() else {}
+    resume = RESUME if (out / "config.json").exists() else {}
     assert_all_succeed([start(command(out, **FLAGS, **resume))])
     assert_same(out, uninterrupted)
 
@@ -82,41 +83,47 @@ def assert_same(out: pathlib.Path, expected: pathlib.Path) -> None:
 # Disks
 
 
-@pytest.fixture
-def small_disk(tmp_path: pathlib.Path) -> Iterator[list[str]]:
-    """What to put before a command for a disk of 4 MiB at `tmp_path`/disk."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = f"mount -t tmpfs -o size=4m tmpfs {folder}"
-    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if not sys.platform.startswith("linux") or subprocess.run([*inside, mount]).returncode:
-        pytest.skip("needs leave to mount a small file system in a namespace of its own")
-    yield [*inside, f'{mount} && "$@"; status=$?; ls -A {folder}/run >&2; exit $status', "sh"]
+def in_own_mounts(script: str, *arguments: str) -> list[str]:
+    """A command that runs a shell script where its mounts are its own."""
+    return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *arguments]
 
 
-def test_a_full_disk_is_told_in_one_line(small_disk: list[str], tmp_path: pathlib.Path):
-    out = tmp_path / "disk" / "run"
-    argv = command(out, **{**FLAGS, "accumulate": 1, "width": 1.0, "model": "small_cnn"})
-    process = start([*small_disk, *argv])
-    _, complaint = process.communicate(timeout=300)
-    line, *left = complaint.splitlines()
-    assert process.returncode == 2, complaint
-    assert line.startswith("psclip: error: --out: cannot write to ")
-    assert "No space left on device" in line
-    assert "--resume" in line
-    assert {"config.json", "checkpoints", "metrics.jsonl"} <= set(left)
-    assert "Traceback" not in complaint
+def needs_leave_to(mount: str) -> None:
+    if not sys.platform.startswith("linux") or subprocess.run(in_own_mounts(mount)).returncode:
+        pytest.skip(f"needs leave to mount, as in: {mount}")
+
+
+def test_a_full_disk_is_told_in_one_line_and_room_lets_it_go_on(tmp_path: pathlib.Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=2m tmpfs {disk}"
+    needs_leave_to(mount)
+    flags = {"width": 1.0, "model": "small_cnn", "steps": 8, "checkpoint_every": 1}
+    first, then = (shlex.join(command(disk / "run", **flags, **more)) for more in ({}, RESUME))
+    script = f"""
+        {mount} && {first} 2> {tmp_path}/complaint
+        echo $? > {tmp_path}/status
+        mount -o remount,size=64m {disk} && {then} && cp -r {disk}/run {tmp_path}/resumed
+    """
+    process = start(in_own_mounts(script))
+    process.communicate(timeout=300)
+    complaint = (tmp_path / "complaint").read_text()
+    assert (tmp_path / "status").read_text() == "2\n"
+    assert complaint.count("\n") == 1, complaint
+    assert complaint.startswith(f"psclip: error: --out: cannot write to {disk}/run: No space left")
+    assert "--resume" in complaint
+    assert process.returncode == 0
+    assert_all_succeed([start(command(tmp_path / "whole", **flags))])
+    assert_same(tmp_path / "resumed", tmp_path / "whole")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path: pathlib.Path):
     folder = tmp_path / "read-only"
     folder.mkdir()
     (folder / "config.json").write_text("theirs")
-    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
-    if not sys.platform.startswith("linux") or subprocess.run([*inside, mount]).returncode:
-        pytest.skip("needs leave to mount a folder read-only in a namespace of its own")
-    process = start([*inside, f'{mount} && exec "$@"', "sh", *command(folder)])
+    needs_leave_to(mount)
+    process = start(in_own_mounts(f'{mount} && exec "$@"', *command(folder)))
     _, complaint = process.communicate(timeout=300)
     assert process.returncode == 2
     assert complaint.startswith("psclip: error: --out: cannot write to ")
