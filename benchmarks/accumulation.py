@@ -216,7 +216,7 @@ def main(
     result = {"machine": describe_machine(), "rounds": rounds, "note": NOTE, "rows": rows}
     console = Console()
     if not console.is_terminal:
-        console.width = 104  # the table's
+        console.width = 112  # the table's
     console.print(to_table(result))
     out.mkdir(parents=True, exist_ok=True)
     (out / "accumulation.json").write_text(json.dumps(result, indent=2) + "\n")

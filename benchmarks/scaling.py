@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import step
+from benchmarks.engine import count_flops, step
 from benchmarks.stacked_traffic import describe, describe_machine
 from tests.collectives import num_bytes
 from tests.models import ZOO
@@ -31,7 +31,7 @@ from tests.models import ZOO
 DEVICES = (1, 2, 4, 8)
 SIMULATED = tuple(2**i for i in range(13))
 SAMPLES_PER_DEVICE = {"alexnet": 128, "gpt_tied": 16}
-MODES = {"plain": "#666666", "one_pass": "#0072B2", "two_pass": "#009E73"}
+MODES = {"plain": "#666666", "one_pass": "#0072B2"}
 
 
 class Assumptions(NamedTuple):
@@ -44,9 +44,10 @@ class Assumptions(NamedTuple):
 
 ASSUMPTIONS = Assumptions()
 NOTE = (
-    "FLOPs and bytes are of one device, from XLA's count of the program compiled for all of them "
-    "and from its text; ratios to the plain gradient's at as many devices. Each device has as many "
-    "samples, whatever the number of devices. Nothing is timed: the devices are virtual."
+    "FLOPs and bytes are of one device, from XLA's count of the program compiled for all of them, "
+    "each step of a loop counted, and from its text; ratios to the plain gradient's at as many "
+    "devices. Each device has as many samples, whatever the number of devices. Nothing is timed: "
+    "the devices are virtual."
 )
 MODEL = (
     f"Simulated: a device computes {ASSUMPTIONS.flops_per_second / 1e12:.0f} TFLOP/s, and all "
@@ -63,10 +64,10 @@ def measure(name: str, mode: str, num_devices: int, size: str) -> dict[str, Any]
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
     everywhere, by_sample = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     batch = jax.device_put(model.batch(per_device * num_devices), by_sample)
-    arguments = (jax.device_put((model.params, np.float32(1)), everywhere), batch)
-    (params, alpha), batch = arguments
-    lowered = jax.jit(step(model.loss, mode), out_shardings=None).lower(params, alpha, *batch)  # pyright: ignore[reportArgumentType]
-    program = lowered.compile()
+    params = jax.device_put(model.params, everywhere)
+    arguments = (params, np.float32(1), *batch)
+    function = step(model.loss, mode)  # pyright: ignore[reportArgumentType]
+    program = jax.jit(function).lower(*arguments).compile()
     text = program.as_text()
     analysis: Any = program.cost_analysis()
     return {
@@ -74,10 +75,22 @@ def measure(name: str, mode: str, num_devices: int, size: str) -> dict[str, Any]
         "mode": mode,
         "devices": num_devices,
         "samples_per_device": per_device,
-        "flops": float(analysis["flops"]),
+        "flops_of_loops_once": float(analysis["flops"]),
+        "flops": count_flops(function, arguments) if num_devices == 1 else 0.0,
         "bytes_sent": num_bytes(text or ""),
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
     }
+
+
+def with_flops(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of several devices too, from what each computes relative to one that is alone."""
+    alone = {(r["model"], r["mode"]): r for r in rows if r["devices"] == 1}
+
+    def flops(row: dict[str, Any]) -> float:
+        one = alone[row["model"], row["mode"]]
+        return one["flops"] * row["flops_of_loops_once"] / one["flops_of_loops_once"]
+
+    return [row | {"flops": flops(row)} for row in rows]
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,7 +169,7 @@ def draw(result: dict[str, Any]) -> Figure:
         for curve in (c for c in result["simulated"] if c["model"] == model):
             style = {
                 "color": MODES[curve["mode"]],
-                "marker": "o^s"[list(MODES).index(curve["mode"])],
+                "marker": "o^"[list(MODES).index(curve["mode"])],
             }
             axes.plot(curve["devices"], curve["efficiency"], label=curve["mode"], **style)
         axes.set_xscale("log", base=2)
@@ -190,7 +203,7 @@ def main(
         )
     size = "small" if quick else "full"
     points = [(name, mode, d) for name in SAMPLES_PER_DEVICE for mode in MODES for d in DEVICES]
-    rows = with_ratios([measure(*point, size) for point in points])
+    rows = with_ratios(with_flops([measure(*point, size) for point in points]))
     result = {
         "machine": describe_machine(),
         "note": NOTE,

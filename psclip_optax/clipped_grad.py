@@ -88,7 +88,8 @@ def clipped_value_and_grad(
         memory, not the result.
       mode: "one_pass" is the fastest; "two_pass" takes about a plain gradient's memory: by the
         shapes, one pass over the batch or over two to four slices of it, or, where more slices
-        would be needed (as of many rematerialised layers), one forward pass and two backward;
+        would be needed (as of many rematerialised layers) or devices may share the batch, one
+        forward pass and two backward;
         "vmap" stacks gradients, for reference; "auto" is "one_pass" if, by an estimate, it fits
         into ``memory_limit_bytes``, else "two_pass".
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts

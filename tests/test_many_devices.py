@@ -268,6 +268,18 @@ def test_zoo_is_that_of_one_device_and_sends_no_more_than_a_plain_gradient(name,
         assert sent <= 1.5 * by_plain + 16 * n, f"{sent} against {by_plain}"
 
 
+@pytest.mark.as_is
+@pytest.mark.parametrize("name", ["alexnet", "gpt", "lstm"])
+def test_two_passes_send_the_gradient_once_as_users_have_them(name):
+    n, layout = 16, "data parallel"
+    model = ZOO[name]("small")
+    params, batch = placed(mesh_of(layout), layout, model.params, model.batch(n))
+    f = jax.jit(psc.clipped_value_and_grad(model.loss, THRESHOLD, mode="two_pass"))
+    sent = num_elements(f.lower(params, *batch).compile().as_text())
+    plain = plain_gradient(model.loss).lower(params, *batch).compile().as_text()
+    assert sent <= 1.5 * num_elements(plain) + 16 * n
+
+
 def gathering(mesh, loss):
     """As fully sharded parameters are used: each is gathered where it is used, not the samples."""
 

@@ -121,20 +121,24 @@ def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int
     fits = sum(estimate.kept.values()) <= most_kept
     wanted = 1 if fits else max(1, -(-estimate.of_one_pass // max(estimate.saved, 1)))
     few = _even_slices(range(wanted, MOST_SLICES + 1), num_samples)
-    if few:
+    # Devices that share the batch would sum up each slice's gradient.
+    if few and (few[0] == 1 or not _may_be_shared(num_samples)):
         return few[0]
     would_keep = sum(estimate.kept[weight] for weight in others)
     if would_keep <= most_kept:
         return None
-    return _even_slices(range(1, wanted + 1), num_samples)[-1]
+    return few[0] if few else _even_slices(range(1, wanted + 1), num_samples)[-1]
 
 
 def _even_slices(numbers: Iterable[int], num_samples: int) -> list[int]:
     """Those numbers of slices that leave samples where they are, should devices share them."""
-    num_devices = jax.device_count()
-    if num_devices == 1 or num_samples % num_devices:
+    if not _may_be_shared(num_samples):
         return [number for number in numbers if number <= num_samples]
-    return [number for number in numbers if num_samples % (number * num_devices) == 0]
+    return [number for number in numbers if num_samples % (number * jax.device_count()) == 0]
+
+
+def _may_be_shared(num_samples: int) -> bool:
+    return jax.device_count() > 1 and num_samples % jax.device_count() == 0
 
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
