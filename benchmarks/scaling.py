@@ -221,6 +221,5 @@ def main(
 
 
 if __name__ == "__main__":
-    if jax.config.jax_platforms in (None, "", "cpu"):  # before JAX starts; of no use to a GPU
-        jax.config.update("jax_num_cpu_devices", DEVICES[-1])
+    jax.config.update("jax_num_cpu_devices", DEVICES[-1])  # before JAX starts
     tyro.cli(main)

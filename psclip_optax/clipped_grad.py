@@ -269,10 +269,11 @@ def _call(loss: Any, params: Any, batch: tuple[Any, ...], settings: _Settings) -
 def _out_specs(params: Any, batch: tuple[Any, ...], settings: _Settings) -> Any:
     """How value, gradients and figures are sharded where parameters and batch are so by type."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
-    by_sample = meshes.samples_spec(leaves, axes_of_leaves(settings.in_axes, batch))
-    by_unit = by_sample if settings.clip_at == "sample" else P()
-    value = (P(), by_sample) if settings.has_aux else P()
-    return value, meshes.specs_of(params), ClipStats(by_unit, by_unit, P(), P())
+    everywhere: Any = P()
+    by_sample: Any = meshes.samples_spec(leaves, axes_of_leaves(settings.in_axes, batch))
+    by_unit = by_sample if settings.clip_at == "sample" else everywhere
+    value = (everywhere, by_sample) if settings.has_aux else everywhere
+    return value, meshes.specs_of(params), ClipStats(by_unit, by_unit, everywhere, everywhere)
 
 
 def _checked_size(name: str, size: int | None) -> int | None:
