@@ -202,7 +202,8 @@ def main(
             f"JAX_NUM_CPU_DEVICES={DEVICES[-1]} python -m benchmarks.scaling"
         )
     size = "small" if quick else "full"
-    points = [(name, mode, d) for name in SAMPLES_PER_DEVICE for mode in MODES for d in DEVICES]
+    numbers = (1, DEVICES[-1]) if quick else DEVICES
+    points = [(name, mode, d) for name in SAMPLES_PER_DEVICE for mode in MODES for d in numbers]
     rows = with_ratios(with_flops([measure(*point, size) for point in points]))
     result = {
         "machine": describe_machine(),

@@ -61,6 +61,9 @@ def with_auto_axes(
       arguments: the trees.
       mesh: of the Explicit axes.
       out_specs: a prefix of the tree that the function returns.
+
+    Raises:
+      ValueError: the function closes over arrays on Explicit axes.
     """
     leaves, treedef = jax.tree.flatten(arguments)
     is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
@@ -76,4 +79,13 @@ def with_auto_axes(
         lambda spec: NamedSharding(mesh, spec), out_specs, is_leaf=lambda node: isinstance(node, P)
     )
     arrays = [leaf for is_one, leaf in zip(is_array, leaves, strict=True) if is_one]
-    return jax.sharding.auto_axes(of_arrays, out_sharding=shardings)(*arrays)
+    try:
+        return jax.sharding.auto_axes(of_arrays, out_sharding=shardings)(*arrays)
+    except ValueError as error:
+        if "context mesh" not in str(error):
+            raise
+        raise ValueError(
+            "of arrays on a mesh with Explicit axes gradients are clipped with Auto axes, but the "
+            "loss or the threshold closes over some: pass them as arguments (a batch argument that "
+            "all samples share has in_axes=None)"
+        ) from error

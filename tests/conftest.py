@@ -9,6 +9,9 @@ from psclip_optax.bookkeeping import passes
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
+# Nearly all the time goes into compiling programs that run once. What LLVM would do to them the
+# benchmarks measure, which compare gradients as well.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Compiling takes as long as it takes. On a build server a failure must be seen again by whoever
 # looks for it, elsewhere new examples are worth more.

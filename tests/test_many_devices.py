@@ -139,6 +139,39 @@ def test_explicit_mesh(mode, size, layout, is_set):
             assert_same(f(params, *batch, sample_mask=mask), expected)
 
 
+def test_explicit_mesh_with_a_traced_threshold_under_vmap_and_not_jitted():
+    with enable_x64(True):
+        params, batch = vectors()
+        f = psc.clipped_value_and_grad(vector_loss, 1.0, return_stats=True)
+        expected = f(params, *batch, threshold=psc.growing_threshold(0.5, 1.5))
+        mesh = mesh_of("tensor parallel", AxisType.Explicit)
+        params, batch = placed(mesh, "tensor parallel", params, batch)
+
+        def call(params, alpha, *batch):
+            return f(params, *batch, threshold=psc.growing_threshold(alpha, 1.5))
+
+        got = jax.jit(call)(params, 0.5, *batch)
+        assert_same(got, expected)
+        assert [leaf.sharding.spec for leaf in jax.tree.leaves(got[1])] == [
+            leaf.sharding.spec for leaf in jax.tree.leaves(params)
+        ]
+        assert got[2].norms.sharding.spec == P("data")
+        assert_same(call(params, 0.5, *batch), expected)
+        twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+        both = jax.jit(jax.vmap(call, (0, None, *[None] * len(batch))))(twice, 0.5, *batch)
+        assert_same(jax.tree.map(lambda leaf: leaf[1], both), expected)
+        assert "dense" in str(f.explain(params, *batch))
+
+
+def test_explicit_mesh_that_the_loss_closes_over_is_refused():
+    params, batch = vectors()
+    mesh = mesh_of("data parallel", AxisType.Explicit)
+    params, batch = placed(mesh, "data parallel", params, batch)
+    f = psc.clipped_value_and_grad(lambda w, x, y: vector_loss(params | {"w": w}, x, y), 1.0)
+    with pytest.raises(ValueError, match=r"closes over some: pass them as arguments.*in_axes=None"):
+        jax.jit(f)(params["w"], *batch)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_stack(layout, axis_type):

@@ -14,6 +14,7 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
@@ -126,7 +127,8 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
 def _check_room(manager: ocp.CheckpointManager, state: TrainState) -> None:
     # Before Orbax starts, all of whose tasks would tell that they failed.
     free = shutil.disk_usage(manager.directory).free if is_first_process() else 0
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_saved_part(state)))
+    leaves = jax.tree.leaves(_saved_part(state))
+    needed = sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in leaves)
     if told_by_first_process(free // _MIB) < needed // _MIB + 1:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(manager.directory))
 

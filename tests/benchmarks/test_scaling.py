@@ -25,16 +25,14 @@ def row_of(result, model, mode, devices):
 @pytest.mark.parametrize("model", scaling.SAMPLES_PER_DEVICE)
 def test_a_plain_gradient_sends_its_parameters_once(result, model):
     assert row_of(result, model, "plain", 1)["bytes_sent"] == 0
-    for devices in scaling.DEVICES[1:]:
-        row = row_of(result, model, "plain", devices)
-        # And the loss; what a tied table gets from both its uses is summed over devices apart.
-        assert row["parameter_bytes"] <= row["bytes_sent"] <= 1.2 * row["parameter_bytes"]
+    row = row_of(result, model, "plain", 8)
+    # And the loss; what a tied table gets from both its uses is summed over devices apart.
+    assert row["parameter_bytes"] <= row["bytes_sent"] <= 1.2 * row["parameter_bytes"]
 
 
 @pytest.mark.parametrize("model", scaling.SAMPLES_PER_DEVICE)
-@pytest.mark.parametrize("devices", scaling.DEVICES[1:])
-def test_clipping_sends_and_computes_little_more(result, model, devices):
-    row = row_of(result, model, "one_pass", devices)
+def test_clipping_sends_and_computes_little_more(result, model):
+    row = row_of(result, model, "one_pass", 8)
     assert row["bytes_sent_ratio"] < 1.05
     assert 0.9 < row["flops_ratio"] < 1.4
 

@@ -50,21 +50,26 @@ def test_processes_train_as_one(number: int, alone: pathlib.Path, tmp_path: path
     assert_same_run(tmp_path, alone)
 
 
-def test_a_process_that_dies_ends_the_run_and_others_go_on_from_its_checkpoint(
-    alone: pathlib.Path, tmp_path: pathlib.Path
+@pytest.mark.parametrize(
+    ("how", "who"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSTOP, 1)]
+)
+def test_a_lost_process_ends_the_run_and_one_process_goes_on_from_its_checkpoint(
+    how: signal.Signals, who: int, alone: pathlib.Path, tmp_path: pathlib.Path
 ):
-    running = start_together(2, tmp_path, checkpoint_every=1, distributed_timeout=20)
-    first, second = running
+    running = start_together(2, tmp_path, checkpoint_every=1, distributed_timeout=10)
     wait_until(lambda: (tmp_path / "checkpoints" / "3" / "digests.json").exists())
-    second.send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    _, complaint = first.communicate(timeout=120)
-    assert time.monotonic() - killed < 60
-    assert first.returncode != 0
-    assert "psclip: error: process 0 of 2: another one ended" in complaint
-    assert "--resume" in complaint
+    running[who].send_signal(how)
+    lost = time.monotonic()
+    left = running[1 - who]
+    _, complaint = left.communicate(timeout=120)
+    assert time.monotonic() - lost < 60
+    assert left.returncode != 0
+    ours = f"psclip: error: process {1 - who} of 2: another one ended or does not answer"
+    # Where JAX's coordination notices first, it ends the process with its own words.
+    assert (ours in complaint and "--resume" in complaint) or "another task died" in complaint
+    running[who].kill()
+    running[who].communicate()
     assert records(tmp_path)[-1]["step"] < SMALL["steps"]
-    # Other numbers of processes: those that are left, and more than there were.
     assert_all_succeed([start(command(tmp_path, resume=True))])
     assert_same_run(tmp_path, alone)
 
