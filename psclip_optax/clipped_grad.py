@@ -97,7 +97,9 @@ def clipped_value_and_grad(
         the square of whose norm leaves its dtype's range (1.8e19 in float32). "propagate" lets it
         through.
       axis_name: under ``jax.shard_map``, the mesh axis (or axes) over which the batch is sharded:
-        positions run on over the devices, and value, gradients and counts are of the whole batch.
+        positions run on over the devices, and value, gradients and counts are of the whole batch,
+        the same on all (``out_specs`` of ``P()``); norms, scales and aux are of a device's samples
+        (``P(axis_name)``).
       spmd_axis_name: passed to :func:`jax.vmap`, for sharding constraints inside the loss.
       return_stats: whether to return a ``psc.ClipStats`` as well.
       memory_limit_bytes: for "auto"; by default what the device has, where it tells.

@@ -219,7 +219,7 @@ def per_sample_clip(
         gradients twice, the least possible; so does "drop" when all are finite.
       axis_name: under :func:`jax.shard_map`, the mesh axis (or axes) over which the samples are
         sharded: positions run on over the devices, and the result and the state are the whole
-        batch's, the same on all of them.
+        batch's, the same on all of them (``out_specs`` of ``P()``).
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update takes

@@ -9,14 +9,20 @@ from psclip_optax.bookkeeping import passes
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
-# Nearly all the time goes into compiling programs that run once. What LLVM would do to them the
-# benchmarks measure, which compare gradients as well.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # Compiling takes as long as it takes. On a build server a failure must be seen again by whoever
 # looks for it, elsewhere new examples are worth more.
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def few_optimizations(request):
+    """For nearly all the time goes into compiling what runs once; but not of tests marked so.
+
+    What LLVM does to programs the benchmarks see, which compare gradients as well.
+    """
+    jax.config.update("jax_disable_most_optimizations", "optimized" not in request.keywords)
 
 
 @pytest.fixture(autouse=True)

@@ -176,10 +176,10 @@ def test_micro_batches_do_not_change_the_result(mode, size, bad):
     )
     (value, aux), grads, stats = jax.jit(whole)(PARAMS, x, y, sample_mask=mask)
     (value_, aux_), grads_, stats_ = jax.jit(sliced)(PARAMS, x, y, sample_mask=mask)
-    assert_close(grads_, grads, 1e-6)
-    np.testing.assert_allclose(value_, value, rtol=1e-6)
+    assert_close(grads_, grads, 1e-5)
+    np.testing.assert_allclose(value_, value, rtol=1e-5)
     np.testing.assert_array_equal(aux_["y"], aux["y"])
-    np.testing.assert_allclose(stats_.norms, stats.norms, rtol=1e-6, equal_nan=True)
+    np.testing.assert_allclose(stats_.norms, stats.norms, rtol=1e-5, equal_nan=True)
     assert int(stats_.num_nonfinite) == int(stats.num_nonfinite) == bad
 
 

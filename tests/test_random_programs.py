@@ -26,6 +26,9 @@ from tests.random_programs import (
     shortened,
 )
 
+# Without its optimizations XLA's CPU backend aborts on some of the programs.
+pytestmark = pytest.mark.optimized
+
 # In chunks, so that pytest-xdist spreads them.
 NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 20, 10
 SEEDS_OF_A_CHUNK = 10**6

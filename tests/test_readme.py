@@ -121,6 +121,18 @@ def test_links_lead_to_files(target: str):
     assert (ROOT / target).is_file()
 
 
+def test_costs_of_accumulation_are_those_of_the_committed_measurement():
+    rows = json.loads((ROOT / "benchmarks/results/accumulation.json").read_text())["rows"]
+    ours = [row for row in rows if "accumulate_clipped" in row["case"]]
+    said = " ".join(README.split())
+    for row in (row for row in ours if row["part"] == "train step"):
+        low, middle, high = row["ratio_quartiles"]
+        assert f"{middle:.2f} ({low:.2f}–{high:.2f})" in said
+        assert f"with {row['samples']}" in said
+    (update,) = (row for row in ours if row["part"] == "update")
+    assert f"move {update['bytes_ratio']:.2f} times the bytes" in said
+
+
 @pytest.mark.parametrize(
     ("to_markdown", "path"),
     [

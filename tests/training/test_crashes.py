@@ -96,9 +96,9 @@ def needs_leave_to(mount: str) -> None:
 def test_a_full_disk_is_told_in_one_line_and_room_lets_it_go_on(tmp_path: pathlib.Path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = f"mount -t tmpfs -o size=2m tmpfs {disk}"
+    mount = f"mount -t tmpfs -o size=6m tmpfs {disk}"
     needs_leave_to(mount)
-    flags = {"width": 1.0, "model": "small_cnn", "steps": 8, "checkpoint_every": 1}
+    flags = {"width": 2.0, "steps": 8, "checkpoint_every": 1}
     first, then = (shlex.join(command(disk / "run", **flags, **more)) for more in ({}, RESUME))
     script = f"""
         {mount} && {first} 2> {tmp_path}/complaint
