@@ -179,7 +179,8 @@ def test_micro_batches_do_not_change_the_result(mode, size, bad):
     assert_close(grads_, grads, 1e-5)
     np.testing.assert_allclose(value_, value, rtol=1e-5)
     np.testing.assert_array_equal(aux_["y"], aux["y"])
-    np.testing.assert_allclose(stats_.norms, stats.norms, rtol=1e-5, equal_nan=True)
+    # The loss of some cancels, and with it their norm.
+    np.testing.assert_allclose(stats_.norms, stats.norms, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert int(stats_.num_nonfinite) == int(stats.num_nonfinite) == bad
 
 
