@@ -14,6 +14,7 @@ from tests.collectives import collectives, moving_operations, num_bytes, num_ele
 from tests.models import ZOO
 from tests.numerics import assert_close, enable_x64
 
+set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # JAX < 0.8
 MODES = ["one_pass", "two_pass", "vmap"]
 LAYOUTS = ["data parallel", "sharded parameters", "tensor parallel"]
 THRESHOLD = psc.growing_threshold(0.5, 1.5)
@@ -135,7 +136,7 @@ def test_explicit_mesh(mode, size, layout, is_set):
         if not is_set:
             assert_same(f(params, *batch, sample_mask=mask), expected)
             return
-        with jax.set_mesh(mesh):
+        with set_mesh(mesh):
             assert_same(f(params, *batch, sample_mask=mask), expected)
 
 
