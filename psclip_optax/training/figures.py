@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _COLOURS = {"momentum": "#0072B2", "batch-clip": "#E69F00", "ps-clip": "#009E73"}
@@ -45,6 +45,10 @@ def draw_comparison(result: dict[str, Any]) -> Figure:
     over_steps.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _draw_accuracy(over_seconds, methods, "seconds")
     over_seconds.set(xlabel="Training time (s, log scale)", xscale="log")
+    # Within one decade Matplotlib labels the ticks between, which then run into one another.
+    over_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    over_seconds.xaxis.set_major_formatter("{x:g}")
+    over_seconds.xaxis.set_minor_formatter(NullFormatter())
     over_seconds.tick_params(labelleft=False)
     _draw_norms(norms, result["norms"], result["config"]["batch_size"])
     handles, labels = over_steps.get_legend_handles_labels()
