@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.extend import core
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -37,6 +36,7 @@ from benchmarks.stacked_traffic import (
     quartiles,
     time_interleaved,
 )
+from psclip_optax.bookkeeping.flops import count_flops
 from tests.models import ZOO, Model, Size, gpt
 
 Mode = Literal["plain", "one_pass", "two_pass", "vmap"]
@@ -164,50 +164,6 @@ def compile_interleaved(
             before = programs[mode].compile_seconds if mode in programs else []
             programs[mode] = Program(compiled, [*before, time.perf_counter() - start])
     return programs
-
-
-# FLOPs
-
-
-def count_flops(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-    """Floating-point operations of a call, each step of a scan counted.
-
-    Args:
-      function: what would be compiled; its loops are scans (a `while` of its own counts once).
-      arguments: arrays, or trees of them.
-
-    Returns:
-      XLA's count, after every scan of the traced function is unrolled.
-    """
-    # XLA counts the body of a loop once. The count is of the program before XLA's passes: those of
-    # the CPU backend turn a scatter into one more loop, which would count once as well, and a body
-    # of hundreds of steps takes minutes to compile. Where the zoo has no loop, it is within 0.3 %
-    # of the compiled program's; stacks, which XLA simplifies more, within 4 %.
-    traced = jax.make_jaxpr(function)(*arguments)
-    unrolled = core.jaxpr_as_fun(traced.replace(jaxpr=unroll_scans(traced.jaxpr)))
-    analysis: Any = jax.jit(unrolled).lower(*jax.tree.leaves(arguments)).cost_analysis()
-    return float(analysis["flops"])
-
-
-def unroll_scans(jaxpr: Any) -> Any:
-    return jaxpr.replace(eqns=[_unroll_equation(eqn) for eqn in jaxpr.eqns])
-
-
-def _unroll_equation(eqn: Any) -> Any:
-    params = {name: _unroll_inside(value) for name, value in eqn.params.items()}
-    if eqn.primitive.name == "scan":
-        params["unroll"] = max(1, params["length"])
-    return eqn.replace(params=params)
-
-
-def _unroll_inside(value: Any) -> Any:
-    if isinstance(value, core.ClosedJaxpr):
-        return value.replace(jaxpr=unroll_scans(value.jaxpr))
-    if isinstance(value, core.Jaxpr):
-        return unroll_scans(value)
-    if type(value) is tuple:  # the branches of a condition
-        return tuple(map(_unroll_inside, value))
-    return value
 
 
 # Errors

@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import count_flops, step
+from benchmarks.engine import step
 from benchmarks.stacked_traffic import describe, describe_machine
+from psclip_optax.bookkeeping.flops import count_flops
 from tests.collectives import num_bytes
 from tests.models import ZOO
 

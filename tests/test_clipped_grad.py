@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping import passes
+from psclip_optax.bookkeeping import contract, passes
 from tests.models import ZOO
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing
 
@@ -538,6 +538,18 @@ def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypat
 def test_slices_leave_each_device_as_many_samples(num_devices, num_samples, numbers, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: num_devices)
     assert passes._even_slices(range(1, 9), num_samples) == numbers
+
+
+def test_explain_counts_every_layer_of_a_scan_and_every_part_of_a_batch(monkeypatch):
+    def flops(name):
+        model = ZOO[name]("small")
+        plan = psc.clipped_value_and_grad(model.loss, 1.0).explain(model.params, *model.batch(4))
+        return sum(row.extra_flops for row in plan.rows if "kernel" in row.parameter)
+
+    once = flops("gpt_tied")
+    assert flops("gpt_scanned") == pytest.approx(once, rel=0.01)
+    monkeypatch.setattr(contract, "_MOST_AT_ONCE", 1)
+    assert flops("gpt_tied") == pytest.approx(once, rel=0.05)
 
 
 def test_explain_names_routes_and_the_line_that_made_a_fallback():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from psclip_optax.bookkeeping import contract
+from psclip_optax.bookkeeping.flops import count_flops
 from psclip_optax.bookkeeping.memory import entering, kept_bytes_of, leaving
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
 
@@ -179,11 +180,6 @@ def _flops(plan: LeafPlan, kind: Any, num_samples: int, dtype: Any) -> float:
         return contract.weighted_sum(plan, kind, x, dy, jnp.ones(num_samples, dtype))
 
     if plan.is_radial:
-        return _counted(norms, *both)
+        return count_flops(norms, both)
     made = {"own": [norms], "separable": [norms, gradients], "none": [gradients]}[plan.norm]
-    return sum(_counted(function, *both) for function in made)
-
-
-def _counted(function: Any, *arguments: Any) -> float:
-    analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
-    return float(analysis.get("flops", 0))
+    return sum(count_flops(function, both) for function in made)
