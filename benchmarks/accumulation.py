@@ -8,7 +8,6 @@ of AlexNet, and the optimizer's update alone, against optax.MultiSteps without c
 
 from __future__ import annotations
 
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,11 +18,10 @@ import jax.numpy as jnp
 import optax
 import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.stacked_traffic import describe, describe_machine, quartiles
+from benchmarks.stacked_traffic import describe, describe_machine, publish, quartiles
 from tests.models import ZOO, Model
 
 NUM_MICROBATCHES = 8
@@ -109,12 +107,14 @@ def time_windows(cases: dict[str, Compiled], rounds: int) -> dict[str, list[floa
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def measure(model: Model, num_samples: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    model: Model, num_samples: int, rounds: int, parts: tuple[str, ...]
+) -> list[dict[str, Any]]:
     batch = model.batch(num_samples)
     gradients = jax.jit(jax.grad(mean_loss(model.loss)))(model.params, *batch)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     rows = []
-    for part in PARTS:
+    for part in parts:
         cases = {
             name: train_step(model, tx, batch)
             if part == "train step"
@@ -210,17 +210,12 @@ def main(
     """
     model = ZOO["alexnet"]("small" if quick else "full")
     sizes, rounds = ((4,), 3) if quick else (samples, rounds)
-    rows = [row for size in sizes for row in measure(model, size, rounds)]
+    step, _ = PARTS
     # The update alone does not depend on the samples.
-    rows = [r for r in rows if r["part"] == "train step" or r["samples"] == sizes[-1]]
+    parts = [(size, PARTS if size == sizes[-1] else (step,)) for size in sizes]
+    rows = [row for size, own in parts for row in measure(model, size, rounds, own)]
     result = {"machine": describe_machine(), "rounds": rounds, "note": NOTE, "rows": rows}
-    console = Console()
-    if not console.is_terminal:
-        console.width = 112  # the table's
-    console.print(to_table(result))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "accumulation.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(result).savefig(out / "accumulation.png", dpi=160)
+    publish(out, "accumulation", result, [to_table(result)], draw(result), width=112)
 
 
 if __name__ == "__main__":

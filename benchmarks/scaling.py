@@ -9,7 +9,6 @@ simulated weak-scaling curve to 4,096 devices under the assumptions that it stat
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -20,11 +19,10 @@ import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engine import step
-from benchmarks.stacked_traffic import describe, describe_machine
+from benchmarks.stacked_traffic import describe, describe_machine, publish
 from psclip_optax.bookkeeping.flops import count_flops
 from tests.collectives import num_bytes
 from tests.models import ZOO
@@ -213,13 +211,8 @@ def main(
         "rows": rows,
         "simulated": simulate(rows),
     }
-    console = Console()
-    if not console.is_terminal:
-        console.width = 104  # the tables'
-    console.print(to_table(result), simulated_table(result))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scaling.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(result).savefig(out / "scaling.png", dpi=160)
+    tables = [to_table(result), simulated_table(result)]
+    publish(out, "scaling", result, tables, draw(result), width=104)
 
 
 if __name__ == "__main__":

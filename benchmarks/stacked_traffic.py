@@ -195,6 +195,24 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def publish(
+    out: pathlib.Path,
+    name: str,
+    result: dict[str, Any],
+    tables: list[Table],
+    figure: Figure,
+    width: int,
+) -> None:
+    """Prints the tables, as wide as they are, and writes the result and the figure."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    console.print(*tables)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    figure.savefig(out / f"{name}.png", dpi=160)
+
+
 def main(
     out: pathlib.Path = pathlib.Path(__file__).parent / "results",
     repeats: int = 15,
@@ -215,13 +233,7 @@ def main(
         for row in measure(n, size, dtype, repeats)
     ]
     result = {"machine": describe_machine(), "repeats": repeats, "note": NOTE, "rows": rows}
-    console = Console()
-    if not console.is_terminal:
-        console.width = 104  # the table's
-    console.print(to_table(result))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "stacked_traffic.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(result).savefig(out / "stacked_traffic.png", dpi=160)
+    publish(out, "stacked_traffic", result, [to_table(result)], draw(result), width=104)
 
 
 if __name__ == "__main__":

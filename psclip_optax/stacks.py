@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 
 _PUT_IT_FIRST = (
     "per_sample_clip changes shapes, so it is the first link of a chain, and whatever accumulates, "
@@ -108,9 +107,7 @@ def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> No
 
 
 def warn_if_beyond_memory(stack: Stack) -> None:
-    """Before the allocator fails: while the stack is traced, when nothing of it is there yet."""
-    if not isinstance(stack.leaves[0], Tracer):
-        return
+    """Before the allocator fails: of a stack that is traced nothing is there yet."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in stack.leaves)
     memory = _memory_of_devices()
     if memory is not None and size > memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -51,3 +52,9 @@ def assert_close(actual: Any, expected: Any, rtol: float, floor: float = 0.0) ->
         allowed = rtol * scale + np.finfo(np.float32).tiny
         np.testing.assert_array_less(np.abs(got - want), allowed, strict=False)
         assert np.isfinite(got).all()
+
+
+def in_float64(tree: Any) -> Any:
+    """The same with its floating-point leaves in float64."""
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if is_float(leaf) else leaf, tree)

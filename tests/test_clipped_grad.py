@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 import psclip_optax as psc
 from psclip_optax.bookkeeping import contract, passes
 from tests.models import ZOO
-from tests.numerics import assert_close, clipped_mean, enable_x64, growing
+from tests.numerics import assert_close, clipped_mean, enable_x64, growing, in_float64
 
 MODES = ["one_pass", "two_pass", "vmap"]
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.3], [-0.7, 1.1]]), "b": jnp.array([0.1, -0.2])}
@@ -26,11 +26,6 @@ def loss(params, x, y):
 def heavy_batch(n, seed=0):
     keys = jax.random.split(jax.random.key(seed), 2)
     return jax.random.t(keys[0], 1.5, (n, 3)), 3 * jax.random.t(keys[1], 1.5, (n,))
-
-
-def in_float64(tree):
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if is_float(leaf) else leaf, tree)
 
 
 def stacked_gradients(loss, params, batch):

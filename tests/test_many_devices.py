@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import psclip_optax as psc
 from tests.collectives import collectives, moving_operations, num_bytes, num_elements
 from tests.models import ZOO
-from tests.numerics import assert_close, enable_x64
+from tests.numerics import assert_close, enable_x64, in_float64
 
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # JAX < 0.8
 MODES = ["one_pass", "two_pass", "vmap"]
@@ -41,11 +41,6 @@ def params_sharding(mesh, layout, leaf):
 def placed(mesh, layout, params, batch):
     shardings = jax.tree.map(functools.partial(params_sharding, mesh, layout), params)
     return jax.device_put(params, shardings), jax.device_put(batch, NamedSharding(mesh, P("data")))
-
-
-def in_float64(tree):
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if is_float(leaf) else leaf, tree)
 
 
 # A sequence through a look-up and a product, and a vector through two products
@@ -93,6 +88,10 @@ def assert_same(got, expected):
     assert int(expected[2].num_nonfinite) == 1
 
 
+def in_words(options):
+    return "-".join(map(str, options.values()))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "options",
@@ -104,7 +103,7 @@ def assert_same(got, expected):
         {"mode": "one_pass", "microbatch_size": 5},
         {"clip_at": "micro-batch", "microbatch_size": 4},
     ],
-    ids=lambda options: "-".join(map(str, options.values())),
+    ids=in_words,
 )
 def test_sharded_by_jit(layout, options):
     with enable_x64(True):
@@ -215,7 +214,7 @@ def specs_of_stats():
         {"mode": "vmap", "microbatch_size": 2},
         {"clip_at": "micro-batch", "microbatch_size": 2},
     ],
-    ids=lambda options: "-".join(map(str, options.values())),
+    ids=in_words,
 )
 def test_shard_map(options, masked, check_vma):
     build = functools.partial(
