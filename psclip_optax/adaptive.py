@@ -273,7 +273,7 @@ def quantile_threshold(
         bins = jnp.round((jnp.log2(norms) - _LOWEST_LOG2) * _BINS_PER_OCTAVE)
         bins = jnp.clip(bins, 0, _NUM_BINS - 1).astype(int)
         seen = jnp.bincount(bins, weights=counts.astype(norms.dtype), length=_NUM_BINS)
-        return QuantileState(decay * state.counts + seen)
+        return QuantileState(state.counts * decay + seen)
 
     return AdaptiveThreshold(init, threshold, _updating(observe))
 
