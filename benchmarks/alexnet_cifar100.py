@@ -1,0 +1,403 @@
+"""Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
+
+    python -m benchmarks.alexnet_cifar100 --data-dir FOLDER --runs FOLDER
+
+Six methods, each with 12 trials on 45,000 training images, the best of which by the accuracy on the
+other 5,000 is trained again from five seeds and tested. Every finished run is a JSON file under
+--runs; the same command goes on where it was stopped. Prints tables and writes them to
+benchmarks/results as alexnet_cifar100.json and .png.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import statistics
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import psclip_optax as psc
+from benchmarks.accumulation import (
+    NUM_MICROBATCHES,
+    Compiled,
+    compiled,
+    mean_loss,
+    time_windows,
+)
+from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
+from benchmarks.stacked_traffic import describe, describe_machine, publish, quartiles
+from benchmarks.tuned import (
+    SAMPLE_NORM,
+    batch_clipping_grid,
+    best_numbers,
+    describe_difference,
+    describe_numbers,
+    enlarged_digits,
+    growing_grid,
+    paired_difference,
+    raised,
+    test_accuracy,
+    tidy,
+    validation_accuracy,
+)
+from psclip_optax.training.datasets import Dataset, load_dataset
+from psclip_optax.training.files import to_json, write_atomically
+from psclip_optax.training.losses import classification_loss
+from psclip_optax.training.models import build_model
+from psclip_optax.training.summary import estimate
+
+NUM_VALIDATION = 5_000
+BASELINES = ("SGD", "momentum", "batch clipping")
+RATES = (0.01, 0.025, 0.06, 0.15)
+BETA = 2.0
+
+NOTE = (
+    "Chosen: the best of 12 trials by validation accuracy; tested with other seeds, 95% intervals "
+    "of differences paired by seed (Student's t). The best baseline is chosen by its test "
+    "accuracy, in its favour. Times are of one run's steps, interleaved: ratios to the plain "
+    "gradient's, median (quartiles)."
+)
+
+
+class Method(NamedTuple):
+    """A method's grid, and how it is drawn.
+
+    Attributes:
+      grid: 12 points.
+      colour: in figures.
+      marker: in figures.
+    """
+
+    grid: tuple[Numbers, ...]
+    colour: str
+    marker: str
+
+
+def build_methods(batch_size: int) -> dict[str, Method]:
+    """Twelve points for every method: rates alone, or four rates by three thresholds."""
+    rates = np.geomspace(RATES[0] / 2.5, 2 * RATES[-1], 12).tolist()
+    constant = [
+        Numbers(rate, threshold=tau)
+        for tau in (1.0, 5.0, 25.0)
+        for rate in raised(RATES, SAMPLE_NORM / tau)
+    ]
+    # σ̂ is about the norm itself, and the mean of k^{2/3} over the batch is 0.6 n^{2/3}.
+    automatic = [
+        Numbers(rate, scale=scale)
+        for scale in (0.005, 0.03, 0.2)
+        for rate in raised(RATES, 1 / (scale * 0.6 * batch_size ** (2 / 3)))
+    ]
+    after = batch_clipping_grid(RATES, (0.25, 1.0, 4.0))
+    growing = growing_grid(RATES, (0.2, 1.0, 5.0), BETA, batch_size)
+    return {
+        "SGD": Method(tuple(Numbers(10 * rate, momentum=0.0) for rate in rates), "#999999", "v"),
+        "momentum": Method(tuple(map(Numbers, rates)), "#000000", "o"),
+        "batch clipping": Method(tuple(after), "#D55E00", "s"),
+        "per-sample, constant": Method(tuple(constant), "#56B4E9", "^"),
+        "per-sample, growing": Method(tuple(growing), "#0072B2", "D"),
+        "per-sample, automatic": Method(tuple(automatic), "#009E73", "P"),
+    }
+
+
+def tuning_runs(methods: dict[str, Method], noise: str, epochs: int, setting: Setting) -> list[Run]:
+    return [
+        Run("tune", name, noise, numbers, epochs, 0, setting)
+        for name, method in methods.items()
+        for numbers in method.grid
+    ]
+
+
+def final_runs(
+    chosen: dict[str, Numbers], noise: str, epochs: int, seeds: int, setting: Setting
+) -> list[Run]:
+    return [
+        # Seed 0 chose the numbers.
+        Run("final", name, noise, numbers, epochs, seed, setting, keeps_norms=seed == 1)
+        for name, numbers in chosen.items()
+        for seed in range(1, seeds + 1)
+    ]
+
+
+def time_steps(width: float, batch_size: int, num_classes: int, size: int, rounds: int) -> Any:
+    """Seconds of a train step of one run, by how its gradient is made."""
+    model = build_model("alexnet", num_classes, width=width)
+    key = jax.random.key(0)
+    images = jax.random.normal(key, (batch_size, size, size, 3))
+    labels = jax.random.randint(key, (batch_size,), 0, num_classes)
+    params = model.init(key, images[:1])["params"]
+    plain = classification_loss(model)
+    momentum = optax.sgd(0.01, momentum=0.9)
+    stacked = optax.chain(psc.per_sample_clip(psc.growing_threshold(1.0, BETA)), momentum)
+
+    def loss(params: Any, image: jax.Array, label: Any) -> jax.Array:
+        return plain(params, image, label)[0]
+
+    engine = psc.clipped_grad(loss, psc.growing_threshold(1.0, BETA), mode="one_pass")
+    ways = {
+        "plain": (jax.grad(mean_loss(loss)), momentum),
+        "engine": (engine, momentum),
+        "vmap": (jax.vmap(jax.grad(loss), (None, 0, 0)), stacked),
+    }
+
+    def build(gradient: Any, tx: Any) -> Compiled:
+        def step(state: Any, *batch: Any) -> Any:
+            params, opt_state = state
+            updates, opt_state = tx.update(gradient(params, *batch), opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        state = jax.tree.map(jnp.copy, (params, tx.init(params)))
+        return Compiled(compiled(step, state, (images, labels)), state, (images, labels))
+
+    seconds = time_windows({name: build(*way) for name, way in ways.items()}, rounds)
+    return {
+        name: {
+            "seconds_quartiles": [q / NUM_MICROBATCHES for q in quartiles(own)],
+            "ratio_quartiles": quartiles(
+                [t / b for t, b in zip(own, seconds["plain"], strict=True)]
+            ),
+        }
+        for name, own in seconds.items()
+    }
+
+
+def in_one_go(
+    runs: dict[str, list[Run]], data: Data, num_classes: int, **options: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of all runs, by noise, trained as if they were one list."""
+    all_runs = list(itertools.chain(*runs.values()))
+    records = iter(run_all(all_runs, data, num_classes, **options))
+    return {noise: [next(records) for _ in own] for noise, own in runs.items()}
+
+
+def timed_once(
+    folder: pathlib.Path, width: float, batch_size: int, dataset: Dataset, rounds: int
+) -> dict[str, Any]:
+    """`time_steps`, kept beside the runs, for it belongs to the machine that trained them."""
+    path = folder / f"steps-width_{width:g}-batch_{batch_size}.json"
+    if not path.exists():
+        size = dataset.image_shape[0]
+        steps = time_steps(width, batch_size, dataset.num_classes, size, rounds)
+        steps = {"machine": describe_machine(), "ways": steps}
+        write_atomically(path, to_json(steps, indent=1).encode())
+    return json.loads(path.read_text())
+
+
+def summarize(
+    tuned: list[dict[str, Any]], finals: list[dict[str, Any]], chosen: dict[str, Numbers]
+) -> dict[str, Any]:
+    """What is kept of the runs of one noise."""
+    methods = {}
+    for name, numbers in chosen.items():
+        own = [record for record in finals if record["method"] == name]
+        curves = [record["curves"]["test_accuracy"] for record in own]
+        methods[name] = {
+            "chosen": numbers._asdict(),
+            "trials": [
+                {"numbers": r["numbers"], "validation_accuracy": validation_accuracy(r)}
+                for r in tuned
+                if r["method"] == name
+            ],
+            "test_accuracies": list(map(test_accuracy, own)),
+            "test_curves": curves,
+            "clipped_share": statistics.fmean(r["curves"]["clipped_share"][-1] for r in own),
+            "batch_clipped": statistics.fmean(r["curves"]["batch_clipped"][-1] for r in own),
+            "quantiles": {
+                when: np.mean([r["curves"]["quantiles"][place] for r in own], axis=0).tolist()
+                for when, place in (("first", 0), ("last", -1))
+            },
+        }
+    best = max(BASELINES, key=lambda name: statistics.fmean(methods[name]["test_accuracies"]))
+    for own in methods.values():
+        own["difference"] = paired_difference(
+            own["test_accuracies"], methods[best]["test_accuracies"]
+        )
+    return {"best_baseline": best, "methods": methods}
+
+
+def to_tables(result: dict[str, Any]) -> list[Table]:
+    return [steps_table(result), *(noise_table(result, noise) for noise in result["noises"])]
+
+
+def steps_table(result: dict[str, Any]) -> Table:
+    machine = describe(result["steps"]["machine"])
+    table = Table(title=machine, caption=NOTE, caption_justify="left")
+    table.add_column("gradient of a train step", no_wrap=True)
+    for name in ("ms", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in result["steps"]["ways"].items():
+        low, middle, high = row["ratio_quartiles"]
+        ms = f"{1e3 * row['seconds_quartiles'][1]:.2f}"
+        table.add_row(name, ms, f"{middle:.2f} ({low:.2f}–{high:.2f})")
+    return table
+
+
+def noise_table(result: dict[str, Any], noise: str) -> Table:
+    table = Table(title=f"{noise}: test accuracy, %")
+    table.add_column("method", no_wrap=True)
+    table.add_column("chosen", no_wrap=True)
+    best = result["noises"][noise]["best_baseline"]
+    for name in ("mean ± s.e.", f"against {best} (95%)", "clipped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, own in result["noises"][noise]["methods"].items():
+        table.add_row(name, describe_numbers(own["chosen"]), *figures(name, own, best))
+    return table
+
+
+def figures(name: str, own: dict[str, Any], best: str) -> tuple[str, str, str]:
+    """Accuracy, difference to the best baseline, and clipped share, in words."""
+    mean, error = estimate(own["test_accuracies"])
+    clipped = own["batch_clipped"] if name == "batch clipping" else own["clipped_share"]
+    return (
+        f"{100 * mean:.2f} ± {100 * error:.2f}",
+        "" if name == best else describe_difference(own["difference"]),
+        f"{clipped:.0%}",
+    )
+
+
+def draw(result: dict[str, Any], styles: dict[str, Method]) -> Figure:
+    noises = result["noises"]
+    figure = Figure(figsize=(14, 3.6 * len(noises) + 0.6), layout="constrained")
+    rows = figure.subplots(len(noises), 3, squeeze=False)
+    for row, (noise, found) in zip(rows, noises.items(), strict=True):
+        draw_curves(row[0], found["methods"], styles, dict.fromkeys(styles, 1.0), "epoch")
+        row[0].set_ylabel(f"{noise}: test accuracy, %")
+        minutes = {name: seconds_of_epoch(result, name) / 60 for name in styles}
+        draw_curves(row[1], found["methods"], styles, minutes, "minutes of training, by the engine")
+        name = "per-sample, growing"
+        slow = {name: minutes[name] * vmap_ratio(result)}
+        draw_curves(row[1], {name: found["methods"][name]}, styles, slow, "", dashed=True)
+        draw_trials(row[2], found["methods"], styles)
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(styles), frameon=False)
+    figure.suptitle(describe(result["machine"]), fontsize=10)
+    return figure
+
+
+def vmap_ratio(result: dict[str, Any]) -> float:
+    steps = result["steps"]["ways"]
+    return steps["vmap"]["seconds_quartiles"][1] / steps["engine"]["seconds_quartiles"][1]
+
+
+def seconds_of_epoch(result: dict[str, Any], name: str) -> float:
+    way = "engine" if name.startswith("per-sample") else "plain"
+    seconds = result["steps"]["ways"][way]["seconds_quartiles"][1]
+    return result["protocol"]["steps_per_epoch"] * seconds
+
+
+def draw_curves(
+    axes: Axes,
+    methods: dict[str, Any],
+    styles: dict[str, Method],
+    unit: dict[str, float],
+    label: str,
+    *,
+    dashed: bool = False,
+) -> None:
+    for name, own in methods.items():
+        curves = 100 * np.array(own["test_curves"], float)
+        measured = np.isfinite(curves[0])
+        x = unit[name] * (1 + np.flatnonzero(measured))
+        mean = curves[:, measured].mean(axis=0)
+        error = curves[:, measured].std(axis=0, ddof=1) / len(curves) ** 0.5
+        style = {"color": styles[name].colour, "linewidth": 1.6}
+        axes.plot(x, mean, "--" if dashed else "-", label="_" if dashed else name, **style)
+        axes.fill_between(x, mean - error, mean + error, alpha=0.2, color=styles[name].colour)
+        axes.plot(x[-1], mean[-1], styles[name].marker, color=styles[name].colour)
+    if label:
+        axes.set_xlabel(label)
+    tidy(axes)
+
+
+def draw_trials(axes: Axes, methods: dict[str, Any], styles: dict[str, Method]) -> None:
+    for name, own in methods.items():
+        rates = [trial["numbers"]["learning_rate"] for trial in own["trials"]]
+        values = [100 * trial["validation_accuracy"] for trial in own["trials"]]
+        axes.plot(rates, values, styles[name].marker, color=styles[name].colour, alpha=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate of a trial")
+    axes.set_ylabel("validation accuracy, %")
+    tidy(axes)
+
+
+def main(
+    data_dir: pathlib.Path | None = None,
+    runs: pathlib.Path = pathlib.Path("alexnet_cifar100_runs"),
+    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    width: float = 0.25,
+    epochs: int = 30,
+    tuning_epochs: int = 10,
+    seeds: int = 5,
+    noises: tuple[str, ...] = tuple(NOISES),
+    batch_size: int = 128,
+    together: int = 1,
+    dtype: str = "float32",
+    seconds: float = float("inf"),
+    quick: bool = False,
+) -> None:
+    """Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
+
+    Args:
+      data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
+      runs: folder of the finished runs.
+      out: folder for alexnet_cifar100.json and alexnet_cifar100.png.
+      width: multiplies AlexNet's channels and hidden sizes.
+      epochs: of the runs that are tested.
+      tuning_epochs: of the trials.
+      seeds: of the runs that are tested, at least 2.
+      noises: what becomes of the training data, one comparison each.
+      batch_size: samples in a step.
+      together: runs that are trained at once; 1 on a CPU, dozens on a GPU.
+      dtype: of the forward and backward pass.
+      seconds: begin nothing after so much time; the same command goes on.
+      quick: digits, a tiny net and few runs, to see that the benchmark works.
+    """
+    if quick:
+        width, epochs, tuning_epochs, seeds, batch_size = 0.05, 2, 1, 2, 32
+        noises, together = noises[:1], 12
+    dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
+    data = load_data(dataset, 200 if quick else NUM_VALIDATION)
+    setting = Setting(width, batch_size, augment=not quick, dtype=dtype)
+    methods = build_methods(batch_size)
+    options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
+    trials = {noise: tuning_runs(methods, noise, tuning_epochs, setting) for noise in noises}
+    tuned = in_one_go(trials, data, dataset.num_classes, **options)
+    chosen = {
+        noise: {name: best_numbers(tuned[noise], trials[noise], name) for name in methods}
+        for noise in noises
+    }
+    tests = {noise: final_runs(chosen[noise], noise, epochs, seeds, setting) for noise in noises}
+    tested = in_one_go(tests, data, dataset.num_classes, **options)
+    steps = timed_once(runs, width, batch_size, dataset, rounds=3 if quick else 9)
+    result = {
+        "machine": tested[noises[0]][0]["machine"],
+        "note": NOTE,
+        "protocol": {
+            "width": width,
+            "epochs": epochs,
+            "tuning_epochs": tuning_epochs,
+            "seeds": seeds,
+            "trials": {name: len(method.grid) for name, method in methods.items()},
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "steps_per_epoch": len(data.train.images) // batch_size,
+        },
+        "steps": steps,
+        "noises": {
+            noise: summarize(tuned[noise], tested[noise], chosen[noise]) for noise in noises
+        },
+    }
+    publish(out, "alexnet_cifar100", result, to_tables(result), draw(result, methods), width=120)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,224 @@
+"""Where does per-sample clipping win, and where does it not?
+
+    python -m benchmarks.clipping_map --data-dir FOLDER --runs FOLDER
+
+AlexNet on CIFAR-100 around one setting, of which batch size, momentum, noise and length change. In
+each cell three methods get six trials each, and the winners three more seeds. Every finished run
+is a JSON file under --runs; the same command goes on where it was stopped. Prints a table and
+writes it to benchmarks/results as clipping_map.json and .png.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
+from benchmarks.stacked_traffic import describe, publish
+from benchmarks.tuned import (
+    batch_clipping_grid,
+    best_numbers,
+    describe_difference,
+    describe_numbers,
+    enlarged_digits,
+    growing_grid,
+    paired_difference,
+    test_accuracy,
+    tidy,
+)
+from psclip_optax.training.datasets import load_dataset
+from psclip_optax.training.summary import estimate
+
+BETA = 2.0
+METHODS = ("no clipping", "batch clipping", "per-sample, growing")
+COLOURS = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
+NOTE = (
+    "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
+    "per-sample clipping to each other method are paired by seed, with 95% intervals (Student's t)."
+)
+
+
+class Cell(NamedTuple):
+    """One condition.
+
+    Attributes:
+      noise: one of NOISES.
+      batch_size: samples in a step.
+      momentum: its decay.
+      epochs: of every run.
+    """
+
+    noise: str
+    batch_size: int
+    momentum: float
+    epochs: int
+
+    def label(self) -> str:
+        momentum = f"momentum {self.momentum:g}" if self.momentum else "no momentum"
+        return f"{self.noise}, n = {self.batch_size}, {momentum}, {self.epochs} epochs"
+
+
+def build_cells(epochs: int, quick: bool) -> list[Cell]:
+    """Every noise with and without momentum; batch sizes; a third and three times the length."""
+    if quick:
+        return [Cell("clean", 32, 0.9, 1), Cell("40% labels", 32, 0.0, 1)]
+    base = [Cell(noise, 128, momentum, epochs) for momentum in (0.9, 0.0) for noise in NOISES]
+    sizes = [
+        Cell(noise, size, 0.9, epochs) for size in (32, 512) for noise in ("clean", "heavy pixels")
+    ]
+    lengths = [Cell("40% labels", 128, 0.9, length) for length in (epochs // 3, 3 * epochs)]
+    return [*base, *lengths, *sizes]
+
+
+def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
+    """Six points a method. A step of momentum m is about 1 / (1 − m) times as long."""
+    # Steps of larger batches may be longer; by the root, as their noise is smaller.
+    unit = (cell.batch_size / 128) ** 0.5 * (1 - cell.momentum) / (1 - 0.9)
+    few = tuple(rate * unit for rate in (0.015, 0.04, 0.1))
+    many = [rate * unit for rate in np.geomspace(0.006, 0.2, 6)]
+    own: dict[str, Any] = {"momentum": cell.momentum}
+    return {
+        "no clipping": [Numbers(rate, **own) for rate in many],
+        "batch clipping": batch_clipping_grid(few, (0.5, 2.0), **own),
+        "per-sample, growing": growing_grid(few, (0.2, 1.0), BETA, cell.batch_size, **own),
+    }
+
+
+def run_cell(
+    cell: Cell, data: Data, num_classes: int, setting: Setting, seeds: int, **options: Any
+) -> dict[str, Any]:
+    def run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
+        return Run(stage, name, cell.noise, numbers, cell.epochs, seed, setting)
+
+    grids = build_grids(cell)
+    trials = [run("map", name, point, 0) for name, grid in grids.items() for point in grid]
+    tuned = run_all(trials, data, num_classes, **options)
+    chosen = {name: best_numbers(tuned, trials, name) for name in grids}
+    tests = [
+        run("map final", name, numbers, seed)
+        for name, numbers in chosen.items()
+        for seed in range(1, seeds + 1)
+    ]
+    tested = run_all(tests, data, num_classes, **options)
+    accuracies = {
+        name: [test_accuracy(record) for record in tested if record["method"] == name]
+        for name in METHODS
+    }
+    return {
+        "cell": cell._asdict(),
+        "label": cell.label(),
+        "machine": tested[0]["machine"],
+        "chosen": {name: numbers._asdict() for name, numbers in chosen.items()},
+        "test_accuracies": accuracies,
+        "differences": {
+            other: paired_difference(accuracies[METHODS[2]], accuracies[other])
+            for other in METHODS[:2]
+        },
+    }
+
+
+def to_table(result: dict[str, Any]) -> Table:
+    table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
+    table.add_column("cell", no_wrap=True)
+    for name in METHODS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in METHODS[:2]:
+        table.add_column(f"against {name}", justify="right", no_wrap=True)
+    for row in result["rows"]:
+        means = [estimate(row["test_accuracies"][name]) for name in METHODS]
+        table.add_row(
+            row["label"],
+            *(f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in means),
+            *(describe_difference(row["differences"][name]) for name in METHODS[:2]),
+        )
+    return table
+
+
+def to_chosen_table(result: dict[str, Any]) -> Table:
+    table = Table(title="chosen")
+    for name in ("cell", *METHODS):
+        table.add_column(name, no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(row["label"], *(describe_numbers(row["chosen"][name]) for name in METHODS))
+    return table
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    rows = result["rows"]
+    figure = Figure(figsize=(10, 1.6 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, colour) in enumerate(COLOURS.items()):
+        differences = [row["differences"][name] for row in rows]
+        means = [100 * difference["mean"] for difference in differences]
+        half = [100 * (d["interval"][1] - d["interval"][0]) / 2 for d in differences]
+        heights = np.arange(len(rows)) + 0.2 * (place - 0.5)
+        style = {"color": colour, "marker": "os"[place], "linestyle": "none", "capsize": 3}
+        axes.errorbar(means, heights, xerr=half, label=f"against {name}", **style)
+    axes.axvline(0, color="#666666", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    # Intervals of a cell that diverges for some seeds would hide all others.
+    axes.set_xlim(*np.clip(axes.get_xlim(), -20, 40))
+    axes.set_xlabel("Test accuracy of per-sample clipping, difference in percentage points (95%)")
+    axes.legend(frameon=False)
+    tidy(axes)
+    figure.suptitle(describe(result["machine"]), fontsize=10)
+    return figure
+
+
+def main(
+    data_dir: pathlib.Path | None = None,
+    runs: pathlib.Path = pathlib.Path("clipping_map_runs"),
+    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    width: float = 0.25,
+    epochs: int = 15,
+    seeds: int = 3,
+    together: int = 1,
+    dtype: str = "float32",
+    seconds: float = float("inf"),
+    quick: bool = False,
+) -> None:
+    """Where does per-sample clipping win, and where does it not?
+
+    Args:
+      data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
+      runs: folder of the finished runs.
+      out: folder for clipping_map.json and clipping_map.png.
+      width: multiplies AlexNet's channels and hidden sizes.
+      epochs: of a run in most cells.
+      seeds: of the runs that are tested, at least 2.
+      together: runs that are trained at once; 1 on a CPU, dozens on a GPU.
+      dtype: of the forward and backward pass.
+      seconds: begin no chunk of a cell after so much time in it; the same command goes on.
+      quick: digits, a tiny net and few cells, to see that the benchmark works.
+    """
+    if quick:
+        width, seeds, together = 0.05, 2, 6
+    dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
+    data = load_data(dataset, 200 if quick else 5_000)
+    options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
+    rows = [
+        run_cell(
+            cell,
+            data,
+            dataset.num_classes,
+            Setting(width, cell.batch_size, augment=not quick, dtype=dtype),
+            seeds,
+            **options,
+        )
+        for cell in build_cells(epochs, quick)
+    ]
+    protocol = {"width": width, "seeds": seeds, "trials": 6, "dtype": dtype}
+    result = {"machine": rows[0]["machine"], "note": NOTE, "protocol": protocol, "rows": rows}
+    tables = [to_table(result), to_chosen_table(result)]
+    publish(out, "clipping_map", result, tables, draw(result), width=170)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

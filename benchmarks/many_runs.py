@@ -1,0 +1,509 @@
+"""Train many classifiers at once, so that a tuning grid costs little more than one run on a GPU.
+
+Every method of the comparisons is one set of numbers of the same program: plain SGD clips at ∞, a
+constant threshold grows with exponent 0. So runs of all methods are mapped over together, and what
+is compared differs in nothing else. A finished run is one JSON file, and is not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from rich.console import Console
+
+import psclip_optax as psc
+from benchmarks.stacked_traffic import describe_machine
+from psclip_optax.training.corruptions import with_label_noise, with_student_t_pixels
+from psclip_optax.training.datasets import Dataset, Split, train_validation_split
+from psclip_optax.training.files import to_json, write_atomically
+from psclip_optax.training.models import build_model
+
+PADDING = 4  # pixels that a random crop may shift an image by
+MOMENT = 1.5  # p of the automatic threshold, whose growth it is too
+EVALUATION_BATCH_SIZE = 500
+QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
+
+
+class Noise(NamedTuple):
+    """What becomes of the training data.
+
+    Attributes:
+      label_noise: share of labels that are replaced.
+      pixel_df: degrees of freedom of the Student-t factors of images; None for no factors.
+      pixel_fraction: share of images that are multiplied by them.
+    """
+
+    label_noise: float = 0.0
+    pixel_df: float | None = None
+    pixel_fraction: float = 0.0
+
+
+NOISES = {
+    "clean": Noise(),
+    "20% labels": Noise(label_noise=0.2),
+    "40% labels": Noise(label_noise=0.4),
+    "heavy pixels": Noise(pixel_df=1.5, pixel_fraction=0.2),
+}
+
+
+class Numbers(NamedTuple):
+    """The method of a run; ∞, 0 and 0 leave out what they stand for.
+
+    Attributes:
+      learning_rate: before the cosine schedule.
+      momentum: its decay.
+      threshold: largest norm at position 1, of a sample's or micro-batch's gradient.
+      exponent: 1/β of the growth with the position.
+      scale: of the automatic threshold, in its σ̂; 0 for a threshold that is given.
+      batch_threshold: largest norm of the batch's gradient.
+    """
+
+    learning_rate: float
+    momentum: float = 0.9
+    threshold: float = float("inf")
+    exponent: float = 0.0
+    scale: float = 0.0
+    batch_threshold: float = float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is compiled: runs that share it are trained together.
+
+    Attributes:
+      width: multiplies AlexNet's channels and hidden sizes.
+      batch_size: samples in a step.
+      num_microbatches: the mean gradients of so many micro-batches are clipped; None for samples.
+      augment: whether images are shifted and mirrored at random.
+      dtype: of the forward and backward pass; parameters and their updates are float32.
+    """
+
+    width: float
+    batch_size: int = 128
+    num_microbatches: int | None = None
+    augment: bool = True
+    dtype: str = "float32"
+
+
+class Run(NamedTuple):
+    """One training run, with all that decides how it ends.
+
+    Attributes:
+      stage: what it is for.
+      method: its name.
+      noise: one of NOISES.
+      numbers: the method.
+      epochs: its length.
+      seed: of parameters, order, augmentation and noise.
+      setting: what is compiled.
+      keeps_norms: whether the norms of the samples of some epochs are written too.
+    """
+
+    stage: str
+    method: str
+    noise: str
+    numbers: Numbers
+    epochs: int
+    seed: int
+    setting: Setting
+    keeps_norms: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """As JSON holds it; ∞ is null there."""
+        setting = dataclasses.asdict(self.setting)
+        return self._asdict() | {"numbers": self.numbers._asdict(), "setting": setting}
+
+    def file_name(self) -> str:
+        digest = hashlib.sha256(to_json(self.described()).encode()).hexdigest()[:12]
+        words = (self.stage, self.noise, self.method, f"seed {self.seed}", digest)
+        return "-".join(word.replace(" ", "_").replace("%", "") for word in words) + ".json"
+
+
+class State(NamedTuple):
+    """What a run is made of between two steps."""
+
+    params: Any
+    velocity: Any
+    rule: Any
+    step: jax.Array
+
+
+class Example(NamedTuple):
+    """Training data of one run: labels and pixel factors of its own, [N]."""
+
+    labels: jax.Array
+    factors: jax.Array
+
+
+class Data(NamedTuple):
+    """The dataset on the device, images uint8 or float32 [N, H, W, C]."""
+
+    train: Split
+    validation: Split
+    test: Split
+    mean: jax.Array
+    std: jax.Array
+
+
+def convolutions_as_products(
+    call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Interceptor of `nn.Conv`: one product with the kernel, of windows laid side by side.
+
+    Mapped over runs, a convolution whose kernels differ becomes one of many groups, for which
+    libraries have no fast kernel, while a product becomes one batched product.
+    """
+    conv = context.module
+    if not isinstance(conv, nn.Conv) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+    (x,) = args
+    kernel, bias = (conv.get_variable("params", name) for name in ("kernel", "bias"))
+    height, width, channels, features = kernel.shape
+    stride = conv.strides if isinstance(conv.strides, int) else 1
+    (rows, rows_pad), (columns, columns_pad) = (
+        _same_padding(size, window, stride)
+        for size, window in zip(x.shape[-3:-1], (height, width), strict=True)
+    )
+    padding = [(0, 0)] * (x.ndim - 3) + [rows_pad, columns_pad, (0, 0)]
+    padded = jnp.pad(x, padding)
+    windows = jnp.concatenate(
+        [
+            padded[
+                ...,
+                i : i + stride * (rows - 1) + 1 : stride,
+                j : j + stride * (columns - 1) + 1 : stride,
+                :,
+            ]
+            for i in range(height)
+            for j in range(width)
+        ],
+        axis=-1,
+    )
+    return windows @ kernel.reshape(height * width * channels, features) + bias
+
+
+def _same_padding(size: int, window: int, stride: int) -> tuple[int, tuple[int, int]]:
+    """Outputs, and zeros before and after, as XLA's "SAME" has them."""
+    outputs = -(-size // stride)
+    total = max((outputs - 1) * stride + window - size, 0)
+    return outputs, (total // 2, total - total // 2)
+
+
+def build_loss(model: nn.Module, dtype: str = "float32") -> Callable[..., Any]:
+    def loss(params: Any, image: jax.Array, label: Any) -> Any:
+        params, image = jax.tree.map(lambda x: x.astype(dtype), (params, image))
+        with nn.intercept_methods(convolutions_as_products):
+            logits = model.apply({"params": params}, image[None])[0].astype(jnp.float32)
+        value = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return value, (jnp.argmax(logits) == label).astype(jnp.float32)
+
+    return loss
+
+
+def normalized(images: jax.Array, factors: jax.Array, data: Data) -> jax.Array:
+    unit = images.astype(jnp.float32) * (1 / 255 if images.dtype == jnp.uint8 else 1)
+    return (unit * factors[:, None, None, None] - data.mean) / data.std
+
+
+def shifted_and_mirrored(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Random crops of images padded by zeros, each mirrored with probability 1/2."""
+    shift_key, mirror_key = jax.random.split(key)
+    n, *shape = images.shape
+    corners = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1)
+    padded = jnp.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
+
+    cropped = jax.vmap(crop)(padded, corners)
+    is_mirrored = jax.random.bernoulli(mirror_key, shape=(n, 1, 1, 1))
+    return jnp.where(is_mirrored, cropped[:, :, ::-1], cropped)
+
+
+class Program(NamedTuple):
+    """Compiled functions over R runs at once.
+
+    Attributes:
+      init: seeds [R] → state.
+      epoch: (state, numbers, examples, keys, total steps, data) → state, figures of the epoch.
+      accuracy: (parameters, images, labels) → accuracy and mean loss, [R].
+    """
+
+    init: Callable[..., State]
+    epoch: Callable[..., Any]
+    accuracy: Callable[..., Any]
+
+
+@functools.cache
+def build_program(setting: Setting, num_classes: int, image_shape: tuple[int, ...]) -> Program:
+    model = build_model("alexnet", num_classes, width=setting.width)
+    loss = build_loss(model, setting.dtype)
+    number = setting.num_microbatches
+    value_and_grad = psc.clipped_value_and_grad(
+        loss,
+        jnp.inf,
+        has_aux=True,
+        mode="one_pass",
+        return_stats=True,
+        on_nonfinite="propagate",  # no method drops samples, for plain SGD does not either
+        **(
+            {"clip_at": "micro-batch", "microbatch_size": setting.batch_size // number}
+            if number
+            else {}
+        ),
+    )
+
+    def rule_of(numbers: Numbers) -> psc.AdaptiveThreshold:
+        return psc.moment_threshold(MOMENT, scale=numbers.scale)
+
+    def threshold_of(numbers: Numbers, state: State) -> Callable[[jax.Array], jax.Array]:
+        automatic = rule_of(numbers).threshold(state.rule)
+
+        def threshold(positions: jax.Array) -> jax.Array:
+            given = numbers.threshold * positions.astype(jnp.float32) ** numbers.exponent
+            return jnp.where(numbers.scale > 0, automatic(positions), given)
+
+        return threshold
+
+    def init(seed: jax.Array) -> State:
+        params = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
+        velocity = jax.tree.map(jnp.zeros_like, params)
+        rule = psc.moment_threshold(MOMENT).init()
+        return State(params, velocity, rule, jnp.int32(0))
+
+    def step(
+        state: State, numbers: Numbers, images: jax.Array, labels: jax.Array, total: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        threshold = threshold_of(numbers, state)
+        (value, correct), gradient, stats = value_and_grad(
+            state.params, images, labels, threshold=threshold
+        )
+        norm = optax.tree.norm(gradient)
+        scale = jnp.minimum(1, numbers.batch_threshold / jnp.maximum(norm, 1e-30))
+        rate = numbers.learning_rate * (1 + jnp.cos(jnp.pi * state.step / total)) / 2
+        velocity = jax.tree.map(
+            lambda v, g: numbers.momentum * v + scale * g, state.velocity, gradient
+        )
+        params = jax.tree.map(lambda p, v: p - rate * v, state.params, velocity)
+        rule = rule_of(numbers).update(state.rule, stats.norms)
+        figures = {
+            "loss": value,
+            "accuracy": jnp.mean(correct),
+            "gradient_norm": norm,
+            "clipped_share": stats.num_clipped / stats.norms.size,
+            "batch_clipped": (scale < 1).astype(jnp.float32),
+            "norms": stats.norms,
+        }
+        return State(params, velocity, rule, state.step + 1), figures
+
+    def epoch(
+        state: State,
+        numbers: Numbers,
+        example: Example,
+        key: jax.Array,
+        total: jax.Array,
+        data: Data,
+    ) -> tuple[State, dict[str, jax.Array], jax.Array]:
+        order_key, augmentation_key = jax.random.split(key)
+        num_steps = len(data.train.images) // setting.batch_size
+        order = jax.random.permutation(order_key, len(data.train.images))
+        batches = order[: num_steps * setting.batch_size].reshape(num_steps, -1)
+
+        def body(state: State, batch: tuple[jax.Array, jax.Array]) -> Any:
+            indices, index = batch
+            images = normalized(data.train.images[indices], example.factors[indices], data)
+            if setting.augment:
+                images = shifted_and_mirrored(jax.random.fold_in(augmentation_key, index), images)
+            return step(state, numbers, images, example.labels[indices], total)
+
+        state, figures = lax.scan(body, state, (batches, jnp.arange(num_steps)))
+        norms = figures.pop("norms").reshape(-1)
+        means = jax.tree.map(jnp.mean, figures)
+        return state, means | {"quantiles": jnp.quantile(norms, jnp.array(QUANTILES))}, norms
+
+    def accuracy(params: Any, split: Split, data: Data) -> tuple[jax.Array, jax.Array]:
+        size = min(EVALUATION_BATCH_SIZE, len(split.images))
+        num_batches = len(split.images) // size
+
+        def body(_: None, batch: Split) -> Any:
+            images = normalized(batch.images, jnp.ones(size), data)
+            return None, jax.vmap(loss, (None, 0, 0))(params, images, batch.labels)
+
+        batches = jax.tree.map(
+            lambda x: x[: num_batches * size].reshape(num_batches, size, *x.shape[1:]), split
+        )
+        _, (losses, correct) = lax.scan(body, None, batches)
+        return jnp.mean(correct), jnp.mean(losses)
+
+    return Program(
+        jax.jit(jax.vmap(init)),
+        jax.jit(jax.vmap(epoch, (0, 0, 0, 0, 0, None)), donate_argnums=0),
+        jax.jit(jax.vmap(accuracy, (0, None, None))),
+    )
+
+
+def load_data(dataset: Dataset, num_validation: int) -> Data:
+    """The dataset on the default device, its training split without the validation images."""
+    train, validation = train_validation_split(dataset.train, num_validation=num_validation, seed=0)
+    splits = (Split(*map(jnp.asarray, split)) for split in (train, validation, dataset.test))
+    return Data(*splits, jnp.asarray(dataset.pixel_mean), jnp.asarray(dataset.pixel_std))
+
+
+def corrupted(split: Split, noise: Noise, num_classes: int, seed: int) -> Example:
+    """The labels and pixel factors of one run."""
+    labels = with_label_noise(np.asarray(split.labels), noise.label_noise, num_classes, seed)
+    factors = np.ones((len(labels), 1, 1, 1), np.float32)
+    if noise.pixel_df is not None:
+        factors = with_student_t_pixels(factors, noise.pixel_df, seed, noise.pixel_fraction)
+    return Example(labels, factors.reshape(-1))
+
+
+def run_all(
+    runs: list[Run],
+    data: Data,
+    num_classes: int,
+    *,
+    folder: pathlib.Path,
+    together: int,
+    console: Console,
+    seconds: float = float("inf"),
+) -> list[dict[str, Any]]:
+    """Trains what is not finished yet, and returns the records of all runs, in their order.
+
+    Args:
+      runs: what to train.
+      data: on what.
+      num_classes: number of labels.
+      folder: of the finished runs.
+      together: how many are trained at once.
+      console: where progress is shown.
+      seconds: no chunk is begun after so much time.
+
+    Raises:
+      TimeoutError: the time is over before all runs are finished.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = [run for run in runs if not (folder / run.file_name()).exists()]
+    start = time.perf_counter()
+    for chunk in _chunks(pending, together):
+        if time.perf_counter() - start > seconds:
+            raise TimeoutError(f"{seconds:.0f} s are over; repeat the command to go on")
+        began = time.perf_counter()
+        for run, record in zip(
+            chunk, train_together(chunk, data, num_classes, together), strict=True
+        ):
+            norms = record.pop("norms")
+            if run.keeps_norms:
+                np.savez_compressed((folder / run.file_name()).with_suffix(".npz"), **norms)
+            write_atomically(folder / run.file_name(), to_json(record, indent=1).encode())
+        elapsed = time.perf_counter() - began
+        epochs = sum(run.epochs for run in chunk)
+        console.print(
+            f"{len(chunk)} runs of {chunk[0].stage}, {chunk[0].noise}: {elapsed:.1f} s, "
+            f"{elapsed / epochs:.3f} s an epoch"
+        )
+    return [json.loads((folder / run.file_name()).read_text()) for run in runs]
+
+
+def _chunks(runs: list[Run], together: int) -> Iterator[list[Run]]:
+    """Runs that share what is compiled, and the number of epochs, in order."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.setting, run.epochs), []).append(run)
+    for group in groups.values():
+        for first in range(0, len(group), together):
+            yield group[first : first + together]
+
+
+def train_together(
+    runs: list[Run], data: Data, num_classes: int, together: int
+) -> list[dict[str, Any]]:
+    """Trains runs of one setting and length; the record of each."""
+    # As many as in any other chunk, so that nothing is compiled again.
+    padded = runs + [runs[-1]] * (together - len(runs))
+    setting, epochs = runs[0].setting, runs[0].epochs
+    program = build_program(setting, num_classes, tuple(data.train.images.shape[1:]))
+    own = [corrupted(data.train, NOISES[run.noise], num_classes, run.seed) for run in padded]
+    examples = Example(*(jnp.asarray(np.stack(field)) for field in zip(*own, strict=True)))
+    columns = zip(*(run.numbers for run in padded), strict=True)
+    numbers = Numbers(*(jnp.asarray(column, jnp.float32) for column in columns))
+    seeds = jnp.asarray([run.seed for run in padded])
+    state = program.init(seeds)
+    total = jnp.full(len(padded), epochs * (len(data.train.images) // setting.batch_size))
+    curves: list[dict[str, np.ndarray]] = []
+    start = time.perf_counter()
+    for index in range(epochs):
+        keys = jax.vmap(lambda seed, index=index: _epoch_key(seed, index))(seeds)
+        state, figures, norms = program.epoch(state, numbers, examples, keys, total, data)
+        figures = dict(figures)
+        if _is_watched(index, epochs):
+            figures |= _accuracies(program, state.params, data)
+        if _is_kept(index, epochs):
+            figures["norms"] = np.asarray(norms)
+        curves.append(jax.tree.map(np.asarray, figures))
+    seconds = (time.perf_counter() - start) / len(runs)
+    machine = describe_machine()
+    return [
+        run.described() | _record(curves, place) | {"seconds": seconds, "machine": machine}
+        for place, run in enumerate(runs)
+    ]
+
+
+def _epoch_key(seed: jax.Array, index: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), index)
+
+
+def _is_watched(index: int, epochs: int) -> bool:
+    """Every second epoch, and the last."""
+    return (epochs - 1 - index) % 2 == 0
+
+
+def _is_kept(index: int, epochs: int) -> bool:
+    """Epochs 1, 2, 4, 8, … and the last: when the tails of the norms are looked at."""
+    return index + 1 == epochs or (index + 1) & index == 0
+
+
+def _accuracies(program: Program, params: Any, data: Data) -> dict[str, jax.Array]:
+    named = {"validation": data.validation, "test": data.test}
+    return {
+        f"{name}_{figure}": value
+        for name, split in named.items()
+        for figure, value in zip(
+            ("accuracy", "loss"), program.accuracy(params, split, data), strict=True
+        )
+    }
+
+
+def _record(curves: list[dict[str, np.ndarray]], place: int) -> dict[str, Any]:
+    """The curves of one run, an entry an epoch (null where nothing was measured)."""
+    names = sorted({name for epoch in curves for name in epoch} - {"norms"})
+    norms = {
+        str(epoch + 1): figures["norms"][place]
+        for epoch, figures in enumerate(curves)
+        if "norms" in figures
+    }
+    return {
+        "curves": {
+            name: [_rounded(epoch[name][place]) if name in epoch else None for epoch in curves]
+            for name in names
+        },
+        "norms": norms,
+    }
+
+
+def _rounded(value: np.ndarray) -> Any:
+    # Six digits are more than any of these figures has.
+    return [float(f"{v:.6g}") for v in value] if value.ndim else float(f"{value:.6g}")

@@ -1,0 +1,111 @@
+"""What the comparisons of tuned methods share: grids, winners, intervals, axes."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from scipy import stats
+
+from benchmarks.many_runs import Numbers, Run
+from psclip_optax.training.datasets import Dataset, Split, load_dataset
+from psclip_optax.training.summary import estimate
+
+# About the norm of a sample's and of a batch's gradient in the first epochs. Learning rates of
+# methods whose thresholds are smaller are raised by as much, for clipping shortens their steps.
+SAMPLE_NORM, BATCH_NORM = 10.0, 3.0
+
+
+def growing_grid(
+    rates: tuple[float, ...], alphas: tuple[float, ...], beta: float, batch_size: int, **other: Any
+) -> list[Numbers]:
+    """τ_k = α k^{1/β}: every rate with every α."""
+    mean_growth = batch_size ** (1 / beta) * beta / (beta + 1)
+    return [
+        Numbers(rate, threshold=alpha, exponent=1 / beta, **other)
+        for alpha in alphas
+        for rate in raised(rates, SAMPLE_NORM / (alpha * mean_growth))
+    ]
+
+
+def batch_clipping_grid(
+    rates: tuple[float, ...], thresholds: tuple[float, ...], **other: Any
+) -> list[Numbers]:
+    return [
+        Numbers(rate, batch_threshold=threshold, **other)
+        for threshold in thresholds
+        for rate in raised(rates, BATCH_NORM / threshold)
+    ]
+
+
+def raised(rates: tuple[float, ...], factor: float) -> list[float]:
+    return [rate * max(1.0, factor) for rate in rates]
+
+
+def validation_accuracy(record: dict[str, Any]) -> float:
+    return record["curves"]["validation_accuracy"][-1]
+
+
+def test_accuracy(record: dict[str, Any]) -> float:
+    return record["curves"]["test_accuracy"][-1]
+
+
+def best_numbers(records: list[dict[str, Any]], runs: list[Run], name: str) -> Numbers:
+    own = [(validation_accuracy(r), i) for i, r in enumerate(records) if r["method"] == name]
+    return runs[max(own)[1]].numbers
+
+
+def paired_difference(own: list[float], other: list[float]) -> dict[str, Any]:
+    """Mean over seeds of own − other, and its interval."""
+    differences = [one - two for one, two in zip(own, other, strict=True)]
+    return {"mean": statistics.fmean(differences), "interval": interval(differences)}
+
+
+def interval(values: list[float]) -> list[float]:
+    """The mean's two-sided 95% interval by Student's t."""
+    mean, error = estimate(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return [mean - half, mean + half]
+
+
+def describe_difference(difference: dict[str, Any]) -> str:
+    """In percentage points."""
+    low, high = difference["interval"]
+    return f"{100 * difference['mean']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def describe_numbers(numbers: dict[str, Any]) -> str:
+    """Learning rate and what the method clips at, of numbers as JSON holds them."""
+    words = [f"η {numbers['learning_rate']:.3g}"]
+    if numbers["scale"]:
+        return f"{words[0]}, scale {numbers['scale']:g}"
+    symbol = "α" if numbers["exponent"] else "τ"
+    for name in ("threshold", "batch_threshold"):
+        value = numbers[name]
+        if value is not None and value != float("inf"):
+            words.append(f"{symbol} {value:g}")
+    return ", ".join(words)
+
+
+def tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def enlarged_digits() -> Dataset:
+    """Digits of 16×16 pixels in three channels, AlexNet's smallest."""
+    digits = load_dataset("digits")
+
+    def enlarged(split: Split) -> Split:
+        images = np.repeat(np.repeat(split.images, 2, axis=1), 2, axis=2)
+        return Split(np.repeat(images, 3, axis=3), split.labels)
+
+    return Dataset(
+        digits.name,
+        digits.num_classes,
+        digits.label_names,
+        enlarged(digits.train),
+        enlarged(digits.test),
+    )
