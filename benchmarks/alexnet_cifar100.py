@@ -192,6 +192,11 @@ def timed_once(
     return json.loads(path.read_text())
 
 
+def mean_of(rows: list[Any]) -> list[float]:
+    """Column by column; not a number where a run diverged."""
+    return np.mean(np.array(rows, float), axis=0).tolist()
+
+
 def summarize(
     tuned: list[dict[str, Any]], finals: list[dict[str, Any]], chosen: dict[str, Numbers]
 ) -> dict[str, Any]:
@@ -212,7 +217,7 @@ def summarize(
             "clipped_share": statistics.fmean(r["curves"]["clipped_share"][-1] for r in own),
             "batch_clipped": statistics.fmean(r["curves"]["batch_clipped"][-1] for r in own),
             "quantiles": {
-                when: np.mean([r["curves"]["quantiles"][place] for r in own], axis=0).tolist()
+                when: mean_of([r["curves"]["quantiles"][place] for r in own])
                 for when, place in (("first", 0), ("last", -1))
             },
         }

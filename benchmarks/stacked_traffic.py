@@ -9,7 +9,6 @@ are two reads, one for the norms and one for the sum; the mean alone needs one.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import pathlib
 import platform
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import psclip_optax as psc
+from psclip_optax.training.files import to_json
 
 NOTE = (
     "Bytes and temporary memory are XLA's figures for the compiled program. Of a branch XLA counts "
@@ -209,7 +209,7 @@ def publish(
         console.width = width
     console.print(*tables)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / f"{name}.json").write_text(to_json(result, indent=2) + "\n")
     figure.savefig(out / f"{name}.png", dpi=160)
 
 
