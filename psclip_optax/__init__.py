@@ -1,5 +1,6 @@
 """Per-sample gradient clipping for JAX and Optax: clip each sample's gradient, then average."""
 
+from psclip_optax import tails
 from psclip_optax.accumulation import accumulate_clipped
 from psclip_optax.clipped_grad import clipped_grad, clipped_value_and_grad
 from psclip_optax.clipping import ClipStats
@@ -18,4 +19,5 @@ __all__ = [
     "growing_threshold",
     "per_sample_clip",
     "ps_clip_sgd",
+    "tails",
 ]
