@@ -146,7 +146,7 @@ def coverage_table(result: dict[str, Any]) -> Table:
             number(row["width"]),
             percent(row["textbook_coverage"]),
             percent(row.get("scale_coverage")),
-            number(row.get("scale_width")),
+            scale_width(row),
             share(row.get("scale_unbounded")),
             end_section=is_last,
         )
@@ -162,7 +162,7 @@ def verdict_table(result: dict[str, Any]) -> Table:
             f"{row['norms']:,}",
             *(percent(row["shares"][verdict]) for verdict in ("light", "undecided", "heavy")),
             percent(row.get("scale_coverage")) if row["index"] is None else "",
-            number(row.get("scale_width")) if row["index"] is None else "",
+            scale_width(row) if row["index"] is None else "",
             number(row["clipped_of_512"]),
             end_section=is_last,
         )
@@ -196,6 +196,10 @@ def percent(values: list[float] | None) -> str:
 
 def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def scale_width(row: dict[str, Any]) -> str:
+    return number(row["scale_width"]) if "scale_width" in row else "–"
 
 
 def number(value: float | None) -> str:
