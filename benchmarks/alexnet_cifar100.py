@@ -41,11 +41,13 @@ from benchmarks.tuned import (
     batch_clipping_grid,
     best_numbers,
     describe_difference,
+    describe_mean,
     describe_numbers,
     enlarged_digits,
     growing_grid,
     paired_difference,
     raised,
+    stopped_accuracy,
     test_accuracy,
     tidy,
     validation_accuracy,
@@ -54,18 +56,19 @@ from psclip_optax.training.datasets import Dataset, load_dataset
 from psclip_optax.training.files import to_json, write_atomically
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
-from psclip_optax.training.summary import estimate
 
 NUM_VALIDATION = 5_000
 BASELINES = ("SGD", "momentum", "batch clipping")
 RATES = (0.01, 0.025, 0.06, 0.15)
 BETA = 2.0
+WATCHED = ("momentum", "per-sample, growing")  # whose gradient norms' tails are estimated
+RESULTS = pathlib.Path(__file__).parent / "results"
 
 NOTE = (
     "Chosen: the best of 12 trials by validation accuracy; tested with other seeds, 95% intervals "
-    "of differences paired by seed (Student's t). The best baseline is chosen by its test "
-    "accuracy, in its favour. Times are of one run's steps, interleaved: ratios to the plain "
-    "gradient's, median (quartiles)."
+    "of differences paired by seed (Student's t). Stopped early: at the epoch of the best "
+    "validation accuracy. The best baseline is chosen by its test accuracy, in its favour. Times "
+    "are of one run's steps, interleaved: ratios to the plain gradient's, median (quartiles)."
 )
 
 
@@ -122,7 +125,16 @@ def final_runs(
 ) -> list[Run]:
     return [
         # Seed 0 chose the numbers.
-        Run("final", name, noise, numbers, epochs, seed, setting, keeps_norms=seed == 1)
+        Run(
+            "final",
+            name,
+            noise,
+            numbers,
+            epochs,
+            seed,
+            setting,
+            watches_tails=seed == 1 and name in WATCHED,
+        )
         for name, numbers in chosen.items()
         for seed in range(1, seeds + 1)
     ]
@@ -213,6 +225,7 @@ def summarize(
                 if r["method"] == name
             ],
             "test_accuracies": list(map(test_accuracy, own)),
+            "stopped_accuracies": list(map(stopped_accuracy, own)),
             "test_curves": curves,
             "clipped_share": statistics.fmean(r["curves"]["clipped_share"][-1] for r in own),
             "batch_clipped": statistics.fmean(r["curves"]["batch_clipped"][-1] for r in own),
@@ -221,16 +234,38 @@ def summarize(
                 for when, place in (("first", 0), ("last", -1))
             },
         }
-    best = max(BASELINES, key=lambda name: statistics.fmean(methods[name]["test_accuracies"]))
+    best = best_of(methods, "test_accuracies")
+    best_stopped = best_of(methods, "stopped_accuracies")
     for own in methods.values():
         own["difference"] = paired_difference(
             own["test_accuracies"], methods[best]["test_accuracies"]
         )
-    return {"best_baseline": best, "methods": methods}
+        own["stopped_difference"] = paired_difference(
+            own["stopped_accuracies"], methods[best_stopped]["stopped_accuracies"]
+        )
+    tails = {
+        record["method"]: record["tails"] for record in finals if record.get("tails") is not None
+    }
+    return {
+        "best_baseline": best,
+        "best_stopped_baseline": best_stopped,
+        "methods": methods,
+        "tails": tails,
+    }
+
+
+def best_of(methods: dict[str, Any], accuracies: str) -> str:
+    return max(BASELINES, key=lambda name: statistics.fmean(methods[name][accuracies]))
 
 
 def to_tables(result: dict[str, Any]) -> list[Table]:
-    return [steps_table(result), *(noise_table(result, noise) for noise in result["noises"])]
+    noises = result["noises"]
+    return [
+        steps_table(result),
+        *(noise_table(result, noise) for noise in noises),
+        tails_table(noises),
+        edges_table(noises),
+    ]
 
 
 def steps_table(result: dict[str, Any]) -> Table:
@@ -247,26 +282,98 @@ def steps_table(result: dict[str, Any]) -> Table:
 
 
 def noise_table(result: dict[str, Any], noise: str) -> Table:
+    found = result["noises"][noise]
     table = Table(title=f"{noise}: test accuracy, %")
-    table.add_column("method", no_wrap=True)
-    table.add_column("chosen", no_wrap=True)
-    best = result["noises"][noise]["best_baseline"]
-    for name in ("mean ± s.e.", f"against {best} (95%)", "clipped"):
+    for name in ("method", "chosen"):
+        table.add_column(name, no_wrap=True)
+    for name in (
+        "last epoch",
+        f"against {found['best_baseline']} (95%)",
+        "stopped early",
+        f"against {found['best_stopped_baseline']} (95%)",
+        "clipped",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, own in result["noises"][noise]["methods"].items():
-        table.add_row(name, describe_numbers(own["chosen"]), *figures(name, own, best))
+    for name, own in found["methods"].items():
+        clipped = own["batch_clipped"] if name == "batch clipping" else own["clipped_share"]
+        table.add_row(
+            name,
+            describe_numbers(own["chosen"]),
+            describe_mean(own["test_accuracies"]),
+            "" if name == found["best_baseline"] else describe_difference(own["difference"]),
+            describe_mean(own["stopped_accuracies"]),
+            ""
+            if name == found["best_stopped_baseline"]
+            else describe_difference(own["stopped_difference"]),
+            f"{clipped:.0%}",
+        )
     return table
 
 
-def figures(name: str, own: dict[str, Any], best: str) -> tuple[str, str, str]:
-    """Accuracy, difference to the best baseline, and clipped share, in words."""
-    mean, error = estimate(own["test_accuracies"])
-    clipped = own["batch_clipped"] if name == "batch clipping" else own["clipped_share"]
-    return (
-        f"{100 * mean:.2f} ± {100 * error:.2f}",
-        "" if name == best else describe_difference(own["difference"]),
-        f"{clipped:.0%}",
+def tails_table(noises: dict[str, Any]) -> Table:
+    table = Table(
+        title="tails of the samples' gradient norms, over the training batches of an epoch",
+        caption="Index: Hill's estimate with its 95% interval, by psclip_optax.tails; a light tail "
+        "has all moments.",
+        caption_justify="left",
     )
+    for name in ("training data", "method", "epoch"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tail index", "median", "99%", "largest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for noise, found in noises.items():
+        for method, epochs in found["tails"].items():
+            for epoch, tail in epochs.items():
+                table.add_row(noise, method, epoch, *describe_tail(tail))
+    return table
+
+
+def describe_tail(tail: dict[str, Any] | None) -> tuple[str, str, str, str]:
+    if tail is None:
+        return "diverged", "", "", ""
+    median, _, high, _, largest = tail["quantiles"]
+    low, up = tail["interval"]
+    index = "light" if tail["index"] is None else f"{tail['index']:.2f} ({low:.2f} to {up:.2f})"
+    undecided = " or light" if tail["verdict"] == "undecided" else ""
+    return index + undecided, f"{median:.1f}", f"{high:.1f}", f"{largest:.0f}"
+
+
+def edges_table(noises: dict[str, Any]) -> Table:
+    """Winners beyond which the grid does not reach, where a better one may lie."""
+    table = Table(title="chosen at an edge of the grid")
+    for name in ("training data", "method", "chosen", "edge"):
+        table.add_column(name, no_wrap=True)
+    for noise, found in noises.items():
+        for name, own in found["methods"].items():
+            for edge in edges(own):
+                table.add_row(noise, name, describe_numbers(own["chosen"]), edge)
+    return table
+
+
+def edges(own: dict[str, Any]) -> list[str]:
+    """Which of a winner's numbers are the smallest or largest of its grid."""
+    found = []
+    points = [trial["numbers"] for trial in own["trials"]]
+    for name in ("threshold", "batch_threshold", "scale"):
+        found += edge_of(name, own["chosen"], points)
+    beside = [p for p in points if all(p[n] == plain(own["chosen"][n]) for n in CLIPPING)]
+    return found + edge_of("learning_rate", own["chosen"], beside)
+
+
+CLIPPING = ("threshold", "batch_threshold", "scale")
+
+
+def edge_of(name: str, chosen: dict[str, Any], points: list[dict[str, Any]]) -> list[str]:
+    values = {point[name] for point in points} - {None}
+    if len(values) < 2 or plain(chosen[name]) not in (min(values), max(values)):
+        return []
+    side = "largest" if plain(chosen[name]) == max(values) else "smallest"
+    return [f"{side} {name.replace('_', ' ')}"]
+
+
+def plain(value: float | None) -> float | None:
+    """A number as JSON holds it: ∞ is null there."""
+    return None if value == float("inf") else value
 
 
 def draw(result: dict[str, Any], styles: dict[str, Method]) -> Figure:
@@ -336,16 +443,16 @@ def draw_trials(axes: Axes, methods: dict[str, Any], styles: dict[str, Method]) 
 
 def main(
     data_dir: pathlib.Path | None = None,
-    runs: pathlib.Path = pathlib.Path("alexnet_cifar100_runs"),
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
-    width: float = 0.25,
-    epochs: int = 30,
-    tuning_epochs: int = 10,
+    runs: pathlib.Path = RESULTS / "alexnet_cifar100_runs",
+    out: pathlib.Path = RESULTS,
+    width: float = 0.5,
+    epochs: int = 28,
+    tuning_epochs: int = 8,
     seeds: int = 5,
     noises: tuple[str, ...] = tuple(NOISES),
     batch_size: int = 128,
-    together: int = 1,
-    dtype: str = "float32",
+    together: int = 30,
+    dtype: str = "bfloat16",
     seconds: float = float("inf"),
     quick: bool = False,
 ) -> None:
@@ -353,7 +460,8 @@ def main(
 
     Args:
       data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
-      runs: folder of the finished runs.
+      runs: folder of the finished runs; by default of those that the results are from, so that
+        nothing is trained again.
       out: folder for alexnet_cifar100.json and alexnet_cifar100.png.
       width: multiplies AlexNet's channels and hidden sizes.
       epochs: of the runs that are tested.
@@ -361,7 +469,7 @@ def main(
       seeds: of the runs that are tested, at least 2.
       noises: what becomes of the training data, one comparison each.
       batch_size: samples in a step.
-      together: runs that are trained at once; 1 on a CPU, dozens on a GPU.
+      together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
       dtype: of the forward and backward pass.
       seconds: begin nothing after so much time; the same command goes on.
       quick: digits, a tiny net and few runs, to see that the benchmark works.
@@ -401,7 +509,7 @@ def main(
             noise: summarize(tuned[noise], tested[noise], chosen[noise]) for noise in noises
         },
     }
-    publish(out, "alexnet_cifar100", result, to_tables(result), draw(result, methods), width=120)
+    publish(out, "alexnet_cifar100", result, to_tables(result), draw(result, methods), width=150)
 
 
 if __name__ == "__main__":

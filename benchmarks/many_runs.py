@@ -109,7 +109,7 @@ class Run(NamedTuple):
       epochs: its length.
       seed: of parameters, order, augmentation and noise.
       setting: what is compiled.
-      keeps_norms: whether the norms of the samples of some epochs are written too.
+      watches_tails: whether the tail index of the samples' norms is estimated in some epochs.
     """
 
     stage: str
@@ -119,7 +119,7 @@ class Run(NamedTuple):
     epochs: int
     seed: int
     setting: Setting
-    keeps_norms: bool = False
+    watches_tails: bool = False
 
     def described(self) -> dict[str, Any]:
         """As JSON holds it; ∞ is null there."""
@@ -406,9 +406,9 @@ def run_all(
             chunk, train_together(chunk, data, num_classes, together), strict=True
         ):
             norms = record.pop("norms")
-            if run.keeps_norms:
-                np.savez_compressed((folder / run.file_name()).with_suffix(".npz"), **norms)
-            write_atomically(folder / run.file_name(), to_json(record, indent=1).encode())
+            if run.watches_tails:
+                record["tails"] = {epoch: tail_figures(own) for epoch, own in norms.items()}
+            write_atomically(folder / run.file_name(), to_json(record).encode())
         elapsed = time.perf_counter() - began
         epochs = sum(run.epochs for run in chunk)
         console.print(
@@ -460,6 +460,19 @@ def train_together(
         run.described() | _record(curves, place) | {"seconds": seconds, "machine": machine}
         for place, run in enumerate(runs)
     ]
+
+
+def tail_figures(norms: np.ndarray) -> dict[str, Any] | None:
+    """How heavy the tail of an epoch's norms is; None for a run that diverged."""
+    if not np.all(np.isfinite(norms)):
+        return None
+    tail = psc.tails.tail_index(norms)
+    return {
+        "verdict": tail.verdict,
+        "index": tail.index,
+        "interval": [tail.lower, tail.upper],
+        "quantiles": _rounded(np.quantile(norms, QUANTILES)),
+    }
 
 
 def _epoch_key(seed: jax.Array, index: int) -> jax.Array:

@@ -52,6 +52,13 @@ def test_accuracy(record: dict[str, Any]) -> float:
     return record["curves"]["test_accuracy"][-1]
 
 
+def stopped_accuracy(record: dict[str, Any]) -> float:
+    """Test accuracy at the epoch whose validation accuracy is the best."""
+    curves = record["curves"]
+    epochs = [i for i, value in enumerate(curves["validation_accuracy"]) if value is not None]
+    return curves["test_accuracy"][max(epochs, key=lambda i: curves["validation_accuracy"][i])]
+
+
 def best_numbers(records: list[dict[str, Any]], runs: list[Run], name: str) -> Numbers:
     own = [(validation_accuracy(r), i) for i, r in enumerate(records) if r["method"] == name]
     return runs[max(own)[1]].numbers
@@ -68,6 +75,12 @@ def interval(values: list[float]) -> list[float]:
     mean, error = estimate(values)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return [mean - half, mean + half]
+
+
+def describe_mean(accuracies: list[float]) -> str:
+    """Mean ± standard error, in percent."""
+    mean, error = estimate(accuracies)
+    return f"{100 * mean:.2f} ± {100 * error:.2f}"
 
 
 def describe_difference(difference: dict[str, Any]) -> str:
