@@ -50,14 +50,14 @@ class Compiled(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def optimizers() -> dict[str, Any]:
+def optimizers(every_k: int = NUM_MICROBATCHES) -> dict[str, Any]:
     inner = optax.sgd(0.01, momentum=0.9)
     clipped = optax.chain(optax.clip_by_global_norm(ALPHA), inner)
     threshold = psc.growing_threshold(ALPHA, BETA)
     built = (
-        optax.MultiSteps(inner, NUM_MICROBATCHES),
-        psc.accumulate_clipped(inner, NUM_MICROBATCHES, threshold),
-        optax.MultiSteps(clipped, NUM_MICROBATCHES),
+        optax.MultiSteps(inner, every_k),
+        psc.accumulate_clipped(inner, every_k, threshold),
+        optax.MultiSteps(clipped, every_k),
     )
     return dict(zip(CASES, built, strict=True))
 
@@ -93,14 +93,16 @@ def compiled(function: Callable[..., Any], state: Any, arguments: tuple[Any, ...
     return jax.jit(function, donate_argnums=0).lower(state, *arguments).compile()
 
 
-def time_windows(cases: dict[str, Compiled], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each window, after one of each that does not count."""
+def time_windows(
+    cases: dict[str, Compiled], rounds: int, num_calls: int = NUM_MICROBATCHES
+) -> dict[str, list[float]]:
+    """Seconds of each window of calls, after one of each that does not count."""
     states = {name: case.state for name, case in cases.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, case in cases.items():
             start = time.perf_counter()
-            for _ in range(NUM_MICROBATCHES):
+            for _ in range(num_calls):
                 states[name] = case.program(states[name], *case.arguments)
             jax.block_until_ready(states[name])
             seconds[name].append(time.perf_counter() - start)

@@ -23,17 +23,15 @@ from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data,
 from benchmarks.stacked_traffic import describe, publish
 from benchmarks.tuned import (
     batch_clipping_grid,
-    best_numbers,
     describe_difference,
+    describe_mean,
     describe_numbers,
+    draw_differences,
     enlarged_digits,
     growing_grid,
-    paired_difference,
-    test_accuracy,
-    tidy,
+    tune_and_test,
 )
 from psclip_optax.training.datasets import load_dataset
-from psclip_optax.training.summary import estimate
 
 BETA = 2.0
 METHODS = ("no clipping", "batch clipping", "per-sample, growing")
@@ -93,34 +91,14 @@ def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
 def run_cell(
     cell: Cell, data: Data, num_classes: int, setting: Setting, seeds: int, **options: Any
 ) -> dict[str, Any]:
-    def run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
+    def make_run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
         return Run(stage, name, cell.noise, numbers, cell.epochs, seed, setting)
 
-    grids = build_grids(cell)
-    trials = [run("map", name, point, 0) for name, grid in grids.items() for point in grid]
-    tuned = run_all(trials, data, num_classes, **options)
-    chosen = {name: best_numbers(tuned, trials, name) for name in grids}
-    tests = [
-        run("map final", name, numbers, seed)
-        for name, numbers in chosen.items()
-        for seed in range(1, seeds + 1)
-    ]
-    tested = run_all(tests, data, num_classes, **options)
-    accuracies = {
-        name: [test_accuracy(record) for record in tested if record["method"] == name]
-        for name in METHODS
-    }
-    return {
-        "cell": cell._asdict(),
-        "label": cell.label(),
-        "machine": tested[0]["machine"],
-        "chosen": {name: numbers._asdict() for name, numbers in chosen.items()},
-        "test_accuracies": accuracies,
-        "differences": {
-            other: paired_difference(accuracies[METHODS[2]], accuracies[other])
-            for other in METHODS[:2]
-        },
-    }
+    def train(runs: list[Run]) -> list[dict[str, Any]]:
+        return run_all(runs, data, num_classes, **options)
+
+    tuned = tune_and_test(build_grids(cell), make_run, train, seeds)
+    return {"cell": cell._asdict(), "label": cell.label(), **tuned.described(METHODS[2])}
 
 
 def to_table(result: dict[str, Any]) -> Table:
@@ -131,10 +109,9 @@ def to_table(result: dict[str, Any]) -> Table:
     for name in METHODS[:2]:
         table.add_column(f"against {name}", justify="right", no_wrap=True)
     for row in result["rows"]:
-        means = [estimate(row["test_accuracies"][name]) for name in METHODS]
         table.add_row(
             row["label"],
-            *(f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in means),
+            *(describe_mean(row["test_accuracies"][name]) for name in METHODS),
             *(describe_difference(row["differences"][name]) for name in METHODS[:2]),
         )
     return table
@@ -150,26 +127,8 @@ def to_chosen_table(result: dict[str, Any]) -> Table:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    rows = result["rows"]
-    figure = Figure(figsize=(10, 1.6 + 0.4 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for place, (name, colour) in enumerate(COLOURS.items()):
-        differences = [row["differences"][name] for row in rows]
-        means = [100 * difference["mean"] for difference in differences]
-        half = [100 * (d["interval"][1] - d["interval"][0]) / 2 for d in differences]
-        heights = np.arange(len(rows)) + 0.2 * (place - 0.5)
-        style = {"color": colour, "marker": "os"[place], "linestyle": "none", "capsize": 3}
-        axes.errorbar(means, heights, xerr=half, label=f"against {name}", **style)
-    axes.axvline(0, color="#666666", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    # Intervals of a cell that diverges for some seeds would hide all others.
-    axes.set_xlim(*np.clip(axes.get_xlim(), -20, 40))
-    axes.set_xlabel("Test accuracy of per-sample clipping, difference in percentage points (95%)")
-    axes.legend(frameon=False)
-    tidy(axes)
-    figure.suptitle(describe(result["machine"]), fontsize=10)
-    return figure
+    label = "Test accuracy of per-sample clipping, difference in percentage points (95%)"
+    return draw_differences(result["rows"], COLOURS, label, describe(result["machine"]))
 
 
 def main(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.many_runs import Numbers, Run
@@ -62,6 +64,89 @@ def stopped_accuracy(record: dict[str, Any]) -> float:
 def best_numbers(records: list[dict[str, Any]], runs: list[Run], name: str) -> Numbers:
     own = [(validation_accuracy(r), i) for i, r in enumerate(records) if r["method"] == name]
     return runs[max(own)[1]].numbers
+
+
+class Tuned(NamedTuple):
+    """How the methods of one comparison did.
+
+    Attributes:
+      chosen: the point of each method's grid with the best validation accuracy.
+      accuracies: of each method, on the test set, by seeds that chose nothing.
+      machine: that trained them.
+    """
+
+    chosen: dict[str, Numbers]
+    accuracies: dict[str, list[float]]
+    machine: dict[str, Any]
+
+    def described(self, ours: str) -> dict[str, Any]:
+        """As JSON holds it, with the differences of one method to each other one."""
+        return {
+            "machine": self.machine,
+            "chosen": {name: numbers._asdict() for name, numbers in self.chosen.items()},
+            "test_accuracies": self.accuracies,
+            "differences": {
+                other: paired_difference(self.accuracies[ours], values)
+                for other, values in self.accuracies.items()
+                if other != ours
+            },
+        }
+
+
+def tune_and_test(
+    grids: dict[str, list[Numbers]],
+    make_run: Callable[[str, str, Numbers, int], Run],
+    train: Callable[[list[Run]], list[dict[str, Any]]],
+    seeds: int,
+) -> Tuned:
+    """Chooses from each grid with seed 0, and tests the winners with seeds 1 to `seeds`.
+
+    Args:
+      grids: points of each method, as many as of every other.
+      make_run: (stage, method, numbers, seed) → run; the stage is "tune" or "final".
+      train: runs → their records.
+      seeds: of the tests.
+    """
+    trials = [make_run("tune", name, point, 0) for name, grid in grids.items() for point in grid]
+    tuned = train(trials)
+    chosen = {name: best_numbers(tuned, trials, name) for name in grids}
+    tested = train(
+        [
+            make_run("final", name, numbers, seed)
+            for name, numbers in chosen.items()
+            for seed in range(1, seeds + 1)
+        ]
+    )
+    accuracies = {
+        name: [test_accuracy(record) for record in tested if record["method"] == name]
+        for name in grids
+    }
+    return Tuned(chosen, accuracies, tested[0]["machine"])
+
+
+def draw_differences(
+    rows: list[dict[str, Any]], colours: dict[str, str], label: str, machine: str
+) -> Figure:
+    """One row a condition, one mark a method that ours is compared with."""
+    figure = Figure(figsize=(10, 1.8 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, colour) in enumerate(colours.items()):
+        differences = [row["differences"][name] for row in rows]
+        means = [100 * difference["mean"] for difference in differences]
+        half = [100 * (d["interval"][1] - d["interval"][0]) / 2 for d in differences]
+        heights = np.arange(len(rows)) + 0.2 * (place - 0.5)
+        style = {"color": colour, "marker": "os"[place], "linestyle": "none", "capsize": 3}
+        axes.errorbar(means, heights, xerr=half, label=f"against {name}", **style)
+    axes.axvline(0, color="#666666", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    # The interval of a method that diverges with some seeds would hide all others.
+    axes.set_xlim(*np.clip(axes.get_xlim(), -20, 40))
+    axes.set_xlabel(label)
+    axes.legend(frameon=False)
+    tidy(axes)
+    figure.suptitle(machine, fontsize=10)
+    return figure
 
 
 def paired_difference(own: list[float], other: list[float]) -> dict[str, Any]:

@@ -1,0 +1,228 @@
+"""Clip micro-batches before they are accumulated, after, or not at all?
+
+    python -m benchmarks.accumulation_cifar100 --data-dir FOLDER --runs FOLDER
+
+AlexNet on CIFAR-100, 4 and 16 micro-batches of 32 samples in a step, every way to clip tuned with
+as many trials and tested with other seeds. Every finished run is a JSON file under --runs; the same
+command goes on where it was stopped. Prints a table and writes it to benchmarks/results as
+accumulation_cifar100.json and .png.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.accumulation import CASES, optimizers, time_windows, train_step
+from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
+from benchmarks.stacked_traffic import describe, describe_machine, publish, quartiles
+from benchmarks.tuned import (
+    batch_clipping_grid,
+    describe_difference,
+    describe_mean,
+    describe_numbers,
+    draw_differences,
+    enlarged_digits,
+    growing_grid,
+    tune_and_test,
+)
+from psclip_optax.training.datasets import load_dataset
+from psclip_optax.training.files import to_json, write_atomically
+from psclip_optax.training.losses import classification_loss
+from psclip_optax.training.models import build_model
+from tests.models import Model
+
+MICROBATCH_SIZE = 32
+BETA = 2.0
+METHODS = ("not clipped", "clipped after", "clipped before")
+COLOURS = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
+RATES = (0.02, 0.06)
+RESULTS = pathlib.Path(__file__).parent / "results"
+NOTE = (
+    "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
+    "clipping before to each other way are paired by seed, with 95% intervals (Student's t). Time: "
+    "a step of K micro-batches by optax.MultiSteps or accumulate_clipped, as a ratio to that "
+    "without clipping in the same round, median (quartiles)."
+)
+
+
+def build_grids(number: int) -> dict[str, list[Numbers]]:
+    """Four points a method; steps of larger batches may be longer, by the root of their size."""
+    unit = (number / 4) ** 0.5
+    rates = tuple(rate * unit for rate in RATES)
+    return {
+        "not clipped": [Numbers(rate * unit) for rate in (0.01, 0.02, 0.04, 0.08)],
+        "clipped after": batch_clipping_grid(rates, (0.5, 2.0)),
+        # The norms of micro-batches' gradients are about those of batches.
+        "clipped before": growing_grid(rates, (0.5, 2.0), BETA, number),
+    }
+
+
+def run_cell(
+    noise: str,
+    number: int,
+    data: Data,
+    num_classes: int,
+    setting: Setting,
+    epochs: int,
+    seeds: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """One noise and one number of micro-batches."""
+    whole = setting.with_batch(number * MICROBATCH_SIZE, None)
+    in_parts = setting.with_batch(number * MICROBATCH_SIZE, number)
+
+    def make_run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
+        # The mean of micro-batches' gradients is the batch's, where it is not clipped before.
+        own = in_parts if name == "clipped before" else whole
+        return Run(stage, name, noise, numbers, epochs, seed, own)
+
+    def train(runs: list[Run]) -> list[dict[str, Any]]:
+        return run_all(runs, data, num_classes, **options)
+
+    tuned = tune_and_test(build_grids(number), make_run, train, seeds)
+    label = f"{noise}, K = {number}"
+    cell = {"noise": noise, "microbatches": number, "label": label}
+    return cell | tuned.described(METHODS[2])
+
+
+def time_steps(number: int, width: float, num_classes: int, size: int, rounds: int) -> Any:
+    """Seconds of a step of K micro-batches of one run, by how they are clipped."""
+    net = build_model("alexnet", num_classes, width=width)
+    key = jax.random.key(0)
+    plain = classification_loss(net)
+
+    def batch(n: int) -> tuple[jax.Array, jax.Array]:
+        images = jax.random.normal(key, (n, size, size, 3))
+        return images, jax.random.randint(key, (n,), 0, num_classes)
+
+    params = net.init(key, batch(1)[0])["params"]
+    model = Model(lambda params, *example: plain(params, *example)[0], params, batch)
+    cases = {
+        name: train_step(model, tx, batch(MICROBATCH_SIZE))
+        for name, tx in optimizers(number).items()
+    }
+    seconds = time_windows(cases, rounds, number)
+    baseline, before, after = (seconds[name] for name in CASES)
+    return {
+        name: {
+            "seconds_quartiles": quartiles(own),
+            "ratio_quartiles": quartiles([t / b for t, b in zip(own, baseline, strict=True)]),
+        }
+        for name, own in zip(METHODS, (baseline, after, before), strict=True)
+    }
+
+
+def timed_once(folder: pathlib.Path, number: int, width: float, *args: Any) -> dict[str, Any]:
+    """`time_steps`, kept beside the runs."""
+    path = folder / f"steps-width_{width:g}-microbatches_{number}.json"
+    if not path.exists():
+        steps = {"machine": describe_machine(), "ways": time_steps(number, width, *args)}
+        write_atomically(path, to_json(steps, indent=1).encode())
+    return json.loads(path.read_text())
+
+
+def to_table(result: dict[str, Any]) -> Table:
+    table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
+    for name in ("training data", "way", "chosen"):
+        table.add_column(name, no_wrap=True)
+    for name in ("test accuracy", "clipped before, against it", "ms a step", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        ways = result["steps"][str(row["microbatches"])]["ways"]
+        for name in METHODS:
+            low, middle, high = ways[name]["ratio_quartiles"]
+            table.add_row(
+                row["label"] if name == METHODS[0] else "",
+                name,
+                describe_numbers(row["chosen"][name]),
+                describe_mean(row["test_accuracies"][name]),
+                "" if name == METHODS[2] else describe_difference(row["differences"][name]),
+                f"{1e3 * ways[name]['seconds_quartiles'][1]:.1f}",
+                f"{middle:.3f} ({low:.3f}–{high:.3f})",
+                end_section=name == METHODS[2],
+            )
+    return table
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    label = "Test accuracy of clipping before, difference in percentage points (95%)"
+    return draw_differences(result["rows"], COLOURS, label, describe(result["machine"]))
+
+
+def main(
+    data_dir: pathlib.Path | None = None,
+    runs: pathlib.Path = RESULTS / "accumulation_cifar100_runs",
+    out: pathlib.Path = RESULTS,
+    noises: tuple[str, ...] = ("clean", "heavy pixels"),
+    microbatches: tuple[int, ...] = (4, 16),
+    width: float = 0.125,
+    epochs: int = 4,
+    seeds: int = 3,
+    together: int = 1,
+    dtype: str = "float32",
+    seconds: float = float("inf"),
+    quick: bool = False,
+) -> None:
+    """Clip micro-batches before they are accumulated, after, or not at all?
+
+    Args:
+      data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
+      runs: folder of the finished runs; by default of those that the results are from, so that
+        nothing is trained again.
+      out: folder for accumulation_cifar100.json and accumulation_cifar100.png.
+      noises: what becomes of the training data.
+      microbatches: how many there are in a step, one comparison each.
+      width: multiplies AlexNet's channels and hidden sizes.
+      epochs: of every run.
+      seeds: of the runs that are tested, at least 2.
+      together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
+      dtype: of the forward and backward pass.
+      seconds: begin nothing in a comparison after so much time in it; the same command goes on.
+      quick: digits, a tiny net and few runs, to see that the benchmark works.
+    """
+    if quick:
+        noises, microbatches, width, epochs, seeds, together = ("clean",), (4,), 0.05, 1, 2, 4
+    unknown = set(noises) - set(NOISES)
+    if unknown:
+        raise ValueError(f"noises are of {', '.join(NOISES)}, got {', '.join(unknown)}")
+    dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
+    data = load_data(dataset, 200 if quick else 5_000)
+    setting = Setting(width, augment=not quick, dtype=dtype)
+    options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
+    rows = [
+        run_cell(noise, number, data, dataset.num_classes, setting, epochs, seeds, **options)
+        for noise in noises
+        for number in microbatches
+    ]
+    size, rounds = dataset.image_shape[0], 3 if quick else 9
+    steps = {
+        str(number): timed_once(runs, number, width, dataset.num_classes, size, rounds)
+        for number in microbatches
+    }
+    result = {
+        "machine": rows[0]["machine"],
+        "note": NOTE,
+        "protocol": {
+            "width": width,
+            "epochs": epochs,
+            "seeds": seeds,
+            "trials": len(build_grids(4)["not clipped"]),
+            "microbatch_size": MICROBATCH_SIZE,
+            "dtype": dtype,
+        },
+        "rows": rows,
+        "steps": steps,
+    }
+    publish(out, "accumulation_cifar100", result, [to_table(result)], draw(result), width=150)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
