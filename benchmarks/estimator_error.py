@@ -12,13 +12,10 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import pathlib
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
@@ -26,82 +23,36 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
-import psclip_optax as psc
+from benchmarks.engine import show_ticks
+from benchmarks.heavy_tails import (
+    CONSTANT,
+    COORDINATE_FEW,
+    DIMENSION,
+    FEW,
+    GAUSSIAN,
+    GEOMETRIC_FEW,
+    GEOMETRIC_MANY,
+    GROWING,
+    MANY,
+    MEAN,
+    Errors,
+    Estimator,
+    Noise,
+    clipped_means,
+    estimators,
+    guarantees,
+    has_rms,
+    kept,
+    plain_mean,
+    raw_scale,
+    simulate,
+)
 from benchmarks.stacked_traffic import describe, describe_machine, publish
 
-DIMENSION = 10
 MEAN_NORM = 0.5  # of the true gradient; σ is 3.2 to 9
 STRONG_MEAN_NORM = 100.0
-# The largest moment that exists is of an order below the index, so that the theory gets less.
-GAP = 0.1
-# What one compiled call draws, so that it stays in a core's cache.
-SAMPLES_PER_CHUNK = 2**17
-WEISZFELD_STEPS = 20
-
-
-class Noise(NamedTuple):
-    """A law of per-sample gradients g = μ + ξ in dimension 10, with E ξ = 0.
-
-    ξ = R U, where P(R > r) = r^{-a} for r ≥ 1 and U is uniform on the unit sphere; one-sided,
-    U has the absolute values of its entries, and ξ is centred by its exact mean. With a = ∞, ξ
-    is standard Gaussian instead. μ is along (1, …, 1), and so is, by symmetry, every estimator's
-    bias.
-
-    Attributes:
-      tail_index: the index a of ‖ξ‖; moments of this order and above are infinite.
-      one_sided: whether large samples all err to the same side.
-    """
-
-    tail_index: float
-    one_sided: bool = False
-
-    @property
-    def is_gaussian(self) -> bool:
-        return math.isinf(self.tail_index)
-
-    @property
-    def order(self) -> float:
-        """p, the order of the moment that the thresholds assume."""
-        return 2.0 if self.is_gaussian else self.tail_index - GAP
-
-    @property
-    def label(self) -> str:
-        side = "one-sided" if self.one_sided else "symmetric"
-        return "Gaussian" if self.is_gaussian else f"{side}, a = {self.tail_index:g}"
-
-    def radial_moment(self, order: float) -> float:
-        """E R^order; of the Gaussian the second alone."""
-        return DIMENSION if self.is_gaussian else self.tail_index / (self.tail_index - order)
-
-    def rates(self) -> dict[str, float]:
-        """Slopes of log error over log n: the bound's, and what these very laws tend to.
-
-        With P(R > r) = r^{-a} and τ_k of the order k^{1/p} the variance is of the order
-        τ_n^{2-a} / n and the bias, if one-sided, of the order τ_n^{1-a}.
-        """
-        a, p = self.tail_index, self.order
-        bound = -(p - 1) / p
-        if self.is_gaussian:
-            return {"bound": bound, "clipped": -0.5, "mean": -0.5}
-        deviation, bias = ((2 - a) / p - 1) / 2, -(a - 1) / p
-        clipped = max(deviation, bias) if self.one_sided else deviation
-        return {"bound": bound, "clipped": clipped, "mean": -(a - 1) / a}
-
-
-GAUSSIAN = Noise(math.inf)
 NOISES = (*(Noise(a, side) for side in (False, True) for a in (1.3, 1.6, 1.9)), GAUSSIAN)
 STRONG_SIGNAL_NOISE = Noise(1.6)
-
-
-def num_blocks(delta: float) -> int:
-    """Blocks of a median of means for failure probability δ: the power of two next to 8 ln(1/δ)."""
-    return 2 ** round(math.log2(8 * math.log(1 / delta)))
-
-
-GROWING, CONSTANT, MEAN = "growing", "constant", "plain mean"
-FEW, MANY = num_blocks(1e-2), num_blocks(1e-4)
-GEOMETRIC_FEW, GEOMETRIC_MANY = f"geometric MoM, {FEW}", f"geometric MoM, {MANY}"
-COORDINATE_FEW = f"coordinate MoM, {FEW}"
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 STYLES = {
     GROWING: ("#0072B2", "o"),
@@ -118,211 +69,25 @@ NOTE = (
     "(exactly Pareto radius), symmetric or one-sided, or standard Gaussian. p = a - 0.1, or 2 if "
     "Gaussian; σ is the raw moment (E‖g‖^p)^{1/p}. Growing: τ_k = σ k^{1/p}; constant: τ = σ "
     "n^{1/p}; MoM: median of means over as many blocks as stated, the power of two next to "
-    "8 ln(1/δ) for δ = 1e-2 and 1e-4. Errors are Euclidean. Brackets: 95% intervals, from a "
-    "bootstrap over trials. Slopes are least-squares fits of log error over log n; the bound is "
-    "-(p - 1)/p, and a slope is 'below' it (falls faster) where its whole interval is. Level: RMS "
-    "error / (σ n^{-(p-1)/p}). The plain mean's mean-square error is infinite under the heavy "
-    "tails: its sample RMS tells nothing but its sample, so that median and 99% errors are given."
+    "8 ln(1/δ) for δ = 1e-2 and 1e-4. Errors are Euclidean. Brackets: two-sided 95% intervals "
+    "from a bootstrap over trials; ±: half their width. Slopes: least-squares fits of log error "
+    "over log n. The bound's is -(p - 1)/p; a slope is 'below' it, and the error falls faster, "
+    "where the whole interval is. Level: RMS error / (σ n^{-(p-1)/p}). Under heavy tails the plain mean's "
+    "mean-square error is infinite, and its sample RMS tells of its sample alone: median and 99% "
+    "errors are given instead. Slopes of the bias, where every bias is told from 0, and of the "
+    "median are in the JSON."
 )
 TAIL_NOTE = (
     "Fits of the error's quantile q over failure probabilities δ: polynomial q = c δ^{-s}, polylog "
     "q = c log(1/δ)^s, least squares of log q, two parameters each. ΔAIC = m ln(RSS polynomial / "
     "RSS polylog) of the m points, which are dependent: it compares the fits, and the interval, "
-    "from resampled trials, says whether the sign is certain. Growth: q(1e-4) / q(1e-1)."
+    "from resampled trials, says whether the sign is certain. Growth: q at the least δ relative to "
+    "q at δ = 1e-1."
 )
 STRONG_NOTE = (
     f"Mean of norm {STRONG_MEAN_NORM:g}, noise {STRONG_SIGNAL_NOISE.label}. Raw: σ from E‖g‖^p; "
     "central: σ from E‖g - μ‖^p."
 )
-
-
-# From gradients [trials, dimension, n] to estimates [trials, dimension].
-Estimator: TypeAlias = Callable[[jax.Array], jax.Array]
-
-# Samples and estimators
-
-
-def unit_mean() -> jax.Array:
-    return jnp.full(DIMENSION, DIMENSION**-0.5)
-
-
-def draw(key: jax.Array, noise: Noise, mean_norm: float, trials: int, n: int) -> Any:
-    """Gradients [trials, dimension, n] and the radii R of their noise [trials, n]."""
-    for_direction, for_radius = jax.random.split(key)
-    directions = jax.random.normal(for_direction, (trials, DIMENSION, n))
-    norms = jnp.sqrt(jnp.sum(jnp.square(directions), axis=1, keepdims=True))
-    mean = mean_norm * unit_mean()
-    if noise.is_gaussian:
-        return directions + mean[:, None], norms[:, 0]
-    radii = _pareto(for_radius, noise.tail_index, (trials, 1, n))
-    if noise.one_sided:
-        directions = jnp.abs(directions)
-        mean -= noise.radial_moment(1.0) * _mean_absolute_entry()
-    return directions * (radii / norms) + mean[:, None], radii[:, 0]
-
-
-def _pareto(key: jax.Array, index: float, shape: tuple[int, ...]) -> jax.Array:
-    # All 32 bits go into the small uniforms: those of jax.random.pareto in float32 are multiples
-    # of 2^-23, which would cut off the tail within what is drawn here.
-    bits = jax.random.bits(key, shape, jnp.uint32).astype(jnp.float32) + 0.5
-    return jnp.exp((32 * math.log(2) - jnp.log(bits)) / index)
-
-
-def _mean_absolute_entry() -> float:
-    """E|U_1| of a point U that is uniform on the unit sphere."""
-    return math.gamma(DIMENSION / 2) / (math.sqrt(math.pi) * math.gamma((DIMENSION + 1) / 2))
-
-
-def raw_scale(noise: Noise, mean_norm: float, samples: int, key: jax.Array) -> float:
-    """σ = (E‖g‖^p)^{1/p}.
-
-    A sample mean of ‖g‖^p hardly converges for p next to the index. That of ‖g‖^p - R^p does, for
-    it has a finite variance, and E R^p is known.
-    """
-    p, n = noise.order, min(SAMPLES_PER_CHUNK, samples)
-    one = jax.jit(draw, static_argnums=(1, 2, 3, 4))
-    differences = []
-    for own_key in jax.random.split(key, samples // n):
-        drawn = one(own_key, noise, mean_norm, 1, n)
-        gradients, radii = (np.asarray(x, np.float64) for x in drawn)
-        norms = np.sqrt(np.square(gradients).sum(axis=1))
-        differences.append(np.mean(norms**p - radii**p))
-    return (noise.radial_moment(p) + float(np.mean(differences))) ** (1 / p)
-
-
-def clipped_mean(gradients: jax.Array, threshold: Any) -> jax.Array:
-    """The library's own, of every trial: [trials, dimension, n] → [trials, dimension]."""
-    tx = psc.per_sample_clip(threshold, sample_axis=1)
-    state = tx.init(jnp.zeros(gradients.shape[1]))
-    means: Any = jax.vmap(lambda stack: tx.update(stack, state)[0])(gradients)
-    return means
-
-
-def block_means(gradients: jax.Array, blocks: int) -> jax.Array:
-    """[trials, dimension, n] → [trials, dimension, blocks]; `blocks` divides n."""
-    return gradients.reshape(*gradients.shape[:2], blocks, -1).mean(axis=-1)
-
-
-def geometric_median(points: jax.Array) -> jax.Array:
-    """Of the columns of [trials, dimension, blocks], by Weiszfeld's iteration."""
-
-    def step(_: Any, centre: jax.Array) -> jax.Array:
-        distances = jnp.sqrt(jnp.sum(jnp.square(points - centre), axis=1, keepdims=True))
-        weights = 1 / jnp.maximum(distances, jnp.finfo(distances.dtype).tiny ** 0.5)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        return jnp.sum(points * (weights / total), axis=-1, keepdims=True)
-
-    start = jnp.mean(points, axis=-1, keepdims=True)
-    return jax.lax.fori_loop(0, WEISZFELD_STEPS, step, start)[..., 0]
-
-
-def plain_mean(gradients: jax.Array) -> jax.Array:
-    return gradients.mean(axis=-1)
-
-
-def geometric_median_of_means(gradients: jax.Array, blocks: int) -> jax.Array:
-    return geometric_median(block_means(gradients, blocks))
-
-
-def coordinate_median_of_means(gradients: jax.Array, blocks: int) -> jax.Array:
-    return jnp.median(block_means(gradients, blocks), axis=-1)
-
-
-def clipped_means(sigma: float, p: float, n: int) -> tuple[Estimator, Estimator]:
-    """With the growing threshold σ k^{1/p}, and with the constant one that it ends at."""
-    growing = functools.partial(clipped_mean, threshold=psc.growing_threshold(sigma, p))
-    return growing, functools.partial(clipped_mean, threshold=sigma * n ** (1 / p))
-
-
-def estimators(sigma: float, p: float, n: int) -> dict[str, Estimator]:
-    growing, constant = clipped_means(sigma, p, n)
-    return {
-        GROWING: growing,
-        CONSTANT: constant,
-        MEAN: plain_mean,
-        GEOMETRIC_FEW: functools.partial(geometric_median_of_means, blocks=FEW),
-        GEOMETRIC_MANY: functools.partial(geometric_median_of_means, blocks=MANY),
-        COORDINATE_FEW: functools.partial(coordinate_median_of_means, blocks=FEW),
-    }
-
-
-class Errors(NamedTuple):
-    """Of the estimators in many trials of one size.
-
-    Attributes:
-      norms: [estimators, trials], Euclidean.
-      along: [estimators, trials], the error's component along the mean; its mean is the bias.
-    """
-
-    norms: np.ndarray
-    along: np.ndarray
-
-
-def simulate(
-    noise: Noise,
-    mean_norm: float,
-    estimators: Iterable[Estimator],
-    n: int,
-    trials: int,
-    key: jax.Array,
-) -> Errors:
-    """The errors of all estimators in the same trials."""
-    in_chunk = max(1, min(trials, SAMPLES_PER_CHUNK // n))
-
-    @jax.jit
-    def errors_of_chunk(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gradients, _ = draw(key, noise, mean_norm, in_chunk, n)
-        estimates = jnp.stack([estimator(gradients) for estimator in estimators])
-        errors = estimates - mean_norm * unit_mean()
-        return jnp.sqrt(jnp.sum(jnp.square(errors), axis=-1)), jnp.sum(errors * unit_mean(), -1)
-
-    keys = jax.random.split(key, -(-trials // in_chunk))
-    chunks = [jax.device_get(errors_of_chunk(key)) for key in keys]
-    norms, along = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
-    return Errors(norms[:, :trials].astype(np.float64), along[:, :trials].astype(np.float64))
-
-
-def kept(path: pathlib.Path | None, compute: Callable[[], Errors]) -> Errors:
-    """What a file holds, or what is computed and then written to it."""
-    if path is None:
-        return compute()
-    if path.exists():
-        with np.load(path) as file:
-            return Errors(file["norms"], file["along"])
-    errors = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Replaced as a whole: an interruption leaves no half a file.
-    unfinished = path.with_suffix(".tmp.npz")
-    np.savez(unfinished, **errors._asdict())
-    os.replace(unfinished, path)
-    return errors
-
-
-# The theory
-
-
-def guaranteed_rms(taus: np.ndarray, sigma: float, p: float) -> float:
-    """What the root-mean-square error of Σ γ_k g_k / n cannot exceed if E‖g‖^p ≤ σ^p.
-
-    Clipping at τ moves the mean by no more than E(‖g‖ - τ)₊ ≤ c σ^p τ^{1-p} with
-    c = (p - 1)^{p-1} / p^p, for x - τ ≤ c x^p τ^{1-p}; and E min(‖g‖, τ)² ≤ σ^p τ^{2-p}. With
-    τ_k = σ k^{1/p} both halves are of the order σ n^{-(p-1)/p}.
-    """
-    c = (p - 1) ** (p - 1) / p**p
-    bias = c * sigma**p * np.mean(taus ** (1 - p))
-    variance = sigma**p * np.sum(taus ** (2 - p)) / len(taus) ** 2
-    return math.sqrt(bias**2 + variance)
-
-
-def guarantees(noise: Noise, sigma: float, n: int) -> dict[str, float]:
-    growing = np.asarray(psc.growing_threshold(sigma, noise.order)(jnp.arange(1, n + 1)))
-    constant = np.full(n, sigma * n ** (1 / noise.order))
-    taus = {GROWING: growing.astype(np.float64), CONSTANT: constant}
-    return {name: guaranteed_rms(own, sigma, noise.order) for name, own in taus.items()}
-
-
-def has_rms(noise: Noise, estimator: str) -> bool:
-    return noise.is_gaussian or estimator != MEAN
 
 
 # Figures with their intervals
@@ -347,10 +112,15 @@ def with_interval(value: Any, replicates: np.ndarray) -> list[float]:
     return [float(value), float(low), float(high)]
 
 
+def slope_weights(x: np.ndarray) -> np.ndarray:
+    """Weights of the values at x whose sum is their least-squares slope over x."""
+    centred = x - x.mean()
+    return centred / np.sum(centred**2)
+
+
 def log_slopes(x: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Least-squares slopes of log values over x, along the first axis."""
-    centred = x - x.mean()
-    return np.tensordot(centred / np.sum(centred**2), np.log(values), axes=1)
+    return np.tensordot(slope_weights(x), np.log(values), axes=1)
 
 
 def against(interval: list[float], bound: float) -> str:
@@ -358,9 +128,24 @@ def against(interval: list[float], bound: float) -> str:
     return "below" if high < bound else "above" if low > bound else "contains"
 
 
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
 def signed_bias(along: np.ndarray) -> list[float]:
-    mean, error = along.mean(), along.std(ddof=1) / math.sqrt(len(along))
-    return [float(mean), float(mean - 1.96 * error), float(mean + 1.96 * error)]
+    mean, error = mean_and_error(along)
+    return [mean, mean - 1.96 * error, mean + 1.96 * error]
+
+
+def bias_slope(alongs: dict[int, np.ndarray]) -> list[float] | None:
+    """Slope of log |bias| over log n; None unless every bias is told from 0."""
+    means, errors = np.array([mean_and_error(along) for along in alongs.values()]).T
+    if np.any(np.abs(means) < 1.96 * errors):
+        return None
+    weights = slope_weights(np.log(list(alongs)))
+    slope = float(weights @ np.log(np.abs(means)))
+    error = float(np.sqrt(np.sum((weights * errors / means) ** 2)))
+    return [slope, slope - 1.96 * error, slope + 1.96 * error]
 
 
 class Analysed(NamedTuple):
@@ -377,19 +162,22 @@ def analyse(errors: dict[int, Errors], replicates: int, rng: np.random.Generator
     return Analysed(np.array(list(errors)), np.stack(values), np.stack(resampled))
 
 
-def slope_rows(noise: Noise, analysed: Analysed) -> list[dict[str, Any]]:
+def slope_rows(noise: Noise, errors: dict[int, Errors], analysed: Analysed) -> list[dict[str, Any]]:
     x, bound = np.log(analysed.sizes), noise.rates()["bound"]
     slopes, resampled = log_slopes(x, analysed.values), log_slopes(x, analysed.replicates)
     rows = []
     for e, estimator in enumerate(ESTIMATORS):
-        row: dict[str, Any] = {"noise": noise.label, "estimator": estimator}
-        for s, statistic in enumerate(STATISTICS):
-            if statistic == "rms" and not has_rms(noise, estimator):
-                row[statistic] = row[f"{statistic}_against_bound"] = None
-                continue
-            row[statistic] = with_interval(slopes[s, e], resampled[:, s, e])
-            row[f"{statistic}_against_bound"] = against(row[statistic], bound)
-        rows.append(row)
+        row: dict[str, Any] = {
+            statistic: with_interval(slopes[s, e], resampled[:, s, e])
+            for s, statistic in enumerate(STATISTICS)
+        }
+        row["bias"] = bias_slope({n: own.along[e] for n, own in errors.items()})
+        if not has_rms(noise, estimator):
+            row["rms"] = row["bias"] = None
+        verdicts = {
+            f"{name}_against_bound": own and against(own, bound) for name, own in row.items()
+        }
+        rows.append({"noise": noise.label, "estimator": estimator, **row, **verdicts})
     return rows
 
 
@@ -526,7 +314,7 @@ FULL = Plan(
     noises=NOISES,
     sizes=tuple(2**i for i in range(8, 15)),
     shown_size=4096,
-    tail_sizes=(1024,),
+    tail_sizes=(1024, 4096),
     trials=10_000,
     tail_trials=200_000,
     replicates=1000,
@@ -590,7 +378,7 @@ def measure(plan: Plan, noise: Noise, runs: pathlib.Path | None) -> dict[str, An
     ]
     return {
         "noises": [describe_noise(noise, sigma)],
-        "slopes": slope_rows(noise, analysed),
+        "slopes": slope_rows(noise, equal, analysed),
         "levels": level_rows(noise, sigma, equal, analysed),
         "ratios": ratio_rows(noise, analysed),
         "tails": tails,
@@ -659,11 +447,23 @@ def find(rows: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
     return row
 
 
+def minus(number: str) -> str:
+    return number.replace("-", "−")
+
+
 def show(interval: list[float] | None, digits: int = 2) -> str:
     if interval is None:
         return "–"
-    value, low, high = (f"{x:.{digits}f}".replace("-", "−") for x in interval)
+    value, low, high = (minus(f"{x:.{digits}f}") for x in interval)
     return f"{value} ({low} to {high})"
+
+
+def show_briefly(interval: list[float] | None) -> str:
+    """With half the width of the interval, for tables of many columns."""
+    if interval is None:
+        return "–"
+    value, low, high = interval
+    return minus(f"{value:.3f} ± {(high - low) / 2:.3f}")
 
 
 def largest_of_guarantee(result: dict[str, Any], noise: str) -> float:
@@ -715,7 +515,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         ]
         cells = [
             label,
-            f"{noise['slope_of_bound']:.2f}".replace("-", "−"),
+            minus(f"{noise['slope_of_bound']:.2f}"),
             show(slope),
             f"{largest_of_guarantee(result, label):.2f}",
             *map(show, ratios),
@@ -837,30 +637,24 @@ def say_strong_signal(result: dict[str, Any]) -> str:
 def error_table(result: dict[str, Any]) -> Table:
     n = shown_size(result)
     table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
-    for name in ("noise, slope of the bound", "estimator"):
+    for name in ("noise:\nslope of the bound", "estimator"):
         table.add_column(name, no_wrap=True)
-    names = ("slope of RMS", "is", "slope of median", "slope of 99%", f"level, n = {n}")
-    for name in (*names, "growing ÷ this: RMS", "growing ÷ this: 99%"):
+    slopes = ("slope of\nRMS error", "against\nbound", "slope of\n99% error")
+    for name in (*slopes, f"level,\nn = {n}", "growing ÷ this:\nRMS error", "\n99% error"):
         table.add_column(name, justify="right", no_wrap=True)
     bounds = {row["noise"]: row["slope_of_bound"] for row in result["noises"]}
     for row in result["slopes"]:
-        where = {"noise": row["noise"], "n": n}
-        estimator, level = (
-            row["estimator"],
-            find(result["levels"], **where, estimator=row["estimator"]),
-        )
-        ratios = [None, None]
+        noise, estimator = row["noise"], row["estimator"]
+        level = find(result["levels"], noise=noise, n=n, estimator=estimator)["level"]
+        ratio = {"rms": None, "q99": None}
         if estimator != GROWING:
-            ratio = find(result["ratios"], **where, growing_against=estimator)
-            ratios = [ratio["rms"], ratio["q99"]]
+            ratio = find(result["ratios"], noise=noise, n=n, growing_against=estimator)
         table.add_row(
-            f"{row['noise']}: {bounds[row['noise']]:.3f}" if estimator == GROWING else "",
+            f"{noise}: {minus(f'{bounds[noise]:.3f}')}" if estimator == GROWING else "",
             estimator,
-            show(row["rms"], 3),
+            show_briefly(row["rms"]),
             row["rms_against_bound"] or "–",
-            *(show(row[name], 3) for name in ("median", "q99")),
-            show(level["level"]),
-            *map(show, ratios),
+            *map(show_briefly, (row["q99"], level, ratio["rms"], ratio["q99"])),
             end_section=estimator == ESTIMATORS[-1],
         )
     return table
@@ -870,13 +664,16 @@ def tail_table(result: dict[str, Any]) -> Table:
     table = Table(caption=TAIL_NOTE, caption_justify="left")
     for name in ("noise", "estimator"):
         table.add_column(name, no_wrap=True)
-    for name in ("polynomial: s", "polylog: s", "ΔAIC", "fits better", "growth"):
+    for name in ("polynomial: s", "residual", "polylog: s", "residual", "ΔAIC", "fits better"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("growth", justify="right", no_wrap=True)
     for row in result["tails"]:
+        fits = [row["polynomial"], row["polylog"]]
+        cells = [(show_briefly(f["slope"]), f"{f['residual_deviation']:.3f}") for f in fits]
         table.add_row(
             f"{row['noise']}, n = {row['n']}" if row["estimator"] == GROWING else "",
             row["estimator"],
-            *(show(row[name]["slope"], 3) for name in ("polynomial", "polylog")),
+            *(cell for pair in cells for cell in pair),
             show(row["delta_aic"], 0),
             row["fits_better"],
             show(row["growth"]),
@@ -917,8 +714,8 @@ def draw_errors(axes: Axes, result: dict[str, Any], noise: dict[str, Any]) -> No
     guaranteed = unit * [row["guaranteed_level"] for row in growing]
     axes.plot(sizes, guaranteed, color="black", linestyle="--", linewidth=1.2)
     slope = find(result["slopes"], noise=label, estimator=GROWING)["rms"]
-    said = f"{label}\ngrowing: {show(slope)}, bound: {noise['slope_of_bound']:.2f}"
-    axes.set_title(said.replace("-", "−"), fontsize=9)
+    bound = minus(f"{noise['slope_of_bound']:.3f}")
+    axes.set_title(f"{label}\nslope: growing {show_briefly(slope)}, bound {bound}", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("Samples n")
@@ -943,7 +740,7 @@ def draw_tails(axes: Axes, result: dict[str, Any], noise: dict[str, Any]) -> Non
 
 def draw_figure(result: dict[str, Any]) -> Figure:
     shown = [row for row in result["noises"] if row["one_sided"] or row["index"] is None]
-    figure = Figure(figsize=(3.4 * len(shown), 8), layout="constrained")
+    figure = Figure(figsize=(max(11, 3.4 * len(shown)), 8), layout="constrained")
     grid = figure.subplots(2, len(shown), squeeze=False)
     for (above, below), noise in zip(grid.T, shown, strict=True):
         draw_errors(above, result, noise)
@@ -953,7 +750,7 @@ def draw_figure(result: dict[str, Any]) -> Figure:
     for axes in grid.flat:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.yaxis.set_major_formatter("{x:g}")
+        show_ticks(axes.yaxis, axes.get_ylim())
     add_legend(figure)
     figure.suptitle(describe(result["machine"]), fontsize=10)
     return figure
@@ -996,7 +793,8 @@ def main(
 
     Args:
       out: folder for estimator_error.json and estimator_error.png.
-      runs: folder for the errors of every finished simulation, which are not simulated again.
+      runs: folder for the errors of every finished simulation, which are not simulated again; to
+        be emptied where what is simulated changes.
       trials: at every size; 10,000 by default.
       tail_trials: for the quantiles down to 1e-4; 240,000 by default.
       seed: of all that is drawn.
@@ -1021,7 +819,7 @@ def main(
     }
     result["summary"] = summarise(result)
     tables = [error_table(result), tail_table(result), strong_table(result)]
-    publish(out, "estimator_error", result, tables, draw_figure(result), width=170)
+    publish(out, "estimator_error", result, tables, draw_figure(result), width=156)
     print(*result["summary"], sep="\n")
 
 
