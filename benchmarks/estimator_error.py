@@ -72,10 +72,10 @@ NOTE = (
     "8 ln(1/δ) for δ = 1e-2 and 1e-4. Errors are Euclidean. Brackets: two-sided 95% intervals "
     "from a bootstrap over trials; ±: half their width. Slopes: least-squares fits of log error "
     "over log n. The bound's is -(p - 1)/p; a slope is 'below' it, and the error falls faster, "
-    "where the whole interval is. Level: RMS error / (σ n^{-(p-1)/p}). Under heavy tails the plain mean's "
-    "mean-square error is infinite, and its sample RMS tells of its sample alone: median and 99% "
-    "errors are given instead. Slopes of the bias, where every bias is told from 0, and of the "
-    "median are in the JSON."
+    "where the whole interval is. Level: RMS error / (σ n^{-(p-1)/p}). Under heavy tails the plain "
+    "mean's mean-square error is infinite, and its sample RMS tells of its sample alone: median "
+    "and 99% errors are given instead. Slopes of the bias, where every bias is told from 0, and of "
+    "the median are in the JSON."
 )
 TAIL_NOTE = (
     "Fits of the error's quantile q over failure probabilities δ: polynomial q = c δ^{-s}, polylog "
@@ -458,12 +458,12 @@ def show(interval: list[float] | None, digits: int = 2) -> str:
     return f"{value} ({low} to {high})"
 
 
-def show_briefly(interval: list[float] | None) -> str:
+def show_briefly(interval: list[float] | None, digits: int = 3) -> str:
     """With half the width of the interval, for tables of many columns."""
     if interval is None:
         return "–"
     value, low, high = interval
-    return minus(f"{value:.3f} ± {(high - low) / 2:.3f}")
+    return minus(f"{value:.{digits}f} ± {(high - low) / 2:.{digits}f}")
 
 
 def largest_of_guarantee(result: dict[str, Any], noise: str) -> float:
@@ -492,14 +492,14 @@ def to_markdown(result: dict[str, Any]) -> str:
     shown, tail = shown_size(result), tail_size(result)
     columns = (
         "noise",
-        "slope guaranteed",
-        "slope measured",
-        "RMS of guaranteed",
-        "99% error ÷ plain mean",
-        "÷ constant",
-        "÷ median of means",
-        "growth, clipped",
-        "growth, plain mean",
+        "slope: bound",
+        "measured",
+        "RMS error ÷ guarantee",
+        "99% error ÷ plain mean's",
+        "÷ constant threshold's",
+        "÷ median of means'",
+        "growth of the error",
+        "of the plain mean's",
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for noise in result["noises"]:
@@ -516,7 +516,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         cells = [
             label,
             minus(f"{noise['slope_of_bound']:.2f}"),
-            show(slope),
+            show(slope, 3),
             f"{largest_of_guarantee(result, label):.2f}",
             *map(show, ratios),
             *(show(growth, 1) for growth in growths),
@@ -674,9 +674,9 @@ def tail_table(result: dict[str, Any]) -> Table:
             f"{row['noise']}, n = {row['n']}" if row["estimator"] == GROWING else "",
             row["estimator"],
             *(cell for pair in cells for cell in pair),
-            show(row["delta_aic"], 0),
+            show_briefly(row["delta_aic"], 0),
             row["fits_better"],
-            show(row["growth"]),
+            show_briefly(row["growth"], 2),
             end_section=row["estimator"] == ESTIMATORS[-1],
         )
     return table
@@ -819,7 +819,7 @@ def main(
     }
     result["summary"] = summarise(result)
     tables = [error_table(result), tail_table(result), strong_table(result)]
-    publish(out, "estimator_error", result, tables, draw_figure(result), width=156)
+    publish(out, "estimator_error", result, tables, draw_figure(result), width=164)
     print(*result["summary"], sep="\n")
 
 
