@@ -530,9 +530,11 @@ def summarise(result: dict[str, Any]) -> list[str]:
     return [
         say_slopes(result),
         say_levels(result),
+        say_bias(result),
         say_ratios(result),
         say_tails(result),
         say_fits(result),
+        say_tail_of_mean(result),
         say_light_tails(result),
         say_strong_signal(result),
     ]
@@ -561,6 +563,20 @@ def say_levels(result: dict[str, Any]) -> str:
     return (
         f"RMS error, growing threshold, {verb} what the theory guarantees: at most "
         f"{shares[worst]:.2f} of it ({worst}), at least {min(shares.values()):.2f}."
+    )
+
+
+def say_bias(result: dict[str, Any]) -> str:
+    n, parts = shown_size(result), []
+    for row in result["slopes"]:
+        if row["estimator"] != GROWING or row["bias"] is None:
+            continue
+        level = find(result["levels"], noise=row["noise"], n=n, estimator=GROWING)
+        share = (level["bias"][0] / level["rms"][0]) ** 2
+        parts.append(f"{row['noise']}: {share:.2f}, slope {show(row['bias'], 3)}")
+    return (
+        f"Share of the squared bias in the mean-square error at n = {n}, and slope of the bias, "
+        f"growing threshold, where every bias is told from 0. {'; '.join(parts) or 'Nowhere'}."
     )
 
 
@@ -612,6 +628,16 @@ def say_fits(result: dict[str, Any]) -> str:
         )
         parts.append(f"{estimator}: {counts}")
     return f"What fits the error's quantiles better, heavy tails and sizes, {'; '.join(parts)}."
+
+
+def say_tail_of_mean(result: dict[str, Any]) -> str:
+    n, parts = tail_size(result), []
+    for noise in result["noises"]:
+        if noise["index"] is not None:
+            row = find(result["tails"], noise=noise["noise"], n=n, estimator=MEAN)
+            slope = show(row["polynomial"]["slope"], 3)
+            parts.append(f"{noise['noise']}: {slope}, 1/a = {1 / noise['index']:.3f}")
+    return f"Plain mean, s of the polynomial fit at n = {n}. {'; '.join(parts)}."
 
 
 def say_light_tails(result: dict[str, Any]) -> str:
@@ -770,7 +796,7 @@ def add_legend(figure: Figure) -> None:
         marker=STYLES[MEAN][1],
         markerfacecolor="none",
         linestyle="none",
-        label="of a sample: its expectation is infinite",
+        label="plain mean of one set of trials: its expectation is infinite",
     )
     figure.legend(
         handles=[*handles, dashed, dotted, hollow],

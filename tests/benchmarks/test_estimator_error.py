@@ -1,5 +1,6 @@
 import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,12 @@ def test_markdown_has_a_row_a_noise_and_measures_nothing(finished, capsys):
     header, rule, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(result["noises"])
     assert len({line.count("|") for line in (header, rule, *rows)}) == 1
+
+
+def test_committed_summary_is_what_the_committed_figures_say():
+    results = pathlib.Path(estimator_error.__file__).parent / "results"
+    result = json.loads((results / "estimator_error.json").read_text())
+    assert estimator_error.summarise(result) == result["summary"]
 
 
 @pytest.mark.parametrize("noise", [Noise(1.3), ONE_SIDED, GAUSSIAN], ids=lambda noise: noise.label)
