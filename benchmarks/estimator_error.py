@@ -40,6 +40,8 @@ from benchmarks.heavy_tails import (
     Noise,
     clipped_means,
     estimators,
+    expected_rms,
+    growing_taus,
     guarantees,
     has_rms,
     kept,
@@ -377,7 +379,7 @@ def measure(plan: Plan, noise: Noise, runs: pathlib.Path | None) -> dict[str, An
         for e, estimator in enumerate(ESTIMATORS)
     ]
     return {
-        "noises": [describe_noise(noise, sigma)],
+        "noises": [describe_noise(noise, sigma, plan.sizes)],
         "slopes": slope_rows(noise, equal, analysed),
         "levels": level_rows(noise, sigma, equal, analysed),
         "ratios": ratio_rows(noise, analysed),
@@ -385,7 +387,10 @@ def measure(plan: Plan, noise: Noise, runs: pathlib.Path | None) -> dict[str, An
     }
 
 
-def describe_noise(noise: Noise, sigma: float) -> dict[str, Any]:
+def describe_noise(noise: Noise, sigma: float, sizes: tuple[int, ...]) -> dict[str, Any]:
+    expected = [expected_rms(noise, growing_taus(noise, sigma, n)) for n in sizes]
+    known = None not in expected
+    x = np.log(sizes)
     return {
         "noise": noise.label,
         "index": None if noise.is_gaussian else noise.tail_index,
@@ -394,6 +399,7 @@ def describe_noise(noise: Noise, sigma: float) -> dict[str, Any]:
         "sigma": sigma,
         "mean_norm": MEAN_NORM,
         "slope_of_bound": noise.rates()["bound"],
+        "slope_expected": float(log_slopes(x, np.array(expected))) if known else None,
         "slope_of_clipped_asymptotically": noise.rates()["clipped"],
         "slope_of_mean_asymptotically": noise.rates()["mean"],
     }
@@ -553,7 +559,16 @@ def say_slopes(result: dict[str, Any]) -> str:
     said = "; ".join(
         f"{verdict}: {', '.join(names) or 'none'}" for verdict, names in by_verdict.items()
     )
-    return f"Slope of the RMS error, growing threshold, its interval against the bound's. {said}."
+    exact = "; ".join(
+        f"{noise['noise']}: {minus(format(noise['slope_expected'], '.3f'))}, measured "
+        + show(find(rows, noise=noise["noise"])["rms"], 3)
+        for noise in result["noises"]
+        if noise["slope_expected"] is not None
+    )
+    return (
+        f"Slope of the RMS error, growing threshold, its interval against the bound's. {said}. "
+        f"What the exact second moments of the clipped noise give over the same sizes. {exact}."
+    )
 
 
 def say_levels(result: dict[str, Any]) -> str:
@@ -841,7 +856,7 @@ def main(
         "note": NOTE,
         "note_of_tails": TAIL_NOTE,
         "note_of_strong_signal": STRONG_NOTE,
-        **rounded(rows | {"strong_signal": strong_signal(plan, plan.tail_sizes[0])}),
+        **rounded(rows | {"strong_signal": strong_signal(plan, plan.sizes[1])}),
     }
     result["summary"] = summarise(result)
     tables = [error_table(result), tail_table(result), strong_table(result)]

@@ -56,6 +56,16 @@ def test_errors_stay_within_what_the_theory_guarantees(finished):
             assert 0 < row["level"][1] < row["guaranteed_level"]
 
 
+def test_errors_are_those_of_the_exact_second_moments():
+    noise, n = Noise(1.9), 256
+    expected = heavy_tails.expected_rms(noise, numerics.growing(2.0, noise.order, n))
+    growing = heavy_tails.estimators(2.0, noise.order, n)[GROWING]
+    errors = heavy_tails.simulate(noise, 0.0, [growing], n, 500, jax.random.key(4))
+    # The relative standard error is about 2 %.
+    assert estimator_error.statistics_of(errors.norms)[0, 0] == pytest.approx(expected, rel=0.1)
+    assert heavy_tails.expected_rms(ONE_SIDED, np.ones(3)) is None
+
+
 def test_finished_simulations_are_read_again(finished, monkeypatch, capsys):
     out, result = finished
     plan = estimator_error.QUICK
