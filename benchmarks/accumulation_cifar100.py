@@ -42,7 +42,7 @@ from tests.models import Model
 MICROBATCH_SIZE = 32
 BETA = 2.0
 METHODS = ("not clipped", "clipped after", "clipped before")
-COLOURS = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
+COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
 RATES = (0.02, 0.06)
 RESULTS = pathlib.Path(__file__).parent / "results"
 NOTE = (

@@ -43,6 +43,7 @@ from benchmarks.tuned import (
     describe_difference,
     describe_mean,
     describe_numbers,
+    edges,
     enlarged_digits,
     growing_grid,
     paired_difference,
@@ -348,32 +349,6 @@ def edges_table(noises: dict[str, Any]) -> Table:
             for edge in edges(own):
                 table.add_row(noise, name, describe_numbers(own["chosen"]), edge)
     return table
-
-
-def edges(own: dict[str, Any]) -> list[str]:
-    """Which of a winner's numbers are the smallest or largest of its grid."""
-    found = []
-    points = [trial["numbers"] for trial in own["trials"]]
-    for name in ("threshold", "batch_threshold", "scale"):
-        found += edge_of(name, own["chosen"], points)
-    beside = [p for p in points if all(p[n] == plain(own["chosen"][n]) for n in CLIPPING)]
-    return found + edge_of("learning_rate", own["chosen"], beside)
-
-
-CLIPPING = ("threshold", "batch_threshold", "scale")
-
-
-def edge_of(name: str, chosen: dict[str, Any], points: list[dict[str, Any]]) -> list[str]:
-    values = {point[name] for point in points} - {None}
-    if len(values) < 2 or plain(chosen[name]) not in (min(values), max(values)):
-        return []
-    side = "largest" if plain(chosen[name]) == max(values) else "smallest"
-    return [f"{side} {name.replace('_', ' ')}"]
-
-
-def plain(value: float | None) -> float | None:
-    """A number as JSON holds it: ∞ is null there."""
-    return None if value == float("inf") else value
 
 
 def draw(result: dict[str, Any], styles: dict[str, Method]) -> Figure:

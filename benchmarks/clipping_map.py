@@ -35,7 +35,7 @@ from psclip_optax.training.datasets import load_dataset
 
 BETA = 2.0
 METHODS = ("no clipping", "batch clipping", "per-sample, growing")
-COLOURS = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
+COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
     "per-sample clipping to each other method are paired by seed, with 95% intervals (Student's t)."

@@ -60,7 +60,7 @@ NOISES = {
 
 
 class Numbers(NamedTuple):
-    """The method of a run; ∞, 0 and 0 leave out what they stand for.
+    """The method of a run, or those of several, [R]; ∞ and 0 leave out what they stand for.
 
     Attributes:
       learning_rate: before the cosine schedule.
@@ -71,12 +71,12 @@ class Numbers(NamedTuple):
       batch_threshold: largest norm of the batch's gradient.
     """
 
-    learning_rate: float
-    momentum: float = 0.9
-    threshold: float = float("inf")
-    exponent: float = 0.0
-    scale: float = 0.0
-    batch_threshold: float = float("inf")
+    learning_rate: Any
+    momentum: Any = 0.9
+    threshold: Any = float("inf")
+    exponent: Any = 0.0
+    scale: Any = 0.0
+    batch_threshold: Any = float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +147,8 @@ class State(NamedTuple):
 class Example(NamedTuple):
     """Training data of one run: labels and pixel factors of its own, [N]."""
 
-    labels: jax.Array
-    factors: jax.Array
+    labels: Any
+    factors: Any
 
 
 class Data(NamedTuple):
@@ -216,7 +216,7 @@ def build_loss(model: nn.Module, dtype: str = "float32") -> Callable[..., Any]:
     return loss
 
 
-def normalized(images: jax.Array, factors: jax.Array, data: Data) -> jax.Array:
+def normalized(images: Any, factors: jax.Array, data: Data) -> jax.Array:
     unit = images.astype(jnp.float32) * (1 / 255 if images.dtype == jnp.uint8 else 1)
     return (unit * factors[:, None, None, None] - data.mean) / data.std
 
@@ -361,8 +361,8 @@ def build_program(setting: Setting, num_classes: int, image_shape: tuple[int, ..
 def load_data(dataset: Dataset, num_validation: int) -> Data:
     """The dataset on the default device, its training split without the validation images."""
     train, validation = train_validation_split(dataset.train, num_validation=num_validation, seed=0)
-    splits = (Split(*map(jnp.asarray, split)) for split in (train, validation, dataset.test))
-    return Data(*splits, jnp.asarray(dataset.pixel_mean), jnp.asarray(dataset.pixel_std))
+    splits: Any = jax.tree.map(jnp.asarray, (train, validation, dataset.test))
+    return Data(*splits, mean=jnp.asarray(dataset.pixel_mean), std=jnp.asarray(dataset.pixel_std))
 
 
 def corrupted(split: Split, noise: Noise, num_classes: int, seed: int) -> Example:

@@ -18,6 +18,7 @@ from psclip_optax.training.summary import estimate
 # About the norm of a sample's and of a batch's gradient in the first epochs. Learning rates of
 # methods whose thresholds are smaller are raised by as much, for clipping shortens their steps.
 SAMPLE_NORM, BATCH_NORM = 10.0, 3.0
+CLIPPING = ("threshold", "batch_threshold", "scale")
 
 
 def growing_grid(
@@ -185,6 +186,29 @@ def describe_numbers(numbers: dict[str, Any]) -> str:
         if value is not None and value != float("inf"):
             words.append(f"{symbol} {value:g}")
     return ", ".join(words)
+
+
+def edges(own: dict[str, Any]) -> list[str]:
+    """Which of a winner's numbers are the smallest or largest of its grid."""
+    found = []
+    points = [trial["numbers"] for trial in own["trials"]]
+    for name in CLIPPING:
+        found += edge_of(name, own["chosen"], points)
+    beside = [p for p in points if all(p[n] == plain(own["chosen"][n]) for n in CLIPPING)]
+    return found + edge_of("learning_rate", own["chosen"], beside)
+
+
+def edge_of(name: str, chosen: dict[str, Any], points: list[dict[str, Any]]) -> list[str]:
+    values = {point[name] for point in points} - {None}
+    if len(values) < 2 or plain(chosen[name]) not in (min(values), max(values)):
+        return []
+    side = "largest" if plain(chosen[name]) == max(values) else "smallest"
+    return [f"{side} {name.replace('_', ' ')}"]
+
+
+def plain(value: float | None) -> float | None:
+    """A number as JSON holds it: ∞ is null there."""
+    return None if value == float("inf") else value
 
 
 def tidy(axes: Axes) -> None:

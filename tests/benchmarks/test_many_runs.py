@@ -1,0 +1,237 @@
+"""Many runs in one program are what Optax and stacked gradients make of each by itself."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+import psclip_optax as psc
+from benchmarks import accumulation_cifar100, alexnet_cifar100, clipping_map, many_runs
+from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting
+from benchmarks.tuned import edges, enlarged_digits, stopped_accuracy
+from psclip_optax.training.datasets import Split
+from psclip_optax.training.losses import classification_loss
+from psclip_optax.training.models import build_model
+
+STEPS, EPOCHS, SIZE, CLASSES = 3, 2, 16, 10
+SETTING = Setting(width=0.05, batch_size=SIZE, augment=False)
+RUNS = {
+    "momentum": Numbers(0.05),
+    "SGD": Numbers(0.3, momentum=0.0),
+    "batch": Numbers(0.1, batch_threshold=0.5),
+    "constant": Numbers(0.05, threshold=6.0),
+    "growing": Numbers(0.05, threshold=4.0, exponent=0.5),
+    "automatic": Numbers(0.05, scale=0.3),
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    digits = enlarged_digits()
+    parts = (slice(0, STEPS * SIZE), slice(100, 140), slice(200, 240))
+    splits = (
+        Split(jnp.asarray(digits.train.images[part]), jnp.asarray(digits.train.labels[part]))
+        for part in parts
+    )
+    return Data(*splits, jnp.asarray(digits.pixel_mean), jnp.asarray(digits.pixel_std))
+
+
+def optimizer_of(numbers: Numbers) -> optax.GradientTransformation:
+    if numbers.scale:
+        threshold = psc.moment_threshold(many_runs.MOMENT, scale=numbers.scale)
+    elif numbers.exponent:
+        threshold = psc.growing_threshold(numbers.threshold, 1 / numbers.exponent)
+    else:
+        threshold = psc.constant_threshold(numbers.threshold)
+    schedule = optax.cosine_decay_schedule(numbers.learning_rate, STEPS * EPOCHS)
+    return optax.chain(
+        psc.per_sample_clip(threshold),
+        optax.clip_by_global_norm(numbers.batch_threshold),
+        optax.sgd(schedule, momentum=numbers.momentum or None),
+    )
+
+
+def means_of_parts(number: int, stacked: jax.Array) -> jax.Array:
+    return jnp.mean(stacked.reshape(number, -1, *stacked.shape[1:]), axis=1)
+
+
+def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) -> list[float]:
+    """The loss of every epoch."""
+    model = build_model("alexnet", CLASSES, width=SETTING.width)
+    plain = classification_loss(model)
+    images = (data.train.images / 255.0 - data.mean) / data.std
+    params = model.init(jax.random.key(3), images[:1])["params"]
+    tx = optimizer_of(numbers)
+    state = tx.init(params)
+    per_sample = jax.jit(jax.vmap(jax.value_and_grad(lambda *x: plain(*x)[0]), (None, 0, 0)))
+    losses = []
+    for epoch in range(EPOCHS):
+        order_key, _ = jax.random.split(many_runs._epoch_key(jnp.asarray(3), epoch))
+        order = jax.random.permutation(order_key, STEPS * SIZE).reshape(STEPS, SIZE)
+        own = []
+        for indices in order:
+            values, grads = per_sample(params, images[indices], data.train.labels[indices])
+            if num_microbatches:
+                grads = jax.tree.map(functools.partial(means_of_parts, num_microbatches), grads)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            own.append(float(jnp.mean(values)))
+        losses.append(float(np.mean(own)))
+    return losses
+
+
+def trained_together(names, data: Data, setting: Setting):
+    runs = [Run("test", name, "clean", RUNS[name], EPOCHS, 3, setting) for name in names]
+    return runs, many_runs.train_together(runs, data, CLASSES, len(RUNS))
+
+
+def test_runs_together_are_runs_alone(data):
+    runs, records = trained_together(RUNS, data, SETTING)
+    for run, record in zip(runs, records, strict=True):
+        expected = trained_alone(run.numbers, data, None)
+        np.testing.assert_allclose(
+            record["curves"]["loss"], expected, rtol=1e-3, err_msg=run.method
+        )
+    shares = [record["curves"]["clipped_share"][-1] for record in records]
+    assert shares[:3] == [0, 0, 0]
+    assert all(0 < share < 1 for share in shares[3:]), shares
+    assert records[2]["curves"]["batch_clipped"][-1] > 0
+
+
+def test_micro_batches_are_clipped_before_they_are_averaged(data):
+    in_parts = SETTING.with_batch(SIZE, 4)
+    runs, records = trained_together(["growing", "momentum"], data, in_parts)
+    for run, record in zip(runs, records, strict=True):
+        expected = trained_alone(run.numbers, data, 4)
+        np.testing.assert_allclose(record["curves"]["loss"], expected, rtol=1e-3)
+    assert records[0]["curves"]["clipped_share"][0] > 0
+
+
+def test_convolutions_as_products_are_convolutions():
+    model = build_model("alexnet", CLASSES, width=0.1)
+    images = jax.random.normal(jax.random.key(0), (2, 20, 32, 3))
+    params = model.init(jax.random.key(1), images)["params"]
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    one, other = classification_loss(model), many_runs.build_loss(model)
+    for image in images:
+        np.testing.assert_allclose(other(params, image, 3)[0], one(params, image, 3)[0], rtol=1e-5)
+
+
+def test_images_are_shifted_and_mirrored():
+    images = jax.random.uniform(jax.random.key(0), (40, 8, 8, 1))
+    found = many_runs.shifted_and_mirrored(jax.random.key(1), images)
+    pad = many_runs.PADDING
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    shifts = set()
+    for image, whole in zip(np.asarray(found), padded, strict=True):
+        (where,) = (
+            (i, j, step)
+            for i in range(2 * pad + 1)
+            for j in range(2 * pad + 1)
+            for step in (1, -1)
+            if np.array_equal(image, whole[i : i + 8, j : j + 8][:, ::step])
+        )
+        shifts.add(where)
+    assert len(shifts) > 20
+
+
+def test_noise_is_that_of_the_command(data):
+    labels = many_runs.corrupted(data.train, NOISES["40% labels"], CLASSES, 1).labels
+    share = np.mean(labels != np.asarray(data.train.labels))
+    assert 0.2 < share < 0.6
+    factors = many_runs.corrupted(data.train, NOISES["heavy pixels"], CLASSES, 1).factors
+    assert 0.05 < np.mean(factors != 1) < 0.4
+    clean = many_runs.corrupted(data.train, NOISES["clean"], CLASSES, 1)
+    assert np.array_equal(clean.labels, data.train.labels)
+    assert np.all(clean.factors == 1)
+
+
+def test_a_run_that_diverged_has_no_tail():
+    assert many_runs.tail_figures(np.array([1.0, np.nan])) is None
+    light = many_runs.tail_figures(np.abs(np.random.default_rng(0).normal(size=5_000)))
+    assert light["verdict"] == "light"
+
+
+def test_what_decides_how_a_run_ends_is_in_its_file_name():
+    run = Run("final", "growing", "clean", RUNS["growing"], 2, 1, SETTING)
+    others = [
+        run._replace(seed=2),
+        run._replace(epochs=3),
+        run._replace(numbers=RUNS["constant"]),
+        run._replace(setting=SETTING.with_batch(8, None)),
+    ]
+    assert len({other.file_name() for other in [run, *others]}) == 5
+    assert run.file_name() == Run(*run).file_name()
+
+
+def test_stopping_early_looks_at_validation_alone():
+    curves = {"validation_accuracy": [None, 0.4, None, 0.3], "test_accuracy": [0.9, 0.2, 0.8, 0.5]}
+    assert stopped_accuracy({"curves": curves}) == 0.2
+
+
+def test_winners_at_an_edge_are_told():
+    def trial(rate, threshold):
+        numbers = Numbers(rate, threshold=threshold)._asdict()
+        return {"numbers": numbers | {"batch_threshold": None}}
+
+    trials = [trial(rate, threshold) for rate in (0.1, 0.2, 0.4) for threshold in (1, 2, 3)]
+    inside, outside = Numbers(0.2, threshold=2)._asdict(), Numbers(0.4, threshold=1)._asdict()
+    assert edges({"chosen": inside, "trials": trials}) == []
+    assert edges({"chosen": outside, "trials": trials}) == [
+        "smallest threshold",
+        "largest learning rate",
+    ]
+
+
+def test_no_chunk_is_begun_after_the_time(data, tmp_path):
+    run = Run("test", "momentum", "clean", RUNS["momentum"], 1, 3, SETTING)
+    with pytest.raises(TimeoutError, match="go on"):
+        many_runs.run_all(
+            [run], data, CLASSES, folder=tmp_path, together=6, console=Console(), seconds=-1
+        )
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words"),
+    [
+        (alexnet_cifar100, ["per-sample, growing", "gradient of a train step", "tail index"]),
+        (clipping_map, ["against no clipping", "no momentum"]),
+        (accumulation_cifar100, ["clipped before", "K = 4"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_quick_runs_write_table_and_figure_and_are_not_repeated(
+    benchmark, words, tmp_path, capsys, monkeypatch
+):
+    name = benchmark.__name__.rpartition(".")[2]
+    benchmark.main(runs=tmp_path / "runs", out=tmp_path, quick=True)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words)
+    first = json.loads((tmp_path / f"{name}.json").read_text())
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(many_runs, "train_together", None)
+    benchmark.main(runs=tmp_path / "runs", out=tmp_path / "again", quick=True)
+    assert json.loads((tmp_path / "again" / f"{name}.json").read_text()) == first
+
+
+@pytest.mark.parametrize("name", ["alexnet_cifar100"])
+def test_committed_results_are_of_the_committed_runs(name):
+    results = pathlib.Path(many_runs.__file__).parent / "results"
+    result = json.loads((results / f"{name}.json").read_text())
+    found: dict[tuple[str, str], list[float]] = {}
+    for path in sorted((results / f"{name}_runs").glob("final-*.json")):
+        record = json.loads(path.read_text())
+        key = (record["noise"], record["method"])
+        found.setdefault(key, []).append(record["curves"]["test_accuracy"][-1])
+    assert found.keys() == {(n, m) for n in NOISES for m in result["noises"][n]["methods"]}
+    for (noise, method), accuracies in found.items():
+        told = result["noises"][noise]["methods"][method]["test_accuracies"]
+        assert sorted(told) == sorted(accuracies)
+        assert len(told) == 5
