@@ -46,6 +46,7 @@ from benchmarks.tuned import (
     edges,
     enlarged_digits,
     growing_grid,
+    markdown_table,
     paired_difference,
     raised,
     stopped_accuracy,
@@ -351,6 +352,34 @@ def edges_table(noises: dict[str, Any]) -> Table:
     return table
 
 
+def to_markdown(result: dict[str, Any]) -> str:
+    """README's table: test accuracy after the last epoch."""
+    ours = "per-sample, growing"
+    names = list(result["protocol"]["trials"])
+    rows = [["training data", "tail index", *names, "growing − best baseline"]]
+    for noise, found in result["noises"].items():
+        index, *_ = describe_tail(list(found["tails"][ours].values())[-1])
+        accuracies = [describe_mean(found["methods"][name]["test_accuracies"]) for name in names]
+        difference = describe_difference(found["methods"][ours]["difference"])
+        rows.append([noise, index, *accuracies, difference])
+    return markdown_table(rows)
+
+
+def differences_to_markdown(result: dict[str, Any]) -> str:
+    """Of per-sample clipping to every baseline, after the last epoch and stopped early."""
+    rows = [["training data", "threshold", "stopped", *(f"− {name}" for name in BASELINES)]]
+    for noise, found in result["noises"].items():
+        for ours in ("constant", "growing", "automatic"):
+            for when, accuracies in (("no", "test_accuracies"), ("early", "stopped_accuracies")):
+                own, *others = (
+                    found["methods"][name][accuracies]
+                    for name in (f"per-sample, {ours}", *BASELINES)
+                )
+                differences = [describe_difference(paired_difference(own, o)) for o in others]
+                rows.append([noise, ours, when, *differences])
+    return markdown_table(rows)
+
+
 def draw(result: dict[str, Any], styles: dict[str, Method]) -> Figure:
     noises = result["noises"]
     figure = Figure(figsize=(14, 3.6 * len(noises) + 0.6), layout="constrained")
@@ -430,6 +459,7 @@ def main(
     dtype: str = "bfloat16",
     seconds: float = float("inf"),
     quick: bool = False,
+    markdown: bool = False,
 ) -> None:
     """Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
 
@@ -448,7 +478,12 @@ def main(
       dtype: of the forward and backward pass.
       seconds: begin nothing after so much time; the same command goes on.
       quick: digits, a tiny net and few runs, to see that the benchmark works.
+      markdown: train nothing, and print README's tables from the file.
     """
+    if markdown:
+        result = json.loads((out / "alexnet_cifar100.json").read_text())
+        print(to_markdown(result), differences_to_markdown(result), sep="\n")
+        return
     if quick:
         width, epochs, tuning_epochs, seeds, batch_size = 0.05, 2, 1, 2, 32
         noises, together = noises[:1], 12

@@ -211,6 +211,12 @@ def plain(value: float | None) -> float | None:
     return None if value == float("inf") else value
 
 
+def markdown_table(rows: list[list[str]]) -> str:
+    """The first row is the header."""
+    header, *body = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *body))
+
+
 def tidy(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
