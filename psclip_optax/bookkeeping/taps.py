@@ -208,16 +208,16 @@ class _Runner(NamedTuple):
     def checkpoint(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
     ) -> tuple[list[Any], Kept]:
-        policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
-        if not isinstance(prevent_cse, bool):  # a flag for each input
-            prevent_cse = (list(prevent_cse), True)
         shared = _Shared()
 
         def call(inputs: list[Any], taps: Taps) -> tuple[list[Any], list[jax.Array]]:
             outs, kept = self.call(eqn, inputs, taps, path)
             return outs, shared.once(kept)
 
-        outs, once = jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(inputs, taps)
+        flags: Any = eqn.params["prevent_cse"]
+        flags = flags if isinstance(flags, bool) else (list(flags), True)  # one for each input
+        checkpointed = jax.checkpoint(call, policy=eqn.params["policy"], prevent_cse=flags)
+        outs, once = checkpointed(inputs, taps)
         return outs, shared.of_all(once)
 
     def scan(
