@@ -194,12 +194,13 @@ def test_threshold_of_the_call_replaces_the_constructors_without_a_recompile():
 
 
 def test_both_faces_agree_in_a_chain():
-    x, y = heavy_batch(6)
     threshold = psc.growing_threshold(0.5, 1.5)
     tx = optax.chain(psc.per_sample_clip(threshold), optax.sgd(0.1))
-    updates, _ = tx.update(stacked_gradients(loss, PARAMS, (x, y))[1], tx.init(PARAMS))
-    grads = psc.clipped_grad(loss, threshold)(PARAMS, x, y)
-    assert_close(jax.tree.map(lambda g: -0.1 * g, grads), updates, 1e-6)
+    with enable_x64(True):
+        params, batch = in_float64(PARAMS), in_float64(heavy_batch(6))
+        updates, _ = tx.update(stacked_gradients(loss, params, batch)[1], tx.init(params))
+        grads = psc.clipped_grad(loss, threshold)(params, *batch)
+        assert_close(jax.tree.map(lambda g: -0.1 * g, grads), updates, 1e-12)
 
 
 def test_infinite_threshold_is_the_plain_gradient_and_twice_a_sample_is_no_change():

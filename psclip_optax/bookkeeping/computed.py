@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax.extend import core
 
-from psclip_optax.bookkeeping.sites import CALLS, Computed, inner_jaxpr
+from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
+from psclip_optax.bookkeeping.sites import Computed
 from psclip_optax.bookkeeping.views import Path, aval, run_equation
 
 _UNKNOWN: Any = object()
@@ -74,7 +75,7 @@ def _equation(
     if eqn.primitive.name == "scan":
         # What its steps share may be computed from, though its data are unknown.
         jaxpr, consts = inner_jaxpr(eqn)
-        num_consts = eqn.params["num_consts"]
+        num_consts = scan_counts(eqn).consts
         of_a_step = [_UNKNOWN] * (len(inputs) - num_consts)
         _run_known(jaxpr, consts, [*inputs[:num_consts], *of_a_step], path, found)
     return [_UNKNOWN] * len(eqn.outvars)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage, body_parameter
+from psclip_optax.bookkeeping.equations import body_parameter
+from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage
 from psclip_optax.bookkeeping.views import Path, aval, run_equation
 
 _Read: TypeAlias = Callable[[Any], Any]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
+from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
 from psclip_optax.bookkeeping.views import (
     Layer,
     Path,
@@ -225,19 +226,6 @@ def _weight(weight: int, leaves: frozenset[int], ndim: int) -> OfParameters:
     return OfParameters(leaves, View(weight, (), (), tuple(range(ndim))))
 
 
-CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "remat")
-
-
-def body_parameter(eqn: core.JaxprEqn) -> str:
-    return "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
-
-
-def inner_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """The jaxpr, with its constants, that an equation calls with its own inputs."""
-    inner = eqn.params[body_parameter(eqn)]
-    return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
-
-
 class _Walk(NamedTuple):
     usage: Usage
     rules: dict[str, SiteRule]
@@ -327,8 +315,8 @@ class _Walk(NamedTuple):
         )
 
     def scan(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> Sequence[Kind]:
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
+        num_consts, num_carry = scan_counts(eqn)
+        (body, _), length = inner_jaxpr(eqn), eqn.params["length"]
         consts, carry = kinds[:num_consts], kinds[num_consts : num_consts + num_carry]
         self.usage.escape(carry, "is the initial state of a scan", eqn)
         xs = [_layer(kind, scope.path) for kind in kinds[num_consts + num_carry :]]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jax.extend import core, source_info_util
 
+from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
 from psclip_optax.bookkeeping.views import aval
 
 
@@ -35,12 +36,7 @@ class FromExample(NamedTuple):
 Kind: TypeAlias = FromExample | None  # None: does not depend on the example
 Rule: TypeAlias = Callable[[core.JaxprEqn, Sequence[frozenset[int]], Any], frozenset[int]]
 
-_BODIES = {
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2", "scan"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
-    "cond": "branches",
-    "while": "body_jaxpr",
-}
+_WITH_BODIES = (*CALLS, "custom_jvp_call", "custom_vjp_call", "scan", "while", "cond")
 _SHOWN = 3
 
 
@@ -109,7 +105,7 @@ class _Walk(NamedTuple):
     def eqn(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
         # The derivative of a broadcast is a sum: that of a user's own `grad` is no statistic.
         is_transposed = "transpose(" in str(eqn.source_info.name_stack)
-        if eqn.primitive.name in _BODIES and not is_transposed:
+        if eqn.primitive.name in _WITH_BODIES and not is_transposed:
             return self.call(eqn, kinds)
         self.meeting(eqn, kinds)
         taken = {_place(eqn)} if _is_statistic(eqn, kinds) and not is_transposed else set()
@@ -129,20 +125,21 @@ class _Walk(NamedTuple):
 
     def call(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
         name = eqn.primitive.name
-        bodies = eqn.params[_BODIES[name]]
         if name == "scan":
             return self.scan(eqn, kinds)
         if name == "while":
-            return self.loop(_inner(bodies), kinds[eqn.params["cond_nconsts"] :], len(eqn.outvars))
-        bodies = bodies if isinstance(bodies, tuple) else (bodies,)
-        outs = [self.jaxpr(body, _last(kinds, body)) for body in map(_inner, bodies)]
+            body, num_conditions = eqn.params["body_jaxpr"].jaxpr, eqn.params["cond_nconsts"]
+            return self.loop(body, kinds[num_conditions:], len(eqn.outvars))
+        is_choice = name == "cond"
+        bodies = [b.jaxpr for b in eqn.params["branches"]] if is_choice else [inner_jaxpr(eqn)[0]]
+        outs = [self.jaxpr(body, _last(kinds, body)) for body in bodies]
         return [_either(*kinds) for kinds in zip(*outs, strict=True)]
 
     def scan(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
-        num_carry = eqn.params["num_carry"]
-        start = eqn.params["num_consts"] + num_carry
+        num_consts, num_carry = scan_counts(eqn)
+        start = num_consts + num_carry
         layers = tuple(_moved(kind, -1) for kind in kinds[start:])
-        outs = self.loop(_inner(eqn.params["jaxpr"]), kinds[:start], num_carry, layers)
+        outs = self.loop(inner_jaxpr(eqn)[0], kinds[:start], num_carry, layers)
         return outs[:num_carry] + [_moved(kind, 1) for kind in outs[num_carry:]]
 
     def loop(
@@ -157,10 +154,6 @@ class _Walk(NamedTuple):
         # What a step leaves enters the next one.
         carry = tuple(map(_either, carry, outs[:num_carry]))
         return self.jaxpr(body, (*consts, *carry, *layers))
-
-
-def _inner(jaxpr: Any) -> core.Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
 
 
 def _last(kinds: tuple[Kind, ...], body: core.Jaxpr) -> tuple[Kind, ...]:

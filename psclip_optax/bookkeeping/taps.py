@@ -18,7 +18,13 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from psclip_optax.bookkeeping.sites import Site, inner_jaxpr, operate
+from psclip_optax.bookkeeping.equations import (
+    CALLS,
+    CHECKPOINTS,
+    inner_jaxpr,
+    scan_counts,
+)
+from psclip_optax.bookkeeping.sites import Site, operate
 from psclip_optax.bookkeeping.views import Path, as_function, run_equation
 
 Taps: TypeAlias = dict[Path, jax.Array]
@@ -202,22 +208,23 @@ class _Runner(NamedTuple):
     def checkpoint(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
     ) -> tuple[list[Any], Kept]:
-        policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
-
         shared = _Shared()
 
         def call(inputs: list[Any], taps: Taps) -> tuple[list[Any], list[jax.Array]]:
             outs, kept = self.call(eqn, inputs, taps, path)
             return outs, shared.once(kept)
 
-        outs, once = jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(inputs, taps)
+        flags: Any = eqn.params["prevent_cse"]
+        flags = flags if isinstance(flags, bool) else (list(flags), True)  # one for each input
+        checkpointed = jax.checkpoint(call, policy=eqn.params["policy"], prevent_cse=flags)
+        outs, once = checkpointed(inputs, taps)
         return outs, shared.of_all(once)
 
     def scan(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
     ) -> tuple[list[Any], Kept]:
-        params = eqn.params
-        num_consts, num_carry, body = params["num_consts"], params["num_carry"], params["jaxpr"]
+        params, (body, body_consts) = eqn.params, inner_jaxpr(eqn)
+        num_consts, num_carry = scan_counts(eqn)
         consts = inputs[:num_consts]
         init, xs = inputs[num_consts:][:num_carry], inputs[num_consts:][num_carry:]
         shared = _Shared()
@@ -225,7 +232,7 @@ class _Runner(NamedTuple):
         def step(carry: list[Any], xs_and_taps: tuple[list[Any], Taps]) -> Any:
             xs, taps = xs_and_taps
             operands = [*consts, *carry, *xs]
-            outs, kept = self.jaxpr(body.jaxpr, body.consts, operands, taps, path)
+            outs, kept = self.jaxpr(body, body_consts, operands, taps, path)
             return outs[:num_carry], (outs[num_carry:], shared.once(kept))
 
         carry, (ys, once) = lax.scan(
@@ -258,11 +265,7 @@ class _Shared:
 
 _Nested = Callable[[_Runner, core.JaxprEqn, list[Any], Taps, Path], tuple[list[Any], Kept]]
 _NESTED: dict[str, _Nested] = {
+    **dict.fromkeys(CALLS, _Runner.call),
+    **dict.fromkeys(CHECKPOINTS, _Runner.checkpoint),
     "scan": _Runner.scan,
-    "checkpoint": _Runner.checkpoint,
-    "remat2": _Runner.checkpoint,
-    "remat": _Runner.checkpoint,
-    "jit": _Runner.call,
-    "pjit": _Runner.call,
-    "closed_call": _Runner.call,
 }

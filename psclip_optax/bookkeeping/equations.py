@@ -1,0 +1,44 @@
+"""What equations that hold a jaxpr say of it, read alike from every version of JAX.
+
+Names of primitives and of their parameters change between versions; they are told here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+CHECKPOINTS = ("checkpoint", "remat2", "remat")
+CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", *CHECKPOINTS)
+
+
+def body_parameter(eqn: core.JaxprEqn) -> str:
+    return "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
+
+
+def inner_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """The jaxpr, with its constants, that an equation calls with its own inputs."""
+    inner = eqn.params[body_parameter(eqn)]
+    return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
+
+
+class ScanCounts(NamedTuple):
+    """How many of a scan's inputs come first as constants, and then as the carry."""
+
+    consts: int
+    carry: int
+
+
+def scan_counts(eqn: core.JaxprEqn) -> ScanCounts:
+    # From the ranks, for JAX 0.11 changed the parameters that hold the counts: what a scan runs
+    # over or stacks has one axis more outside than in the body, constants and carry have the same.
+    body, _ = inner_jaxpr(eqn)
+    carry = _num_unchanged(eqn.outvars, body.outvars)
+    return ScanCounts(_num_unchanged(eqn.invars, body.invars) - carry, carry)
+
+
+def _num_unchanged(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(outer.aval.ndim == inner.aval.ndim for outer, inner in pairs)
