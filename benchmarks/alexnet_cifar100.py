@@ -63,6 +63,7 @@ NUM_VALIDATION = 5_000
 BASELINES = ("SGD", "momentum", "batch clipping")
 RATES = (0.01, 0.025, 0.06, 0.15)
 BETA = 2.0
+FAILED = 0.015  # chance is 0.01
 WATCHED = ("momentum", "per-sample, growing")  # whose gradient norms' tails are estimated
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -377,6 +378,30 @@ def differences_to_markdown(result: dict[str, Any]) -> str:
                 )
                 differences = [describe_difference(paired_difference(own, o)) for o in others]
                 rows.append([noise, ours, when, *differences])
+    return markdown_table(rows)
+
+
+def failures_to_markdown(result: dict[str, Any]) -> str:
+    """Of all trials, those that are not above chance."""
+    names = list(result["protocol"]["trials"])
+    rows = [["training data", *names]]
+    for noise, found in result["noises"].items():
+        trials = [found["methods"][name]["trials"] for name in names]
+        failed = [sum(t["validation_accuracy"] < FAILED for t in own) for own in trials]
+        rows.append(
+            [noise, *(f"{few} of {len(own)}" for few, own in zip(failed, trials, strict=True))]
+        )
+    return markdown_table(rows)
+
+
+def tails_to_markdown(result: dict[str, Any]) -> str:
+    rows = [["training data", "method", "epoch", "tail index", "median", "99%", "largest"]]
+    rows += [
+        [noise, method, epoch, *describe_tail(tail)]
+        for noise, found in result["noises"].items()
+        for method, epochs in found["tails"].items()
+        for epoch, tail in epochs.items()
+    ]
     return markdown_table(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import json
@@ -15,7 +16,7 @@ import tomllib
 
 import pytest
 
-from benchmarks import engine
+from benchmarks import alexnet_cifar100, engine, summary, tuned
 from benchmarks.peers import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -152,6 +153,52 @@ def test_intervals_of_the_tail_index_are_those_of_the_committed_measurement():
             shares[row["index"] is None].append(100 * row["shares"]["light"][1])
         assert words.format(min(shares[True]), max(shares[True]), max(shares[False])) in said
     assert all(row["clipped_of_512"] < 1 for row in rows)
+
+
+def test_page_of_results_is_that_of_the_committed_measurements():
+    page = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
+    assert page == summary.page()
+
+
+def test_results_on_cifar_are_those_of_the_committed_measurement():
+    result = json.loads((ROOT / "benchmarks/results/alexnet_cifar100.json").read_text())
+    assert alexnet_cifar100.to_markdown(result) in README
+    said = " ".join(README.split())
+    heavy = result["noises"]["heavy pixels"]
+    difference = heavy["methods"]["per-sample, constant"]["difference"]
+    assert heavy["best_baseline"] == "batch clipping"
+    assert f"above batch clipping by {tuned.describe_difference(difference)} points" in said
+    for name in ("SGD", "momentum"):
+        trials = heavy["methods"][name]["trials"]
+        assert all(t["validation_accuracy"] < alexnet_cifar100.FAILED for t in trials)
+    failures = collections.Counter(
+        name
+        for found in result["noises"].values()
+        for name, own in found["methods"].items()
+        for trial in own["trials"]
+        if trial["validation_accuracy"] < alexnet_cifar100.FAILED
+    )
+    given = failures["per-sample, constant"] + failures["per-sample, growing"]
+    assert f"with a given per-sample threshold {given} ended no better than chance" in said
+    assert f"of the 48 of batch clipping {failures['batch clipping']}, and" in said
+    unclipped = failures["SGD"] + failures["momentum"]
+    assert f"of the 96 of SGD and momentum SGD {unclipped}:" in said
+    indices = {
+        noise: [
+            tail["index"]
+            for epochs in found["tails"].values()
+            for tail in epochs.values()
+            if tail is not None and tail["index"] is not None
+        ]
+        for noise, found in result["noises"].items()
+    }
+    low, high = min(indices["heavy pixels"]), max(indices["heavy pixels"])
+    assert f"the index is {low:.1f} to {high:.1f}" in said
+    assert all(min(own) > 7 for noise, own in indices.items() if noise != "heavy pixels")
+    ways = result["steps"]["ways"]
+    engine_ratio, stacked_ratio = (ways[way]["ratio_quartiles"][1] for way in ("engine", "vmap"))
+    assert f"takes {engine_ratio:.2f} times as long as a plain one" in said
+    assert f"stacks gradients {stacked_ratio:.2f} times" in said
 
 
 @pytest.mark.parametrize(
