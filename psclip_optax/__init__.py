@@ -1,21 +1,32 @@
 """Per-sample gradient clipping for JAX and Optax: clip each sample's gradient, then average."""
 
 from psclip_optax.accumulation import accumulate_clipped
+from psclip_optax.adaptive import (
+    min_norm_threshold,
+    moment_threshold,
+    quantile_threshold,
+    track_norms,
+)
 from psclip_optax.clipped_grad import clipped_grad, clipped_value_and_grad
 from psclip_optax.clipping import ClipStats
 from psclip_optax.optimizers import ps_clip_sgd
-from psclip_optax.thresholds import constant_threshold, growing_threshold
+from psclip_optax.thresholds import AdaptiveThreshold, constant_threshold, growing_threshold
 from psclip_optax.transforms import per_sample_clip
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveThreshold",
     "ClipStats",
     "accumulate_clipped",
     "clipped_grad",
     "clipped_value_and_grad",
     "constant_threshold",
     "growing_threshold",
+    "min_norm_threshold",
+    "moment_threshold",
     "per_sample_clip",
     "ps_clip_sgd",
+    "quantile_threshold",
+    "track_norms",
 ]

@@ -122,20 +122,22 @@ def clip_stats(
     )
 
 
+def gathered(array: jax.Array, axis_name: Any) -> jax.Array:
+    """The whole batch's [n] on each device, from its shard of it, under shard_map."""
+    # As a sum, which is known to be the same on all devices; an all_gather's result is not.
+    mine = jnp.arange(lax.psum(1, axis_name))[:, None] == lax.axis_index(axis_name)
+    return lax.psum(jnp.where(mine, array, 0), axis_name).reshape(-1).astype(array.dtype)
+
+
 def over_devices(
     stats: ClipStats, counts: jax.Array, kept: jax.Array, axis_name: Any
 ) -> tuple[ClipStats, jax.Array, jax.Array]:
     """The same of the whole batch on each device, from those of its shard, under shard_map."""
-    number = lax.psum(1, axis_name)
-
-    def gathered(array: jax.Array) -> jax.Array:
-        # As a sum, which is known to be the same on all devices; an all_gather's result is not.
-        mine = jnp.arange(number)[:, None] == lax.axis_index(axis_name)
-        return lax.psum(jnp.where(mine, array, 0), axis_name).reshape(-1).astype(array.dtype)
-
     num_clipped, num_nonfinite = lax.psum((stats.num_clipped, stats.num_nonfinite), axis_name)
-    whole = ClipStats(gathered(stats.norms), gathered(stats.scales), num_clipped, num_nonfinite)
-    return whole, gathered(counts), gathered(kept)
+    norms, scales, counts, kept = (
+        gathered(array, axis_name) for array in (stats.norms, stats.scales, counts, kept)
+    )
+    return ClipStats(norms, scales, num_clipped, num_nonfinite), counts, kept
 
 
 class BatchFigures(NamedTuple):

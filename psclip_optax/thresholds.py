@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,37 @@ import numpy as np
 
 Threshold: TypeAlias = Callable[[jax.Array], jax.Array]
 _Class = TypeVar("_Class", bound=type)
+
+
+class AdaptiveThreshold(NamedTuple):
+    """A threshold that follows the norms it has seen: three pure functions, as Optax has two.
+
+    Between a batch and the next its state is the caller's to keep: it is a pytree of arrays, to be
+    checkpointed, replicated over devices and carried through :func:`jax.lax.scan`.
+
+    Attributes:
+      init: ``init() -> state``, before any norm was seen.
+      threshold: ``threshold(state) -> threshold``, from the norms seen up to now; a pytree, and a
+        callable from positions [n] to norms τ [n].
+      update: ``update(state, norms, sample_mask=None, *, axis_name=None) -> state``, after a batch
+        with these norms, float [n]. Those that are masked (bool [n], False for padding) or not
+        finite have no say; a batch without any that has leaves the state as it is. Under
+        :func:`jax.shard_map` ``axis_name`` is the mesh axis (or axes) over which the norms are
+        sharded; the state is then that of the whole batch, the same on all devices.
+    """
+
+    init: Callable[[], Any]
+    threshold: Callable[[Any], Threshold]
+    update: Callable[..., Any]
+
+
+_KEEPS_NO_STATE = (
+    "an AdaptiveThreshold has a state, which is not kept here; expected a number or a callable "
+    "from positions [n] to norms [n]. With clipped_value_and_grad(…, return_stats=True) keep it "
+    "yourself: pass threshold=rule.threshold(state) to each call, then write "
+    "state = rule.update(state, stats.norms, sample_mask). psc.per_sample_clip(rule) keeps it, and "
+    "so do the train steps of an optimizer with psc.track_norms(rule)"
+)
 
 _SCALAR_POSITION = (
     "a threshold takes the positions of a batch's samples, an integer array of shape [n], but "
@@ -36,7 +67,16 @@ def concrete(x: Any) -> np.ndarray | None:
         return None
 
 
-def _refuse_unless_number(owner: str, name: str, value: Any, lowest: float, strict: bool) -> None:
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    lowest: float,
+    highest: float = math.inf,
+    open_ends: tuple[bool, bool] = (False, False),
+) -> None:
+    """Refuse what is no real scalar or, where the value is known, lies outside the interval."""
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or isinstance(
         value, bool
     ):
@@ -51,10 +91,12 @@ def _refuse_unless_number(owner: str, name: str, value: Any, lowest: float, stri
     if known is None:
         return
     number = float(known)
-    if math.isnan(number) or number < lowest or (strict and number == lowest):
-        raise ValueError(
-            f"{owner} expects `{name}` {'>' if strict else '>='} {lowest:g}, got {number:g}"
-        )
+    is_inside = lowest <= number <= highest
+    if not is_inside or (number == lowest and open_ends[0]) or (number == highest and open_ends[1]):
+        expected = f"{'>' if open_ends[0] else '>='} {lowest:g}"
+        if highest < math.inf:
+            expected += f" and {'<' if open_ends[1] else '<='} {highest:g}"
+        raise ValueError(f"{owner} expects `{name}` {expected}, got {number:g}")
 
 
 def _as_positions(positions: Any) -> jax.Array:
@@ -119,7 +161,7 @@ class ConstantThreshold:
     value: jax.typing.ArrayLike
 
     def __post_init__(self) -> None:
-        _refuse_unless_number("constant_threshold", "value", self.value, 0.0, strict=False)
+        check_number("constant_threshold", "value", self.value, lowest=0)
 
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
         """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
@@ -163,8 +205,8 @@ class GrowingThreshold:
     beta: jax.typing.ArrayLike
 
     def __post_init__(self) -> None:
-        _refuse_unless_number("growing_threshold", "alpha", self.alpha, 0.0, strict=False)
-        _refuse_unless_number("growing_threshold", "beta", self.beta, 0.0, strict=True)
+        check_number("growing_threshold", "alpha", self.alpha, lowest=0)
+        check_number("growing_threshold", "beta", self.beta, lowest=0, open_ends=(True, False))
 
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
         """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
@@ -183,6 +225,8 @@ growing_threshold = GrowingThreshold
 
 def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
     """The threshold itself, or the constant one that a number stands for."""
+    if isinstance(threshold, AdaptiveThreshold):
+        raise TypeError(_KEEPS_NO_STATE)
     if callable(threshold):
         return threshold
     return ConstantThreshold(threshold)

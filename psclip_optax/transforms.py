@@ -13,9 +13,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes, stacks
+from psclip_optax.adaptive import as_adaptive
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
-from psclip_optax.thresholds import Threshold, as_threshold
+from psclip_optax.thresholds import AdaptiveThreshold, Threshold
 
 
 class PerSampleClipState(NamedTuple):
@@ -31,6 +32,7 @@ class PerSampleClipState(NamedTuple):
       mean_scale: float, the mean of γ_k.
       median_norm: float, the median of ‖g_k‖ before clipping.
       max_norm: float, the largest ‖g_k‖ before clipping.
+      threshold_state: the state of an adaptive threshold, for the next batch; () of any other.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (Optax's own name for it)
@@ -40,6 +42,7 @@ class PerSampleClipState(NamedTuple):
     mean_scale: jax.Array
     median_norm: jax.Array
     max_norm: jax.Array
+    threshold_state: Any = ()
 
 
 class Batch(NamedTuple):
@@ -171,10 +174,12 @@ def clipped_alone(
     return [clipped(leaf) for leaf in leaves], norm, scale
 
 
-def _next_state(state: PerSampleClipState, figures: BatchFigures) -> PerSampleClipState:
+def _next_state(
+    state: PerSampleClipState, figures: BatchFigures, threshold_state: Any
+) -> PerSampleClipState:
     count = jnp.asarray(optax.safe_increment(state.count))
-    cast = [new.astype(old.dtype) for new, old in zip(figures, state[1:], strict=True)]
-    return PerSampleClipState(count, *cast)
+    cast = [new.astype(old.dtype) for new, old in zip(figures, state[1:-1], strict=True)]
+    return PerSampleClipState(count, *cast, threshold_state=threshold_state)
 
 
 def _check_sample_axis(sample_axis: Any) -> int:
@@ -187,7 +192,7 @@ def _check_sample_axis(sample_axis: Any) -> int:
 
 
 def per_sample_clip(
-    threshold: Threshold | jax.typing.ArrayLike,
+    threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike,
     *,
     sample_axis: int = 0,
     on_nonfinite: OnNonfinite = "drop",
@@ -210,7 +215,9 @@ def per_sample_clip(
     Args:
       threshold: the largest norm τ_k of the sample at the 1-based position k, in the units of the
         gradient's norm: a number (the same for all), :func:`psc.growing_threshold
-        <psclip_optax.growing_threshold>`, or any callable from integer positions [n] to norms [n].
+        <psclip_optax.growing_threshold>`, any callable from integer positions [n] to norms [n], or
+        an adaptive one such as :func:`psc.moment_threshold <psclip_optax.moment_threshold>`, whose
+        τ_k come from the norms of the batches before this one, as kept in the state.
       sample_axis: the axis of every leaf along which the n samples are stacked.
       on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
         keeps its position and its share in N. "propagate" lets it through, so that the result is
@@ -262,7 +269,7 @@ def per_sample_clip(
       Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
       <https://arxiv.org/abs/2605.02701>`_, 2026.
     """
-    threshold = as_threshold(threshold)
+    rule = as_adaptive(threshold)
     sample_axis = _check_sample_axis(sample_axis)
     clipping.check_on_nonfinite(on_nonfinite)
 
@@ -272,7 +279,7 @@ def per_sample_clip(
         # An array of its own for each field: a donated state may not hold one twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
         numbers = [jnp.zeros((), stacks.norm_dtype(floats)) for _ in range(3)]
-        return PerSampleClipState(*integers, *numbers)
+        return PerSampleClipState(*integers, *numbers, threshold_state=rule.init())
 
     def update(
         per_sample_grads: optax.Updates,
@@ -284,6 +291,7 @@ def per_sample_clip(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         del extra_args
+        threshold = rule.threshold(state.threshold_state)
         arguments = (per_sample_grads, state, params, sample_mask, positions, threshold)
         mesh = meshes.explicit_mesh(arguments)
         if mesh is None:
@@ -320,7 +328,9 @@ def per_sample_clip(
         if axis_name is not None:
             sums = lax.psum(sums, axis_name)
             stats, counts, kept = clipping.over_devices(stats, counts, kept, axis_name)
-        state = _next_state(state, clipping.batch_figures(stats, counts, kept))
+        threshold_state = rule.update(state.threshold_state, stats.norms, counts)
+        figures = clipping.batch_figures(stats, counts, kept)
+        state = _next_state(state, figures, threshold_state)
         divisor = jnp.maximum(state.num_samples, 1)
         means = [
             (total / divisor.astype(total.dtype)).astype(leaf.dtype)

@@ -91,7 +91,15 @@ def test_help_lists_the_options(command: str, options: str, capsys):
         (["train", "--clip-at", "step"], ["--clip-at", "'step'", "micro-batch"]),
         (
             ["train", "--method", "momentum", "--clip-at", "batch"],
-            ["--clip-at: of ps-clip and ps-clip-constant alone, got batch with --method momentum"],
+            ["--clip-at: of ps-clip, ps-clip-constant and ps-clip-auto alone", "--method momentum"],
+        ),
+        (
+            ["train", "--method", "ps-clip-auto", "--clip-at", "batch"],
+            ["--clip-at: expected sample or micro-batch with --method ps-clip-auto, got batch"],
+        ),
+        (
+            ["train", "--method", "ps-clip-auto", "--beta", "3"],
+            ["--beta: expected a number in [1, 2] with --method ps-clip-auto, got 3.0"],
         ),
         (["train", "--num-processes", "2"], ["--num-processes: expected --distributed with it"]),
         (

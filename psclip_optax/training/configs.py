@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 DatasetName: TypeAlias = Literal["digits", "cifar10", "cifar100"]
 ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
-MethodName: TypeAlias = Literal["sgd", "momentum", "batch-clip", "ps-clip", "ps-clip-constant"]
+MethodName: TypeAlias = Literal[
+    "sgd", "momentum", "batch-clip", "ps-clip", "ps-clip-constant", "ps-clip-auto"
+]
 ScheduleName: TypeAlias = Literal["cosine", "constant"]
 EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAtName: TypeAlias = Literal["sample", "micro-batch", "batch"]
@@ -57,7 +59,8 @@ class TaskConfig:
     schedule: ScheduleName = "cosine"
     """What becomes of the learning rate: down to 0 along half a cosine, or constant."""
     beta: float = 1.5
-    """Growth β of the threshold α k^(1/β) of ps-clip with a sample's position k in the batch."""
+    """Growth β of the threshold α k^(1/β) of ps-clip with a sample's position k in the batch; of
+    ps-clip-auto also the order of the moment of the gradient norms that gives α."""
     label_noise: float = 0.0
     """Share of the training labels replaced by other ones."""
     pixel_df: float | None = None
@@ -84,11 +87,13 @@ class TrainConfig(TaskConfig):
     """
 
     method: MethodName = "ps-clip"
-    """The optimizer. ps-clip clips each sample's gradient, batch-clip their mean."""
+    """The optimizer. ps-clip clips each sample's gradient, batch-clip their mean. ps-clip-auto is
+    ps-clip with α from the gradient norms of the steps before."""
     lr: float = 0.05
     """Learning rate."""
     alpha: float = 1.0
-    """Threshold of the clipping methods: α of ps-clip, the largest norm of the other two."""
+    """Threshold of the clipping methods: α of ps-clip, a factor of the α that ps-clip-auto finds,
+    the largest norm of the others."""
     steps: int = 1000
     """Updates to make."""
     eval_every: int = 100
@@ -230,10 +235,23 @@ def check_config(config: TrainConfig | CompareConfig) -> None:
         return
     if config.clip_at != "sample" and not config.method.startswith("ps-clip"):
         raise UsageError(
-            f"--clip-at: of ps-clip and ps-clip-constant alone, got {config.clip_at} with --method "
-            f"{config.method}"
+            f"--clip-at: of ps-clip, ps-clip-constant and ps-clip-auto alone, got {config.clip_at} "
+            f"with --method {config.method}"
         )
+    if config.method == "ps-clip-auto":
+        _check_auto(config)
     _check_processes(config)
+
+
+def _check_auto(config: TrainConfig) -> None:
+    if not 1 <= config.beta <= 2:
+        raise UsageError(
+            f"--beta: expected a number in [1, 2] with --method ps-clip-auto, got {config.beta}"
+        )
+    if config.clip_at == "batch":
+        raise UsageError(
+            "--clip-at: expected sample or micro-batch with --method ps-clip-auto, got batch"
+        )
 
 
 def _check_processes(config: TrainConfig) -> None:

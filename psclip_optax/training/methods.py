@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psclip_optax.thresholds import Threshold, constant_threshold, growing_threshold
+from psclip_optax.adaptive import moment_threshold, track_norms
+from psclip_optax.thresholds import (
+    AdaptiveThreshold,
+    Threshold,
+    constant_threshold,
+    growing_threshold,
+)
 from psclip_optax.training.configs import ClipAtName, MethodName, ScheduleName, TaskConfig
 
 
@@ -22,8 +28,9 @@ class Hyperparams(NamedTuple):
 
     Attributes:
       learning_rate: before the schedule.
-      threshold: α, or the largest norm, in the units of the gradient's norm; ∞ clips nothing.
-      beta: growth of the threshold with a sample's position, of "ps-clip" alone.
+      threshold: α, or the largest norm, in the units of the gradient's norm; of "ps-clip-auto" a
+        factor of the scale that it finds. ∞ clips nothing.
+      beta: growth of the threshold with a sample's position, of "ps-clip" and "ps-clip-auto".
     """
 
     learning_rate: float
@@ -58,7 +65,7 @@ class Method(NamedTuple):
     has_threshold: bool
     has_momentum: bool
     clip: Callable[[Any, Any], optax.GradientTransformation]
-    threshold: Callable[[Any, Any], Threshold] | None = None
+    threshold: Callable[[Any, Any], Threshold | AdaptiveThreshold] | None = None
 
 
 def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
@@ -91,6 +98,14 @@ def _clipped_already(threshold: Any, beta: Any) -> optax.GradientTransformation:
     return optax.identity()
 
 
+def _following_the_norms(threshold: Any, beta: Any) -> AdaptiveThreshold:
+    return moment_threshold(beta, scale=threshold)
+
+
+def _tracked_norms(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    return track_norms(_following_the_norms(threshold, beta))
+
+
 METHODS: dict[MethodName, Method] = {
     "sgd": Method("SGD", False, False, _no_clip),
     "momentum": Method("momentum SGD", False, True, _no_clip),
@@ -102,6 +117,9 @@ METHODS: dict[MethodName, Method] = {
         True,
         _clipped_already,
         lambda threshold, beta: constant_threshold(threshold),
+    ),
+    "ps-clip-auto": Method(
+        "per-sample clipping, automatic", True, True, _tracked_norms, _following_the_norms
     ),
 }
 
@@ -144,7 +162,7 @@ def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
     if threshold is None:
         return size | {"gradients": "mean"}
 
-    def threshold_from(opt_state: Any) -> Threshold:
+    def threshold_from(opt_state: Any) -> Threshold | AdaptiveThreshold:
         numbers = opt_state.hyperparams
         return threshold(numbers["threshold"], numbers["beta"])
 

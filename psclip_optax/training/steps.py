@@ -16,15 +16,17 @@ import optax
 from flax import nnx
 from flax.training.train_state import TrainState
 
+from psclip_optax.adaptive import TrackNormsState
 from psclip_optax.bookkeeping.microbatches import counting
 from psclip_optax.clipped_grad import ClipAt, Mode, clipped_value_and_grad
 from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
-from psclip_optax.thresholds import Threshold
+from psclip_optax.thresholds import AdaptiveThreshold, Threshold
 from psclip_optax.transforms import PerSampleClipState
 
 Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]
 Metrics: TypeAlias = dict[str, Any]
 _Loss: TypeAlias = Callable[..., Any]
+_Threshold: TypeAlias = Threshold | AdaptiveThreshold | jax.typing.ArrayLike
 
 
 class _Batch(NamedTuple):
@@ -85,9 +87,12 @@ def _mean_gradients(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> 
 
 def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Gradients:
     def compute(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
+        given = threshold_from(opt_state)
+        is_adaptive = isinstance(given, AdaptiveThreshold)
+        threshold = _from_tracked_norms(given, opt_state) if is_adaptive else given
         value_and_grad = clipped_value_and_grad(
             loss,
-            threshold_from(opt_state),
+            threshold,
             has_aux=True,
             mode=how.mode,
             microbatch_size=how.microbatch_size,
@@ -107,9 +112,28 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
         if not by_sample:
             number = {"num_microbatches": figures["num_samples"]}
             figures |= number | {"num_samples": jnp.sum(counts, dtype=jnp.int32)}
-        return _Computed(logs, gradients, {}, figures)
+        if not is_adaptive:
+            return _Computed(logs, gradients, {}, figures)
+        figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]
+        extra_args = {"norms": stats.norms, "sample_mask": units}
+        return _Computed(logs, gradients, extra_args, figures)
 
     return _Gradients(compute, stacked=False)
+
+
+def _from_tracked_norms(rule: AdaptiveThreshold, opt_state: Any) -> Threshold:
+    """The threshold from the state that `track_norms` keeps in the optimizer's."""
+    # As in _clip_states: the leaves are what NNX has in Variables.
+    tracked = [jax.tree.leaves(node) for node in _nodes(opt_state, TrackNormsState)]
+    expected, treedef = jax.tree.flatten(jax.eval_shape(rule.init))
+    if len(tracked) != 1 or [*map(jnp.shape, tracked[0])] != [leaf.shape for leaf in expected]:
+        raise ValueError(
+            "an AdaptiveThreshold has its state in the optimizer's, where one track_norms of the "
+            f"same rule keeps it; this one holds {len(tracked)} TrackNormsState"
+            f"{', of another rule' if len(tracked) == 1 else ''}. Write "
+            "optax.chain(psclip_optax.track_norms(rule), …) with the rule that the step has"
+        )
+    return rule.threshold(treedef.unflatten(tracked[0]))
 
 
 def _mean_gradients_in_parts(microbatch_size: int) -> _Gradients:
@@ -256,13 +280,18 @@ def _checked_batch(examples: tuple[Any, ...], sample_mask: Any, positions: Any) 
     )
 
 
-def _clip_states(opt_state: Any) -> list[PerSampleClipState]:
-    def is_clip_state(node: Any) -> bool:
-        return isinstance(node, PerSampleClipState)
+def _nodes(opt_state: Any, kind: type) -> list[Any]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_clip_state)
+
+def _clip_states(opt_state: Any) -> list[PerSampleClipState]:
+    """Without the states of their thresholds."""
     # NNX wraps every array of an optimizer's state in a Variable; the leaves are what is inside.
-    return [PerSampleClipState(*jax.tree.leaves(node)) for node in nodes if is_clip_state(node)]
+    nodes = _nodes(opt_state, PerSampleClipState)
+    return [
+        PerSampleClipState(*jax.tree.leaves(node._replace(threshold_state=()))) for node in nodes
+    ]
 
 
 def _check_optimizer(opt_state: Any, stacked: bool) -> None:
@@ -285,7 +314,8 @@ def _check_optimizer(opt_state: Any, stacked: bool) -> None:
 def _metrics(computed: _Computed, batch: _Batch, opt_state: Any) -> Metrics:
     states = _clip_states(opt_state)
     figures = states[0]._asdict() if states else computed.figures
-    figures = {name: value for name, value in figures.items() if name != "count"}
+    unlogged = ("count", "threshold_state")
+    figures = {name: value for name, value in figures.items() if name not in unlogged}
     if figures:
         number = figures.get("num_microbatches", figures["num_samples"])
         figures["clipped_share"] = figures["num_clipped"] / jnp.maximum(number, 1)
@@ -297,8 +327,8 @@ def linen_train_step(
     *,
     gradients: Gradients | None = None,
     has_aux: bool = False,
-    threshold: Threshold | jax.typing.ArrayLike | None = None,
-    threshold_from: Callable[[Any], Threshold | jax.typing.ArrayLike] | None = None,
+    threshold: _Threshold | None = None,
+    threshold_from: Callable[[Any], _Threshold] | None = None,
     mode: Mode = "auto",
     microbatch_size: int | None = None,
     clip_at: ClipAt = "sample",
@@ -316,7 +346,9 @@ def linen_train_step(
         positions; its first link is :func:`psclip_optax.per_sample_clip`. "mean" gives the gradient
         of the mean loss, for baselines.
       has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
-      threshold: For "clipped": a number, or a threshold such as `psclip_optax.growing_threshold`.
+      threshold: For "clipped": a number, a threshold such as `psclip_optax.growing_threshold`, or
+        an adaptive one such as `psclip_optax.moment_threshold()`, whose state is that of a
+        :func:`psclip_optax.track_norms` of the same rule in the chain of `state.tx`.
       threshold_from: Instead of it, a function from the optimizer's state to the threshold, for one
         that is scheduled or tuned.
       mode: For "clipped", as for :func:`psclip_optax.clipped_value_and_grad`.
@@ -331,9 +363,9 @@ def linen_train_step(
       the batch has n samples on its first axis. `sample_mask`, bool [n], is False for padding;
       `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" has no use for it).
       Metrics are scalars: "loss" and, leaf by leaf, "aux", means over the samples that count and
-      whose loss is finite; where samples are clipped also the fields of
-      :class:`~psclip_optax.transforms.PerSampleClipState` but the count, and "clipped_share". Means
-      over no sample are 0.
+      whose loss is finite; where samples are clipped also the
+      figures of :class:`~psclip_optax.transforms.PerSampleClipState`, and "clipped_share"; with an
+      adaptive threshold "threshold_scale", τ_1 of this step. Means over no sample are 0.
 
     Raises:
       ValueError: On unknown `gradients`, or a threshold where it has no use; in the step, on batch
@@ -386,8 +418,8 @@ def nnx_train_step(
     *,
     gradients: Gradients | None = None,
     has_aux: bool = False,
-    threshold: Threshold | jax.typing.ArrayLike | None = None,
-    threshold_from: Callable[[Any], Threshold | jax.typing.ArrayLike] | None = None,
+    threshold: _Threshold | None = None,
+    threshold_from: Callable[[Any], _Threshold] | None = None,
     mode: Mode = "auto",
     microbatch_size: int | None = None,
     clip_at: ClipAt = "sample",
