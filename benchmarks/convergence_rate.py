@@ -175,64 +175,59 @@ PROBLEMS = {"regression": robust_regression, "network": committee_network}
 NOISES = (*(Noise(p, side) for p in (1.4, 1.6, 1.8) for side in (False, True)), Noise(2.0))
 
 
-class Step(NamedTuple):
-    """What a method makes a direction of: gradients [d, n], its threshold, what it remembers."""
+class Scales(NamedTuple):
+    """Of the gradients at the start: what thresholds and learning rates are measured by."""
 
-    gradients: jax.Array
-    threshold: jax.Array
-    running: jax.Array
-    p: float
-
-    @property
-    def mean(self) -> jax.Array:
-        return jnp.mean(self.gradients, axis=1)
-
-    def clipped(self, threshold: Any) -> jax.Array:
-        transformation = psc.per_sample_clip(threshold, sample_axis=1, on_nonfinite="propagate")
-        return transformation.update(self.gradients, transformation.init(self.mean))[0]
+    raw_moment: float
+    median_norm: float
+    population_norm: float
 
 
-Direction = tuple[jax.Array, jax.Array]
+class Method(NamedTuple):
+    """An Optax transformation from per-sample gradients [d, n] to a direction [d].
+
+    Attributes:
+      make: from a threshold, p and the median norm at the start.
+      thresholds: from Scales to the range of the grid; None where there is no threshold.
+    """
+
+    make: Callable[[jax.Array, float, float], optax.GradientTransformationExtraArgs]
+    thresholds: Callable[[Scales], tuple[float, float]] | None = None
 
 
-def growing(step: Step) -> Direction:
-    return step.clipped(psc.growing_threshold(step.threshold, step.p)), step.running
+def per_sample(threshold: Any) -> optax.GradientTransformationExtraArgs:
+    return psc.per_sample_clip(threshold, sample_axis=1, on_nonfinite="propagate")
 
 
-def plain(step: Step) -> Direction:
-    return step.mean, step.running
+def of_the_mean(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    mean = optax.stateless(lambda gradients, _: jnp.mean(gradients, axis=1))
+    return optax.chain(mean, *links)
 
 
-def globally_clipped(step: Step) -> Direction:
-    clip = optax.clip_by_global_norm(step.threshold)
-    return clip.update(step.mean, clip.init(step.mean))[0], step.running
-
-
-def normalised(step: Step) -> Direction:
-    return step.mean / jnp.linalg.norm(step.mean), step.running
-
-
-def constant(step: Step) -> Direction:
-    return step.clipped(psc.constant_threshold(step.threshold)), step.running
-
-
-def quantile(step: Step) -> Direction:
-    """Clipped at the running quantile of the norms before this batch; its own at first."""
-    own = jnp.quantile(jnp.linalg.norm(step.gradients, axis=0), step.threshold)
-    running = jnp.where(step.running > 0, step.running, own)
-    return step.clipped(psc.constant_threshold(running)), 0.9 * running + 0.1 * own
-
-
-METHODS: dict[str, Callable[[Step], Direction]] = {
-    "PS-Clip-SGD": growing,
-    "SGD": plain,
-    "global clipping": globally_clipped,
-    "normalised SGD": normalised,
-    "per-sample constant": constant,
-    "per-sample quantile": quantile,
+METHODS = {
+    "PS-Clip-SGD": Method(
+        lambda alpha, p, _: per_sample(psc.growing_threshold(alpha, p)),
+        lambda scales: (scales.median_norm / 128, scales.median_norm * 2),
+    ),
+    "SGD": Method(lambda *_: of_the_mean()),
+    "global clipping": Method(
+        lambda threshold, *_: of_the_mean(optax.clip_by_global_norm(threshold)),
+        lambda scales: (scales.population_norm / 4, scales.population_norm * 4),
+    ),
+    "normalised SGD": Method(lambda *_: of_the_mean(optax.normalize_by_update_norm())),
+    "per-sample constant": Method(
+        lambda threshold, *_: per_sample(psc.constant_threshold(threshold)),
+        lambda scales: (scales.median_norm / 4, scales.median_norm * 64),
+    ),
+    "per-sample quantile": Method(
+        lambda odds, _, median: per_sample(
+            psc.quantile_threshold(odds / (1 + odds), decay=0.9, initial=median)
+        ),
+        lambda _: (1 / 9, 999),  # odds of the quantiles 0.1 and 0.999
+    ),
 }
-OURS, PLAIN = list(METHODS)[:2]
-OTHERS = list(METHODS)[1:]
+OURS, PLAIN, _, NORMALISED, *_ = METHODS
+OTHERS = tuple(METHODS)[1:]
 
 
 class Settings(NamedTuple):
@@ -264,35 +259,43 @@ def simulate(
     noise: Noise,
     settings: dict[str, Settings],
     schedule: Schedule,
+    scales: Scales,
     keys: jax.Array,
 ) -> dict[str, np.ndarray]:
     """‖∇F‖ averaged over the iterates, by method, [runs, c]; all see the same samples in a run."""
 
-    def advance(method: str, samples: Any, each: Any, setting: Any) -> Any:
-        w, running, total = each
-        step = Step(problem.gradients(w, samples), setting.thresholds, running, noise.p)
-        direction, running = METHODS[method](step)
-        total += jnp.linalg.norm(problem.population_gradient(w))
-        return w - setting.learning_rates * direction, running, total
+    def transformation(method: str, setting: Settings) -> Any:
+        return METHODS[method].make(setting.thresholds, noise.p, scales.median_norm)
 
-    def all_advance(carry: dict[str, Any], key: jax.Array) -> tuple[dict[str, Any], None]:
+    def start(method: str, setting: Settings) -> Any:
+        state = transformation(method, setting).init(problem.start)
+        return problem.start, state, jnp.zeros(())
+
+    def advance(method: str, samples: Any, carry: Any, setting: Settings) -> Any:
+        w, state, total = carry
+        update = transformation(method, setting).update
+        direction, state = update(problem.gradients(w, samples), state)
+        total += jnp.linalg.norm(problem.population_gradient(w))
+        return w - setting.learning_rates * direction, state, total
+
+    def all_advance(carries: dict[str, Any], key: jax.Array) -> tuple[dict[str, Any], None]:
         samples = problem.sample(noise, key, schedule.batch)
         return {
-            method: jax.vmap(functools.partial(advance, method, samples))(carry[method], setting)
+            method: jax.vmap(functools.partial(advance, method, samples))(carries[method], setting)
             for method, setting in settings.items()
         }, None
 
     def run(key: jax.Array) -> dict[str, jax.Array]:
-        carry = {}
-        for method, (rates, _) in settings.items():
-            start = jnp.broadcast_to(problem.start, (len(rates), problem.start.size))
-            carry[method] = (start, jnp.zeros_like(rates), jnp.zeros_like(rates))
-        carry, _ = lax.scan(all_advance, carry, jax.random.split(key, schedule.steps))
-        return {method: total / schedule.steps for method, (_, _, total) in carry.items()}
+        carries = {
+            method: jax.vmap(functools.partial(start, method))(setting)
+            for method, setting in settings.items()
+        }
+        carries, _ = lax.scan(all_advance, carries, jax.random.split(key, schedule.steps))
+        return {method: total / schedule.steps for method, (*_, total) in carries.items()}
 
     candidates = max(len(setting.thresholds) for setting in settings.values())
     numbers = problem.start.size * schedule.batch * candidates
-    together = largest_divisor(len(keys), at_most=max(2**21 // numbers, 1))
+    together = largest_divisor(len(keys), at_most=max(2**20 // numbers, 1))
     totals = jax.jit(functools.partial(lax.map, run, batch_size=together))(keys)
     return {method: np.asarray(total, np.float64) for method, total in totals.items()}
 
@@ -305,45 +308,23 @@ def key_for(seed: int, label: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(label.encode()))
 
 
-class Scales(NamedTuple):
-    """Of the gradients at the start: norms by which thresholds and learning rates are measured."""
-
-    raw_moment: float
-    median_norm: float
-    population_norm: float
-
-
 def examine(problem: Problem, noise: Noise, key: jax.Array, draws: int) -> dict[str, Any]:
-    """Scales at the start, and whether the noise is as heavy as stated.
-
-    The raw moment's interval is from the quantiles of the means of 20 parts, for where 2p is above
-    the index its estimate has no variance and no central limit to go by.
-    """
-    keys = jax.random.split(key, 20)
-
-    def norms_of(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gradients = problem.gradients(problem.start, problem.sample(noise, key, draws // 20))
-        centred = gradients - problem.population_gradient(problem.start)[:, None]
-        return jnp.linalg.norm(gradients, axis=0), jnp.linalg.norm(centred, axis=0)
-
-    raw, centred = map(np.float64, jax.jit(functools.partial(lax.map, norms_of))(keys))
-    parts = np.mean(raw**noise.p, axis=1) ** (1 / noise.p)
-    index, low, high = hill(centred.ravel(), top=draws // 10_000)
+    """Scales at the start, and whether the noise is as heavy as stated."""
+    gradients = problem.gradients(problem.start, problem.sample(noise, key, draws))
+    population = problem.population_gradient(problem.start)
+    norms = np.asarray(jnp.linalg.norm(gradients, axis=0))
+    moment = psc.tails.moment_scale(norms, noise.p)
+    tail = psc.tails.tail_index(np.asarray(jnp.linalg.norm(gradients - population[:, None], axis=0)))
     return {
-        "raw_moment": float(np.mean(raw**noise.p) ** (1 / noise.p)),
-        "raw_moment_of_parts": [float(np.min(parts)), float(np.max(parts))],
-        "median_norm": float(np.median(raw)),
-        "population_norm": float(jnp.linalg.norm(problem.population_gradient(problem.start))),
+        "raw_moment": moment.value,
+        "raw_moment_interval": [moment.lower, moment.upper],
+        "median_norm": float(np.median(norms)),
+        "population_norm": float(jnp.linalg.norm(population)),
         "index_stated": noise.index,
-        "index": [index, low, high],
+        "index": tail.index,
+        "index_interval": [tail.lower, tail.upper],
+        "verdict": tail.verdict,
     }
-
-
-def hill(values: np.ndarray, top: int) -> tuple[float, float, float]:
-    """The tail index from the largest values, by Hill's estimator, with its asymptotic interval."""
-    largest = np.sort(values)[-top - 1 :]
-    index = 1 / np.mean(np.log(largest[1:] / largest[0]))
-    return index, index * (1 - 1.96 / math.sqrt(top)), index * (1 + 1.96 / math.sqrt(top))
 
 
 STATISTICS = ("mean", "99% quantile")
@@ -437,7 +418,9 @@ class Results:
 
     def simulate(self, cell: Cell, settings: dict[str, Settings]) -> dict[str, np.ndarray]:
         problem, schedule = self.problem(cell.problem), schedule_for(cell.samples, cell.noise.p)
-        return simulate(problem, cell.noise, settings, schedule, self.keys(cell))
+        return simulate(
+            problem, cell.noise, settings, schedule, self.scales(cell), self.keys(cell)
+        )
 
 
 def compute_noise(results: Results, cell: Cell) -> dict[str, Any]:
@@ -446,11 +429,16 @@ def compute_noise(results: Results, cell: Cell) -> dict[str, Any]:
 
 
 def compute_rate(results: Results, cell: Cell) -> dict[str, list[float]]:
-    """With the theory's step 1/L, α = σ and β = p, for PS-Clip-SGD and SGD, by run."""
-    step = jnp.array([1 / results.problem(cell.problem).smoothness])
-    theory = Settings(step, jnp.array([results.scales(cell).raw_moment]))
-    norms = results.simulate(cell, {OURS: theory, PLAIN: theory})
-    return {method: rounded(norms[method][:, 0]) for method in norms}
+    """With the step 1/L, by run; the theory's α = σ, and the median norm for comparison."""
+    scales, step = results.scales(cell), 1 / results.problem(cell.problem).smoothness
+    alphas = jnp.array([scales.raw_moment, scales.median_norm])
+    settings = Settings(jnp.full(2, step), alphas)
+    norms = results.simulate(cell, {OURS: settings, PLAIN: settings})
+    return {
+        f"{OURS}, α = σ": rounded(norms[OURS][:, 0]),
+        f"{OURS}, α = median": rounded(norms[OURS][:, 1]),
+        PLAIN: rounded(norms[PLAIN][:, 0]),
+    }
 
 
 def compute_tuning(results: Results, cell: Cell) -> dict[str, dict[str, list[float]]]:
@@ -500,26 +488,20 @@ def make_grids(
 ) -> dict[str, Settings]:
     """As many points for each method: learning rates × thresholds, or that many learning rates.
 
-    Learning rates are in units of 1/L, or of the first step of gradient descent where they are the
-    step's length; thresholds in units of the median norm or of the population gradient's.
+    Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
+    gradient descent.
     """
-    median = scales.median_norm
-    thresholds = {
-        OURS: np.geomspace(median / 128, 2 * median, num_thresholds),
-        "global clipping": scales.population_norm * np.geomspace(1 / 4, 4, num_thresholds),
-        "per-sample constant": np.geomspace(median / 4, 64 * median, num_thresholds),
-        "per-sample quantile": 1 / (1 + np.geomspace(9, 1e-3, num_thresholds)),
-    }
-    lengths = {PLAIN: 1 / smoothness, "normalised SGD": scales.population_norm / smoothness}
     grids = {}
-    for method in METHODS:
-        if method in lengths:
-            rates = lengths[method] * np.geomspace(1 / 32, 8, num_rates * num_thresholds)
+    for name, method in METHODS.items():
+        unit = (scales.population_norm if name == NORMALISED else 1) / smoothness
+        if method.thresholds is None:
+            rates = unit * np.geomspace(1 / 32, 8, num_rates * num_thresholds)
             pairs = [rates, np.zeros_like(rates)]
         else:
-            rates = np.geomspace(1 / 4, 8, num_rates) / smoothness
-            pairs = np.meshgrid(rates, thresholds[method], indexing="ij")
-        grids[method] = Settings(*(jnp.asarray(axis.ravel()) for axis in pairs))
+            rates = unit * np.geomspace(1 / 4, 8, num_rates)
+            thresholds = np.geomspace(*method.thresholds(scales), num_thresholds)
+            pairs = np.meshgrid(rates, thresholds, indexing="ij")
+        grids[name] = Settings(*(jnp.asarray(axis.ravel(), jnp.float32) for axis in pairs))
     return grids
 
 

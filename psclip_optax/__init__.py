@@ -1,5 +1,6 @@
 """Per-sample gradient clipping for JAX and Optax: clip each sample's gradient, then average."""
 
+from psclip_optax import tails
 from psclip_optax.accumulation import accumulate_clipped
 from psclip_optax.adaptive import (
     min_norm_threshold,
@@ -28,5 +29,6 @@ __all__ = [
     "per_sample_clip",
     "ps_clip_sgd",
     "quantile_threshold",
+    "tails",
     "track_norms",
 ]
