@@ -16,7 +16,7 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +52,7 @@ class Noise(NamedTuple):
     one_sided: bool = False
 
     @property
-    def index(self) -> float:
+    def tail_index(self) -> float:
         return math.inf if self.p == 2 else self.p + 0.1
 
     @property
@@ -68,10 +68,10 @@ class Noise(NamedTuple):
         # jax.random.uniform and .pareto know 2^23 values: they cut the tail off where the largest
         # of a run's draws lie.
         uniform = ((bits >> 1).astype(jnp.float32) + 0.5) * 2.0**-31
-        lomax = uniform ** (-1 / self.index) - 1
-        mean = 1 / (self.index - 1)
+        lomax = uniform ** (-1 / self.tail_index) - 1
+        mean = 1 / (self.tail_index - 1)
         if self.one_sided:
-            return (lomax - mean) / (2 * mean * (1 + mean) ** (1 - self.index))
+            return (lomax - mean) / (2 * mean * (1 + mean) ** (1 - self.tail_index))
         return jnp.where(bits & 1, lomax, -lomax) / mean
 
 
@@ -120,7 +120,7 @@ def robust_regression(dimension: int = 8, population: int = 128, ridge: float = 
 
 
 def committee_network(
-    width: int = 3, features: int = 4, population: int = 128, ridge: float = 0.02
+    width: int = 3, features: int = 4, population: int = 128, ridge: float = 0.1
 ) -> Problem:
     """Teacher and student Σ_j tanh(w_j·x) on a fixed sample of inputs, the labels noisy.
 
@@ -163,7 +163,7 @@ def committee_network(
 
 
 def largest_curvature(objective: Callable[..., Any], start: jax.Array, steps: int = 500) -> float:
-    """The largest eigenvalue of the Hessian along gradient descent, where no global one is known."""
+    """The Hessian's largest eigenvalue along gradient descent, where no global bound is known."""
 
     def step(w: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         return w - 0.1 * jax.grad(objective)(w), jnp.linalg.eigvalsh(jax.hessian(objective)(w))[-1]
@@ -172,7 +172,8 @@ def largest_curvature(objective: Callable[..., Any], start: jax.Array, steps: in
 
 
 PROBLEMS = {"regression": robust_regression, "network": committee_network}
-NOISES = (*(Noise(p, side) for p in (1.4, 1.6, 1.8) for side in (False, True)), Noise(2.0))
+LIGHT = Noise(2.0)
+NOISES = (*(Noise(p, side) for p in (1.4, 1.6, 1.8) for side in (False, True)), LIGHT)
 
 
 class Scales(NamedTuple):
@@ -199,8 +200,12 @@ def per_sample(threshold: Any) -> optax.GradientTransformationExtraArgs:
     return psc.per_sample_clip(threshold, sample_axis=1, on_nonfinite="propagate")
 
 
+def mean_over_samples(gradients: Any) -> jax.Array:
+    return jnp.mean(gradients, axis=1)
+
+
 def of_the_mean(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    mean = optax.stateless(lambda gradients, _: jnp.mean(gradients, axis=1))
+    mean = optax.stateless(lambda gradients, _: mean_over_samples(gradients))
     return optax.chain(mean, *links)
 
 
@@ -314,13 +319,15 @@ def examine(problem: Problem, noise: Noise, key: jax.Array, draws: int) -> dict[
     population = problem.population_gradient(problem.start)
     norms = np.asarray(jnp.linalg.norm(gradients, axis=0))
     moment = psc.tails.moment_scale(norms, noise.p)
-    tail = psc.tails.tail_index(np.asarray(jnp.linalg.norm(gradients - population[:, None], axis=0)))
+    tail = psc.tails.tail_index(
+        np.asarray(jnp.linalg.norm(gradients - population[:, None], axis=0))
+    )
     return {
         "raw_moment": moment.value,
         "raw_moment_interval": [moment.lower, moment.upper],
         "median_norm": float(np.median(norms)),
         "population_norm": float(jnp.linalg.norm(population)),
-        "index_stated": noise.index,
+        "index_stated": noise.tail_index,
         "index": tail.index,
         "index_interval": [tail.lower, tail.upper],
         "verdict": tail.verdict,
@@ -418,9 +425,7 @@ class Results:
 
     def simulate(self, cell: Cell, settings: dict[str, Settings]) -> dict[str, np.ndarray]:
         problem, schedule = self.problem(cell.problem), schedule_for(cell.samples, cell.noise.p)
-        return simulate(
-            problem, cell.noise, settings, schedule, self.scales(cell), self.keys(cell)
-        )
+        return simulate(problem, cell.noise, settings, schedule, self.scales(cell), self.keys(cell))
 
 
 def compute_noise(results: Results, cell: Cell) -> dict[str, Any]:
@@ -459,7 +464,9 @@ def compute_final(results: Results, cell: Cell) -> dict[str, dict[str, list[floa
     chosen = {}
     for method, values in tuning.items():
         best = [best_point(values[statistic]) for statistic in STATISTICS]
-        chosen[method] = Settings(*(jnp.array(values[name])[np.array(best)] for name in Settings._fields))
+        chosen[method] = Settings(
+            *(jnp.array(values[name])[np.array(best)] for name in Settings._fields)
+        )
     norms = results.simulate(cell, chosen)
     return {
         method: {s: rounded(norms[method][:, i]) for i, s in enumerate(STATISTICS)}
@@ -529,3 +536,361 @@ def replicate(values: np.ndarray, counts: np.ndarray, statistic: str) -> np.ndar
 
 def interval(replicates: np.ndarray) -> list[float]:
     return [float(bound) for bound in np.quantile(replicates, [0.025, 0.975], axis=0)]
+
+
+def assemble(results: Results) -> dict[str, Any]:
+    """Everything that is printed and drawn, from the cells."""
+    plan = results.plan
+    pairs = list(itertools.product(PROBLEMS, plan.noises))
+    tuned = [(*pair, samples) for pair in pairs for samples in plan.tuned_sizes]
+    return {
+        "machine": describe_machine(),
+        "note": NOTE,
+        "plan": plan._asdict() | {"noises": [noise.label for noise in plan.noises]},
+        "noises": [noise_row(results, *pair) for pair in pairs],
+        "rates": [row for pair in pairs for row in rate_rows(results, *pair)],
+        "theory_ratios": [row for pair in pairs for row in theory_ratio_rows(results, *pair)],
+        "ratios": [row for one in tuned for row in ratio_rows(results, *one)],
+        "tunings": [row for one in tuned for row in tuning_rows(results, *one)],
+    }
+
+
+def identify(problem: str, noise: Noise) -> dict[str, Any]:
+    return {"problem": problem, "noise": noise.label, "p": noise.p}
+
+
+def noise_row(results: Results, problem: str, noise: Noise) -> dict[str, Any]:
+    values = results[Cell("noise", problem, noise)]
+    return identify(problem, noise) | {name: as_json(value) for name, value in values.items()}
+
+
+def as_json(value: Any) -> Any:
+    """Without infinities, which JSON does not have."""
+    if isinstance(value, list):
+        return [as_json(one) for one in value]
+    return None if value == math.inf else value
+
+
+def rate_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, Any]]:
+    """The slope of each method and statistic over N."""
+    plan = results.plan
+    cells = [Cell("rate", problem, noise, samples) for samples in plan.sizes]
+    norms = [{m: np.array(v) for m, v in results[cell].items()} for cell in cells]
+    counts = [resample(plan.runs, cell.label) for cell in cells]
+    schedules = [schedule_for(samples, noise.p) for samples in plan.sizes]
+    totals = np.array([schedule.steps * schedule.batch for schedule in schedules])
+    rows = []
+    for method, statistic in itertools.product(norms[0], STATISTICS):
+        estimates = np.array([estimate(one[method], statistic) for one in norms])
+        replicates = np.array(
+            [replicate(one[method], c, statistic) for one, c in zip(norms, counts, strict=True)]
+        )
+        rows.append(
+            identify(problem, noise)
+            | {
+                "method": method,
+                "statistic": statistic,
+                "samples": totals.tolist(),
+                "estimates": estimates.tolist(),
+                "intervals": [interval(one) for one in replicates],
+                "slope": float(slope(totals, estimates)),
+                "slope_interval": interval(slope(totals, replicates)),
+                "bound": rate(noise.p),
+            }
+        )
+    return rows
+
+
+def slope(totals: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+    """Of log estimates [sizes, …] against log N by least squares."""
+    centred = np.log(totals) - np.mean(np.log(totals))
+    return np.tensordot(centred / np.sum(centred**2), np.log(estimates), axes=1)
+
+
+def theory_ratio_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, Any]]:
+    """PS-Clip-SGD against SGD with the same step 1/L, untuned."""
+    rows = []
+    for samples in results.plan.sizes:
+        cell = Cell("rate", problem, noise, samples)
+        norms = {m: np.array(v) for m, v in results[cell].items()}
+        others, counts = norms.pop(PLAIN), resample(results.plan.runs, cell.label)
+        for ours, statistic in itertools.product(norms, STATISTICS):
+            row = {"samples": samples, "ours": ours, "other": PLAIN, "statistic": statistic}
+            ratio = compare(norms[ours], others, counts, statistic)
+            rows.append(identify(problem, noise) | row | ratio)
+    return rows
+
+
+def ratio_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
+    """Tuned PS-Clip-SGD against each other method, tuned as well."""
+    cell = Cell("final", problem, noise, samples)
+    norms, counts = results[cell], resample(results.plan.runs, cell.label)
+    rows = []
+    for other, statistic in itertools.product(OTHERS, STATISTICS):
+        row = {"samples": samples, "ours": OURS, "other": other, "statistic": statistic}
+        ours, others = (np.array(norms[method][statistic]) for method in (OURS, other))
+        rows.append(identify(problem, noise) | row | compare(ours, others, counts, statistic))
+    return rows
+
+
+def compare(
+    ours: np.ndarray, others: np.ndarray, counts: np.ndarray, statistic: str
+) -> dict[str, Any]:
+    """The ratio of a statistic over the same runs, with its paired interval."""
+    low, high = interval(replicate(ours, counts, statistic) / replicate(others, counts, statistic))
+    return {
+        "estimates": [float(estimate(values, statistic)) for values in (ours, others)],
+        "ratio": float(estimate(ours, statistic) / estimate(others, statistic)),
+        "interval": [low, high],
+        "verdict": "better" if high < 1 else "worse" if low > 1 else "equal",
+    }
+
+
+def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
+    """The chosen points, and at which edges of their grids they lie."""
+    rows = []
+    for method, values in results[Cell("tuning", problem, noise, samples)].items():
+        for statistic in STATISTICS:
+            best = best_point(values[statistic])
+            chosen = {name: values[name][best] for name in Settings._fields}
+            edges = [name for name in Settings._fields if is_at_edge(values[name], chosen[name])]
+            row = {"samples": samples, "method": method, "statistic": statistic}
+            rows.append(identify(problem, noise) | row | chosen | {"at_edge": edges})
+    return rows
+
+
+def is_at_edge(grid: list[float], value: float) -> bool:
+    return min(grid) < max(grid) and value in (min(grid), max(grid))
+
+
+def select(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def with_interval(value: float, bounds: list[float], digits: int = 2) -> str:
+    low, high = bounds
+    return f"{value:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
+
+
+def pairs_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in ("problem", "noise")} for row in result["noises"]]
+
+
+def table_with(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, no_wrap=True, justify="left" if index < 2 else "right")
+    return table
+
+
+def slopes_table(result: dict[str, Any]) -> Table:
+    methods = list(dict.fromkeys(row["method"] for row in result["rates"]))
+    columns = ["noise", "statistic", "tail index", "bound", *methods]
+    table = table_with("Slope of ‖∇F‖ against N, untuned: η = 1/L", columns, result["note"])
+    for noise in result["noises"]:
+        for statistic in STATISTICS:
+            of_pair = {name: noise[name] for name in ("problem", "noise")}
+            rows = select(result["rates"], statistic=statistic, **of_pair)
+            is_first = statistic == STATISTICS[0]
+            table.add_row(
+                f"{noise['problem']}, {noise['noise']}" if is_first else "",
+                statistic,
+                tail_of(noise) if is_first else "",
+                f"{rows[0]['bound']:.3f}",
+                *(with_interval(row["slope"], row["slope_interval"], 3) for row in rows),
+                end_section=not is_first,
+            )
+    return table
+
+
+def tail_of(noise: dict[str, Any]) -> str:
+    if noise["index"] is None:
+        return noise["verdict"]
+    return with_interval(noise["index"], [bound or math.inf for bound in noise["index_interval"]])
+
+
+def ratios_table(result: dict[str, Any]) -> Table:
+    """At the largest N, all noises but the light one."""
+    samples = max(result["plan"]["tuned_sizes"])
+    title = f"PS-Clip-SGD / other, each tuned, N = {samples} (below 1: ours is better)"
+    table = table_with(title, ["noise", "statistic", *OTHERS])
+    for pair in pairs_of(result):
+        if pair["noise"] == LIGHT.label:
+            continue
+        for statistic in STATISTICS:
+            rows = select(result["ratios"], samples=samples, statistic=statistic, **pair)
+            is_first = statistic == STATISTICS[0]
+            table.add_row(
+                f"{pair['problem']}, {pair['noise']}" if is_first else "",
+                statistic,
+                *(with_interval(row["ratio"], row["interval"]) for row in rows),
+                end_section=not is_first,
+            )
+    return table
+
+
+def control_table(result: dict[str, Any]) -> Table:
+    """Gaussian noise: against SGD, untuned at the same step and tuned."""
+    columns = ["problem, N", "statistic", "setting", "PS-Clip-SGD / SGD", "PS-Clip-SGD is"]
+    table = table_with("Control: Gaussian noise", columns)
+    rows = select(result["theory_ratios"], noise=LIGHT.label)
+    rows += select(result["ratios"], noise=LIGHT.label, other=PLAIN)
+    for row in rows:
+        setting = row["ours"].partition(", ")[2]
+        table.add_row(
+            f"{row['problem']}, {row['samples']}",
+            row["statistic"],
+            f"1/L, {setting}" if setting else "tuned",
+            with_interval(row["ratio"], row["interval"], 4),
+            row["verdict"],
+        )
+    return table
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """README's table: slopes of PS-Clip-SGD, and its tuned ratios to the others, mean and tail.
+
+    Args:
+      result: as convergence_rate.json holds it.
+    """
+    samples = max(result["plan"]["tuned_sizes"])
+    columns = ["problem, noise", "slope: bound", "mean", "99 %", *(f"/ {m}" for m in OTHERS)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for pair in pairs_of(result):
+        slopes = select(result["rates"], method=THEORY, **pair)
+        cells = [f"{pair['problem']}, {pair['noise']}", f"{slopes[0]['bound']:.3f}"]
+        cells += [with_interval(row["slope"], row["slope_interval"], 3) for row in slopes]
+        for other in OTHERS:
+            rows = select(result["ratios"], samples=samples, other=other, **pair)
+            cells.append("; ".join(with_interval(row["ratio"], row["interval"]) for row in rows))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+LINES = {f"{OURS}, α = σ": "#0072B2", f"{OURS}, α = median": "#009E73", PLAIN: "#D55E00"}
+THEORY = next(iter(LINES))
+COLOURS = dict(zip(OTHERS, ("#D55E00", "#E69F00", "#666666", "#56B4E9", "#CC79A7"), strict=True))
+MARKERS = dict(zip(OTHERS, "os^Dv", strict=True))
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    noises = list(dict.fromkeys(row["noise"] for row in result["noises"]))
+    figure = Figure(figsize=(3 * max(len(noises), 4), 12.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.25, 1], squeeze=False)[:, 0]
+    grid = above.subplots(len(PROBLEMS), len(noises), sharex=True, sharey="row", squeeze=False)
+    for axes_of_problem, problem in zip(grid, PROBLEMS, strict=True):
+        for axes, noise in zip(axes_of_problem, noises, strict=True):
+            draw_rates(axes, select(result["rates"], problem=problem, noise=noise))
+            axes.set_title(f"{problem}\n{noise}", fontsize=10)
+        axes_of_problem[0].set_ylabel("‖∇F‖ over runs")
+    for axes in grid[-1]:
+        axes.set_xlabel("Samples N = nT")
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in LINES.items()]
+    handles += [
+        Line2D([], [], color="k", marker="o", label="mean"),
+        Line2D([], [], color="k", marker="^", linestyle="--", label="99% quantile"),
+        Line2D([], [], color="k", linestyle=":", label="slope of the bound"),
+    ]
+    above.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    draw_ratios(below, result, noises)
+    figure.suptitle(describe(result["machine"]), fontsize=10)
+    return figure
+
+
+def draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        is_mean = row["statistic"] == STATISTICS[0]
+        low, high = np.transpose(row["intervals"])
+        estimates = np.array(row["estimates"])
+        style = {"marker": "o" if is_mean else "^", "linestyle": "-" if is_mean else "--"}
+        spread = np.maximum([estimates - low, high - estimates], 0)
+        axes.errorbar(
+            row["samples"], estimates, spread, color=LINES[row["method"]], markersize=4, **style
+        )
+    first = select(rows, method=THEORY, statistic=STATISTICS[0])[0]
+    samples = np.array(first["samples"])
+    bound = first["estimates"][0] * (samples / samples[0]) ** first["bound"]
+    axes.plot(samples, bound, color="k", linestyle=":")
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_ratios(figure: Any, result: dict[str, Any], noises: list[str]) -> None:
+    samples = max(result["plan"]["tuned_sizes"])
+    grid = figure.subplots(1, 2 * len(PROBLEMS), sharey=True)
+    for axes, (problem, statistic) in zip(
+        grid, itertools.product(PROBLEMS, STATISTICS), strict=True
+    ):
+        for index, other in enumerate(OTHERS):
+            rows = select(
+                result["ratios"],
+                problem=problem,
+                statistic=statistic,
+                other=other,
+                samples=samples,
+            )
+            # The methods of a noise beside one another, so that none hides another.
+            heights = np.arange(len(noises)) + 0.14 * (index - (len(OTHERS) - 1) / 2)
+            ratios = np.array([row["ratio"] for row in rows])
+            low, high = np.transpose([row["interval"] for row in rows])
+            axes.errorbar(
+                ratios,
+                heights,
+                xerr=np.maximum([ratios - low, high - ratios], 0),
+                label=f"/ {other}",
+                color=COLOURS[other],
+                marker=MARKERS[other],
+                linestyle="none",
+                markersize=5,
+                capsize=2,
+            )
+        axes.axvline(1, color="k", linewidth=0.8)
+        axes.set_title(f"{problem}: {statistic}", fontsize=10)
+        axes.set_xlabel(f"PS-Clip-SGD / other, N = {samples}")
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_yticks(range(len(noises)), noises)
+    grid[0].set_ylim(len(noises) - 0.5, -0.5)
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+
+
+def main(
+    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    runs: pathlib.Path = pathlib.Path("convergence_runs"),
+    seed: int = 0,
+    sizes: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),
+    tuned_sizes: tuple[int, ...] = (1024, 4096),
+    quick: bool = False,
+    markdown: bool = False,
+) -> None:
+    """Does PS-Clip-SGD converge at the optimal rate, and is it better at equal samples?
+
+    Args:
+      out: folder for convergence_rate.json and convergence_rate.png.
+      runs: folder of the finished cells, which are not computed again; after a change of the
+        problems or the methods take another.
+      seed: of all random numbers.
+      sizes: numbers of samples N of the slopes, at least 2 of them.
+      tuned_sizes: numbers of samples N at which all methods are tuned and compared.
+      quick: few and small cells, to see that the benchmark works.
+      markdown: only print README's table of the results that are in `out`.
+    """
+    if markdown:
+        print(to_markdown(json.loads((out / "convergence_rate.json").read_text())))
+        return
+    plan = Plan(seed, 5000, 256, 200_000, NOISES, sizes, tuned_sizes, (10, 5))
+    if quick:
+        few = (Noise(1.4, one_sided=True), LIGHT)
+        plan = Plan(seed, 24, 8, 2000, few, (32, 64), (64,), (2, 2))
+    results = Results(runs, plan)
+    for cell in track(list(make_cells(plan)), "Computing"):
+        results[cell]
+    result = assemble(results)
+    tables = [slopes_table(result), ratios_table(result), control_table(result)]
+    publish(out, "convergence_rate", result, tables, draw(result), width=150)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
