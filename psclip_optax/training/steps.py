@@ -123,17 +123,24 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
 
 def _from_tracked_norms(rule: AdaptiveThreshold, opt_state: Any) -> Threshold:
     """The threshold from the state that `track_norms` keeps in the optimizer's."""
-    # As in _clip_states: the leaves are what NNX has in Variables.
-    tracked = [jax.tree.leaves(node) for node in _nodes(opt_state, TrackNormsState)]
-    expected, treedef = jax.tree.flatten(jax.eval_shape(rule.init))
-    if len(tracked) != 1 or [*map(jnp.shape, tracked[0])] != [leaf.shape for leaf in expected]:
+    expected = jax.eval_shape(rule.init)
+    tracked = [node.threshold_state for node in _nodes(opt_state, TrackNormsState)]
+    if len(tracked) != 1 or not _are_alike(tracked[0], expected):
         raise ValueError(
             "an AdaptiveThreshold has its state in the optimizer's, where one track_norms of the "
             f"same rule keeps it; this one holds {len(tracked)} TrackNormsState"
             f"{', of another rule' if len(tracked) == 1 else ''}. Write "
             "optax.chain(psclip_optax.track_norms(rule), …) with the rule that the step has"
         )
-    return rule.threshold(treedef.unflatten(tracked[0]))
+    # As in _clip_states: the leaves are what NNX has in Variables.
+    state = jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(tracked))
+    return rule.threshold(state)
+
+
+def _are_alike(state: Any, expected: Any) -> bool:
+    # Not by their structures, which NNX's Variables are a part of.
+    leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
+    return type(state) is type(expected) and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]
 
 
 def _mean_gradients_in_parts(microbatch_size: int) -> _Gradients:

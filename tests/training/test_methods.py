@@ -33,14 +33,26 @@ def per_sample_gradients() -> list[np.ndarray]:
     return [rng.standard_t(1.5, [NUM_SAMPLES, 3]).astype(np.float32) for _ in range(NUM_STEPS)]
 
 
-def numpy_direction(name: str, gradients: np.ndarray, point: Hyperparams) -> np.ndarray:
+def numpy_moment(before: list[np.ndarray], p: float) -> float:
+    """Of the norms of the steps before, the newest counting most; 0 without any."""
+    powers = [np.linalg.norm(g.astype(np.float64), axis=1) ** p for g in before]
+    weights = [np.full(len(g), 0.99**age) for age, g in enumerate(reversed(before))]
+    if not before:
+        return 0.0
+    return np.average(np.concatenate(powers), weights=np.concatenate(weights[::-1])) ** (1 / p)
+
+
+def numpy_direction(
+    name: str, gradients: np.ndarray, before: list[np.ndarray], point: Hyperparams
+) -> np.ndarray:
     mean = gradients.astype(np.float64).mean(axis=0)
     if name == "batch-clip":
         return mean * min(1, point.threshold / np.linalg.norm(mean))
     if name.startswith("ps-clip"):
-        beta = point.beta if name == "ps-clip" else np.inf
+        beta = np.inf if name == "ps-clip-constant" else point.beta
+        sigma = numpy_moment(before, beta) if name == "ps-clip-auto" else 1
         return numerics.clipped_mean(
-            gradients, numerics.growing(point.threshold, beta, NUM_SAMPLES)
+            gradients, numerics.growing(point.threshold * sigma, beta, NUM_SAMPLES)
         )
     return mean
 
@@ -48,8 +60,10 @@ def numpy_direction(name: str, gradients: np.ndarray, point: Hyperparams) -> np.
 def numpy_params(name: str, point: Hyperparams) -> np.ndarray:
     params, velocity = np.zeros(3), np.zeros(3)
     momentum = 0 if name == "sgd" else MOMENTUM
-    for step, gradients in enumerate(per_sample_gradients()):
-        velocity = momentum * velocity + numpy_direction(name, gradients, point)
+    all_gradients = per_sample_gradients()
+    for step, gradients in enumerate(all_gradients):
+        direction = numpy_direction(name, gradients, all_gradients[:step], point)
+        velocity = momentum * velocity + direction
         factor = (1 + np.cos(np.pi * step / NUM_STEPS)) / 2
         params -= point.learning_rate * factor * velocity
     return params
@@ -64,7 +78,10 @@ def mean_gradient(name: MethodName, gradients, opt_state):
     options = build_gradients(name, TaskConfig())
     if options["gradients"] == "mean":
         return gradients.mean(axis=0)
-    clip = psc.per_sample_clip(options["threshold_from"](opt_state))
+    threshold = options["threshold_from"](opt_state)
+    if isinstance(threshold, psc.AdaptiveThreshold):
+        threshold = threshold.threshold(optax.tree.get(opt_state, "threshold_state"))
+    clip = psc.per_sample_clip(threshold)
     return clip.update(gradients, clip.init(gradients[0]))[0]
 
 
@@ -77,7 +94,9 @@ def train(name: MethodName, update, state) -> np.ndarray:
 
 
 def updating(name: MethodName, tx):
-    return lambda gradients, state: tx.update(mean_gradient(name, gradients, state), state)
+    return lambda gradients, state: tx.update(
+        mean_gradient(name, gradients, state), state, norms=jnp.linalg.norm(gradients, axis=1)
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -118,6 +118,20 @@ def test_killed_run_of_all_randomness_goes_on_to_the_same_bits(
     assert_same_run(resumed, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_at": "micro-batch", "accumulate": 4}])
+def test_killed_run_of_an_automatic_threshold_goes_on_to_the_same_bits(
+    options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    automatic = {"method": "ps-clip-auto", "alpha": 0.5} | options
+    expected, _ = run(tiny(tmp_path / "one", **automatic))
+    run_until_killed(tiny(tmp_path / "two", **automatic), 8, monkeypatch)
+    resumed, _ = run(tiny(tmp_path / "two", **automatic, resume=True))
+    assert_same_run(resumed, expected)
+    scales = [r["threshold_scale"] for r in records(expected.out) if r["kind"] == "train"]
+    assert scales[0] == 0 < min(scales[1:])
+    assert len(set(scales)) == NUM_STEPS
+
+
 def records_before_torn_line(out: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:-1]]
 
@@ -297,7 +311,7 @@ def test_dropout_is_a_function_of_seed_step_and_position():
     assert all(other != pytest.approx(loss(batch), rel=1e-3) for other in others)
 
 
-@pytest.mark.parametrize("method", ["sgd", "batch-clip", "ps-clip-constant"])
+@pytest.mark.parametrize("method", ["sgd", "batch-clip", "ps-clip-constant", "ps-clip-auto"])
 def test_other_methods_train_too(method: str, tmp_path: pathlib.Path):
     config = tiny(tmp_path, pixel_df=None, dropout=0.0, steps=40, alpha=10.0)
     run(TrainConfig(**vars(config) | {"width": 0.1, "log_every": 10, "checkpoint_every": 40}))

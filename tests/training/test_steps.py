@@ -433,6 +433,84 @@ def test_clipped_gradients_train_as_stacked_ones_do(mode):
     assert_relative_error(leaves(nnx.state(model)), leaves(nnx.state(nnx_stacked[0])), 1e-5)
 
 
+def adaptive_rule():
+    return psc.moment_threshold(1.5, scale=0.3, decay=0.9)
+
+
+def trained(train_step, tx, batches, **options):
+    """Parameters, the state of the optimizer and all metrics, of Linen or NNX."""
+    pair = nnx_pair(tx) if train_step is nnx_train_step else None
+    state = None if pair else linen_state(tx)
+    step = train_step(nnx_loss if pair else linen_loss, **options)
+    metrics = []
+    for x, y, mask in batches:
+        if pair:
+            metrics.append(step(*pair, x, y, sample_mask=mask))
+        else:
+            state, figures = step(state, x, y, sample_mask=mask)
+            metrics.append(figures)
+    params, opt_state = (
+        (nnx.state(pair[0]), pair[1].opt_state) if pair else (state.params, state.opt_state)
+    )
+    return leaves(params), opt_state, metrics
+
+
+@pytest.mark.parametrize("train_step", [linen_train_step, nnx_train_step])
+def test_adaptive_threshold_of_tracked_norms_is_that_of_the_stacked_face(train_step):
+    rule, sgd = adaptive_rule(), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
+    batches = list(heavy_tailed_batches(np.float32))
+    batches[3][1][:2] = np.nan
+    got, opt_state, metrics = trained(
+        train_step, optax.chain(psc.track_norms(rule), sgd), batches, threshold=rule
+    )
+    expected, clip_state, stacked_metrics = trained(
+        train_step, optax.chain(psc.per_sample_clip(rule), sgd), batches
+    )
+    assert_relative_error(got, expected, 1e-5)
+    assert_relative_error(leaves(opt_state), leaves(clip_state)[7:], 1e-5)
+    scales = [float(figures.pop("threshold_scale")) for figures in metrics]
+    assert scales[0] == 0
+    assert len(set(scales)) == len(scales)
+    for figures, stacked in zip(metrics[1:], stacked_metrics[1:], strict=True):
+        assert figures["num_clipped"] == stacked["num_clipped"]
+        assert figures.keys() == stacked.keys()
+
+
+def test_adaptive_threshold_of_micro_batches_follows_their_norms():
+    rule = psc.min_norm_threshold()
+    tx = optax.chain(psc.track_norms(rule), optax.sgd(1.0))
+    state = train_state({"w": jnp.zeros(2)}, tx)
+    step = linen_train_step(
+        lambda params, x: jnp.dot(params["w"], x),
+        threshold=rule,
+        microbatch_size=2,
+        clip_at="micro-batch",
+    )
+    x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 9.0], [0.0, 1.0]])  # means of norm 2 and 5
+    mask = jnp.array([True, True, True, True])
+    for clipped, scale in [(2, 0.0), (1, 2.0)]:
+        state, metrics = step(state, x, sample_mask=mask)
+        assert (int(metrics["num_clipped"]), float(metrics["threshold_scale"])) == (clipped, scale)
+    np.testing.assert_allclose(state.params["w"], [-1.0, -1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("train_step", [linen_train_step, nnx_train_step])
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        ([], "holds 0 TrackNormsState. Write optax.chain"),
+        ([adaptive_rule()] * 2, "holds 2 TrackNormsState. Write optax.chain"),
+        ([psc.moment_threshold()], "holds 1 TrackNormsState, of another rule"),
+        ([psc.min_norm_threshold()], "holds 1 TrackNormsState, of another rule"),
+    ],
+    ids=["none", "two", "another order", "another kind"],
+)
+def test_adaptive_threshold_needs_the_norms_of_its_rule_tracked(train_step, links, message):
+    tx = optax.chain(*map(psc.track_norms, links), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        trained(train_step, tx, heavy_tailed_batches(np.float32, 1), threshold=adaptive_rule())
+
+
 @pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
 @pytest.mark.parametrize(
     "options",
