@@ -211,6 +211,7 @@ class Plan(NamedTuple):
     runs: int
     tuning_runs: int
     draws: int
+    problems: tuple[str, ...]
     noises: tuple[Noise, ...]
     sizes: tuple[int, ...]
     tuned_sizes: tuple[int, ...]
@@ -238,7 +239,7 @@ class Cell(NamedTuple):
 
 def make_cells(plan: Plan) -> Iterator[Cell]:
     """In an order in which each comes after those it rests on."""
-    pairs = list(itertools.product(PROBLEMS, plan.noises))
+    pairs = list(itertools.product(plan.problems, plan.noises))
     yield from (Cell("noise", *pair) for pair in pairs)
     for samples in sorted({*plan.sizes, *plan.tuned_sizes}):
         for pair in pairs:
@@ -406,7 +407,7 @@ def interval(replicates: np.ndarray) -> list[float]:
 def assemble(results: Results) -> dict[str, Any]:
     """Everything that is printed and drawn, from the cells."""
     plan = results.plan
-    pairs = list(itertools.product(PROBLEMS, plan.noises))
+    pairs = list(itertools.product(plan.problems, plan.noises))
     tuned = [(*pair, samples) for pair in pairs for samples in plan.tuned_sizes]
     return {
         "machine": describe_machine(),
@@ -654,11 +655,11 @@ MARKERS = dict(zip(OTHERS, "os^Dv", strict=True))
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    noises = list(dict.fromkeys(row["noise"] for row in result["noises"]))
+    problems, noises = result["plan"]["problems"], result["plan"]["noises"]
     figure = Figure(figsize=(3 * max(len(noises), 4), 12.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.25, 1], squeeze=False)[:, 0]
-    grid = above.subplots(len(PROBLEMS), len(noises), sharex=True, sharey="row", squeeze=False)
-    for axes_of_problem, problem in zip(grid, PROBLEMS, strict=True):
+    grid = above.subplots(len(problems), len(noises), sharex=True, sharey="row", squeeze=False)
+    for axes_of_problem, problem in zip(grid, problems, strict=True):
         for axes, noise in zip(axes_of_problem, noises, strict=True):
             draw_rates(axes, select(result["rates"], problem=problem, noise=noise))
             axes.set_title(f"{problem}\n{noise}", fontsize=10)
@@ -697,10 +698,10 @@ def draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_ratios(figure: Any, result: dict[str, Any], noises: list[str]) -> None:
-    samples = max(result["plan"]["tuned_sizes"])
-    grid = figure.subplots(1, 2 * len(PROBLEMS), sharey=True)
+    samples, problems = max(result["plan"]["tuned_sizes"]), result["plan"]["problems"]
+    grid = figure.subplots(1, len(problems) * len(STATISTICS), sharey=True)
     for axes, (problem, statistic) in zip(
-        grid, itertools.product(PROBLEMS, STATISTICS), strict=True
+        grid, itertools.product(problems, STATISTICS), strict=True
     ):
         for index, other in enumerate(OTHERS):
             rows = select(
@@ -760,10 +761,21 @@ def main(
     if markdown:
         print(to_markdown(json.loads((out / "convergence_rate.json").read_text())))
         return
-    plan = Plan(seed, 5000, 256, 200_000, NOISES, sizes, tuned_sizes, (10, 5))
+    plan = Plan(
+        seed=seed,
+        runs=5000,
+        tuning_runs=256,
+        draws=200_000,
+        problems=tuple(PROBLEMS),
+        noises=NOISES,
+        sizes=sizes,
+        tuned_sizes=tuned_sizes,
+        grid=(10, 5),
+    )
     if quick:
-        few = (Noise(1.4, one_sided=True), LIGHT)
-        plan = Plan(seed, 24, 8, 2000, few, (32, 64), (64,), (2, 2))
+        small = {"runs": 24, "tuning_runs": 8, "draws": 2000, "grid": (2, 2)}
+        few = {"problems": ("regression",), "noises": (Noise(1.4, one_sided=True), LIGHT)}
+        plan = plan._replace(sizes=(32, 64), tuned_sizes=(64,), **small, **few)
     results = Results(runs, plan)
     for cell in track(list(make_cells(plan)), "Computing"):
         results[cell]
