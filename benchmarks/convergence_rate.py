@@ -388,7 +388,8 @@ def estimate(values: np.ndarray, statistic: str) -> np.ndarray:
 def resample(runs: int, label: str) -> np.ndarray:
     """How often each run comes in each replicate, [replicates, runs]."""
     generator = np.random.default_rng(zlib.crc32(label.encode()))
-    return generator.multinomial(runs, np.full(runs, 1 / runs), size=REPLICATES)
+    counts = generator.multinomial(runs, np.full(runs, 1 / runs), size=REPLICATES)
+    return counts.astype(np.int16)
 
 
 def replicate(values: np.ndarray, counts: np.ndarray, statistic: str) -> np.ndarray:
@@ -396,7 +397,7 @@ def replicate(values: np.ndarray, counts: np.ndarray, statistic: str) -> np.ndar
     if statistic == "mean":
         return counts @ values / len(values)
     order = np.argsort(values)
-    reached = np.cumsum(counts[:, order], axis=1) >= LEVEL * len(values)
+    reached = np.cumsum(counts[:, order], axis=1, dtype=np.int32) >= LEVEL * len(values)
     return values[order][np.argmax(reached, axis=1)]
 
 
@@ -461,6 +462,8 @@ def rate_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, An
                 "intervals": [interval(one) for one in replicates],
                 "slope": float(slope(totals, estimates)),
                 "slope_interval": interval(slope(totals, replicates)),
+                "last_slope": float(slope(totals[-2:], estimates[-2:])),
+                "last_slope_interval": interval(slope(totals[-2:], replicates[-2:])),
                 "bound": rate(noise.p),
             }
         )
@@ -551,7 +554,8 @@ def table_with(title: str, columns: Iterable[str], caption: str | None = None) -
 
 def slopes_table(result: dict[str, Any]) -> Table:
     methods = list(dict.fromkeys(row["method"] for row in result["rates"]))
-    columns = ["noise", "statistic", "tail index", "bound", *methods]
+    last = f"{THEORY}, last two N"
+    columns = ["noise", "statistic", "tail index", "bound", *methods, last]
     table = table_with("Slope of ‖∇F‖ against N, untuned: η = 1/L", columns, result["note"])
     for noise in result["noises"]:
         for statistic in STATISTICS:
@@ -564,6 +568,7 @@ def slopes_table(result: dict[str, Any]) -> Table:
                 tail_of(noise) if is_first else "",
                 f"{rows[0]['bound']:.3f}",
                 *(with_interval(row["slope"], row["slope_interval"], 3) for row in rows),
+                with_interval(rows[0]["last_slope"], rows[0]["last_slope_interval"], 3),
                 end_section=not is_first,
             )
     return table
@@ -635,7 +640,7 @@ def to_markdown(result: dict[str, Any]) -> str:
       result: as convergence_rate.json holds it.
     """
     samples = max(result["plan"]["tuned_sizes"])
-    columns = ["problem, noise", "slope: bound", "mean", "99 %", *(f"/ {m}" for m in OTHERS)]
+    columns = ["problem, noise", "bound", "slope: mean", "99%", *(f"/ {m}" for m in OTHERS)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for pair in pairs_of(result):
         slopes = select(result["rates"], method=THEORY, **pair)
@@ -781,7 +786,7 @@ def main(
         results[cell]
     result = assemble(results)
     tables = [slopes_table(result), ratios_table(result), control_table(result)]
-    publish(out, "convergence_rate", result, tables, draw(result), width=175)
+    publish(out, "convergence_rate", result, tables, draw(result), width=200)
 
 
 if __name__ == "__main__":
