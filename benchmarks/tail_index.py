@@ -29,13 +29,15 @@ NOTE = (
     "Intervals of 95%: of the index, and of σ(p) at the p that was chosen. Covers: the share of "
     "trials whose interval holds the truth, in percent (95% interval by Wilson). Width: median, "
     "relative to the truth. Textbook: Hill's interval on the top tenth, without a choice of k. A "
-    "tail is called light or heavy where either is three times as likely as the other; the interval "
-    "of one called light reaches to ∞. Unbounded: the share of intervals of σ that reach to ∞, of "
-    "those with a finite truth."
+    "tail is called light or heavy where either is three times as likely as the other; where it is "
+    "called light, the interval reaches to ∞. Unbounded: the share of intervals of σ that reach to "
+    "∞, of those with a finite truth. Clipped: how many of 512 samples the suggested threshold "
+    "clips, median."
 )
 COLOURS = ("#56B4E9", "#0072B2", "#000000", "#666666")
 MARKERS = "os^D"
 NOMINAL, ACCEPTED = 0.95, 0.9
+BATCH = np.arange(1, 513)
 QUANTILE = statistics.NormalDist().inv_cdf((1 + NOMINAL) / 2)
 
 
@@ -49,6 +51,7 @@ class Trial(NamedTuple):
     verdict: str
     scale_covers: bool
     scale_width: float
+    clipped: float
 
 
 def one_trial(law: Law, norms: np.ndarray) -> Trial:
@@ -64,7 +67,15 @@ def one_trial(law: Law, norms: np.ndarray) -> Trial:
         verdict=tail.verdict,
         scale_covers=scale.lower <= sigma <= scale.upper,
         scale_width=(scale.upper - scale.lower) / sigma if sigma < math.inf else math.nan,
+        clipped=clipped_of_a_batch(suggestion, norms),
     )
+
+
+def clipped_of_a_batch(suggestion: tails.SuggestedThreshold, norms: np.ndarray) -> float:
+    """How many samples of a batch of 512 such norms the suggestion clips, on average."""
+    taus = suggestion.alpha * BATCH ** (1 / suggestion.beta)
+    below = np.searchsorted(np.sort(norms), taus, side="right")
+    return float(np.sum(1 - below / len(norms)))
 
 
 def true_scale(law: Law, p: float) -> float:
@@ -95,6 +106,7 @@ def measure(name: str, num_norms: int, trials: int) -> dict[str, Any]:
         "norms": num_norms,
         "trials": trials,
         "median_k": statistics.median(trial.k for trial in results),
+        "clipped_of_512": statistics.median(trial.clipped for trial in results),
         "shares": {
             verdict: wilson(sum(trial.verdict == verdict for trial in results), trials)
             for verdict in ("light", "undecided", "heavy")
@@ -134,7 +146,7 @@ def coverage_table(result: dict[str, Any]) -> Table:
             number(row["width"]),
             percent(row["textbook_coverage"]),
             percent(row.get("scale_coverage")),
-            number(row.get("scale_width")),
+            scale_width(row),
             share(row.get("scale_unbounded")),
             end_section=is_last,
         )
@@ -142,7 +154,7 @@ def coverage_table(result: dict[str, Any]) -> Table:
 
 
 def verdict_table(result: dict[str, Any]) -> Table:
-    columns = ("n", "light", "undecided", "heavy", "σ covers", "σ width")
+    columns = ("n", "light", "undecided", "heavy", "σ covers", "σ width", "clipped")
     table = make_table("What a tail is called", columns, NOTE)
     for row, is_first, is_last in grouped(result["rows"], LAWS):
         table.add_row(
@@ -150,7 +162,8 @@ def verdict_table(result: dict[str, Any]) -> Table:
             f"{row['norms']:,}",
             *(percent(row["shares"][verdict]) for verdict in ("light", "undecided", "heavy")),
             percent(row.get("scale_coverage")) if row["index"] is None else "",
-            number(row.get("scale_width")) if row["index"] is None else "",
+            scale_width(row) if row["index"] is None else "",
+            number(row["clipped_of_512"]),
             end_section=is_last,
         )
     return table
@@ -185,6 +198,10 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}%"
 
 
+def scale_width(row: dict[str, Any]) -> str:
+    return number(row["scale_width"]) if "scale_width" in row else "–"
+
+
 def number(value: float | None) -> str:
     return "∞" if value is None else f"{value:.2f}"
 
@@ -192,7 +209,7 @@ def number(value: float | None) -> str:
 def draw(result: dict[str, Any]) -> Figure:
     sizes = sorted({row["norms"] for row in result["rows"]})
     figure = Figure(figsize=(15, 8), layout="constrained")
-    grid = figure.add_gridspec(1, 3, width_ratios=(1, 1, 1))
+    grid = figure.add_gridspec(1, 3)
     coverage = figure.add_subplot(grid[0])
     width = figure.add_subplot(grid[1], sharey=coverage)
     light = figure.add_subplot(grid[2])
@@ -206,9 +223,9 @@ def draw(result: dict[str, Any]) -> Figure:
     coverage.axvline(NOMINAL, color="#666666", linewidth=1)
     coverage.axvline(ACCEPTED, color="#D55E00", linewidth=1, linestyle="--")
     light.axhline(len(POWER_LAWS) - 0.5, color="#666666", linewidth=1)
-    coverage.set_xlabel("Share of intervals that hold the index (95% nominal; dashed: 90%)")
-    width.set_xlabel("Median width of the interval, relative to the index")
-    light.set_xlabel("Share of samples called light (above the line: power laws)")
+    coverage.set_xlabel("Share of intervals that hold the index\n(95% nominal; dashed: 90%)")
+    width.set_xlabel("Median width of the interval,\nrelative to the index")
+    light.set_xlabel("Share of samples called light\n(above the line: power laws)")
     width.set_xlim(0, None)
     width.tick_params(labelleft=False)
     for axes, laws in ((coverage, POWER_LAWS), (light, LAWS)):

@@ -133,6 +133,27 @@ def test_costs_of_accumulation_are_those_of_the_committed_measurement():
     assert f"move {update['bytes_ratio']:.2f} times the bytes" in said
 
 
+def test_intervals_of_the_tail_index_are_those_of_the_committed_measurement():
+    rows = json.loads((ROOT / "benchmarks/results/tail_index.json").read_text())["rows"]
+    said = " ".join(README.split())
+    # Mixtures apart, of which it speaks by themselves.
+    rows = [row for row in rows if "30%" not in row["law"] and "5%" not in row["law"]]
+    coverages = [100 * row["coverage"][1] for row in rows if row["index"]]
+    assert f"{min(coverages):.1f} % to {max(coverages):.1f} % of the 95 % intervals" in said
+    widths = {row["norms"]: row["width"] for row in rows if row["law"] == "Student-t 1.5"}
+    spans = f"spans {widths[2_000]:.2f} of the index with 2,000 of them and {widths[10_000]:.2f}"
+    assert spans in said
+    for size, words in (
+        (10_000, "{0:.0f} % to {1:.0f} % of their samples are called light, and at most {2:.0f} %"),
+        (2_000, "with 2,000 it is {0:.0f} % to {1:.0f} %, and {2:.0f} %"),
+    ):
+        shares = {True: [], False: []}
+        for row in (row for row in rows if row["norms"] == size):
+            shares[row["index"] is None].append(100 * row["shares"]["light"][1])
+        assert words.format(min(shares[True]), max(shares[True]), max(shares[False])) in said
+    assert all(row["clipped_of_512"] < 1 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("to_markdown", "path"),
     [
