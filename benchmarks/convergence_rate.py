@@ -1,0 +1,793 @@
+"""Does PS-Clip-SGD converge at the optimal rate, and is it better than others at equal samples?
+
+    python benchmarks/convergence_rate.py
+
+Prints tables and writes them to benchmarks/results as convergence_rate.json and .png: the slope of
+‖∇F‖ against the number of samples N on two smooth non-convex problems of known ∇F, and the ratios
+to other methods, each tuned on as many grid points, at equal N. Every finished cell is a file in
+`--runs`, from which an interrupted command goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax import lax
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich.progress import track
+from rich.table import Table
+
+import psclip_optax as psc
+from benchmarks.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise, Problem
+from benchmarks.stacked_traffic import describe, describe_machine, publish
+
+NOTE = (
+    "‖∇F‖ is averaged over the iterates of a run; mean and 99% quantile are over runs. A noise of "
+    "p has index p + 0.1: finite moments of order p, no variance. N = nT with n ≈ T^(p/(2p−2)). "
+    "All intervals are 95%, by a bootstrap over runs."
+)
+
+
+class Scales(NamedTuple):
+    """Of the gradients at the start: what thresholds and learning rates are measured by."""
+
+    raw_moment: float
+    median_norm: float
+    population_norm: float
+
+
+class Method(NamedTuple):
+    """An Optax transformation from per-sample gradients [d, n] to a direction [d].
+
+    Attributes:
+      make: from a threshold, p and the median norm at the start.
+      thresholds: from Scales to the range of the grid; None where there is no threshold.
+    """
+
+    make: Callable[[jax.Array, float, float], optax.GradientTransformationExtraArgs]
+    thresholds: Callable[[Scales], tuple[float, float]] | None = None
+
+
+def per_sample(threshold: Any) -> optax.GradientTransformationExtraArgs:
+    return psc.per_sample_clip(threshold, sample_axis=1, on_nonfinite="propagate")
+
+
+def mean_over_samples(gradients: Any) -> jax.Array:
+    return jnp.mean(gradients, axis=1)
+
+
+def of_the_mean(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    mean = optax.stateless(lambda gradients, _: mean_over_samples(gradients))
+    return optax.chain(mean, *links)
+
+
+METHODS = {
+    "PS-Clip-SGD": Method(
+        lambda alpha, p, _: per_sample(psc.growing_threshold(alpha, p)),
+        lambda scales: (scales.median_norm / 128, scales.median_norm * 2),
+    ),
+    "SGD": Method(lambda *_: of_the_mean()),
+    "global clipping": Method(
+        lambda threshold, *_: of_the_mean(optax.clip_by_global_norm(threshold)),
+        lambda scales: (scales.population_norm / 4, scales.population_norm * 4),
+    ),
+    "normalised SGD": Method(lambda *_: of_the_mean(optax.normalize_by_update_norm())),
+    "per-sample constant": Method(
+        lambda threshold, *_: per_sample(psc.constant_threshold(threshold)),
+        lambda scales: (scales.median_norm / 4, scales.median_norm * 64),
+    ),
+    "per-sample quantile": Method(
+        lambda odds, _, median: per_sample(
+            psc.quantile_threshold(odds / (1 + odds), decay=0.9, initial=median)
+        ),
+        lambda _: (1 / 9, 999),  # odds of the quantiles 0.1 and 0.999
+    ),
+}
+OURS, PLAIN, _, NORMALISED, *_ = METHODS
+OTHERS = tuple(METHODS)[1:]
+
+
+class Settings(NamedTuple):
+    """Candidates of one method, each float [c]."""
+
+    learning_rates: jax.Array
+    thresholds: jax.Array
+
+
+class Schedule(NamedTuple):
+    """T steps of n samples."""
+
+    steps: int
+    batch: int
+
+
+def schedule_for(samples: int, p: float) -> Schedule:
+    """The split of N for which n ≈ T^(p/(2p−2))."""
+    steps = max(round(samples ** ((2 * p - 2) / (3 * p - 2))), 1)
+    return Schedule(steps, round(samples / steps))
+
+
+def rate(p: float) -> float:
+    return -(p - 1) / (3 * p - 2)
+
+
+def simulate(
+    problem: Problem,
+    noise: Noise,
+    settings: dict[str, Settings],
+    schedule: Schedule,
+    scales: Scales,
+    keys: jax.Array,
+) -> dict[str, np.ndarray]:
+    """‖∇F‖ averaged over the iterates, by method, [runs, c]; all see the same samples in a run."""
+
+    def transformation(method: str, setting: Settings) -> Any:
+        return METHODS[method].make(setting.thresholds, noise.p, scales.median_norm)
+
+    def start(method: str, setting: Settings) -> Any:
+        state = transformation(method, setting).init(problem.start)
+        return problem.start, state, jnp.zeros(())
+
+    def advance(method: str, samples: Any, carry: Any, setting: Settings) -> Any:
+        w, state, total = carry
+        update = transformation(method, setting).update
+        direction, state = update(problem.gradients(w, samples), state)
+        total += jnp.linalg.norm(problem.population_gradient(w))
+        return w - setting.learning_rates * direction, state, total
+
+    def all_advance(carries: dict[str, Any], key: jax.Array) -> tuple[dict[str, Any], None]:
+        samples = problem.sample(noise, key, schedule.batch)
+        return {
+            method: jax.vmap(functools.partial(advance, method, samples))(carries[method], setting)
+            for method, setting in settings.items()
+        }, None
+
+    def run(key: jax.Array) -> dict[str, jax.Array]:
+        carries = {
+            method: jax.vmap(functools.partial(start, method))(setting)
+            for method, setting in settings.items()
+        }
+        carries, _ = lax.scan(all_advance, carries, jax.random.split(key, schedule.steps))
+        return {method: total / schedule.steps for method, (*_, total) in carries.items()}
+
+    candidates = max(len(setting.thresholds) for setting in settings.values())
+    numbers = problem.start.size * schedule.batch * candidates
+    together = largest_divisor(len(keys), at_most=max(2**20 // numbers, 1))
+    totals = jax.jit(functools.partial(lax.map, run, batch_size=together))(keys)
+    return {method: np.asarray(total, np.float64) for method, total in totals.items()}
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    return next(d for d in range(min(at_most, number), 0, -1) if number % d == 0)
+
+
+def key_for(seed: int, label: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(label.encode()))
+
+
+def examine(problem: Problem, noise: Noise, key: jax.Array, draws: int) -> dict[str, Any]:
+    """Scales at the start, and whether the noise is as heavy as stated."""
+    gradients = problem.gradients(problem.start, problem.sample(noise, key, draws))
+    population = problem.population_gradient(problem.start)
+    norms = np.asarray(jnp.linalg.norm(gradients, axis=0))
+    moment = psc.tails.moment_scale(norms, noise.p)
+    tail = psc.tails.tail_index(
+        np.asarray(jnp.linalg.norm(gradients - population[:, None], axis=0))
+    )
+    return {
+        "raw_moment": moment.value,
+        "raw_moment_interval": [moment.lower, moment.upper],
+        "median_norm": float(np.median(norms)),
+        "population_norm": float(jnp.linalg.norm(population)),
+        "index_stated": noise.tail_index,
+        "index": tail.index,
+        "index_interval": [tail.lower, tail.upper],
+        "verdict": tail.verdict,
+    }
+
+
+STATISTICS = ("mean", "99% quantile")
+LEVEL = 0.99
+REPLICATES = 1000
+
+
+class Plan(NamedTuple):
+    """What is computed, and with how much."""
+
+    seed: int
+    runs: int
+    tuning_runs: int
+    draws: int
+    problems: tuple[str, ...]
+    noises: tuple[Noise, ...]
+    sizes: tuple[int, ...]
+    tuned_sizes: tuple[int, ...]
+    grid: tuple[int, int]  # learning rates and thresholds
+
+
+class Cell(NamedTuple):
+    """One file of the folder of runs."""
+
+    kind: str  # noise, rate, tuning or final
+    problem: str
+    noise: Noise
+    samples: int = 0
+
+    @property
+    def label(self) -> str:
+        parts = [self.kind, self.problem, self.noise.label]
+        return ", ".join(parts + ([f"N = {self.samples}"] if self.samples else []))
+
+    @property
+    def file(self) -> str:
+        side = "one-sided" if self.noise.one_sided else "symmetric"
+        return f"{self.kind}-{self.problem}-{self.noise.p}-{side}-{self.samples}.json"
+
+
+def make_cells(plan: Plan) -> Iterator[Cell]:
+    """In an order in which each comes after those it rests on."""
+    pairs = list(itertools.product(plan.problems, plan.noises))
+    yield from (Cell("noise", *pair) for pair in pairs)
+    for samples in sorted({*plan.sizes, *plan.tuned_sizes}):
+        for pair in pairs:
+            if samples in plan.sizes:
+                yield Cell("rate", *pair, samples)
+            if samples in plan.tuned_sizes:
+                yield Cell("tuning", *pair, samples)
+                yield Cell("final", *pair, samples)
+
+
+class Results:
+    """Cells that are files in a folder, computed when they are not there."""
+
+    def __init__(self, folder: pathlib.Path, plan: Plan):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.plan = folder, plan
+        self.problem = functools.cache(lambda name: PROBLEMS[name]())
+
+    def __getitem__(self, cell: Cell) -> Any:
+        path, settings = self.folder / cell.file, self.settings(cell)
+        if path.exists():
+            known = json.loads(path.read_text())
+            if known["settings"] == settings:
+                return known["values"]
+        values = COMPUTE[cell.kind](self, cell)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"settings": settings, "values": values}))
+        partial.replace(path)
+        return values
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """What the cell's values depend on, apart from the code and what it is of."""
+        names = {
+            "noise": ["draws"],
+            "rate": ["draws", "runs"],
+            "tuning": ["draws", "tuning_runs", "grid"],
+            "final": ["draws", "runs", "tuning_runs", "grid"],
+        }[cell.kind]
+        settings = {name: getattr(self.plan, name) for name in ["seed", *names]}
+        return json.loads(json.dumps(settings))
+
+    def keys(self, cell: Cell) -> jax.Array:
+        runs = self.plan.tuning_runs if cell.kind == "tuning" else self.plan.runs
+        return jax.random.split(key_for(self.plan.seed, cell.label), runs)
+
+    def scales(self, cell: Cell) -> Scales:
+        values = self[Cell("noise", cell.problem, cell.noise)]
+        return Scales(*(values[name] for name in Scales._fields))
+
+    def simulate(self, cell: Cell, settings: dict[str, Settings]) -> dict[str, np.ndarray]:
+        problem, schedule = self.problem(cell.problem), schedule_for(cell.samples, cell.noise.p)
+        return simulate(problem, cell.noise, settings, schedule, self.scales(cell), self.keys(cell))
+
+
+def compute_noise(results: Results, cell: Cell) -> dict[str, Any]:
+    key = key_for(results.plan.seed, cell.label)
+    return examine(results.problem(cell.problem), cell.noise, key, results.plan.draws)
+
+
+def compute_rate(results: Results, cell: Cell) -> dict[str, list[float]]:
+    """With the step 1/L, by run; the theory's α = σ, and the median norm for comparison."""
+    scales, step = results.scales(cell), 1 / results.problem(cell.problem).smoothness
+    alphas = jnp.array([scales.raw_moment, scales.median_norm])
+    settings = Settings(jnp.full(2, step), alphas)
+    norms = results.simulate(cell, {OURS: settings, PLAIN: settings})
+    return {
+        f"{OURS}, α = σ": rounded(norms[OURS][:, 0]),
+        f"{OURS}, α = median": rounded(norms[OURS][:, 1]),
+        PLAIN: rounded(norms[PLAIN][:, 0]),
+    }
+
+
+def compute_tuning(results: Results, cell: Cell) -> dict[str, dict[str, list[float]]]:
+    """Both statistics of every point of every method's grid."""
+    smoothness = results.problem(cell.problem).smoothness
+    grids = make_grids(results.scales(cell), smoothness, *results.plan.grid)
+    norms = results.simulate(cell, grids)
+    return {
+        method: {statistic: rounded(estimate(norms[method], statistic)) for statistic in STATISTICS}
+        | {name: rounded(np.asarray(grid)) for name, grid in grids[method]._asdict().items()}
+        for method in grids
+    }
+
+
+def compute_final(results: Results, cell: Cell) -> dict[str, dict[str, list[float]]]:
+    """By run, each method with its best point for each statistic."""
+    tuning = results[cell._replace(kind="tuning")]
+    chosen = {}
+    for method, values in tuning.items():
+        best = [best_point(values[statistic]) for statistic in STATISTICS]
+        chosen[method] = Settings(
+            *(jnp.array(values[name])[np.array(best)] for name in Settings._fields)
+        )
+    norms = results.simulate(cell, chosen)
+    return {
+        method: {s: rounded(norms[method][:, i]) for i, s in enumerate(STATISTICS)}
+        for method in norms
+    }
+
+
+COMPUTE: dict[str, Callable[[Results, Cell], Any]] = {
+    "noise": compute_noise,
+    "rate": compute_rate,
+    "tuning": compute_tuning,
+    "final": compute_final,
+}
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
+
+
+def best_point(values: list[float]) -> int:
+    return int(np.argmin(np.nan_to_num(values, nan=np.inf)))
+
+
+def make_grids(
+    scales: Scales, smoothness: float, num_rates: int, num_thresholds: int
+) -> dict[str, Settings]:
+    """As many points for each method: learning rates × thresholds, or that many learning rates.
+
+    Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
+    gradient descent.
+    """
+    grids = {}
+    for name, method in METHODS.items():
+        unit = (scales.population_norm if name == NORMALISED else 1) / smoothness
+        if method.thresholds is None:
+            rates = unit * np.geomspace(1 / 32, 8, num_rates * num_thresholds)
+            pairs = [rates, np.zeros_like(rates)]
+        else:
+            rates = unit * np.geomspace(1 / 4, 8, num_rates)
+            thresholds = np.geomspace(*method.thresholds(scales), num_thresholds)
+            pairs = np.meshgrid(rates, thresholds, indexing="ij")
+        grids[name] = Settings(*(jnp.asarray(axis.ravel(), jnp.float32) for axis in pairs))
+    return grids
+
+
+def estimate(values: np.ndarray, statistic: str) -> np.ndarray:
+    """The statistic over runs, on axis 0."""
+    if statistic == "mean":
+        return np.mean(values, axis=0)
+    return np.quantile(values, LEVEL, axis=0, method="inverted_cdf")
+
+
+def resample(runs: int, label: str) -> np.ndarray:
+    """How often each run comes in each replicate, [replicates, runs]."""
+    generator = np.random.default_rng(zlib.crc32(label.encode()))
+    counts = generator.multinomial(runs, np.full(runs, 1 / runs), size=REPLICATES)
+    return counts.astype(np.int16)
+
+
+def replicate(values: np.ndarray, counts: np.ndarray, statistic: str) -> np.ndarray:
+    """The statistic of `values` [runs] in each replicate."""
+    if statistic == "mean":
+        return counts @ values / len(values)
+    order = np.argsort(values)
+    reached = np.cumsum(counts[:, order], axis=1, dtype=np.int32) >= LEVEL * len(values)
+    return values[order][np.argmax(reached, axis=1)]
+
+
+def interval(replicates: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.quantile(replicates, [0.025, 0.975], axis=0)]
+
+
+def assemble(results: Results) -> dict[str, Any]:
+    """Everything that is printed and drawn, from the cells."""
+    plan = results.plan
+    pairs = list(itertools.product(plan.problems, plan.noises))
+    tuned = [(*pair, samples) for pair in pairs for samples in plan.tuned_sizes]
+    return {
+        "machine": describe_machine(),
+        "note": NOTE,
+        "plan": plan._asdict() | {"noises": [noise.label for noise in plan.noises]},
+        "noises": [noise_row(results, *pair) for pair in pairs],
+        "rates": [row for pair in pairs for row in rate_rows(results, *pair)],
+        "theory_ratios": [row for pair in pairs for row in theory_ratio_rows(results, *pair)],
+        "ratios": [row for one in tuned for row in ratio_rows(results, *one)],
+        "tunings": [row for one in tuned for row in tuning_rows(results, *one)],
+    }
+
+
+def identify(problem: str, noise: Noise) -> dict[str, Any]:
+    return {"problem": problem, "noise": noise.label, "p": noise.p}
+
+
+def noise_row(results: Results, problem: str, noise: Noise) -> dict[str, Any]:
+    values = results[Cell("noise", problem, noise)]
+    return identify(problem, noise) | {name: as_json(value) for name, value in values.items()}
+
+
+def as_json(value: Any) -> Any:
+    """Without infinities, which JSON does not have."""
+    if isinstance(value, list):
+        return [as_json(one) for one in value]
+    return None if value == math.inf else value
+
+
+def rate_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, Any]]:
+    """The slope of each method and statistic over N."""
+    plan = results.plan
+    cells = [Cell("rate", problem, noise, samples) for samples in plan.sizes]
+    norms = [{m: np.array(v) for m, v in results[cell].items()} for cell in cells]
+    counts = [resample(plan.runs, cell.label) for cell in cells]
+    schedules = [schedule_for(samples, noise.p) for samples in plan.sizes]
+    totals = np.array([schedule.steps * schedule.batch for schedule in schedules])
+    rows = []
+    for method, statistic in itertools.product(norms[0], STATISTICS):
+        estimates = np.array([estimate(one[method], statistic) for one in norms])
+        replicates = np.array(
+            [replicate(one[method], c, statistic) for one, c in zip(norms, counts, strict=True)]
+        )
+        rows.append(
+            identify(problem, noise)
+            | {
+                "method": method,
+                "statistic": statistic,
+                "samples": totals.tolist(),
+                "estimates": estimates.tolist(),
+                "intervals": [interval(one) for one in replicates],
+                "slope": float(slope(totals, estimates)),
+                "slope_interval": interval(slope(totals, replicates)),
+                "last_slope": float(slope(totals[-2:], estimates[-2:])),
+                "last_slope_interval": interval(slope(totals[-2:], replicates[-2:])),
+                "bound": rate(noise.p),
+            }
+        )
+    return rows
+
+
+def slope(totals: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+    """Of log estimates [sizes, …] against log N by least squares."""
+    centred = np.log(totals) - np.mean(np.log(totals))
+    return np.tensordot(centred / np.sum(centred**2), np.log(estimates), axes=1)
+
+
+def theory_ratio_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, Any]]:
+    """PS-Clip-SGD against SGD with the same step 1/L, untuned."""
+    rows = []
+    for samples in results.plan.sizes:
+        cell = Cell("rate", problem, noise, samples)
+        norms = {m: np.array(v) for m, v in results[cell].items()}
+        others, counts = norms.pop(PLAIN), resample(results.plan.runs, cell.label)
+        for ours, statistic in itertools.product(norms, STATISTICS):
+            row = {"samples": samples, "ours": ours, "other": PLAIN, "statistic": statistic}
+            ratio = compare(norms[ours], others, counts, statistic)
+            rows.append(identify(problem, noise) | row | ratio)
+    return rows
+
+
+def ratio_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
+    """Tuned PS-Clip-SGD against each other method, tuned as well."""
+    cell = Cell("final", problem, noise, samples)
+    norms, counts = results[cell], resample(results.plan.runs, cell.label)
+    rows = []
+    for other, statistic in itertools.product(OTHERS, STATISTICS):
+        row = {"samples": samples, "ours": OURS, "other": other, "statistic": statistic}
+        ours, others = (np.array(norms[method][statistic]) for method in (OURS, other))
+        rows.append(identify(problem, noise) | row | compare(ours, others, counts, statistic))
+    return rows
+
+
+def compare(
+    ours: np.ndarray, others: np.ndarray, counts: np.ndarray, statistic: str
+) -> dict[str, Any]:
+    """The ratio of a statistic over the same runs, with its paired interval."""
+    low, high = interval(replicate(ours, counts, statistic) / replicate(others, counts, statistic))
+    return {
+        "estimates": [float(estimate(values, statistic)) for values in (ours, others)],
+        "ratio": float(estimate(ours, statistic) / estimate(others, statistic)),
+        "interval": [low, high],
+        "verdict": "better" if high < 1 else "worse" if low > 1 else "equal",
+    }
+
+
+def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
+    """The chosen points, and at which edges of their grids they lie."""
+    rows = []
+    for method, values in results[Cell("tuning", problem, noise, samples)].items():
+        for statistic in STATISTICS:
+            best = best_point(values[statistic])
+            chosen = {name: values[name][best] for name in Settings._fields}
+            edges = [name for name in Settings._fields if is_at_edge(values[name], chosen[name])]
+            row = {"samples": samples, "method": method, "statistic": statistic}
+            rows.append(identify(problem, noise) | row | chosen | {"at_edge": edges})
+    return rows
+
+
+def is_at_edge(grid: list[float], value: float) -> bool:
+    return min(grid) < max(grid) and value in (min(grid), max(grid))
+
+
+def select(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def with_interval(value: float, bounds: list[float], digits: int = 2) -> str:
+    low, high = bounds
+    return f"{value:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
+
+
+def pairs_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in ("problem", "noise")} for row in result["noises"]]
+
+
+def table_with(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, no_wrap=True, justify="left" if index < 2 else "right")
+    return table
+
+
+def slopes_table(result: dict[str, Any]) -> Table:
+    methods = list(dict.fromkeys(row["method"] for row in result["rates"]))
+    last = f"{THEORY}, last two N"
+    columns = ["noise", "statistic", "tail index", "bound", *methods, last]
+    table = table_with("Slope of ‖∇F‖ against N, untuned: η = 1/L", columns, result["note"])
+    for noise in result["noises"]:
+        for statistic in STATISTICS:
+            of_pair = {name: noise[name] for name in ("problem", "noise")}
+            rows = select(result["rates"], statistic=statistic, **of_pair)
+            is_first = statistic == STATISTICS[0]
+            table.add_row(
+                f"{noise['problem']}, {noise['noise']}" if is_first else "",
+                statistic,
+                tail_of(noise) if is_first else "",
+                f"{rows[0]['bound']:.3f}",
+                *(with_interval(row["slope"], row["slope_interval"], 3) for row in rows),
+                with_interval(rows[0]["last_slope"], rows[0]["last_slope_interval"], 3),
+                end_section=not is_first,
+            )
+    return table
+
+
+def tail_of(noise: dict[str, Any]) -> str:
+    if noise["index"] is None:
+        return noise["verdict"]
+    return with_interval(noise["index"], [bound or math.inf for bound in noise["index_interval"]])
+
+
+def ratios_table(result: dict[str, Any]) -> Table:
+    """At the largest N, all noises but the light one."""
+    samples = max(result["plan"]["tuned_sizes"])
+    title = f"PS-Clip-SGD / other, each tuned, N = {samples} (below 1: ours is better)"
+    table = table_with(title, ["noise", "statistic", *OTHERS], describe_tuning(result))
+    for pair in pairs_of(result):
+        if pair["noise"] == LIGHT.label:
+            continue
+        for statistic in STATISTICS:
+            rows = select(result["ratios"], samples=samples, statistic=statistic, **pair)
+            is_first = statistic == STATISTICS[0]
+            table.add_row(
+                f"{pair['problem']}, {pair['noise']}" if is_first else "",
+                statistic,
+                *(with_interval(row["ratio"], row["interval"]) for row in rows),
+                end_section=not is_first,
+            )
+    return table
+
+
+def describe_tuning(result: dict[str, Any]) -> str:
+    plan = result["plan"]
+    points = math.prod(plan["grid"])
+    at_edge = {
+        m: sum(bool(r["at_edge"]) for r in select(result["tunings"], method=m)) for m in METHODS
+    }
+    number = len(select(result["tunings"], method=OURS))
+    edges = ", ".join(f"{method} {count}" for method, count in at_edge.items())
+    return (
+        f"Tuned for each statistic by itself, on {points} points a method and "
+        f"{plan['tuning_runs']} runs a point, other ones than the {plan['runs']} compared. At an "
+        f"edge of the grid, of {number} choices: {edges}."
+    )
+
+
+def control_table(result: dict[str, Any]) -> Table:
+    """Gaussian noise: against SGD, untuned at the same step and tuned."""
+    columns = ["problem, N", "statistic", "setting", "PS-Clip-SGD / SGD", "PS-Clip-SGD is"]
+    table = table_with("Control: Gaussian noise", columns)
+    rows = select(result["theory_ratios"], noise=LIGHT.label)
+    rows += select(result["ratios"], noise=LIGHT.label, other=PLAIN)
+    for row in rows:
+        setting = row["ours"].partition(", ")[2]
+        table.add_row(
+            f"{row['problem']}, {row['samples']}",
+            row["statistic"],
+            f"1/L, {setting}" if setting else "tuned",
+            with_interval(row["ratio"], row["interval"], 4),
+            row["verdict"],
+        )
+    return table
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """README's table: slopes of PS-Clip-SGD, and its tuned ratios to the others, mean and tail.
+
+    Args:
+      result: as convergence_rate.json holds it.
+    """
+    samples = max(result["plan"]["tuned_sizes"])
+    columns = ["problem, noise", "bound", "slope: mean", "99%", *(f"/ {m}" for m in OTHERS)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for pair in pairs_of(result):
+        slopes = select(result["rates"], method=THEORY, **pair)
+        cells = [f"{pair['problem']}, {pair['noise']}", f"{slopes[0]['bound']:.3f}"]
+        cells += [with_interval(row["slope"], row["slope_interval"], 3) for row in slopes]
+        for other in OTHERS:
+            rows = select(result["ratios"], samples=samples, other=other, **pair)
+            cells.append("; ".join(with_interval(row["ratio"], row["interval"]) for row in rows))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+LINES = {f"{OURS}, α = σ": "#0072B2", f"{OURS}, α = median": "#009E73", PLAIN: "#D55E00"}
+THEORY = next(iter(LINES))
+COLOURS = dict(zip(OTHERS, ("#D55E00", "#E69F00", "#666666", "#56B4E9", "#CC79A7"), strict=True))
+MARKERS = dict(zip(OTHERS, "os^Dv", strict=True))
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    problems, noises = result["plan"]["problems"], result["plan"]["noises"]
+    figure = Figure(figsize=(3 * max(len(noises), 4), 12.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.25, 1], squeeze=False)[:, 0]
+    grid = above.subplots(len(problems), len(noises), sharex=True, sharey="row", squeeze=False)
+    for axes_of_problem, problem in zip(grid, problems, strict=True):
+        for axes, noise in zip(axes_of_problem, noises, strict=True):
+            draw_rates(axes, select(result["rates"], problem=problem, noise=noise))
+            axes.set_title(f"{problem}\n{noise}", fontsize=10)
+        axes_of_problem[0].set_ylabel("‖∇F‖ over runs")
+    for axes in grid[-1]:
+        axes.set_xlabel("Samples N = nT")
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in LINES.items()]
+    handles += [
+        Line2D([], [], color="k", marker="o", label="mean"),
+        Line2D([], [], color="k", marker="^", linestyle="--", label="99% quantile"),
+        Line2D([], [], color="k", linestyle=":", label="slope of the bound"),
+    ]
+    above.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    draw_ratios(below, result, noises)
+    figure.suptitle(describe(result["machine"]), fontsize=10)
+    return figure
+
+
+def draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        is_mean = row["statistic"] == STATISTICS[0]
+        low, high = np.transpose(row["intervals"])
+        estimates = np.array(row["estimates"])
+        style = {"marker": "o" if is_mean else "^", "linestyle": "-" if is_mean else "--"}
+        spread = np.maximum([estimates - low, high - estimates], 0)
+        axes.errorbar(
+            row["samples"], estimates, spread, color=LINES[row["method"]], markersize=4, **style
+        )
+    first = select(rows, method=THEORY, statistic=STATISTICS[0])[0]
+    samples = np.array(first["samples"])
+    bound = first["estimates"][0] * (samples / samples[0]) ** first["bound"]
+    axes.plot(samples, bound, color="k", linestyle=":")
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_ratios(figure: Any, result: dict[str, Any], noises: list[str]) -> None:
+    samples, problems = max(result["plan"]["tuned_sizes"]), result["plan"]["problems"]
+    grid = figure.subplots(1, len(problems) * len(STATISTICS), sharey=True)
+    for axes, (problem, statistic) in zip(
+        grid, itertools.product(problems, STATISTICS), strict=True
+    ):
+        for index, other in enumerate(OTHERS):
+            rows = select(
+                result["ratios"],
+                problem=problem,
+                statistic=statistic,
+                other=other,
+                samples=samples,
+            )
+            # The methods of a noise beside one another, so that none hides another.
+            heights = np.arange(len(noises)) + 0.14 * (index - (len(OTHERS) - 1) / 2)
+            ratios = np.array([row["ratio"] for row in rows])
+            low, high = np.transpose([row["interval"] for row in rows])
+            axes.errorbar(
+                ratios,
+                heights,
+                xerr=np.maximum([ratios - low, high - ratios], 0),
+                label=f"/ {other}",
+                color=COLOURS[other],
+                marker=MARKERS[other],
+                linestyle="none",
+                markersize=5,
+                capsize=2,
+            )
+        axes.axvline(1, color="k", linewidth=0.8)
+        axes.set_title(f"{problem}: {statistic}", fontsize=10)
+        axes.set_xlabel(f"PS-Clip-SGD / other, N = {samples}")
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_yticks(range(len(noises)), noises)
+    grid[0].set_ylim(len(noises) - 0.5, -0.5)
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+
+
+def main(
+    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    runs: pathlib.Path = pathlib.Path("runs/convergence_rate"),
+    seed: int = 0,
+    sizes: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),
+    tuned_sizes: tuple[int, ...] = (1024, 4096),
+    quick: bool = False,
+    markdown: bool = False,
+) -> None:
+    """Does PS-Clip-SGD converge at the optimal rate, and is it better at equal samples?
+
+    Args:
+      out: folder for convergence_rate.json and convergence_rate.png.
+      runs: folder of the finished cells, which are not computed again; after a change of the
+        problems or the methods take another.
+      seed: of all random numbers.
+      sizes: numbers of samples N of the slopes, at least 2 of them.
+      tuned_sizes: numbers of samples N at which all methods are tuned and compared.
+      quick: few and small cells, to see that the benchmark works.
+      markdown: only print README's table of the results that are in `out`.
+    """
+    if markdown:
+        print(to_markdown(json.loads((out / "convergence_rate.json").read_text())))
+        return
+    plan = Plan(
+        seed=seed,
+        runs=5000,
+        tuning_runs=256,
+        draws=200_000,
+        problems=tuple(PROBLEMS),
+        noises=NOISES,
+        sizes=sizes,
+        tuned_sizes=tuned_sizes,
+        grid=(10, 5),
+    )
+    if quick:
+        small = {"runs": 24, "tuning_runs": 8, "draws": 2000, "grid": (2, 2)}
+        few = {"problems": ("regression",), "noises": (Noise(1.4, one_sided=True), LIGHT)}
+        plan = plan._replace(sizes=(32, 64), tuned_sizes=(64,), **small, **few)
+    results = Results(runs, plan)
+    for cell in track(list(make_cells(plan)), "Computing"):
+        results[cell]
+    result = assemble(results)
+    tables = [slopes_table(result), ratios_table(result), control_table(result)]
+    publish(out, "convergence_rate", result, tables, draw(result), width=200)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
