@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks import alexnet_cifar100, estimator_error
+from benchmarks import alexnet_cifar100, convergence_rate, estimator_error
 from benchmarks.stacked_traffic import describe
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -54,6 +54,27 @@ robust mean there is: a median of means has smaller 99 % errors under nearly all
 a = 1.9 the slope over these n is flatter than the bound's.
 
 {bullets}"""
+
+
+def convergence(result: dict[str, Any]) -> str:
+    return f"""Two smooth non-convex problems of known ∇F: Geman–McClure regression with additive
+noise in 8 dimensions, and a teacher–student network of tanh units with label noise. The noise has
+the tail index p + 0.1. Slopes are of the mean of ‖∇F‖ over the steps and over 5,000 runs, and of
+its 99 % quantile, over the samples N = nT, with n, T, η = 1/L, α = σ̂ and β = p as the theory has
+them; the bound is −(p − 1)/(3p − 2). Ratios, of the mean and of the 99 % quantile, are of
+PS-Clip-SGD to another method at N = 4,096, each tuned on 50 points by other seeds: below 1
+PS-Clip-SGD is better.
+
+{convergence_rate.to_markdown(result)}
+- In the regression the slope is at the bound or near it. In the network the mean's is flatter up to
+  these N; plain SGD's is flatter than its own bound there too, under Gaussian noise.
+- Under heavy tails PS-Clip-SGD is better than SGD, global clipping and normalised SGD, always, and
+  most in the 99 % quantile.
+- That is the merit of clipping samples, not of the growing threshold: a tuned constant one is as
+  good or up to 4 % better, and a running quantile much better under symmetric noise.
+- Under Gaussian noise, the control, tuned PS-Clip-SGD is within 1 % of SGD: equal in the
+  regression, slightly worse in the network.
+"""
 
 
 def training(result: dict[str, Any]) -> str:
@@ -100,6 +121,7 @@ Tails of the norms during training, Hill's estimates by `psc.tails`:
 
 SECTIONS = (
     Section("estimator_error", "Does the clipped mean's error fall as the theory says?", estimator),
+    Section("convergence_rate", "Does PS-Clip-SGD converge at the optimal rate?", convergence),
     Section("alexnet_cifar100", "Does it train AlexNet on CIFAR-100 better?", training),
 )
 
