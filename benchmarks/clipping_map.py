@@ -36,6 +36,7 @@ from psclip_optax.training.datasets import load_dataset
 BETA = 2.0
 METHODS = ("no clipping", "batch clipping", "per-sample, growing")
 COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
+RESULTS = pathlib.Path(__file__).parent / "results"
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
     "per-sample clipping to each other method are paired by seed, with 95% intervals (Student's t)."
@@ -79,7 +80,7 @@ def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
     # Steps of larger batches may be longer; by the root, as their noise is smaller.
     unit = (cell.batch_size / 128) ** 0.5 * (1 - cell.momentum) / (1 - 0.9)
     few = tuple(rate * unit for rate in (0.015, 0.04, 0.1))
-    many = [rate * unit for rate in np.geomspace(0.006, 0.2, 6)]
+    many = [rate * unit for rate in np.geomspace(0.0006, 0.2, 6)]
     own: dict[str, Any] = {"momentum": cell.momentum}
     return {
         "no clipping": [Numbers(rate, **own) for rate in many],
@@ -133,10 +134,10 @@ def draw(result: dict[str, Any]) -> Figure:
 
 def main(
     data_dir: pathlib.Path | None = None,
-    runs: pathlib.Path = pathlib.Path("clipping_map_runs"),
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
-    width: float = 0.25,
-    epochs: int = 15,
+    runs: pathlib.Path = RESULTS / "clipping_map_runs",
+    out: pathlib.Path = RESULTS,
+    width: float = 0.125,
+    epochs: int = 6,
     seeds: int = 3,
     together: int = 1,
     dtype: str = "float32",
@@ -147,12 +148,13 @@ def main(
 
     Args:
       data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
-      runs: folder of the finished runs.
+      runs: folder of the finished runs; by default of those that the results are from, so that
+        nothing is trained again.
       out: folder for clipping_map.json and clipping_map.png.
       width: multiplies AlexNet's channels and hidden sizes.
       epochs: of a run in most cells.
       seeds: of the runs that are tested, at least 2.
-      together: runs that are trained at once; 1 on a CPU, dozens on a GPU.
+      together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
       dtype: of the forward and backward pass.
       seconds: begin no chunk of a cell after so much time in it; the same command goes on.
       quick: digits, a tiny net and few cells, to see that the benchmark works.
