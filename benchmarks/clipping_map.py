@@ -84,8 +84,8 @@ def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
     own: dict[str, Any] = {"momentum": cell.momentum}
     return {
         "no clipping": [Numbers(rate, **own) for rate in many],
-        "batch clipping": batch_clipping_grid(few, (0.5, 2.0), **own),
-        "per-sample, growing": growing_grid(few, (0.2, 1.0), BETA, cell.batch_size, **own),
+        "batch clipping": batch_clipping_grid(few, (0.5, 4.0), **own),
+        "per-sample, growing": growing_grid(few, (1.0, 5.0), BETA, cell.batch_size, **own),
     }
 
 
