@@ -199,6 +199,11 @@ def test_results_on_cifar_are_those_of_the_committed_measurement():
     engine_ratio, stacked_ratio = (ways[way]["ratio_quartiles"][1] for way in ("engine", "vmap"))
     assert f"takes {engine_ratio:.2f} times as long as a plain one" in said
     assert f"stacks gradients {stacked_ratio:.2f} times" in said
+    runs = ROOT / "benchmarks/results/alexnet_cifar100_runs"
+    wide = json.loads((runs / "steps-width_1-batch_128.json").read_text())["ways"]
+    assert wide["plain"]["seconds_quartiles"][1] == pytest.approx(0.9e-3, abs=0.05e-3)
+    engine_ratio, stacked_ratio = (wide[way]["ratio_quartiles"][1] for way in ("engine", "vmap"))
+    assert f"at full width {engine_ratio:.2f} and {stacked_ratio:.2f} times" in said
 
 
 @pytest.mark.parametrize(
