@@ -31,6 +31,7 @@ from benchmarks.tuned import (
     draw_differences,
     enlarged_digits,
     growing_grid,
+    markdown_table,
     tune_and_test,
 )
 from psclip_optax.training.datasets import load_dataset
@@ -138,7 +139,6 @@ def to_table(result: dict[str, Any]) -> Table:
     for row in result["rows"]:
         ways = result["steps"][str(row["microbatches"])]["ways"]
         for name in METHODS:
-            low, middle, high = ways[name]["ratio_quartiles"]
             table.add_row(
                 row["label"] if name == METHODS[0] else "",
                 name,
@@ -146,10 +146,36 @@ def to_table(result: dict[str, Any]) -> Table:
                 describe_mean(row["test_accuracies"][name]),
                 "" if name == METHODS[2] else describe_difference(row["differences"][name]),
                 f"{1e3 * ways[name]['seconds_quartiles'][1]:.1f}",
-                f"{middle:.3f} ({low:.3f}–{high:.3f})",
+                describe_ratio(ways[name]["ratio_quartiles"]),
                 end_section=name == METHODS[2],
             )
     return table
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Test accuracy of each way, the differences of clipping before, and the times of a step."""
+    header = [
+        "training data, micro-batches",
+        *METHODS,
+        *(f"before − {name}" for name in METHODS[:2]),
+    ]
+    rows = [[*header, "time of a step: after", "before"]]
+    for row in result["rows"]:
+        ways = result["steps"][str(row["microbatches"])]["ways"]
+        rows.append(
+            [
+                row["label"],
+                *(describe_mean(row["test_accuracies"][name]) for name in METHODS),
+                *(describe_difference(row["differences"][name]) for name in METHODS[:2]),
+                *(describe_ratio(ways[name]["ratio_quartiles"]) for name in METHODS[1:]),
+            ]
+        )
+    return markdown_table(rows)
+
+
+def describe_ratio(ratios: list[float]) -> str:
+    low, middle, high = ratios
+    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
 
 
 def draw(result: dict[str, Any]) -> Figure:
