@@ -221,9 +221,8 @@ def test_quick_runs_write_table_and_figure_and_are_not_repeated(
     assert json.loads((tmp_path / "again" / f"{name}.json").read_text()) == first
 
 
-@pytest.mark.parametrize("name", ["alexnet_cifar100"])
-def test_committed_results_are_of_the_committed_runs(name):
-    results = pathlib.Path(many_runs.__file__).parent / "results"
+def test_committed_results_are_of_the_committed_runs():
+    name, results = "alexnet_cifar100", pathlib.Path(many_runs.__file__).parent / "results"
     result = json.loads((results / f"{name}.json").read_text())
     found: dict[tuple[str, str], list[float]] = {}
     for path in sorted((results / f"{name}_runs").glob("final-*.json")):
