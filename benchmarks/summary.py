@@ -129,8 +129,8 @@ def accumulation(result: dict[str, Any]) -> str:
     return f"""AlexNet of width {width:g} on CIFAR-100, {epochs} epochs, K micro-batches of 32
 images a step, momentum 0.9. Each way has 4 trials, the best of which is tested with {seeds} other
 seeds: test accuracy in %, mean ± standard error. Before: τ_j = α √j of the micro-batches' mean
-gradients; after: their mean is clipped. Runs as short as these, with so few trials, say how training
-starts, not how it ends; where the accuracy is 1 %, no trial trained.
+gradients; after: their mean is clipped. Runs as short as these, with so few trials, say how
+training starts, not how it ends. 1 % is chance.
 
 {accumulation_cifar100.to_markdown(result)}"""
 
