@@ -10,7 +10,7 @@ accumulation_cifar100.json and .png.
 
 from __future__ import annotations
 
-import json
+import functools
 import pathlib
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.accumulation import CASES, optimizers, time_windows, train_step
 from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
-from benchmarks.stacked_traffic import describe, describe_machine, publish, quartiles
+from benchmarks.stacked_traffic import describe, publish, quartiles
 from benchmarks.tuned import (
     batch_clipping_grid,
     describe_difference,
@@ -32,10 +32,10 @@ from benchmarks.tuned import (
     enlarged_digits,
     growing_grid,
     markdown_table,
+    timed_once,
     tune_and_test,
 )
 from psclip_optax.training.datasets import load_dataset
-from psclip_optax.training.files import to_json, write_atomically
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 from tests.models import Model
@@ -119,15 +119,6 @@ def time_steps(number: int, width: float, num_classes: int, size: int, rounds: i
         }
         for name, own in zip(METHODS, (baseline, after, before), strict=True)
     }
-
-
-def timed_once(folder: pathlib.Path, number: int, width: float, *args: Any) -> dict[str, Any]:
-    """`time_steps`, kept beside the runs."""
-    path = folder / f"steps-width_{width:g}-microbatches_{number}.json"
-    if not path.exists():
-        steps = {"machine": describe_machine(), "ways": time_steps(number, width, *args)}
-        write_atomically(path, to_json(steps, indent=1).encode())
-    return json.loads(path.read_text())
 
 
 def to_table(result: dict[str, Any]) -> Table:
@@ -230,7 +221,10 @@ def main(
     ]
     size, rounds = dataset.image_shape[0], 3 if quick else 9
     steps = {
-        str(number): timed_once(runs, number, width, dataset.num_classes, size, rounds)
+        str(number): timed_once(
+            runs / f"steps-width_{width:g}-microbatches_{number}.json",
+            functools.partial(time_steps, number, width, dataset.num_classes, size, rounds),
+        )
         for number in microbatches
     }
     result = {

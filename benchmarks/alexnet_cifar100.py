@@ -35,7 +35,7 @@ from benchmarks.accumulation import (
     time_windows,
 )
 from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
-from benchmarks.stacked_traffic import describe, describe_machine, publish, quartiles
+from benchmarks.stacked_traffic import describe, publish, quartiles
 from benchmarks.tuned import (
     SAMPLE_NORM,
     batch_clipping_grid,
@@ -52,10 +52,10 @@ from benchmarks.tuned import (
     stopped_accuracy,
     test_accuracy,
     tidy,
+    timed_once,
     validation_accuracy,
 )
-from psclip_optax.training.datasets import Dataset, load_dataset
-from psclip_optax.training.files import to_json, write_atomically
+from psclip_optax.training.datasets import load_dataset
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 
@@ -192,19 +192,6 @@ def in_one_go(
     all_runs = list(itertools.chain(*runs.values()))
     records = iter(run_all(all_runs, data, num_classes, **options))
     return {noise: [next(records) for _ in own] for noise, own in runs.items()}
-
-
-def timed_once(
-    folder: pathlib.Path, width: float, batch_size: int, dataset: Dataset, rounds: int
-) -> dict[str, Any]:
-    """`time_steps`, kept beside the runs, for it belongs to the machine that trained them."""
-    path = folder / f"steps-width_{width:g}-batch_{batch_size}.json"
-    if not path.exists():
-        size = dataset.image_shape[0]
-        steps = time_steps(width, batch_size, dataset.num_classes, size, rounds)
-        steps = {"machine": describe_machine(), "ways": steps}
-        write_atomically(path, to_json(steps, indent=1).encode())
-    return json.loads(path.read_text())
 
 
 def mean_of(rows: list[Any]) -> list[float]:
@@ -525,7 +512,11 @@ def main(
     }
     tests = {noise: final_runs(chosen[noise], noise, epochs, seeds, setting) for noise in noises}
     tested = in_one_go(tests, data, dataset.num_classes, **options)
-    steps = timed_once(runs, width, batch_size, dataset, rounds=3 if quick else 9)
+    size, rounds = dataset.image_shape[0], 3 if quick else 9
+    steps = timed_once(
+        runs / f"steps-width_{width:g}-batch_{batch_size}.json",
+        lambda: time_steps(width, batch_size, dataset.num_classes, size, rounds),
+    )
     result = {
         "machine": tested[noises[0]][0]["machine"],
         "note": NOTE,

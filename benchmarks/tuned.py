@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +14,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.many_runs import Numbers, Run
+from benchmarks.stacked_traffic import describe_machine
 from psclip_optax.training.datasets import Dataset, Split, load_dataset
+from psclip_optax.training.files import to_json, write_atomically
 from psclip_optax.training.summary import estimate
 
 # About the norm of a sample's and of a batch's gradient in the first epochs. Learning rates of
@@ -123,6 +127,14 @@ def tune_and_test(
         for name in grids
     }
     return Tuned(chosen, accuracies, tested[0]["machine"])
+
+
+def timed_once(path: pathlib.Path, measure: Callable[[], Any]) -> dict[str, Any]:
+    """Times of steps, kept beside the runs, for they belong to the machine that trained them."""
+    if not path.exists():
+        steps = {"machine": describe_machine(), "ways": measure()}
+        write_atomically(path, to_json(steps, indent=1).encode())
+    return json.loads(path.read_text())
 
 
 def draw_differences(
