@@ -3,9 +3,10 @@
     python -m benchmarks.clipping_map --data-dir FOLDER --runs FOLDER
 
 AlexNet on CIFAR-100 around one setting, of which batch size, momentum, noise and length change. In
-each cell three methods get six trials each, and the winners three more seeds. Every finished run
-is a JSON file under --runs; the same command goes on where it was stopped. Prints a table and
-writes it to benchmarks/results as clipping_map.json and .png.
+each cell three methods get six trials each, of half the length, and the winners three more seeds.
+Every finished run is a JSON file under --runs; the same command goes on where it was stopped, and
+--cells trains some cells alone. Prints a table and writes it to benchmarks/results as
+clipping_map.json and .png.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def build_cells(epochs: int, quick: bool) -> list[Cell]:
     """Every noise with and without momentum; batch sizes; a third and three times the length."""
     if quick:
         return [Cell("clean", 32, 0.9, 1), Cell("40% labels", 32, 0.0, 1)]
-    base = [Cell(noise, 128, momentum, epochs) for momentum in (0.9, 0.0) for noise in NOISES]
+    base = [Cell(noise, 128, momentum, epochs) for momentum in (0.0, 0.9) for noise in NOISES]
     sizes = [
-        Cell(noise, size, 0.9, epochs) for size in (32, 512) for noise in ("clean", "heavy pixels")
+        Cell(noise, size, 0.9, epochs) for size in (512, 32) for noise in ("clean", "heavy pixels")
     ]
     lengths = [Cell("40% labels", 128, 0.9, length) for length in (epochs // 3, 3 * epochs)]
-    return [*base, *lengths, *sizes]
+    return [*base, *sizes, *lengths]
 
 
 def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
@@ -84,8 +85,8 @@ def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
     own: dict[str, Any] = {"momentum": cell.momentum}
     return {
         "no clipping": [Numbers(rate, **own) for rate in many],
-        "batch clipping": batch_clipping_grid(few, (0.5, 4.0), **own),
-        "per-sample, growing": growing_grid(few, (1.0, 5.0), BETA, cell.batch_size, **own),
+        "batch clipping": batch_clipping_grid(few, (1.0, 8.0), **own),
+        "per-sample, growing": growing_grid(few, (2.0, 10.0), BETA, cell.batch_size, **own),
     }
 
 
@@ -93,7 +94,8 @@ def run_cell(
     cell: Cell, data: Data, num_classes: int, setting: Setting, seeds: int, **options: Any
 ) -> dict[str, Any]:
     def make_run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
-        return Run(stage, name, cell.noise, numbers, cell.epochs, seed, setting)
+        epochs = cell.epochs if stage == "final" else -(-cell.epochs // 2)
+        return Run(stage, name, cell.noise, numbers, epochs, seed, setting)
 
     def train(runs: list[Run]) -> list[dict[str, Any]]:
         return run_all(runs, data, num_classes, **options)
@@ -142,6 +144,7 @@ def main(
     together: int = 1,
     dtype: str = "float32",
     seconds: float = float("inf"),
+    cells: tuple[int, ...] | None = None,
     quick: bool = False,
 ) -> None:
     """Where does per-sample clipping win, and where does it not?
@@ -157,6 +160,7 @@ def main(
       together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
       dtype: of the forward and backward pass.
       seconds: begin no chunk of a cell after so much time in it; the same command goes on.
+      cells: train these alone, by their place in the table from 0, and write no table.
       quick: digits, a tiny net and few cells, to see that the benchmark works.
     """
     if quick:
@@ -164,6 +168,7 @@ def main(
     dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
     data = load_data(dataset, 200 if quick else 5_000)
     options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
+    every = build_cells(epochs, quick)
     rows = [
         run_cell(
             cell,
@@ -173,8 +178,10 @@ def main(
             seeds,
             **options,
         )
-        for cell in build_cells(epochs, quick)
+        for cell in (every if cells is None else [every[i] for i in cells])
     ]
+    if cells is not None:
+        return
     protocol = {"width": width, "seeds": seeds, "trials": 6, "dtype": dtype}
     result = {"machine": rows[0]["machine"], "note": NOTE, "protocol": protocol, "rows": rows}
     tables = [to_table(result), to_chosen_table(result)]
