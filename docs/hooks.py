@@ -1,0 +1,61 @@
+"""MkDocs' part that is ours: pages that lie elsewhere in the repository, and links to what does.
+
+Links of a page are relative to its file, so that they lead somewhere on GitHub too. On the site one
+to a file that has a page leads to that page, any other that leaves the pages to the repository.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import posixpath
+import re
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = "docs/pages"
+ELSEWHERE = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/results/README.md": "results/index.md",
+}
+FOLDERS = {"benchmarks/results": ("results", "*.png"), "notebooks": ("notebooks", "*.ipynb")}
+
+
+def sources() -> dict[str, str]:
+    """Path in the repository → path of the site's source, of all that lies outside the pages."""
+    found = dict(ELSEWHERE)
+    for folder, (place, pattern) in FOLDERS.items():
+        for path in sorted((ROOT / folder).glob(pattern)):
+            found[f"{folder}/{path.name}"] = f"{place}/{path.name}"
+    return found
+
+
+@event_priority(100)  # before the plugin that makes pages of notebooks
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for path, place in sources().items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    places = sources()
+    here = next(
+        (path for path, place in places.items() if place == page.file.src_uri),
+        f"{PAGES}/{page.file.src_uri}",
+    )
+
+    def moved(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(here), match["path"]))
+        anchor = match["anchor"] or ""
+        place = places.get(target) or target.removeprefix(f"{PAGES}/")
+        if place == target:  # it has no page
+            return f"]({config.repo_url}/blob/main/{target}{anchor})"
+        start = posixpath.dirname(page.file.src_uri)
+        return f"]({posixpath.relpath(place, start or '.')}{anchor})"
+
+    return re.sub(r"\]\((?![a-z]+:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)", moved, markdown)
