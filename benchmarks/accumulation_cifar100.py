@@ -24,6 +24,7 @@ from benchmarks.accumulation import CASES, optimizers, time_windows, train_step
 from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
 from benchmarks.stacked_traffic import describe, publish, quartiles
 from benchmarks.tuned import (
+    BATCH_NORM,
     batch_clipping_grid,
     describe_difference,
     describe_mean,
@@ -44,7 +45,7 @@ MICROBATCH_SIZE = 32
 BETA = 2.0
 METHODS = ("not clipped", "clipped after", "clipped before")
 COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
-RATES = (0.02, 0.06)
+RATES = (0.006, 0.02, 0.06)
 RESULTS = pathlib.Path(__file__).parent / "results"
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
@@ -55,14 +56,14 @@ NOTE = (
 
 
 def build_grids(number: int) -> dict[str, list[Numbers]]:
-    """Four points a method; steps of larger batches may be longer, by the root of their size."""
+    """Six points a method; steps of larger batches may be longer, by the root of their size."""
     unit = (number / 4) ** 0.5
     rates = tuple(rate * unit for rate in RATES)
     return {
-        "not clipped": [Numbers(rate * unit) for rate in (0.01, 0.02, 0.04, 0.08)],
+        "not clipped": [Numbers(rate * unit) for rate in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)],
         "clipped after": batch_clipping_grid(rates, (0.5, 2.0)),
         # The norms of micro-batches' gradients are about those of batches.
-        "clipped before": growing_grid(rates, (0.5, 2.0), BETA, number),
+        "clipped before": growing_grid(rates, (0.5, 2.0), BETA, number, BATCH_NORM),
     }
 
 

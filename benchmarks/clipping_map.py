@@ -4,9 +4,8 @@
 
 AlexNet on CIFAR-100 around one setting, of which batch size, momentum, noise and length change. In
 each cell three methods get six trials each, of half the length, and the winners three more seeds.
-Every finished run is a JSON file under --runs; the same command goes on where it was stopped, and
---cells trains some cells alone. Prints a table and writes it to benchmarks/results as
-clipping_map.json and .png.
+Every finished run is a JSON file under --runs; the same command goes on where it was stopped.
+Prints a table and writes it to benchmarks/results as clipping_map.json and .png.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from benchmarks.tuned import (
     draw_differences,
     enlarged_digits,
     growing_grid,
+    markdown_table,
     tune_and_test,
 )
 from psclip_optax.training.datasets import load_dataset
@@ -129,6 +129,30 @@ def to_chosen_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def to_markdown(result: dict[str, Any]) -> str:
+    """Test accuracy of each method, and the differences of per-sample clipping."""
+    rows = [["condition", *METHODS, *(f"per-sample − {name}" for name in METHODS[:2])]]
+    for row in result["rows"]:
+        rows.append(
+            [
+                row["label"],
+                *(describe_mean(row["test_accuracies"][name]) for name in METHODS),
+                *(describe_difference(row["differences"][name]) for name in METHODS[:2]),
+            ]
+        )
+    return markdown_table(rows)
+
+
+def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
+    """Where the interval of the difference to a method says better, worse, or neither."""
+    found: dict[str, list[str]] = {"above": [], "below": [], "not distinguishable from": []}
+    for row in result["rows"]:
+        low, high = row["differences"][name]["interval"]
+        word = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
+        found[word].append(row["label"])
+    return found
+
+
 def draw(result: dict[str, Any]) -> Figure:
     label = "Test accuracy of per-sample clipping, difference in percentage points (95%)"
     return draw_differences(result["rows"], COLOURS, label, describe(result["machine"]))
@@ -160,7 +184,7 @@ def main(
       together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
       dtype: of the forward and backward pass.
       seconds: begin no chunk of a cell after so much time in it; the same command goes on.
-      cells: train these alone, by their place in the table from 0, and write no table.
+      cells: these conditions alone, by their place in the table from 0.
       quick: digits, a tiny net and few cells, to see that the benchmark works.
     """
     if quick:
@@ -180,8 +204,6 @@ def main(
         )
         for cell in (every if cells is None else [every[i] for i in cells])
     ]
-    if cells is not None:
-        return
     protocol = {"width": width, "seeds": seeds, "trials": 6, "dtype": dtype}
     result = {"machine": rows[0]["machine"], "note": NOTE, "protocol": protocol, "rows": rows}
     tables = [to_table(result), to_chosen_table(result)]

@@ -16,6 +16,7 @@ import tyro
 from benchmarks import (
     accumulation_cifar100,
     alexnet_cifar100,
+    clipping_map,
     convergence_rate,
     estimator_error,
 )
@@ -124,13 +125,34 @@ Tails of the norms during training, Hill's estimates by `psc.tails`:
 """
 
 
+def clipping(result: dict[str, Any]) -> str:
+    protocol = result["protocol"]
+    width, trials, seeds = (protocol[name] for name in ("width", "trials", "seeds"))
+    lines = []
+    for name in clipping_map.METHODS[:2]:
+        for word, labels in clipping_map.verdicts(result, name).items():
+            if labels:
+                lines.append(f"- {word.capitalize()} {name}: {'; '.join(labels)}.\n")
+    return f"""AlexNet of width {width:g} on CIFAR-100 around one setting. Each method has {trials}
+trials of half the length (learning rate × threshold), the best of which is tested with {seeds}
+other seeds: test accuracy in %, mean ± standard error, and the differences of the growing
+threshold, paired by seed. n is the batch size. 1 % is chance. Nets as small and runs as short as
+these say where differences lie more than how large they are.
+
+{clipping_map.to_markdown(result)}
+By the intervals, per-sample clipping is
+
+{"".join(lines)}"""
+
+
 def accumulation(result: dict[str, Any]) -> str:
-    width, epochs, seeds = (result["protocol"][name] for name in ("width", "epochs", "seeds"))
+    protocol = result["protocol"]
+    width, epochs, seeds = (protocol[name] for name in ("width", "epochs", "seeds"))
     return f"""AlexNet of width {width:g} on CIFAR-100, {epochs} epochs, K micro-batches of 32
-images a step, momentum 0.9. Each way has 4 trials, the best of which is tested with {seeds} other
-seeds: test accuracy in %, mean ± standard error. Before: τ_j = α √j of the micro-batches' mean
-gradients; after: their mean is clipped. Runs as short as these, with so few trials, say how
-training starts, not how it ends. 1 % is chance.
+images a step, momentum 0.9. Each way has {protocol["trials"]} trials, the best of which is tested
+with {seeds} other seeds: test accuracy in %, mean ± standard error. Before: τ_j = α √j of the
+micro-batches' mean gradients; after: their mean is clipped. Runs as short as these, with so few
+trials, say how training starts, not how it ends. 1 % is chance.
 
 {accumulation_cifar100.to_markdown(result)}"""
 
@@ -139,6 +161,7 @@ SECTIONS = (
     Section("estimator_error", "Does the clipped mean's error fall as the theory says?", estimator),
     Section("convergence_rate", "Does PS-Clip-SGD converge at the optimal rate?", convergence),
     Section("alexnet_cifar100", "Does it train AlexNet on CIFAR-100 better?", training),
+    Section("clipping_map", "Under which conditions does per-sample clipping win?", clipping),
     Section(
         "accumulation_cifar100",
         "Clip micro-batches before they are accumulated, after, or not at all?",

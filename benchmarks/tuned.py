@@ -26,14 +26,19 @@ CLIPPING = ("threshold", "batch_threshold", "scale")
 
 
 def growing_grid(
-    rates: tuple[float, ...], alphas: tuple[float, ...], beta: float, batch_size: int, **other: Any
+    rates: tuple[float, ...],
+    alphas: tuple[float, ...],
+    beta: float,
+    batch_size: int,
+    norm: float = SAMPLE_NORM,
+    **other: Any,
 ) -> list[Numbers]:
-    """τ_k = α k^{1/β}: every rate with every α."""
+    """τ_k = α k^{1/β}: every rate with every α; `norm` is about that of what is clipped."""
     mean_growth = batch_size ** (1 / beta) * beta / (beta + 1)
     return [
         Numbers(rate, threshold=alpha, exponent=1 / beta, **other)
         for alpha in alphas
-        for rate in raised(rates, SAMPLE_NORM / (alpha * mean_growth))
+        for rate in raised(rates, norm / (alpha * mean_growth))
     ]
 
 
