@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -18,6 +16,7 @@ import pytest
 
 from benchmarks import alexnet_cifar100, engine, summary, tuned
 from benchmarks.peers import report
+from tests import snippets
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,21 +39,12 @@ SMALLER = {
 
 
 def fences(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [block.source for block in snippets.fenced(README, language)]
 
 
-def first_words(snippet: str) -> str:
-    return snippet.strip().splitlines()[-1][:40]
-
-
-@pytest.mark.parametrize("snippet", fences("python"), ids=first_words)
+@pytest.mark.parametrize("snippet", fences("python"), ids=snippets.first_words)
 def test_python_runs_and_prints_what_it_says(snippet: str):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
-    said = re.findall(r"^print\(.*\)  # (.+)$", snippet, flags=re.MULTILINE)
-    assert printed.getvalue().splitlines() == said
-    assert said or "assert " in snippet
+    snippets.run(snippet, "README.md")
 
 
 def shell_commands() -> list[str]:

@@ -1,0 +1,79 @@
+"""Code blocks of Markdown pages: finding them, and running those in Python."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import textwrap
+from typing import Any, NamedTuple
+
+
+class Block(NamedTuple):
+    """A fenced block of code.
+
+    Attributes:
+      source: what is between the fences.
+      line: the line of the page on which the opening fence stands, from 1.
+      heading: the last heading above it, "" where there is none.
+      marker: the text of the HTML comment on the line above its fence, "" where there is none.
+    """
+
+    source: str
+    line: int
+    heading: str
+    marker: str
+
+
+_FENCED = re.compile(
+    r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *\{?\.?(?P<language>\w*)[^\n]*\n"
+    r"(?P<source>.*?)^ *(?P=fence) *$",
+    flags=re.DOTALL | re.MULTILINE,
+)
+
+
+def fenced(text: str, language: str) -> list[Block]:
+    """The blocks in one language, in order, those in lists and tabs too."""
+    blocks, headings = [], {}
+    outside = _FENCED.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+    for match in re.finditer(r"^#+ (.+)$", outside, flags=re.MULTILINE):
+        headings[match.start()] = match[1].strip()
+    for match in _FENCED.finditer(text):
+        if match["language"] != language:
+            continue
+        above = text[: match.start()]
+        heading = [title for start, title in headings.items() if start < match.start()][-1:]
+        marker = re.search(r"<!-- *(.*?) *-->\n\Z", above)
+        blocks.append(
+            Block(
+                textwrap.dedent(match["source"]),
+                above.count("\n") + 1,
+                *(heading or [""]),
+                marker[1] if marker else "",
+            )
+        )
+    return blocks
+
+
+def first_words(source: str) -> str:
+    """Of a block's last line, to name it by."""
+    return source.strip().splitlines()[-1][:40]
+
+
+def run(source: str, path: str, line: int = 0) -> dict[str, Any]:
+    """What a block defines; it prints what the comments after its prints say, or asserts something.
+
+    Args:
+      source: Python.
+      path: the page's, for tracebacks.
+      line: that of the fence above the block, so that they name the page's own lines.
+    """
+    names: dict[str, Any] = {"__name__": "snippet"}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n" * line + source, path, "exec"), names)
+    said = re.findall(r"^print\(.*\)  # (.+)$", source, flags=re.MULTILINE)
+    lines = printed.getvalue().splitlines()
+    assert lines == said, f"{path}:{line} printed {lines}, and says {said}"
+    assert said or "assert " in source, f"{path}:{line} neither prints nor asserts anything"
+    return names
