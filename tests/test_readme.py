@@ -1,4 +1,4 @@
-"""README.md: its Python runs and prints what it says, its commands work, its links lead somewhere."""
+"""README.md and the guide: commands work, links lead somewhere, figures are those that were measured."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from tests import snippets
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs" / "pages" / "guide").glob("*.md"))
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 SMALLER = {
@@ -38,17 +42,17 @@ SMALLER = {
 }
 
 
-def fences(language: str) -> list[str]:
-    return [block.source for block in snippets.fenced(README, language)]
+def fences(language: str, *pages: str) -> list[str]:
+    return [block.source for page in pages for block in snippets.fenced(page, language)]
 
 
-@pytest.mark.parametrize("snippet", fences("python"), ids=snippets.first_words)
+@pytest.mark.parametrize("snippet", fences("python", README), ids=snippets.first_words)
 def test_python_runs_and_prints_what_it_says(snippet: str):
     snippets.run(snippet, "README.md")
 
 
 def shell_commands() -> list[str]:
-    lines = "".join(fences("bash")).splitlines()
+    lines = "".join(fences("bash", README, *GUIDE.values())).splitlines()
     return [command for line in lines for command in line.split(" && ")]
 
 
@@ -94,7 +98,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     extracted = subprocess.run(
         ["bash", "-c", extraction], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert extracted in "".join(fences("bash")).splitlines()
+    assert extracted in "".join(fences("bash", README)).splitlines()
     assert extracted.endswith("pytest -n auto")
     assert "pip install" not in script
 
@@ -109,13 +113,13 @@ def test_versions_are_the_lower_bounds():
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))
 def test_links_lead_to_files(target: str):
-    assert (ROOT / target).is_file()
+    assert (ROOT / target).exists()
 
 
 def test_costs_of_accumulation_are_those_of_the_committed_measurement():
     rows = json.loads((ROOT / "benchmarks/results/accumulation.json").read_text())["rows"]
     ours = [row for row in rows if "accumulate_clipped" in row["case"]]
-    said = " ".join(README.split())
+    said = " ".join(GUIDE["accumulation"].split())
     for row in (row for row in ours if row["part"] == "train step"):
         low, middle, high = row["ratio_quartiles"]
         assert f"{middle:.2f} ({low:.2f}–{high:.2f})" in said
@@ -126,7 +130,7 @@ def test_costs_of_accumulation_are_those_of_the_committed_measurement():
 
 def test_intervals_of_the_tail_index_are_those_of_the_committed_measurement():
     rows = json.loads((ROOT / "benchmarks/results/tail_index.json").read_text())["rows"]
-    said = " ".join(README.split())
+    said = " ".join(GUIDE["thresholds"].split())
     # Mixtures apart, of which it speaks by themselves.
     rows = [row for row in rows if "30%" not in row["law"] and "5%" not in row["law"]]
     coverages = [100 * row["coverage"][1] for row in rows if row["index"]]
@@ -204,4 +208,15 @@ def test_results_on_cifar_are_those_of_the_committed_measurement():
     ],
 )
 def test_tables_are_those_of_the_committed_measurements(to_markdown, path):
-    assert to_markdown(json.loads((ROOT / path).read_text())["rows"]).strip() in README
+    table = to_markdown(json.loads((ROOT / path).read_text())["rows"]).strip()
+    assert table in GUIDE["engine"]
+
+
+def test_rows_of_the_engine_are_of_the_whole_table():
+    rows = json.loads((ROOT / "benchmarks/results/engine.json").read_text())["rows"]
+    header, _, *every = engine.to_markdown(rows).strip().splitlines()
+    lines = README.splitlines()
+    start = lines.index(header) + 2
+    shown = lines[start : lines.index("", start)]
+    assert len(shown) > 3
+    assert set(shown) <= set(every)
