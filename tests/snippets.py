@@ -26,7 +26,7 @@ class Block(NamedTuple):
 
 
 _FENCED = re.compile(
-    r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *\{?\.?(?P<language>\w*)[^\n]*\n"
+    r"^ *(?P<fence>`{3,}|~{3,}) *\{?\.?(?P<language>\w*)[^\n]*\n"
     r"(?P<source>.*?)^ *(?P=fence) *$",
     flags=re.DOTALL | re.MULTILINE,
 )
@@ -34,22 +34,21 @@ _FENCED = re.compile(
 
 def fenced(text: str, language: str) -> list[Block]:
     """The blocks in one language, in order, those in lists and tabs too."""
-    blocks, headings = [], {}
+    blocks = []
+    # Blanked, for what looks like a heading in code is a comment.
     outside = _FENCED.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
-    for match in re.finditer(r"^#+ (.+)$", outside, flags=re.MULTILINE):
-        headings[match.start()] = match[1].strip()
     for match in _FENCED.finditer(text):
         if match["language"] != language:
             continue
         above = text[: match.start()]
-        heading = [title for start, title in headings.items() if start < match.start()][-1:]
+        headings = re.findall(r"^#+ (.+)$", outside[: match.start()], flags=re.MULTILINE)
         marker = re.search(r"<!-- *(.*?) *-->\n\Z", above)
         blocks.append(
             Block(
-                textwrap.dedent(match["source"]),
-                above.count("\n") + 1,
-                *(heading or [""]),
-                marker[1] if marker else "",
+                source=textwrap.dedent(match["source"]),
+                line=above.count("\n") + 1,
+                heading=headings[-1] if headings else "",
+                marker=marker[1] if marker else "",
             )
         )
     return blocks
