@@ -80,10 +80,10 @@ def run_until_killed(config: TrainConfig, at_step: int, monkeypatch: pytest.Monk
     """As if the process ended between the metrics of a step and its checkpoint."""
     save_checkpoint = runs.save_checkpoint
 
-    def save_or_die(manager: Any, state: Any):
+    def save_or_die(manager: Any, state: Any, norms: Any):
         if int(state.step) == at_step:
             raise KilledError
-        save_checkpoint(manager, state)
+        save_checkpoint(manager, state, norms)
 
     with monkeypatch.context() as patched:
         patched.setattr(runs, "save_checkpoint", save_or_die)
