@@ -81,20 +81,24 @@ def read_intact_records(path: pathlib.Path) -> list[dict[str, Any]]:
     Example:
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
-      >>> _ = path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+      >>> _ = path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train"}\n')
       >>> read_intact_records(path)
       Traceback (most recent call last):
       psclip_optax.training.configs.UsageError: ...metrics.jsonl, line 2: expected a record ...
     """
-    records = read_records(path)
+    records = list(itertools.takewhile(_is_record, read_records(path)))
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if len(lines) > len(records) + 1:
         raise UsageError(
-            f"{path}, line {len(records) + 1}: expected a record, got "
+            f"{path}, line {len(records) + 1}: expected a record with kind and step, got "
             f"{lines[len(records)][:40]!r}; remove the line, or let psclip train --resume go on "
             "from the last checkpoint before it"
         )
     return records
+
+
+def _is_record(record: Any) -> bool:
+    return isinstance(record, dict) and {"kind", "step"} <= record.keys()
 
 
 def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:

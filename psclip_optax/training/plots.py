@@ -121,9 +121,8 @@ def labels_of(runs: list[Run]) -> list[str]:
       >>> labels_of(runs)
       ['lr 1', 'lr 2']
     """
-    common = [
-        name for name in runs[0].config if all(name in run.config for run in runs)
-    ]  # what an older version did not know of tells nothing
+    # What an older version, or another command, does not know of tells nothing.
+    common = [name for name in runs[0].config if all(name in run.config for run in runs)]
     differing = [
         name
         for name in common
@@ -131,7 +130,7 @@ def labels_of(runs: list[Run]) -> list[str]:
     ]
     told = [", ".join(_told(name, run.config[name]) for name in differing) for run in runs]
     return [
-        label if label and told.count(label) == 1 else f"{label} ({run.source})".removeprefix(" ")
+        _with_source(label, run.source, is_unique=told.count(label) == 1)
         for label, run in zip(told, runs, strict=True)
     ]
 
@@ -151,13 +150,16 @@ def draw_runs(runs: list[Run]) -> Figure:
     labels = labels_of(runs)
     figure = Figure(figsize=(14, 7.6 + 0.08 * len(runs)), layout="constrained")
     FigureCanvasAgg(figure)
+    band = start = ""
+    if len(runs) <= _MOST_WITH_DETAILS:
+        band, start = "95% interval; ", ", and at the start (thin)"
     panels: list[tuple[str, Callable[[Axes, list[Run]], None]]] = [
         ("Training loss, running mean", _draw_loss),
         ("Test accuracy", _draw_accuracy),
         ("Share of samples or batches clipped, running mean", _draw_clipped_share),
         ("Gradient norms: median, and 99% quantile (thin)", _draw_norm_quantiles),
-        ("Tail index of gradient norms (▽ light: at least this)", _draw_tail_index),
-        ("Gradient norms at the end, and at the start (thin)", _draw_histograms),
+        (f"Tail index of gradient norms ({band}▽ light: at least this)", _draw_tail_index),
+        (f"Gradient norms at the end{start}", _draw_histograms),
     ]
     for axes, (title, draw) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         draw(axes, runs)
@@ -187,18 +189,17 @@ def _read_comparison(path: pathlib.Path, source: str) -> list[Run]:
     runs = []
     for name, method in result["methods"].items():
         told = {"method": name, "lr": method["learning_rate"], "alpha": method["threshold"]}
-        names = {"loss": "loss", "clipped_share": "clipped_share"}
-        train = _mean_records(method["curves"], names)
+        train = _mean_records(method["curves"], "loss", "clipped_share")
         if name == "ps-clip":
             train[0] |= _norm_record(result["norms"]["initial"])
             train[-1] |= _norm_record(result["norms"]["final"])
-        test = _mean_records(method["curves"], {"accuracy": "accuracy"})
+        test = _mean_records(method["curves"], "accuracy")
         runs.append(Run(source, result["config"] | told, train, test))
     return runs
 
 
-def _mean_records(curves: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
-    means = {to: _floats(c[of] for c in curves).mean(axis=0) for of, to in names.items()}
+def _mean_records(curves: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    means = {name: _floats(curve[name] for curve in curves).mean(axis=0) for name in names}
     return [
         {"step": step, **{name: values[i] for name, values in means.items()}}
         for i, step in enumerate(curves[0]["steps"])
@@ -220,8 +221,15 @@ def _read_json(path: pathlib.Path, field: str) -> dict[str, Any]:
     return content
 
 
+def _with_source(label: str, source: str, *, is_unique: bool) -> str:
+    if not label:
+        return source
+    return label if is_unique else f"{label} ({source})"
+
+
 def _told(name: str, value: Any) -> str:
-    return f"{name.replace('_', '-')} {'none' if value is None else value}"
+    shown = f"{value:.4g}" if isinstance(value, float) else "none" if value is None else value
+    return f"{name.replace('_', '-')} {shown}"
 
 
 def _shared_title(runs: list[Run]) -> str:
@@ -288,7 +296,7 @@ def _draw_accuracy(axes: Axes, runs: list[Run]) -> None:
         if len(steps):
             axes.plot(steps, values, marker="o", markersize=3, linewidth=1.8, **_look(index))
     axes.set(xlabel="Step", xlim=(0, None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
 
 
 def _draw_norm_quantiles(axes: Axes, runs: list[Run]) -> None:
@@ -328,15 +336,10 @@ def _draw_tail_index(axes: Axes, runs: list[Run]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.axhline(2, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.annotate(
-        "no finite variance below",
-        (1, 2),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="top",
-        fontsize=8,
-        color="0.4",
-    )
+    axes.text(
+        0.01, 2, "below: no finite variance", transform=axes.get_yaxis_transform(), va="center",
+        fontsize=8, color="0.4", bbox={"color": "white", "alpha": 0.8, "pad": 1},
+    )  # fmt: skip
 
 
 def _draw_histograms(axes: Axes, runs: list[Run]) -> None:
