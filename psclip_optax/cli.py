@@ -35,8 +35,7 @@ _COMMANDS = {
     "explain": ExplainConfig,
     "doctor": DoctorConfig,
 }
-_EXIT_WRONG = 1
-_EXIT_LOST, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
+_EXIT_WRONG, _EXIT_LOST, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 1, 2, 130
 _TRAIN_EXTRA = {
     "flax",
     "grain",

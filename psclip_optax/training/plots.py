@@ -152,13 +152,13 @@ def draw_runs(runs: list[Run]) -> Figure:
     FigureCanvasAgg(figure)
     band = start = ""
     if len(runs) <= _MOST_WITH_DETAILS:
-        band, start = "95% interval; ", ", and at the start (thin)"
+        band, start = ", 95% interval", ", and at the start (thin)"
     panels: list[tuple[str, Callable[[Axes, list[Run]], None]]] = [
         ("Training loss, running mean", _draw_loss),
         ("Test accuracy", _draw_accuracy),
         ("Share of samples or batches clipped, running mean", _draw_clipped_share),
         ("Gradient norms: median, and 99% quantile (thin)", _draw_norm_quantiles),
-        (f"Tail index of gradient norms ({band}▽ light: at least this)", _draw_tail_index),
+        (f"Tail index of norms{band} (▽ light: at least this)", _draw_tail_index),
         (f"Gradient norms at the end{start}", _draw_histograms),
     ]
     for axes, (title, draw) in zip(figure.subplots(2, 3).flat, panels, strict=True):

@@ -23,6 +23,7 @@ from psclip_optax.training.doctor import (
     diagnose,
     report,
 )
+from tests.numerics import enable_x64
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -123,7 +124,7 @@ def test_switches_and_variables_are_noted(monkeypatch: pytest.MonkeyPatch):
     with jax.disable_jit(False):
         before = check_switches()
     monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
-    with jax.enable_x64(True):
+    with enable_x64(True):
         after = check_switches()
     new = [finding for finding in after if finding not in before]
     assert [finding.verdict for finding in new] == ["note", "note"]
