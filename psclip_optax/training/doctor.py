@@ -249,7 +249,7 @@ def _clipped_by_stacking(params: Any, batch: Any) -> Any:
     """From the definition, with nothing of the library but the thresholds."""
     stacked = jax.vmap(jax.grad(_loss), in_axes=(None, 0, 0, 0))(params, *batch)
     leaves = jax.tree.leaves(stacked)
-    squares = sum(jnp.sum(leaf**2, axis=range(1, leaf.ndim)) for leaf in leaves)
+    squares = sum(jnp.sum(leaf**2, axis=tuple(range(1, leaf.ndim))) for leaf in leaves)
     taus = _THRESHOLD(jnp.arange(1, _NUM_SAMPLES + 1))
     scales = jnp.minimum(1, taus / jnp.sqrt(squares))
     return jax.tree.map(lambda leaf: jnp.tensordot(scales, leaf, 1) / _NUM_SAMPLES, stacked)
