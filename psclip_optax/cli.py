@@ -1,9 +1,11 @@
-"""The command `psclip`: compare the methods, or train with one of them."""
+"""The command `psclip`: compare the methods, train with one of them, and look at what comes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import operator
 import os
 import re
 import sys
@@ -11,13 +13,29 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 from psclip_optax import __version__
-from psclip_optax.training.configs import CompareConfig, TrainConfig, UsageError, check_config
+from psclip_optax.training.configs import (
+    CompareConfig,
+    Config,
+    DoctorConfig,
+    ExplainConfig,
+    PlotConfig,
+    TrainConfig,
+    UsageError,
+    check_config,
+)
 
 _DESCRIPTION = """Per-sample gradient clipping for JAX and Optax.
 
-`psclip compare` shows it against momentum SGD and batch clipping; `psclip --version` tells the \
-version."""
-_EXIT_LOST, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
+`psclip compare` shows it against momentum SGD and batch clipping, `psclip doctor` checks that it \
+is right and fast on this machine, `psclip --version` tells the version."""
+_COMMANDS = {
+    "compare": CompareConfig,
+    "train": TrainConfig,
+    "plot": PlotConfig,
+    "explain": ExplainConfig,
+    "doctor": DoctorConfig,
+}
+_EXIT_WRONG, _EXIT_LOST, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 1, 2, 130
 _TRAIN_EXTRA = {
     "flax",
     "grain",
@@ -38,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the command's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 2 after one line on stderr that says what is wrong; 130 when interrupted.
-      A process that lost the others of its run ends at once, with 1 and one line on stderr.
+      The exit status: 0; 1 where `doctor` found something wrong; 2 after one line on stderr that
+      says what is wrong; 130 when interrupted. A process that lost the others of its run ends at
+      once, with 1 and one line on stderr.
 
     Example:
       >>> main(["--version"])
@@ -69,17 +88,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    config = _parse(arguments)
+    # Told apart by hand where there is nothing to parse: it works without the extra that parses.
+    config = DoctorConfig() if arguments == ["doctor"] else _parse(arguments)
     if config is None:
         return 0
     check_config(config)
+    if isinstance(config, DoctorConfig):
+        return _doctor(config)
     # Here, because these import Flax, Grain, Orbax and Matplotlib.
     from rich.console import Console
 
     from psclip_optax.training.archives import DatasetError
     from psclip_optax.training.distributed import ProcessLostError
 
-    command = _compare if isinstance(config, CompareConfig) else _train
+    command = {
+        CompareConfig: _compare,
+        TrainConfig: _train,
+        PlotConfig: _plot,
+        ExplainConfig: _explain,
+    }[type(config)]
     try:
         command(config, Console())
     except DatasetError as error:
@@ -95,14 +122,16 @@ def _end_at_once(message: str) -> NoReturn:
     os._exit(_EXIT_LOST)
 
 
-def _parse(arguments: list[str]) -> CompareConfig | TrainConfig | None:
+def _parse(arguments: list[str]) -> Config | None:
     """The configuration; None where help was asked for and printed."""
     import tyro
 
-    commands: Any = (
-        Annotated[CompareConfig, tyro.conf.subcommand("compare")]
-        | Annotated[TrainConfig, tyro.conf.subcommand("train")]
-    )
+    # What has no default, the folders to plot, is told without a flag.
+    subcommands = [
+        Annotated[config, tyro.conf.subcommand(name), tyro.conf.PositionalRequiredArgs]
+        for name, config in _COMMANDS.items()
+    ]
+    commands: Any = functools.reduce(operator.or_, subcommands)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -110,7 +139,7 @@ def _parse(arguments: list[str]) -> CompareConfig | TrainConfig | None:
     except SystemExit as stop:
         if not stop.code:
             return None
-        command = f"{arguments[0]} " if arguments[0] in ("compare", "train") else ""
+        command = f"{arguments[0]} " if arguments[0] in _COMMANDS else ""
         raise UsageError(
             f"{_in_one_line(complaint.getvalue())} (see psclip {command}--help)"
         ) from stop
@@ -145,3 +174,26 @@ def _train(config: Any, console: Any) -> None:
         ("Checkpoints", "checkpoints"),
     ):
         console.print(f"{what}: {result.out / name}", highlight=False, soft_wrap=True)
+    if config.tensorboard:
+        console.print(f"TensorBoard: {result.out / 'tensorboard'}", highlight=False, soft_wrap=True)
+
+
+def _plot(config: Any, console: Any) -> None:
+    from psclip_optax.training.plots import plot
+
+    console.print(f"Figure: {plot(config)}", highlight=False, soft_wrap=True)
+
+
+def _explain(config: Any, console: Any) -> None:
+    from psclip_optax.training.explanation import explain
+
+    # As it is: a table wider than the terminal is not to be wrapped, nor its brackets read.
+    console.out(explain(config), highlight=False)
+
+
+def _doctor(config: DoctorConfig) -> int:
+    from psclip_optax.training.doctor import diagnose, report
+
+    findings = diagnose(config)
+    print(report(findings))
+    return _EXIT_WRONG if any(finding.verdict == "wrong" for finding in findings) else 0

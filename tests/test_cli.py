@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 
 import psclip_optax
 from psclip_optax.cli import main
+from psclip_optax.training import doctor
 
 TINY = ["--width", "0.05", "--batch-size", "16", "--steps", "4"]
 
@@ -33,8 +35,8 @@ def test_version(capsys):
 def test_help_names_the_commands(argv: list[str], capsys):
     assert main(argv) == 0
     captured = capsys.readouterr()
-    assert "compare" in captured.out
-    assert "train" in captured.out
+    for command in ("compare", "train", "plot", "explain", "doctor"):
+        assert command in captured.out
     assert captured.err == ""
 
 
@@ -44,10 +46,13 @@ def test_help_names_the_commands(argv: list[str], capsys):
         ("train", "dataset model method lr alpha beta steps seed out data-dir cache-dir width "
                   "dropout momentum batch-size schedule label-noise pixel-df augment eval-every "
                   "checkpoint-every log-every resume accumulate clip-at distributed coordinator "
-                  "num-processes process-id distributed-timeout"),
+                  "num-processes process-id distributed-timeout tensorboard"),
         ("compare", "dataset model data-dir steps batch-size num-seeds overwrite out "
                     "momentum-learning-rates batch-clip-learning-rates batch-clip-thresholds "
                     "ps-clip-learning-rates ps-clip-thresholds"),
+        ("plot", "out"),
+        ("explain", "dataset model width dropout batch-size engine accumulate clip-at"),
+        ("doctor", "cache-dir"),
     ],
 )  # fmt: skip
 def test_help_lists_the_options(command: str, options: str, capsys):
@@ -123,6 +128,19 @@ def test_help_lists_the_options(command: str, options: str, capsys):
         (["compare", "--num-seeds", "2"], ["--num-seeds: expected at least 3"]),
         (["compare", "--ps-clip-thresholds", "1"], ["momentum 9", "ps-clip 3 × 1 = 3"]),
         (["compare", "--ps-clip-thresholds", "1", "0", "2"], ["--ps-clip-thresholds", "got 0.0"]),
+        (["plot"], ["plot: expected at least one folder that psclip train wrote, got none"]),
+        (["plot", "run"], ["run: expected a folder that psclip train", "there is no such folder"]),
+        (
+            ["plot", "run", "--out", "a.jpg"],
+            ["--out: expected a file that ends in .png, got a.jpg"],
+        ),
+        (["plot", "--foo"], ["unrecognized options: --foo", "(see psclip plot --help)"]),
+        (["explain", "--model", "vit"], ["'vit'", "resnet18", "(see psclip explain --help)"]),
+        (["explain", "--width", "0"], ["--width: expected a finite number above 0, got 0.0"]),
+        (["explain", "--accumulate", "3"], ["--accumulate: expected a divisor"]),
+        (["explain", "--clip-at", "batch"], ["--clip-at", "'batch'", "micro-batch"]),
+        (["explain", "--model", "alexnet"], ["--model alexnet: AlexNet takes images"]),
+        (["doctor", "--foo"], ["unrecognized options: --foo", "(see psclip doctor --help)"]),
     ],
 )
 def test_bad_arguments_are_one_line_and_nothing_is_written(
@@ -162,7 +180,7 @@ def test_missing_dataset_is_one_line(command: str, capsys, tmp_path: pathlib.Pat
     assert_one_line_error(capsys.readouterr(), "expected cifar-10-batches-py/", "--data-dir")
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("command", ["train", "compare", "plot", "explain"])
 def test_missing_extra_is_one_line(command: str, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main([command]) == 2
@@ -185,6 +203,56 @@ def test_train_tells_where_things_are_and_resumes(capsys, tmp_path: pathlib.Path
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == [4, 4]
+
+
+def test_plot_tells_where_the_figure_is(capsys, tmp_path: pathlib.Path):
+    (tmp_path / "config.json").write_text('{"config": {"lr": 0.1}}')
+    line = '{"kind": "train", "step": 10, "loss": 2.0, "clipped_share": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(line)
+    figure = tmp_path / "new" / "figure.png"
+    assert main(["plot", str(tmp_path), "--out", str(figure)]) == 0
+    assert capsys.readouterr().out == f"Figure: {figure}\n"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_prints_the_plan_as_it_is(capsys):
+    argv = ["explain", "--model", "small_cnn", "--width", "0.25", "--engine", "two_pass"]
+    assert main([*argv, "--batch-size", "16"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("mode two_pass")
+    assert "16 samples" in output.splitlines()[0]
+    assert re.search(
+        r"^\['Conv_0'\]\['kernel'\] +float32\[3, 3, 1, 8\] +conv ", output, re.MULTILINE
+    )
+
+
+def test_doctor_tells_what_it_found(capsys, tmp_path: pathlib.Path):
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert f"psclip_optax {psclip_optax.__version__}" in output
+    assert f"folder for downloads: {tmp_path}" in output
+    assert "All is well" in output.splitlines()[-1]
+
+
+def test_doctor_ends_with_1_where_something_is_wrong(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_TOLERANCE", 0.0)
+    assert main(["doctor"]) == 1
+    assert "wrong  numbers: " in capsys.readouterr().out
+
+
+def test_doctor_works_without_the_extra():
+    script = """
+import sys
+sys.modules |= dict.fromkeys(["tyro", "rich", "flax", "grain", "orbax", "matplotlib", "sklearn",
+                              "pooch", "requests", "tensorboardX"])
+from psclip_optax.cli import main
+sys.exit(main(["doctor"]))
+"""
+    completed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "All is well" in completed.stdout
 
 
 def test_module_is_the_command():

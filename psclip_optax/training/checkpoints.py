@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
@@ -26,7 +28,7 @@ from psclip_optax.training.distributed import (
 )
 from psclip_optax.training.files import to_json, write_atomically
 
-_DIGESTS = "digests.json"
+_DIGESTS, _NORMS = "digests.json", "norms.npy"
 _NUM_KEPT = 3
 _MIB = 2**20
 
@@ -64,12 +66,15 @@ def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save_checkpoint(manager: ocp.CheckpointManager, state: TrainState) -> None:
+def save_checkpoint(
+    manager: ocp.CheckpointManager, state: TrainState, norms: np.ndarray | None = None
+) -> None:
     """Saves parameters, optimizer state and step, and the digests of the files.
 
     Args:
       manager: what `open_checkpoints` returned.
       state: the state, named by its step.
+      norms: the window of gradient norms `[N]` that what is recorded goes on from, if there is one.
 
     Raises:
       OSError: the disk has no room for it; nothing was written.
@@ -88,6 +93,8 @@ def save_checkpoint(manager: ocp.CheckpointManager, state: TrainState) -> None:
     wait_for_all(f"checkpoint {step}")
     if is_first_process():
         folder = _folder(manager, step)
+        if norms is not None:
+            write_atomically(folder / _NORMS, _npy(norms))
         write_atomically(folder / _DIGESTS, to_json(_digests(folder), indent=1).encode())
 
 
@@ -122,6 +129,32 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
     for step in damaged:
         manager.delete(step)
     return Restored(restored, damaged)
+
+
+def saved_norms(manager: ocp.CheckpointManager, step: int) -> np.ndarray:
+    """The window of gradient norms that a checkpoint was saved with.
+
+    Args:
+      manager: what `open_checkpoints` returned.
+      step: of the checkpoint; there may be none.
+
+    Returns:
+      The norms `[N]`; none where none were saved.
+
+    Example:
+      >>> import tempfile
+      >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
+      ...     saved_norms(manager, 0)
+      array([], dtype=float32)
+    """
+    path = _folder(manager, step) / _NORMS
+    return np.load(path) if path.exists() else np.empty(0, np.float32)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _check_room(manager: ocp.CheckpointManager, state: TrainState) -> None:

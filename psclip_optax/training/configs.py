@@ -20,6 +20,22 @@ ScheduleName: TypeAlias = Literal["cosine", "constant"]
 EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAtName: TypeAlias = Literal["sample", "micro-batch", "batch"]
 
+# What may change when a run goes on: none of it touches the parameters.
+FREE_FIELDS = {
+    "out",
+    "resume",
+    "cache_dir",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "tensorboard",
+    "distributed",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "distributed_timeout",
+}
+
 
 class UsageError(Exception):
     """A command cannot do what it was told: its message is one line that says why.
@@ -32,20 +48,16 @@ class UsageError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """What is trained, on what: all that the methods have in common.
+class ModelConfig:
+    """A classifier, the shapes of its data, and how its batches are clipped.
 
     Example:
-      >>> TaskConfig(dataset="cifar10", model="resnet18").batch_size
+      >>> ModelConfig(dataset="cifar10", model="resnet18").batch_size
       64
     """
 
     dataset: DatasetName = "digits"
     """What to learn. digits comes with scikit-learn; CIFAR is downloaded once."""
-    data_dir: pathlib.Path | None = None
-    """Folder with an existing copy of CIFAR in its official layout."""
-    cache_dir: pathlib.Path | None = None
-    """Folder for downloads; by default the user's cache folder."""
     model: ModelName = "mlp"
     """The classifier."""
     width: float = 1.0
@@ -54,6 +66,27 @@ class TaskConfig:
     """Dropout rate in [0, 1)."""
     batch_size: int = 64
     """Samples in a batch."""
+    engine: EngineName = "auto"
+    """How samples are clipped: vmap stacks their gradients, for reference; the others don't."""
+    accumulate: int = 1
+    """Micro-batches that each batch is worked through in, one after the other."""
+    clip_at: ClipAtName = "sample"
+    """What ps-clip clips: each sample's gradient, each micro-batch's mean, or the batch's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig(ModelConfig):
+    """What is trained, on what: all that the methods have in common.
+
+    Example:
+      >>> TaskConfig(dataset="cifar10", model="resnet18").schedule
+      'cosine'
+    """
+
+    data_dir: pathlib.Path | None = None
+    """Folder with an existing copy of CIFAR in its official layout."""
+    cache_dir: pathlib.Path | None = None
+    """Folder for downloads; by default the user's cache folder."""
     momentum: float = 0.9
     """Decay of the momentum, of every method but sgd."""
     schedule: ScheduleName = "cosine"
@@ -65,12 +98,6 @@ class TaskConfig:
     """Share of the training labels replaced by other ones."""
     pixel_df: float | None = None
     """Degrees of freedom of the Student-t factor that multiplies each training image."""
-    engine: EngineName = "auto"
-    """How samples are clipped: vmap stacks their gradients, for reference; the others don't."""
-    accumulate: int = 1
-    """Micro-batches that each batch is worked through in, one after the other."""
-    clip_at: ClipAtName = "sample"
-    """What ps-clip clips: each sample's gradient, each micro-batch's mean, or the batch's."""
     augment: bool = False
     """Crop the training images at random and flip half of them."""
     seed: int = 0
@@ -106,6 +133,8 @@ class TrainConfig(TaskConfig):
     """Folder for the configuration, the metrics and the checkpoints."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
+    tensorboard: bool = False
+    """Write what metrics.jsonl holds for TensorBoard too, to the folder's tensorboard/."""
     distributed: bool = False
     """Train on all devices of several processes, each started with the same flags."""
     coordinator: str | None = None
@@ -165,6 +194,53 @@ class CompareConfig(TaskConfig):
     """Replace an existing result in the folder."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainConfig(ModelConfig):
+    """Print how each parameter's per-sample gradients are clipped, what it costs, and why.
+
+    Example:
+      >>> ExplainConfig(model="small_cnn", engine="two_pass").dataset
+      'digits'
+    """
+
+    clip_at: Literal["sample", "micro-batch"] = "sample"
+    """What ps-clip clips: each sample's gradient, or each micro-batch's mean."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draw the curves and the norms of runs, finished or not, into one figure.
+
+    Example:
+      >>> PlotConfig(runs=(pathlib.Path("run"),)).out.name
+      'plot.png'
+    """
+
+    runs: tuple[pathlib.Path, ...]
+    """Folders that psclip train or psclip compare wrote; of a comparison each method is drawn as a
+    run, the mean over its seeds."""
+    out: pathlib.Path = pathlib.Path("plot.png")
+    """The figure, a PNG; replaced if there is one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Print versions and devices, and check that clipping is right, and fast, on this machine.
+
+    Ends with status 0 if all is well, and 1 if the numbers are wrong or take a slow route.
+
+    Example:
+      >>> DoctorConfig().cache_dir is None
+      True
+    """
+
+    cache_dir: pathlib.Path | None = None
+    """Folder for downloads that is checked; by default the user's cache folder."""
+
+
+Config: TypeAlias = TrainConfig | CompareConfig | PlotConfig | ExplainConfig | DoctorConfig
+
+
 class _Range(NamedTuple):
     expected: str
     contains: Callable[[Any], bool]
@@ -205,7 +281,7 @@ _RANGES = {
 }
 
 
-def check_config(config: TrainConfig | CompareConfig) -> None:
+def check_config(config: Config) -> None:
     """Checks every number before any work starts.
 
     Args:
@@ -213,7 +289,7 @@ def check_config(config: TrainConfig | CompareConfig) -> None:
 
     Raises:
       UsageError: a number is out of its range, the grids of `compare` differ in size, or flags
-        contradict each other.
+        contradict each other, or there is nothing to plot or no PNG to plot it into.
 
     Example:
       >>> check_config(TrainConfig(lr=-1.0))
@@ -225,14 +301,32 @@ def check_config(config: TrainConfig | CompareConfig) -> None:
         for number in values:
             if name in _RANGES and number is not None and not _RANGES[name].contains(number):
                 raise UsageError(f"{flag(name)}: expected {_RANGES[name].expected}, got {number}")
+    if isinstance(config, ModelConfig):
+        _check_parts(config)
+    if isinstance(config, CompareConfig):
+        _check_grids(config)
+    if isinstance(config, TrainConfig):
+        _check_training(config)
+    if isinstance(config, PlotConfig):
+        _check_plot(config)
+
+
+def _check_parts(config: ModelConfig) -> None:
     if config.batch_size % config.accumulate:
         raise UsageError(
             f"--accumulate: expected a divisor of --batch-size {config.batch_size}, got "
             f"{config.accumulate}"
         )
-    if isinstance(config, CompareConfig):
-        _check_grids(config)
-        return
+
+
+def _check_plot(config: PlotConfig) -> None:
+    if not config.runs:
+        raise UsageError("plot: expected at least one folder that psclip train wrote, got none")
+    if config.out.suffix.lower() != ".png":
+        raise UsageError(f"--out: expected a file that ends in .png, got {config.out}")
+
+
+def _check_training(config: TrainConfig) -> None:
     if config.clip_at != "sample" and not config.method.startswith("ps-clip"):
         raise UsageError(
             f"--clip-at: of ps-clip, ps-clip-constant and ps-clip-auto alone, got {config.clip_at} "

@@ -79,6 +79,18 @@ class Dataset:
         return (mean / white).astype(np.float32), (std / white).astype(np.float32)
 
 
+class DatasetShape(NamedTuple):
+    """What a model must know of a dataset.
+
+    Attributes:
+      image_shape: of one image, `(H, W, C)`.
+      num_classes: labels are in `0 … num_classes - 1`.
+    """
+
+    image_shape: tuple[int, ...]
+    num_classes: int
+
+
 class _CifarArchive(NamedTuple):
     url: str
     known_hash: str
@@ -166,8 +178,7 @@ def load_dataset(
       https://www.cs.toronto.edu/~kriz/cifar.html.
       Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998.
     """
-    if name not in _NAMES:
-        raise DatasetError(f"unknown dataset {name!r}; expected one of {', '.join(_NAMES)}")
+    _check_name(name)
     if name == "digits":
         if data_dir is not None or url is not None:
             raise DatasetError("digits comes with scikit-learn: leave out data_dir and url")
@@ -182,6 +193,28 @@ def load_dataset(
         pathlib.Path(cache_dir or pooch.os_cache("psclip_optax")),
     )
     return _load_cifar(name, path)
+
+
+def dataset_shape(name: str) -> DatasetShape:
+    """The shapes of a dataset, without its images: nothing is downloaded.
+
+    Args:
+      name: one that `load_dataset` knows.
+
+    Returns:
+      Shape of an image and number of classes.
+
+    Raises:
+      DatasetError: the name is not known.
+
+    Example:
+      >>> dataset_shape("cifar100")
+      DatasetShape(image_shape=(32, 32, 3), num_classes=100)
+    """
+    _check_name(name)
+    if name == "digits":
+        return DatasetShape((8, 8, 1), 10)
+    return DatasetShape((32, 32, 3), _CIFAR[name].num_classes)
 
 
 def train_validation_split(split: Split, *, num_validation: int, seed: int) -> tuple[Split, Split]:
@@ -306,6 +339,11 @@ def check_split(split: Split) -> int:
     if not len(images):
         raise ValueError("split: expected at least one example, got none")
     return len(images)
+
+
+def _check_name(name: str) -> None:
+    if name not in _NAMES:
+        raise DatasetError(f"unknown dataset {name!r}; expected one of {', '.join(_NAMES)}")
 
 
 def _take(split: Split, indices: np.ndarray) -> Split:

@@ -11,10 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-_COLOURS = {"momentum": "#0072B2", "batch-clip": "#E69F00", "ps-clip": "#009E73"}
+# Okabe and Ito's colours, which the colour-blind tell apart; their yellow is lost on white.
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
+_COLOURS = {"momentum": BLUE, "batch-clip": ORANGE, "ps-clip": GREEN}
 _STYLES = {"momentum": "--", "batch-clip": "-.", "ps-clip": "-"}
-_INITIAL, _FINAL = "#56B4E9", "#D55E00"
+_INITIAL, _FINAL = SKY, VERMILION
 _DPI = 160
 
 
@@ -55,7 +57,7 @@ def draw_comparison(result: dict[str, Any]) -> Figure:
     figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=10)
     titles = ("Accuracy by step", "Accuracy by time", "Gradient norms, per-sample clipping")
     for axes, title in zip((over_steps, over_seconds, norms), titles, strict=True):
-        _tidy(axes, title)
+        tidy(axes, title)
     task = result["task"]
     figure.suptitle(f"{task[0].upper()}{task[1:]}", x=0.008, ha="left", fontsize=13, weight="bold")
     return figure
@@ -77,6 +79,26 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
+
+
+def tidy(axes: Axes, title: str) -> None:
+    """Gives a panel its title, a light grid, and no frame.
+
+    Args:
+      axes: the panel.
+      title: what it shows.
+
+    Example:
+      >>> axes = Figure().subplots()
+      >>> tidy(axes, "Accuracy")
+      >>> axes.get_title(loc="left")
+      'Accuracy'
+    """
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
 
 
 def survival(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,11 +162,3 @@ def _draw_norms(axes: Axes, norms: dict[str, Any], batch_size: int) -> None:
     axes.set(xscale="log", yscale="log", ylim=(lowest, 1.5), xlim=(low / 10, 2 * largest))
     axes.set(xlabel="Norm x of a sample's gradient", ylabel="Share of samples with norm ≥ x")
     axes.legend(loc="lower left", frameon=False, fontsize=9)
-
-
-def _tidy(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)

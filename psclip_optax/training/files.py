@@ -16,6 +16,10 @@ import numpy as np
 
 from psclip_optax.training.configs import UsageError
 
+# What a run's folder holds.
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """Writes a file that a crash leaves as it was, or whole.

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from psclip_optax.training.configs import UsageError
 from psclip_optax.training.files import to_json, write_atomically
 
 
@@ -63,6 +64,41 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return list(_whole_records(lines))
+
+
+def read_intact_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    r"""Reads the records of a run that may still be writing, or have been killed.
+
+    Args:
+      path: a file that `append_record` wrote; may be missing.
+
+    Returns:
+      The records; without the last line where that is torn.
+
+    Raises:
+      UsageError: a line before the last is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> _ = path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train"}\n')
+      >>> read_intact_records(path)
+      Traceback (most recent call last):
+      psclip_optax.training.configs.UsageError: ...metrics.jsonl, line 2: expected a record ...
+    """
+    records = list(itertools.takewhile(_is_record, read_records(path)))
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if len(lines) > len(records) + 1:
+        raise UsageError(
+            f"{path}, line {len(records) + 1}: expected a record with kind and step, got "
+            f"{lines[len(records)][:40]!r}; remove the line, or let psclip train --resume go on "
+            "from the last checkpoint before it"
+        )
+    return records
+
+
+def _is_record(record: Any) -> bool:
+    return isinstance(record, dict) and {"kind", "step"} <= record.keys()
 
 
 def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:

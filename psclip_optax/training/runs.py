@@ -23,9 +23,16 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import psclip_optax
-from psclip_optax.training.checkpoints import open_checkpoints, restore_newest, save_checkpoint
+from psclip_optax.training.checkpoints import (
+    open_checkpoints,
+    restore_newest,
+    save_checkpoint,
+    saved_norms,
+)
 from psclip_optax.training.configs import (
+    FREE_FIELDS,
     MethodName,
+    ModelConfig,
     TaskConfig,
     TrainConfig,
     UsageError,
@@ -33,7 +40,7 @@ from psclip_optax.training.configs import (
     flag,
 )
 from psclip_optax.training.corruptions import corrupt
-from psclip_optax.training.datasets import Dataset, Split, load_dataset
+from psclip_optax.training.datasets import Dataset, DatasetShape, Split, load_dataset
 from psclip_optax.training.distributed import (
     data_parallel_mesh,
     is_first_process,
@@ -44,6 +51,10 @@ from psclip_optax.training.distributed import (
     wait_for_all,
 )
 from psclip_optax.training.files import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    TENSORBOARD,
     make_writable_folder,
     noticing_what_cannot_be_written,
     to_json,
@@ -63,25 +74,12 @@ from psclip_optax.training.methods import (
 )
 from psclip_optax.training.metrics import append_record, commit, cut_back, read_records
 from psclip_optax.training.models import build_model
+from psclip_optax.training.norms import NormWindow, norm_figures
 from psclip_optax.training.pipeline import Batch, evaluation_batches, iterate, train_batches
 from psclip_optax.training.progress import reporting_progress
 from psclip_optax.training.steps import Metrics, linen_eval_step, linen_train_step
+from psclip_optax.training.tensorboard import check_tensorboard, writing_tensorboard
 
-_CONFIG, _METRICS, _CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
-# What may change when a run goes on: none of it touches the parameters.
-_FREE_FIELDS = {
-    "out",
-    "resume",
-    "cache_dir",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "distributed",
-    "coordinator",
-    "num_processes",
-    "process_id",
-    "distributed_timeout",
-}
 _EVALUATION_BATCH_SIZE = 500
 _LIBRARIES = ("jax", "jaxlib", "optax", "flax", "grain", "orbax-checkpoint", "numpy")
 
@@ -91,7 +89,8 @@ class Trainer(NamedTuple):
 
     Attributes:
       init: (seed, hyperparams) → the initial state.
-      step: (state, key, batch) → the next state and scalar metrics; the state is donated.
+      step: (state, key, batch) → the next state and scalar metrics; the state is donated. "norms"
+        is among the metrics where it was asked for.
     """
 
     init: Callable[[int, Hyperparams], TrainState]
@@ -114,7 +113,7 @@ class RunResult(NamedTuple):
     loss: float | None
 
 
-def build_task_model(config: TaskConfig, dataset: Dataset) -> nn.Module:
+def build_task_model(config: ModelConfig, dataset: Dataset | DatasetShape) -> nn.Module:
     """Builds the classifier, and finds out now whether it takes the dataset's images.
 
     Args:
@@ -149,6 +148,8 @@ def build_trainer(
     config: TaskConfig,
     num_steps: int,
     mesh: Mesh | None = None,
+    *,
+    return_norms: bool = False,
 ) -> Trainer:
     """Builds a method's initialisation and train step.
 
@@ -160,6 +161,8 @@ def build_trainer(
       num_steps: length of a run, for the schedule.
       mesh: of the devices that share each batch; None for one device. A batch is then this
         process's slice, and a step's results are on all devices.
+      return_norms: whether the metrics of methods that clip before they average have "norms", those
+        of the gradients that are clipped, `[n]`, or one for each micro-batch.
 
     Returns:
       The trainer. A batch is a dict with `image`, `label` and `position`, as `train_batches` gives
@@ -182,7 +185,9 @@ def build_trainer(
     )
     has_dropout = config.dropout > 0
     loss = classification_loss(model, dropout=has_dropout)
-    update = linen_train_step(loss, has_aux=True, **build_gradients(name, config))
+    return_norms = return_norms and METHODS[name].threshold is not None
+    gradients = build_gradients(name, config)
+    update = linen_train_step(loss, has_aux=True, return_norms=return_norms, **gradients)
 
     def init(seed: int, hyperparams: Hyperparams) -> TrainState:
         params = _initial_params(jax.random.key(seed), model, dataset.image_shape)
@@ -364,6 +369,8 @@ def train(config: TrainConfig, console: Console) -> RunResult:
       ProcessLostError: another process of a distributed run ended or does not answer.
     """
     check_config(config)
+    if config.tensorboard:
+        check_tensorboard()
     out = make_writable_folder(config.out)
     _check_folder(out, config)
     dataset = load_dataset(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
@@ -377,7 +384,9 @@ def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Co
     mesh = data_parallel_mesh() if config.distributed else None
     _check_devices(config, mesh)
     model = build_task_model(config, dataset)
-    trainer = build_trainer(config.method, model, dataset, config, config.steps, mesh)
+    trainer = build_trainer(
+        config.method, model, dataset, config, config.steps, mesh, return_norms=True
+    )
     eval_step = linen_eval_step(classification_loss(model), has_aux=True)
     evaluate = build_evaluation(eval_step, dataset.test, dataset, mesh)
     index, count = (jax.process_index(), jax.process_count()) if mesh else (0, 1)
@@ -385,8 +394,8 @@ def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Co
     state = trainer.init(config.seed, Hyperparams(config.lr, config.alpha, config.beta))
     if not config.resume and is_first_process():
         content = {"config": _resolved(config), **provenance()}
-        write_atomically(out / _CONFIG, to_json(content, indent=2).encode())
-    with noticing_what_cannot_be_written(out), open_checkpoints(out / _CHECKPOINTS) as manager:
+        write_atomically(out / CONFIG, to_json(content, indent=2).encode())
+    with noticing_what_cannot_be_written(out), open_checkpoints(out / CHECKPOINTS) as manager:
         state, damaged = restore_newest(manager, state)
         for step in damaged:
             console.print(
@@ -394,7 +403,7 @@ def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Co
             )
         state = _train_on(config, trainer, state, batches, evaluate, manager, out, console)
     wait_for_all("end of training")
-    last = [record for record in read_records(out / _METRICS) if record["kind"] == "test"][-1]
+    last = [record for record in read_records(out / METRICS) if record["kind"] == "test"][-1]
     return RunResult(out, state, last["accuracy"], last["loss"])
 
 
@@ -410,31 +419,42 @@ def _train_on(
 ) -> TrainState:
     start = int(state.step)
     # Of the other processes nobody reads what they record.
-    path = out / _METRICS if is_first_process() else pathlib.Path(os.devnull)
+    path = out / METRICS if is_first_process() else pathlib.Path(os.devnull)
     kept = cut_back(path, start) if is_first_process() else []
     clock = _Clock(kept[-1]["seconds"] if kept else 0.0)
     key = dropout_key(config.seed)
     label = METHODS[config.method].label
+    window = NormWindow(saved_norms(manager, start))
+    board = out / TENSORBOARD if config.tensorboard and is_first_process() else None
     with (
         path.open("a", encoding="utf-8") as file,
+        writing_tensorboard(board, kept, clock.seconds()) as write,
         reporting_progress(config.steps, console) as report,
     ):
+
+        def record(kind: str, step: int, figures: dict[str, Any]) -> None:
+            line = {"kind": kind, "step": step, **figures, "seconds": clock.seconds()}
+            append_record(file, line)
+            write(line)
+
         for index, batch in iterate(batches, start, config.steps - start):
             state, metrics = trainer.step(state, key, batch)
             step = index + 1
+            norms = metrics.pop("norms", None)
+            if norms is not None:
+                window.add(norms)
             if _is_due(step, config.log_every, config.steps):
                 figures = {name: value.item() for name, value in metrics.items()}
-                record = {"kind": "train", "step": step, **figures, "seconds": clock.seconds()}
-                append_record(file, record)
+                of_norms = {} if norms is None else norm_figures(window.norms())
+                record("train", step, figures | of_norms)
                 report(step, label, figures["loss"], figures["clipped_share"])
             if _is_due(step, config.eval_every, config.steps):
-                record = {"kind": "test", "step": step, **evaluate(state.params)}
-                append_record(file, record | {"seconds": clock.seconds()})
+                record("test", step, evaluate(state.params))
             if _is_due(step, config.checkpoint_every, config.steps):
                 # Metrics first, so that no checkpoint is ahead of them.
                 if is_first_process():
                     commit(file)
-                save_checkpoint(manager, state)
+                save_checkpoint(manager, state, window.norms())
     return state
 
 
@@ -492,14 +512,14 @@ def _resolved(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_folder(out: pathlib.Path, config: TrainConfig) -> None:
-    found = [name for name in (_CONFIG, _METRICS, _CHECKPOINTS) if (out / name).exists()]
+    found = [name for name in (CONFIG, METRICS, CHECKPOINTS) if (out / name).exists()]
     if found and not config.resume:
         raise UsageError(
             f"--out: {out} holds a run already ({', '.join(found)}); go on with --resume, or "
             "choose another folder"
         )
     if config.resume:
-        _check_same_run(out / _CONFIG, _resolved(config))
+        _check_same_run(out / CONFIG, _resolved(config))
 
 
 def _check_same_run(path: pathlib.Path, config: dict[str, Any]) -> None:
@@ -512,7 +532,7 @@ def _check_same_run(path: pathlib.Path, config: dict[str, Any]) -> None:
     differing = [
         f"{flag(name)} is {value}, was {before.get(name)}"
         for name, value in config.items()
-        if name not in _FREE_FIELDS and before.get(name) != value
+        if name not in FREE_FIELDS and before.get(name) != value
     ]
     if differing:
         raise UsageError(

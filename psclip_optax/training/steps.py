@@ -44,7 +44,7 @@ class _Computed(NamedTuple):
       logs: what the loss logged, stacked [n].
       gradients: stacked [n, …], or of the parameters' own shapes.
       extra_args: further arguments of the optimizer's update.
-      figures: of the clipping, where it is done already.
+      figures: of the clipping, where it is done already; "norms" among them where asked for.
     """
 
     logs: Metrics
@@ -112,6 +112,8 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
         if not by_sample:
             number = {"num_microbatches": figures["num_samples"]}
             figures |= number | {"num_samples": jnp.sum(counts, dtype=jnp.int32)}
+        if how.return_norms:
+            figures["norms"] = jnp.where(units, stats.norms, jnp.nan)
         if not is_adaptive:
             return _Computed(logs, gradients, {}, figures)
         figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]
@@ -171,11 +173,12 @@ _GRADIENTS = {
 
 
 class _How(NamedTuple):
-    """What `clipped_value_and_grad` is told, apart from the threshold."""
+    """What `clipped_value_and_grad` is told, apart from the threshold, and what is kept of it."""
 
     mode: Mode
     microbatch_size: int | None
     clip_at: ClipAt
+    return_norms: bool
 
 
 def _chosen_gradients(
@@ -194,6 +197,11 @@ def _chosen_gradients(
         )
     if name == "clipped":
         return _clipped_gradients(threshold_from or (lambda _: threshold), how)
+    if how.return_norms:
+        raise ValueError(
+            f'return_norms is of gradients="clipped", got gradients={name!r}, whose step has no '
+            "norms to return; give the step a threshold, jnp.inf to clip nothing"
+        )
     if how.microbatch_size is None:
         return _GRADIENTS[name]
     if name == "per_sample":
@@ -339,6 +347,7 @@ def linen_train_step(
     mode: Mode = "auto",
     microbatch_size: int | None = None,
     clip_at: ClipAt = "sample",
+    return_norms: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds a jitted train step over Flax's `TrainState`.
 
@@ -364,6 +373,8 @@ def linen_train_step(
       clip_at: For "clipped": "sample", or "micro-batch" for the mean gradient of each slice;
         `positions` then have no use, and "num_microbatches" is among the metrics, of which
         "num_clipped" and "num_nonfinite" speak.
+      return_norms: For "clipped": whether "norms" is among the metrics, float [n] (of micro-batches
+        one for each), the gradient norms before clipping; NaN for padding.
 
     Returns:
       `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of
@@ -398,7 +409,7 @@ def linen_train_step(
       <https://arxiv.org/abs/2605.02701>`_, 2026.
     """
     kind = _chosen_gradients(
-        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at)
+        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at, return_norms)
     )
     logged_loss = _logged(loss, has_aux)
 
@@ -430,6 +441,7 @@ def nnx_train_step(
     mode: Mode = "auto",
     microbatch_size: int | None = None,
     clip_at: ClipAt = "sample",
+    return_norms: bool = False,
 ) -> Callable[..., Metrics]:
     """Builds a jitted train step over an NNX model and its `nnx.Optimizer`.
 
@@ -448,6 +460,7 @@ def nnx_train_step(
       mode: As for :func:`linen_train_step`.
       microbatch_size: As for :func:`linen_train_step`.
       clip_at: As for :func:`linen_train_step`.
+      return_norms: As for :func:`linen_train_step`.
 
     Returns:
       `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,
@@ -478,7 +491,7 @@ def nnx_train_step(
       <https://arxiv.org/abs/2605.02701>`_, 2026.
     """
     kind = _chosen_gradients(
-        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at)
+        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at, return_norms)
     )
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))

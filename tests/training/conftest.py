@@ -2,10 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 from tests.training import official_archives
 from tests.training.official_archives import OfficialArchive, Server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_optimizations_of_what_tests_share():
+    """As `few_optimizations` has it, which comes after: a run gone on is of the same programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", params=[official_archives.cifar10, official_archives.cifar100])

@@ -12,7 +12,12 @@ import pytest
 from flax.training.train_state import TrainState
 
 import psclip_optax as psc
-from psclip_optax.training.checkpoints import open_checkpoints, restore_newest, save_checkpoint
+from psclip_optax.training.checkpoints import (
+    open_checkpoints,
+    restore_newest,
+    save_checkpoint,
+    saved_norms,
+)
 from psclip_optax.training.configs import UsageError
 
 
@@ -109,3 +114,23 @@ def test_nothing_is_removed_where_all_are_damaged(tmp_path: pathlib.Path):
     with pytest.raises(UsageError, match=r"no checkpoint in .* is intact \(steps 7, 3\)"):
         restore(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_norms_are_those_of_the_checkpoint_and_may_be_missing(tmp_path: pathlib.Path):
+    norms = np.array([1.0, np.nan, 3.0], np.float32)
+    with open_checkpoints(tmp_path) as manager:
+        save_checkpoint(manager, state_at(3), norms)
+        save_checkpoint(manager, state_at(7), norms + 1)
+        save_checkpoint(manager, state_at(8))
+        np.testing.assert_array_equal(saved_norms(manager, 3), norms)
+        np.testing.assert_array_equal(saved_norms(manager, 7), norms + 1)
+        assert saved_norms(manager, 8).size == saved_norms(manager, 9).size == 0
+
+
+def test_damaged_norms_are_a_damaged_checkpoint(tmp_path: pathlib.Path):
+    with open_checkpoints(tmp_path) as manager:
+        save_checkpoint(manager, state_at(3), np.ones(5, np.float32))
+        save_checkpoint(manager, state_at(7), np.ones(5, np.float32))
+    path = tmp_path / "7" / "norms.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert restore(tmp_path).damaged_steps == [7]

@@ -5,7 +5,13 @@ import pathlib
 
 import pytest
 
-from psclip_optax.training.metrics import append_record, cut_back, read_records
+from psclip_optax.training.configs import UsageError
+from psclip_optax.training.metrics import (
+    append_record,
+    cut_back,
+    read_intact_records,
+    read_records,
+)
 
 LINES = '{"step": 1, "loss": 0.25}\n{"step": 2, "loss": null}\n{"step": 2, "kind": "test"}\n'
 
@@ -35,3 +41,22 @@ def test_there_may_be_no_file_yet(tmp_path: pathlib.Path):
     path = tmp_path / "metrics.jsonl"
     assert cut_back(path, 3) == []
     assert read_records(path) == []
+    assert read_intact_records(path) == []
+
+
+RECORD = '{"kind": "train", "step": 1}'
+
+
+@pytest.mark.parametrize("torn", ["", '{"kind": "tr', RECORD])
+def test_a_torn_last_line_is_that_of_a_run_that_still_writes(torn: str, tmp_path: pathlib.Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{RECORD}\n{torn}")
+    assert read_intact_records(path) == [{"kind": "train", "step": 1}]
+
+
+@pytest.mark.parametrize("damaged", ['{"kind": "tr', "", "7", '{"step": 2}', '["kind", "step"]'])
+def test_a_damaged_line_among_others_is_told(damaged: str, tmp_path: pathlib.Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{RECORD}\n{damaged}\n{RECORD}\n")
+    with pytest.raises(UsageError, match=r"metrics.jsonl, line 2: expected a record with kind"):
+        read_intact_records(path)

@@ -80,10 +80,10 @@ def run_until_killed(config: TrainConfig, at_step: int, monkeypatch: pytest.Monk
     """As if the process ended between the metrics of a step and its checkpoint."""
     save_checkpoint = runs.save_checkpoint
 
-    def save_or_die(manager: Any, state: Any):
+    def save_or_die(manager: Any, state: Any, norms: Any):
         if int(state.step) == at_step:
             raise KilledError
-        save_checkpoint(manager, state)
+        save_checkpoint(manager, state, norms)
 
     with monkeypatch.context() as patched:
         patched.setattr(runs, "save_checkpoint", save_or_die)
@@ -130,6 +130,39 @@ def test_killed_run_of_an_automatic_threshold_goes_on_to_the_same_bits(
     scales = [r["threshold_scale"] for r in records(expected.out) if r["kind"] == "train"]
     assert scales[0] == 0 < min(scales[1:])
     assert len(set(scales)) == NUM_STEPS
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 256}, {"clip_at": "micro-batch", "accumulate": 4}]
+)
+def test_norms_of_a_killed_run_are_those_of_one_never_stopped(
+    options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Checkpoints between two records, and windows of more steps than lie between either.
+    clipping = {"method": "ps-clip", "log_every": 3, "eval_every": 10, **options}
+    expected, _ = run(tiny(tmp_path / "one", **clipping))
+    run_until_killed(tiny(tmp_path / "two", **clipping), 8, monkeypatch)
+    resumed, _ = run(tiny(tmp_path / "two", **clipping, resume=True))
+    assert_same_run(resumed, expected)
+    per_step = 256 if "batch_size" in options else 4
+    training = [r for r in records(expected.out) if r["kind"] == "train"]
+    assert [r["step"] for r in training] == [3, 6, 9, 10]
+    assert [r["num_norms"] for r in training] == [min(n * per_step, 2048) for n in (3, 6, 9, 10)]
+    assert all((r["tail_verdict"] is None) == (r["num_norms"] < 500) for r in training)
+
+
+def test_norms_recorded_are_those_of_the_batches(tmp_path: pathlib.Path):
+    result, _ = run(tiny(tmp_path, method="ps-clip", steps=3, log_every=1))
+    first, second, _ = (r for r in records(result.out) if r["kind"] == "train")
+    assert (first["norm_q50"], first["norm_max"]) == pytest.approx(
+        (first["median_norm"], first["max_norm"]), rel=1e-6
+    )
+    assert second["norm_max"] == pytest.approx(max(first["max_norm"], second["max_norm"]))
+    assert sum(second["norm_histogram"].values()) == second["num_norms"] == 32
+
+
+def test_methods_that_do_not_clip_samples_record_no_norms(finished: RunResult):
+    assert not {name for record in records(finished.out) for name in record if "norm_" in name}
 
 
 def records_before_torn_line(out: pathlib.Path) -> list[dict[str, Any]]:

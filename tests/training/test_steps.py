@@ -526,6 +526,38 @@ def test_a_threshold_goes_with_clipped_gradients_alone(build, options):
         build(linen_loss, **options)
 
 
+@pytest.mark.parametrize("train_step", [linen_train_step, nnx_train_step])
+def test_norms_are_of_the_samples_and_not_a_number_for_padding(train_step):
+    batches = list(heavy_tailed_batches(np.float32, 2))
+    options = {"threshold": 0.1, "return_norms": True}
+    *_, metrics = trained(train_step, optax.sgd(0.1), batches, **options)
+    for (*_, mask), figures in zip(batches, metrics, strict=True):
+        norms = np.asarray(figures["norms"])
+        np.testing.assert_array_equal(np.isnan(norms), ~mask)
+        np.testing.assert_allclose(norms[mask].max(), figures["max_norm"], rtol=1e-6)
+        np.testing.assert_allclose(np.median(norms[mask]), figures["median_norm"], rtol=1e-6)
+
+
+def test_norms_of_micro_batches_are_one_for_each():
+    step = linen_train_step(
+        lambda params, x: jnp.dot(params["w"], x),
+        threshold=1.0,
+        microbatch_size=2,
+        clip_at="micro-batch",
+        return_norms=True,
+    )
+    x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 9.0], [0.0, 1.0]])
+    _, metrics = step(train_state({"w": jnp.zeros(2)}, optax.sgd(1.0)), x)
+    np.testing.assert_allclose(metrics["norms"], [2.0, 5.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
+@pytest.mark.parametrize("gradients", ["per_sample", "mean"])
+def test_norms_are_of_clipped_gradients_alone(build, gradients):
+    with pytest.raises(ValueError, match=f"return_norms is of .*, got gradients='{gradients}'"):
+        build(linen_loss, gradients=gradients, return_norms=True)
+
+
 @pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
 def test_unknown_gradients_are_refused(build):
     with pytest.raises(ValueError, match="'per_sample', 'mean', 'clipped', got 'stacked'"):
