@@ -27,6 +27,9 @@ GUIDE = {
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 SMALLER = {
+    "plot": {},
+    "explain": {},
+    "doctor": {},
     "train": {"--width": "0.05", "--batch-size": "16", "--steps": "4"},
     "compare": {
         "--width": "0.05",
@@ -78,7 +81,7 @@ def test_shell_commands_are_of_the_kinds_checked_here():
 def test_psclip_commands_work_in_order(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     cli = pytest.importorskip("psclip_optax.cli")
     monkeypatch.chdir(tmp_path)
-    assert {argv[0] for argv in psclip_commands()} == {"compare", "train"}
+    assert {argv[0] for argv in psclip_commands()} == SMALLER.keys()
     for argv in psclip_commands():
         smaller = SMALLER[argv[0]].items()
         added = [word for name, value in smaller if name not in argv for word in (name, value)]
