@@ -28,12 +28,11 @@ def is_integer(value: Any) -> bool:
 
 def described(value: Any) -> str:
     """`float32[3, 2]` of an array or a number, else the name of its type."""
-    dtype = dtype_of(value)
+    # NumPy's own, before JAX makes float32 of float64.
+    dtype = value.dtype if isinstance(value, np.ndarray) else dtype_of(value)
     if dtype is not None:
         name = "float0" if dtype == jax.dtypes.float0 else dtype
         return f"{name}{list(np.shape(value))}"
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype}{list(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"
 
 

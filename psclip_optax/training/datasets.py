@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pooch
 
+from psclip_optax.arrays import described, is_integer
 from psclip_optax.training.archives import DatasetError, fetch_archive, read_pickles
 
 
@@ -207,10 +208,10 @@ def train_validation_split(split: Split, *, num_validation: int, seed: int) -> t
       ([0, 0, 1, 1], [0, 1])
     """
     num_examples = check_split(split)
-    if not 0 <= num_validation < num_examples:
+    if not is_integer(num_validation) or not 0 <= num_validation < num_examples:
         raise ValueError(
-            f"num_validation: expected 0 to {num_examples - 1}, so that some of the "
-            f"{num_examples} examples are left to train on, got {num_validation}"
+            f"num_validation: expected an int, 0 to {num_examples - 1}, so that some of the "
+            f"{num_examples} examples are left to train on, got {num_validation!r}"
         )
     shuffled = random_generator(seed, "validation split").permutation(num_examples)
     by_class = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
@@ -256,8 +257,8 @@ def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Genera
       >>> crop == again, crop == flip
       (True, False)
     """
-    if seed < 0:
-        raise ValueError(f"seed: expected a non-negative int, got {seed}")
+    if not is_integer(seed) or seed < 0:
+        raise ValueError(f"seed: expected a non-negative int, got {seed!r}")
     return np.random.default_rng([seed, *purpose.encode(), *indices])
 
 
@@ -273,10 +274,11 @@ def check_images(images: np.ndarray):
     Example:
       >>> check_images(np.zeros([3, 8, 8, 1], np.uint8))
     """
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+    is_array = isinstance(images, np.ndarray)
+    if not is_array or images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
         raise ValueError(
-            "images: expected uint8 or float32 [N, H, W, C], "
-            f"got {images.dtype} {list(images.shape)}"
+            "images: expected a NumPy array, uint8 or float32 [N, H, W, C], got "
+            f"{described(images)}"
         )
 
 
@@ -296,12 +298,15 @@ def check_split(split: Split) -> int:
       >>> check_split(Split(np.zeros([3, 8, 8, 1], np.uint8), np.zeros([3], np.int32)))
       3
     """
+    if not isinstance(split, Split):
+        raise ValueError(f"split: expected a Split of images and labels, got {described(split)}")
     images, labels = split
     check_images(images)
-    if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+    is_array = isinstance(labels, np.ndarray)
+    if not is_array or labels.dtype != np.int32 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels: expected int32 [{len(images)}], one label an image, "
-            f"got {labels.dtype} {list(labels.shape)}"
+            f"labels: expected a NumPy array, int32 [{len(images)}], one label an image, got "
+            f"{described(labels)}"
         )
     if not len(images):
         raise ValueError("split: expected at least one example, got none")
