@@ -487,7 +487,10 @@ def _checked_norms(norms: Any, sample_mask: Any) -> tuple[jax.Array, jax.Array]:
         raise ValueError(f"{expected}, got {described(norms)}")
     known = concrete(norms)
     if known is not None and (known < 0).any():
-        raise ValueError(f"norms are ≥ 0, got {known.min()} among {described(norms)}")
+        raise ValueError(
+            f"norms are ≥ 0, but the smallest of {described(norms)} is {known.min()}; pass "
+            "stats.norms of psc.ClipStats as they are"
+        )
     norms = lax.stop_gradient(norms).astype(jnp.promote_types(norms.dtype, jnp.result_type(float)))
     finite = jnp.isfinite(norms)
     if sample_mask is None:

@@ -69,11 +69,7 @@ def array_leaves(name: str, tree: Any, advice: str) -> list[tuple[str, Any]]:
     return leaves
 
 
-_OF_FLOATS_ALONE = (
-    "take gradients of the floating-point parameters alone (part the others off with "
-    "eqx.partition or nnx.split, or close over them), of complex ones by their real and imaginary "
-    "parts, of 8-bit ones in bfloat16 or wider"
-)
+PART_IT_OFF = "part it off with eqx.partition or nnx.split, or close over it"
 
 
 def float_leaves(name: str, tree: Any) -> list[tuple[str, jax.Array]]:
@@ -86,12 +82,20 @@ def float_leaves(name: str, tree: Any) -> list[tuple[str, jax.Array]]:
     Raises:
       TypeError: a leaf is something else.
     """
-    leaves = array_leaves(name, tree, _OF_FLOATS_ALONE)
+    leaves = array_leaves(name, tree, PART_IT_OFF)
     for path, leaf in leaves:
         dtype = dtype_of(leaf)
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
             raise TypeError(
                 f"{path} is {described(leaf)}, but expected a real floating-point array; "
-                + _OF_FLOATS_ALONE
+                f"{_instead_of(dtype)}"
             )
     return [(path, jnp.asarray(leaf)) for path, leaf in leaves]
+
+
+def _instead_of(dtype: Any) -> str:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return "take its real and imaginary parts as two"
+    if jnp.issubdtype(dtype, jnp.floating):
+        return "cast it to bfloat16 or wider"
+    return f"gradients are of floating-point parameters: {PART_IT_OFF}"

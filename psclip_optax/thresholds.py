@@ -246,8 +246,8 @@ def thresholds_at(threshold: Threshold, positions: jax.Array, dtype: Any) -> jax
         came = threshold(positions)
     except Exception as error:
         error.add_note(
-            f"The threshold was called as a function from positions to norms, {threshold!r}, with "
-            f"{described(positions)}."
+            f"The threshold {threshold!r} was called with positions, {described(positions)}, for a "
+            "norm at each."
         )
         raise
     expected = (

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes, stacks
 from psclip_optax.adaptive import as_adaptive
-from psclip_optax.arrays import array_leaves, described, dtype_of, is_integer
+from psclip_optax.arrays import PART_IT_OFF, array_leaves, described, dtype_of, is_integer
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
@@ -283,7 +283,7 @@ def per_sample_clip(
 
     def init(params: optax.Params) -> PerSampleClipState:
         stacks.refuse_masked_nodes(params)
-        leaves = array_leaves("params", params, "part others off with eqx.filter or nnx.split")
+        leaves = array_leaves("params", params, PART_IT_OFF)
         floats = [p for _, p in leaves if jnp.issubdtype(dtype_of(p), jnp.floating)]
         # An array of its own for each field: a donated state may not hold one twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]

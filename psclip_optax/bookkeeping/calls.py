@@ -140,9 +140,9 @@ def axes_of_leaves(in_axes: Any, batch: tuple[Any, ...]) -> list[int | None]:
             is_leaf=is_axis,
         )
     except (ValueError, TypeError):
-        filled = [in_axes]
+        filled = None
     axes = jax.tree.leaves(filled, is_leaf=is_axis)
-    if not all(map(is_axis, axes)):
+    if filled is None or not all(map(is_axis, axes)):
         raise ValueError(
             f"in_axes is an int, None, or a tuple with one of them (or a tree prefix) for each of "
             f"the {len(batch)} arguments after params, got {in_axes!r}"

@@ -12,7 +12,7 @@ import numpy as np
 import pooch
 
 from psclip_optax.arrays import described, is_integer
-from psclip_optax.training.archives import DatasetError, fetch_archive, read_pickles
+from psclip_optax.training.archives import FETCH_AGAIN, DatasetError, fetch_archive, read_pickles
 
 
 class Split(NamedTuple):
@@ -365,23 +365,25 @@ def _load_cifar(name: str, source: pathlib.Path) -> Dataset:
 def _cifar_split(content: dict[Any, Any], archive: _CifarArchive, where: str) -> Split:
     data = _entry(content, b"data", where)
     if not isinstance(data, np.ndarray):
-        raise DatasetError(f"{where}: expected an array at b'data', got a {type(data).__name__}")
+        raise DatasetError(
+            f"{where}: expected an array at b'data', got a {type(data).__name__}; {FETCH_AGAIN}"
+        )
     if data.dtype != np.uint8 or data.shape != (len(data), 3 * 32 * 32) or not len(data):
         raise DatasetError(
-            f"{where}: expected b'data' of uint8 [N, 3072], got {data.dtype} {list(data.shape)}"
+            f"{where}: expected b'data' of uint8 [N, 3072], got {described(data)}; {FETCH_AGAIN}"
         )
     labels = _entry(content, archive.labels_key, where)
     if not isinstance(labels, list) or len(labels) != len(data):
         size = f" of {len(labels)}" if isinstance(labels, list) else ""
         raise DatasetError(
             f"{where}: expected a list of {len(data)} at {archive.labels_key}, one label an "
-            f"image, got a {type(labels).__name__}{size}"
+            f"image, got a {type(labels).__name__}{size}; {FETCH_AGAIN}"
         )
     is_label = [type(label) is int and 0 <= label < archive.num_classes for label in labels]
     if not all(is_label):
         raise DatasetError(
             f"{where}: expected {archive.labels_key} of 0 to {archive.num_classes - 1}, "
-            f"got {labels[is_label.index(False)]!r}"
+            f"got {labels[is_label.index(False)]!r}; {FETCH_AGAIN}"
         )
     channels_last = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(np.ascontiguousarray(channels_last), np.array(labels, np.int32))
@@ -393,12 +395,13 @@ def _label_names(content: dict[Any, Any], archive: _CifarArchive, where: str) ->
     if not is_names or len(names) != archive.num_classes:
         raise DatasetError(
             f"{where}: expected a list of {archive.num_classes} names (bytes) at "
-            f"{archive.names_key}, got {str(names)[:80]!r}"
+            f"{archive.names_key}, got {str(names)[:80]}; {FETCH_AGAIN}"
         )
     return tuple(name.decode(errors="replace") for name in names)
 
 
 def _entry(content: dict[Any, Any], key: bytes, where: str) -> Any:
     if key not in content:
-        raise DatasetError(f"{where}: expected the key {key}, got {sorted(map(str, content))}")
+        found = ", ".join(sorted(map(repr, content)))
+        raise DatasetError(f"{where}: expected the key {key}, got {found}; {FETCH_AGAIN}")
     return content[key]

@@ -131,7 +131,7 @@ PIXELS = np.zeros((2, 3072), np.uint8)
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({b"fine_labels": [0, 1]}, r"expected the key b'data', got \[.*fine_labels"),
+        ({b"fine_labels": [0, 1]}, r"expected the key b'data', got .*fine_labels"),
         ({b"data": PIXELS}, "expected the key b'fine_labels'"),
         ({b"data": [1, 2], b"fine_labels": [0, 1]}, "expected an array at b'data', got a list"),
         ({b"data": PIXELS[0], b"fine_labels": [0]}, r"\[N, 3072\], got uint8 \[3072\]"),
@@ -165,7 +165,7 @@ def test_float_pixels_are_refused(tmp_path: pathlib.Path):
     folder = unpack(cifar100(), tmp_path)
     content = {b"data": PIXELS.astype(np.float32), b"fine_labels": [0, 1]}
     (folder / "train").write_bytes(pickle.dumps(content))
-    with pytest.raises(DatasetError, match=r"got float32 \[2, 3072\]"):
+    with pytest.raises(DatasetError, match=r"got float32\[2, 3072\]"):
         load_dataset("cifar100", data_dir=tmp_path)
 
 
