@@ -248,6 +248,15 @@ def archive_of_another(folder: pathlib.Path) -> pathlib.Path:
 NOT_LATIN1 = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R."
 
 
+PUT_IT_FIRST = (
+    "per_sample_clip changes shapes, so it is the first link of a chain, and whatever accumulates, "
+    "masks or skips goes around the links after it: write "
+    "`optax.chain(psc.per_sample_clip(…), optax.MultiSteps(…).gradient_transformation())` or "
+    "`optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not "
+    "`optax.MultiSteps(optax.chain(psc.per_sample_clip(…), …))` or "
+    "`optax.masked(psc.per_sample_clip(…))`"
+)
+
 ROWS = [
     # Thresholds
     Row(
@@ -652,14 +661,14 @@ ROWS = [
         " an unknown number of times; take them out, or return what you want to see as aux",
     ),
     Row(
-        lambda: grad(normalised, batch=(X,), keep_batch_dim=True),
+        lambda: psc.clipped_grad(normalised, 1.0, keep_batch_dim=True).explain(PARAMS, X),
         UserWarning,
         "the loss of one example takes statistics over a batch axis of size 1, as batch "
-        "normalisation in training mode does:\n  ⟨file and line⟩:24 (normalised)\n  \nThe "
-        "statistics of one sample alone are not those that training with batches computes; and "
-        "those of a batch couple its samples, so that per-sample gradients do not exist. Take "
-        "group or layer normalisation, or batch normalisation in evaluation mode "
-        "(use_running_average=True)",
+        "normalisation in training mode does:\n  ⟨file and line⟩ (normalised)\n  ⟨file and line⟩ "
+        "(normalised)\nThe statistics of one sample alone are not those that training with "
+        "batches computes; and those of a batch couple its samples, so that per-sample "
+        "gradients do not exist. Take group or layer normalisation, or batch normalisation in "
+        "evaluation mode (use_running_average=True)",
     ),
     Row(
         closing_over_a_sharded_array,
@@ -704,13 +713,7 @@ ROWS = [
         ValueError,
         "per_sample_grads['b'] has no sample axis 0: it is float32[]. Stack per-sample "
         "gradients with jax.vmap(jax.grad(loss), in_axes=(None, 0)); a gradient that is already"
-        " averaged can no longer be clipped per sample. per_sample_clip changes shapes, so it "
-        "is the first link of a chain, and whatever accumulates, masks or skips goes around the"
-        " links after it: write `optax.chain(psc.per_sample_clip(…), "
-        "optax.MultiSteps(…).gradient_transformation())` or "
-        "`optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not "
-        "`optax.MultiSteps(optax.chain(psc.per_sample_clip(…), …))` or "
-        "`optax.masked(psc.per_sample_clip(…))`",
+        " averaged can no longer be clipped per sample. " + PUT_IT_FIRST,
     ),
     Row(
         lambda: clip(MEAN),
@@ -718,38 +721,14 @@ ROWS = [
         "all leaves have the same number of samples on axis 0, but they have [2, 3]: "
         "per_sample_grads['b']: float32[2], per_sample_grads['w']: float32[3, 2]. Stack them "
         "with jax.vmap(jax.grad(loss), …), or say where the samples are with sample_axis. "
-        "per_sample_clip changes shapes, so it is the first link of a chain, and whatever "
-        "accumulates, masks or skips goes around the links after it: write "
-        "`optax.chain(psc.per_sample_clip(…), optax.MultiSteps(…).gradient_transformation())` "
-        "or `optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not "
-        "`optax.MultiSteps(optax.chain(psc.per_sample_clip(…), …))` or "
-        "`optax.masked(psc.per_sample_clip(…))`",
-    ),
-    Row(
-        lambda: clip(MEAN, params=PARAMS),
-        ValueError,
-        "all leaves have the same number of samples on axis 0, but they have [2, 3]: "
-        "per_sample_grads['b']: float32[2], per_sample_grads['w']: float32[3, 2]. Stack them "
-        "with jax.vmap(jax.grad(loss), …), or say where the samples are with sample_axis. "
-        "per_sample_clip changes shapes, so it is the first link of a chain, and whatever "
-        "accumulates, masks or skips goes around the links after it: write "
-        "`optax.chain(psc.per_sample_clip(…), optax.MultiSteps(…).gradient_transformation())` "
-        "or `optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not "
-        "`optax.MultiSteps(optax.chain(psc.per_sample_clip(…), …))` or "
-        "`optax.masked(psc.per_sample_clip(…))`",
+        + PUT_IT_FIRST,
     ),
     Row(
         lambda: clip({"w": X[None]}, params={"w": Y}),
         ValueError,
         "per_sample_grads['w'] is float32[1, 4, 3]: without its sample axis 0 that is [4, 3], "
         "but the parameter has shape [4]. Stack per-sample gradients with "
-        "jax.vmap(jax.grad(loss), …). per_sample_clip changes shapes, so it is the first link "
-        "of a chain, and whatever accumulates, masks or skips goes around the links after it: "
-        "write `optax.chain(psc.per_sample_clip(…), "
-        "optax.MultiSteps(…).gradient_transformation())` or "
-        "`optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not "
-        "`optax.MultiSteps(optax.chain(psc.per_sample_clip(…), …))` or "
-        "`optax.masked(psc.per_sample_clip(…))`",
+        "jax.vmap(jax.grad(loss), …). " + PUT_IT_FIRST,
     ),
     Row(
         lambda: clip({"w": np.ones((4, 3), int)}),
@@ -768,13 +747,7 @@ ROWS = [
         lambda: clip(wrap=lambda tx: optax.masked(tx, {"w": True, "b": False})),
         ValueError,
         "per_sample_clip needs every leaf, for the norm is over a sample's whole gradient, but "
-        "some came as optax.MaskedNode, from optax.masked or optax.partition. per_sample_clip "
-        "changes shapes, so it is the first link of a chain, and whatever accumulates, masks or"
-        " skips goes around the links after it: write `optax.chain(psc.per_sample_clip(…), "
-        "optax.MultiSteps(…).gradient_transformation())` or "
-        "`optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not "
-        "`optax.MultiSteps(optax.chain(psc.per_sample_clip(…), …))` or "
-        "`optax.masked(psc.per_sample_clip(…))`",
+        "some came as optax.MaskedNode, from optax.masked or optax.partition. " + PUT_IT_FIRST,
     ),
     Row(
         lambda: clip(wrap=lambda tx: optax.MultiSteps(tx, 2), params=PARAMS),
@@ -782,12 +755,7 @@ ROWS = [
         "all leaves have the same number of samples on axis 0, but they have [2, 3]: "
         "per_sample_grads['b']: float32[2], per_sample_grads['w']: float32[3, 2]. Stack them "
         "with jax.vmap(jax.grad(loss), …), or say where the samples are with sample_axis. "
-        "per_sample_clip changes shapes, so it is the first link of a chain, and whatever "
-        "accumulates, masks or skips goes around the links after it: write "
-        "`optax.chain(psc.per_sample_clip(…), optax.MultiSteps(…).gradient_transformation())` "
-        "or `optax.chain(psc.per_sample_clip(…), optax.masked(…))`, not "
-        "`optax.MultiSteps(optax.chain(psc.per_sample_clip(…), …))` or "
-        "`optax.masked(psc.per_sample_clip(…))`",
+        + PUT_IT_FIRST,
     ),
     Row(
         beyond_memory,
