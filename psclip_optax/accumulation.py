@@ -147,8 +147,8 @@ def _checked_schedule(every_k_schedule: Any) -> Any:
 def _check_window(window: Any, source: str = "") -> None:
     dtype = dtype_of(window)
     is_bool = dtype is not None and jnp.issubdtype(dtype, jnp.bool_)
-    is_whole = is_bool or (dtype is not None and jnp.issubdtype(dtype, jnp.integer))
-    if not is_whole or jnp.shape(window):
+    is_number = dtype is not None and (is_bool or jnp.issubdtype(dtype, jnp.integer))
+    if not is_number or jnp.shape(window):
         raise TypeError(
             "every_k_schedule is the int number of micro-batches in a window, or a function from "
             f"the number of updates to it, got {window!r}{source}"

@@ -62,10 +62,10 @@ _SCALAR_POSITION = (
 
 
 def concrete(x: Any) -> np.ndarray | None:
-    """The value of `x`, or None while it is being traced."""
+    """The value of `x`, or None while it is being traced, or is on other processes' devices."""
     try:
         return np.asarray(x)
-    except jax.errors.TracerArrayConversionError:
+    except (jax.errors.TracerArrayConversionError, RuntimeError):
         return None
 
 
