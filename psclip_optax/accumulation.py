@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from psclip_optax import stacks
-from psclip_optax.thresholds import Threshold, as_threshold, thresholds_at
+from psclip_optax.arrays import described, dtype_of, float_leaves
+from psclip_optax.thresholds import Threshold, as_threshold, concrete, thresholds_at
 from psclip_optax.transforms import clipped_alone
 
 
@@ -53,8 +54,9 @@ def accumulate_clipped(
 
     Raises:
       TypeError: ``inner`` is no gradient transformation, ``every_k_schedule`` neither an int nor a
-        callable, the threshold neither a number nor a callable, or a gradient is not real
-        floating-point.
+        callable that gives one, the threshold neither a number nor a callable,
+        ``should_skip_update_fn`` no callable, ``accumulator_dtype`` or a gradient not real
+        floating-point, or the state another one's.
       ValueError: ``every_k_schedule`` is below 1, or the gradients do not have the shapes of the
         parameters that ``init`` saw, as stacked per-sample gradients.
 
@@ -78,6 +80,7 @@ def accumulate_clipped(
     _check_inner(inner)
     every_k_schedule = _checked_schedule(every_k_schedule)
     threshold = as_threshold(threshold)
+    _check_options(should_skip_update_fn, accumulator_dtype)
 
     def steps(should_skip_update_fn: Any) -> optax.MultiSteps:
         return optax.MultiSteps(
@@ -97,6 +100,7 @@ def accumulate_clipped(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.MultiStepsState]:
+        _check_state(state)
         leaves = _checked_leaves(grads, state.acc_grads)
         dtype = stacks.norm_dtype(leaves)
         position = jnp.asarray(state.mini_step, jnp.int32).reshape(1) + 1
@@ -128,45 +132,74 @@ def _check_inner(inner: Any) -> None:
 
 
 def _checked_schedule(every_k_schedule: Any) -> Any:
-    if callable(every_k_schedule):
-        return every_k_schedule
-    try:
-        number = operator.index(every_k_schedule)
-    except TypeError as error:
+    if not callable(every_k_schedule):
+        _check_window(every_k_schedule)
+        return operator.index(every_k_schedule)
+
+    def schedule(step: Any) -> Any:
+        window = every_k_schedule(step)
+        _check_window(window, f" from {every_k_schedule!r}")
+        return window
+
+    return schedule
+
+
+def _check_window(window: Any, source: str = "") -> None:
+    dtype = dtype_of(window)
+    is_bool = dtype is not None and jnp.issubdtype(dtype, jnp.bool_)
+    is_number = dtype is not None and (is_bool or jnp.issubdtype(dtype, jnp.integer))
+    if not is_number or jnp.shape(window):
         raise TypeError(
             "every_k_schedule is the int number of micro-batches in a window, or a function from "
-            f"the number of updates to it, got {every_k_schedule!r}"
-        ) from error
-    if number < 1 or isinstance(every_k_schedule, bool):
+            f"the number of updates to it, got {window!r}{source}"
+        )
+    known = concrete(window)
+    if known is not None and (known < 1 or is_bool):
         raise ValueError(
             "every_k_schedule is the number of micro-batches in a window, at least 1, got "
-            f"{every_k_schedule!r}"
+            f"{window!r}{source}"
         )
-    return number
+
+
+def _check_options(should_skip_update_fn: Any, accumulator_dtype: Any) -> None:
+    if should_skip_update_fn is not None and not callable(should_skip_update_fn):
+        raise TypeError(
+            "should_skip_update_fn is None or a function such as optax.skip_not_finite, got "
+            f"{should_skip_update_fn!r}"
+        )
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(accumulator_dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if accumulator_dtype is not None and not is_float:
+        raise TypeError(
+            "accumulator_dtype is a real floating-point dtype such as jnp.float32, or None for "
+            f"that of the parameters, got {accumulator_dtype!r}"
+        )
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, optax.MultiStepsState):
+        raise TypeError(
+            "accumulate_clipped's update takes (grads, state, params) with an "
+            "optax.MultiStepsState from its init or its last update, got "
+            f"{described(state)}"
+        )
 
 
 def _checked_leaves(grads: optax.Updates, accumulated: optax.Updates) -> list[jax.Array]:
-    leaves, treedef = jax.tree.flatten(grads)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(grads)]
-    if treedef != jax.tree.structure(accumulated):
+    named, treedef = float_leaves("grads", grads), jax.tree.structure(grads)
+    if treedef != jax.tree.structure(accumulated) or not named:
         raise ValueError(
-            f"gradients have the parameters' structure, {jax.tree.structure(accumulated)}, got "
-            f"{treedef}"
+            "gradients have the structure of the parameters that init saw, with one leaf at least, "
+            f"{jax.tree.structure(accumulated)}, got {treedef}"
         )
-    for path, leaf, kept in zip(paths, leaves, jax.tree.leaves(accumulated), strict=True):
-        described = f"grads{path} is {leaf.dtype}{list(leaf.shape)}"
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"{described}, but gradients are real floating-point arrays; take those of the "
-                "floating-point parameters alone (as eqx.partition or nnx.split do), complex ones "
-                "as their real and imaginary parts"
-            )
+    for (path, leaf), kept in zip(named, jax.tree.leaves(accumulated), strict=True):
         if leaf.shape != jnp.shape(kept):
             raise ValueError(
-                f"{described}, but its parameter has shape {list(jnp.shape(kept))}: "
-                "accumulate_clipped takes the mean gradient of a micro-batch. Average stacked "
-                "per-sample gradients first, clipped with "
+                f"{path} is {described(leaf)}, but its parameter has shape "
+                f"{list(jnp.shape(kept))}: accumulate_clipped takes the mean gradient of a "
+                "micro-batch. Average stacked per-sample gradients first, clipped with "
                 "optax.chain(psc.per_sample_clip(…), psc.accumulate_clipped(…)) or not"
             )
-    return leaves
+    return [leaf for _, leaf in named]

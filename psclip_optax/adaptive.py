@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes
+from psclip_optax.arrays import as_array, described, described_tree
 from psclip_optax.thresholds import (
     AdaptiveThreshold,
     ConstantThreshold,
@@ -28,6 +29,7 @@ from psclip_optax.thresholds import (
     Threshold,
     as_threshold,
     check_number,
+    concrete,
 )
 
 # p is estimated to be that much below the tail index, for the moment of that order is infinite.
@@ -198,7 +200,7 @@ def moment_threshold(
         excess, number = _hill(norms, counts)
         return MomentState(moment, _observe_mean(state.tail, excess, number, decay))
 
-    return AdaptiveThreshold(init, threshold, _updating(observe))
+    return _rule(init, threshold, observe)
 
 
 def quantile_threshold(
@@ -275,7 +277,7 @@ def quantile_threshold(
         seen = jnp.bincount(bins, weights=counts.astype(norms.dtype), length=_NUM_BINS)
         return QuantileState(state.counts * decay + seen)
 
-    return AdaptiveThreshold(init, threshold, _updating(observe))
+    return _rule(init, threshold, observe)
 
 
 def min_norm_threshold(
@@ -330,7 +332,7 @@ def min_norm_threshold(
         smallest = jnp.min(norms, where=counts, initial=jnp.inf)
         return MinNormState(_observe_mean(state.smallest, smallest, 1, decay))
 
-    return AdaptiveThreshold(init, threshold, _updating(observe))
+    return _rule(init, threshold, observe)
 
 
 def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArgs:
@@ -393,6 +395,11 @@ def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArg
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackNormsState]:
         del params, extra_args
+        if not isinstance(state, TrackNormsState):
+            raise TypeError(
+                "track_norms's update takes (grads, state, params) with a TrackNormsState from its "
+                f"init or its last update, got {described(state)}"
+            )
         if norms is None:
             raise TypeError(
                 "track_norms expects the norms of the batch: write tx.update(grads, state, params, "
@@ -421,8 +428,17 @@ def _zeros(shape: Any = ()) -> jax.Array:
     return jnp.zeros(shape, jnp.result_type(float))
 
 
-def _updating(observe: Callable[[Any, jax.Array, jax.Array], Any]) -> Callable[..., Any]:
-    """An update from (state, norms, which of them have a say) → state, the others being 0."""
+def _rule(
+    init: Callable[[], Any],
+    threshold: Callable[[Any], Threshold],
+    observe: Callable[[Any, jax.Array, jax.Array], Any],
+) -> AdaptiveThreshold:
+    """A rule from (state, norms, which of them have a say) → state, the others being 0."""
+    expected = jax.eval_shape(init)
+
+    def checked_threshold(state: Any) -> Threshold:
+        _check_state(state, expected)
+        return threshold(state)
 
     def update(
         state: Any,
@@ -431,7 +447,10 @@ def _updating(observe: Callable[[Any, jax.Array, jax.Array], Any]) -> Callable[.
         *,
         axis_name: Any = None,
     ) -> Any:
+        _check_state(state, expected)
+
         def compute(state: Any, norms: Any, sample_mask: Any) -> Any:
+            meshes.check_axis_name(axis_name)
             norms, counts = _checked_norms(norms, sample_mask)
             if axis_name is not None:
                 norms, counts = (clipping.gathered(x, axis_name) for x in (norms, counts))
@@ -446,16 +465,31 @@ def _updating(observe: Callable[[Any, jax.Array, jax.Array], Any]) -> Callable[.
             return compute(*arguments)
         return meshes.with_auto_axes(compute, arguments, mesh, P())
 
-    return update
+    return AdaptiveThreshold(init, checked_threshold, update)
+
+
+def _check_state(state: Any, expected: Any) -> None:
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        raise TypeError(
+            "an adaptive threshold's state comes from init() or update(state, norms) of the same "
+            f"rule, {described_tree(expected)}, got {described_tree(state)}"
+        )
 
 
 def _checked_norms(norms: Any, sample_mask: Any) -> tuple[jax.Array, jax.Array]:
     """Norms in the dtype of a state, and which are finite and not masked."""
-    norms = jnp.asarray(norms)
+    expected = (
+        "an adaptive threshold is updated with the norms of a batch, a float array of shape [n] "
+        "such as stats.norms of psc.ClipStats"
+    )
+    norms = as_array(norms, expected)
     if norms.ndim != 1 or not jnp.issubdtype(norms.dtype, jnp.floating):
+        raise ValueError(f"{expected}, got {described(norms)}")
+    known = concrete(norms)
+    if known is not None and (known < 0).any():
         raise ValueError(
-            "an adaptive threshold is updated with the norms of a batch, a float array of shape "
-            f"[n] such as the norms of psc.ClipStats, got {norms.dtype}{list(norms.shape)}"
+            f"norms are ≥ 0, but the smallest of {described(norms)} is {known.min()}; pass "
+            "stats.norms of psc.ClipStats as they are"
         )
     norms = lax.stop_gradient(norms).astype(jnp.promote_types(norms.dtype, jnp.result_type(float)))
     finite = jnp.isfinite(norms)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes, stacks
+from psclip_optax.arrays import is_integer
 from psclip_optax.bookkeeping import microbatches
 from psclip_optax.bookkeeping.calls import Call, axes_of_leaves, take_apart, trace, varying
 from psclip_optax.bookkeeping.explain import Plan, explained, explained_microbatches
@@ -120,7 +121,8 @@ def clipped_value_and_grad(
       each parameter's gradient takes, what it costs, and why.
 
     Raises:
-      TypeError: the loss is not a real scalar, or a parameter is not real floating-point.
+      TypeError: the loss is no function or not a real scalar, a parameter is not real
+        floating-point, or positions are no integers.
       ValueError: an option is out of range, batch arguments do not have the same number of
         samples, or the loss has effects.
 
@@ -147,6 +149,7 @@ def clipped_value_and_grad(
       Rochette, Manoel and Tramel, `Efficient Per-Example Gradient Computations in Convolutional
       Neural Networks <https://arxiv.org/abs/1912.06015>`_, 2019 (the convolution's gradient).
     """
+    _check_loss(loss)
     settings = _Settings(
         has_aux=has_aux,
         in_axes=in_axes,
@@ -278,16 +281,26 @@ def _out_specs(params: Any, batch: tuple[Any, ...], settings: _Settings) -> Any:
     return value, meshes.specs_of(params), ClipStats(by_unit, by_unit, everywhere, everywhere)
 
 
-def _checked_size(name: str, size: int | None) -> int | None:
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+def _check_loss(loss: Any) -> None:
+    if not callable(loss):
+        raise TypeError(
+            f"the loss is a function loss(params, *example) and comes before the threshold, got "
+            f"{loss!r}"
+        )
+
+
+def _checked_size(name: str, size: Any) -> int | None:
+    if size is None:
+        return None
+    if not is_integer(size) or size < 1:
         raise ValueError(f"{name} is a positive int or None, got {size!r}")
-    return size
+    return int(size)
 
 
 def _checked_mode(mode: str) -> Any:
-    if mode != "auto" and mode not in MODES:
-        known = ", ".join(map(repr, ["auto", *MODES]))
-        raise ValueError(f"mode is one of {known}, got {mode!r}")
+    known = ["auto", *MODES]
+    if mode not in known:
+        raise ValueError(f"mode is one of {', '.join(map(repr, known))}, got {mode!r}")
     return mode
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from psclip_optax.thresholds import Threshold, thresholds_at
+from psclip_optax.arrays import as_array, described
+from psclip_optax.thresholds import Threshold, as_positions, thresholds_at
 
 OnNonfinite: TypeAlias = Literal["drop", "propagate"]
 
@@ -40,23 +41,22 @@ def check_on_nonfinite(on_nonfinite: str) -> None:
 
 
 def check_sample_mask(sample_mask: Any, num_samples: int) -> jax.Array:
-    sample_mask = jnp.asarray(sample_mask)
-    if sample_mask.shape != (num_samples,) or sample_mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"sample_mask has shape [{num_samples}] (one flag a sample, True where it counts) and "
-            f"dtype bool, got {sample_mask.dtype}{list(sample_mask.shape)}"
-        )
-    return sample_mask
+    expected = (
+        f"sample_mask has shape [{num_samples}] (one flag a sample, True where it counts) and "
+        "dtype bool"
+    )
+    mask = as_array(sample_mask, expected)
+    if mask.shape != (num_samples,) or mask.dtype != jnp.bool_:
+        raise ValueError(f"{expected}, got {described(mask)}")
+    return mask
 
 
 def check_positions(positions: Any, num_samples: int) -> jax.Array:
-    positions = jnp.asarray(positions)
-    if positions.shape != (num_samples,):
-        raise ValueError(
-            f"positions has shape [{num_samples}] (one 1-based integer a sample), got "
-            f"{positions.dtype}{list(positions.shape)}"
-        )
-    return positions
+    expected = f"positions has shape [{num_samples}] (one 1-based integer a sample)"
+    array = as_array(positions, expected)
+    if array.shape != (num_samples,):
+        raise ValueError(f"{expected}, got {described(array)}")
+    return as_positions(array)
 
 
 def batch_positions(

@@ -11,8 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Refuse the names of mesh axes outside of the shard_map that maps them."""
+    if axis_name is None:
+        return
+    try:
+        lax.psum(1, axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name is the mesh axis (or a tuple of axes) of the jax.shard_map that this runs "
+            f"in, got {axis_name!r}, which none around it maps; outside of shard_map leave it out: "
+            "under jit a sharded batch needs no name"
+        ) from error
 
 
 def explicit_mesh(tree: Any) -> Any:

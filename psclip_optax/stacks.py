@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+
+from psclip_optax.arrays import described, dtype_of, float_leaves
 
 _PUT_IT_FIRST = (
     "per_sample_clip changes shapes, so it is the first link of a chain, and whatever accumulates, "
@@ -42,27 +45,21 @@ def refuse_masked_nodes(tree: Any) -> None:
         )
 
 
-def _describe(leaf: jax.Array) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
 def check_stack(per_sample_grads: Any, sample_axis: int) -> Stack:
     refuse_masked_nodes(per_sample_grads)
-    leaves, paths = (
-        list(map(jnp.asarray, jax.tree.leaves(per_sample_grads))),
-        _paths(per_sample_grads),
-    )
-    if not leaves:
+    named = float_leaves("per_sample_grads", per_sample_grads)
+    if not named:
         raise ValueError(
             "per_sample_clip expects a pytree of stacked per-sample gradients, got one without "
             f"leaves: {per_sample_grads!r}"
         )
-    for path, leaf in zip(paths, leaves, strict=True):
-        _check_leaf(path, leaf, sample_axis)
+    for path, leaf in named:
+        _check_has_axis(path, leaf, sample_axis)
+    leaves = [leaf for _, leaf in named]
     axes = tuple(sample_axis % leaf.ndim for leaf in leaves)
     sizes = {leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True)}
     if len(sizes) > 1:
-        shapes = map("{}: {}".format, paths, map(_describe, leaves))
+        shapes = [f"{path}: {described(leaf)}" for path, leaf in named]
         raise ValueError(
             f"all leaves have the same number of samples on axis {sample_axis}, but they have "
             f"{sorted(sizes)}: {', '.join(shapes)}. Stack them with jax.vmap(jax.grad(loss), …), "
@@ -71,23 +68,12 @@ def check_stack(per_sample_grads: Any, sample_axis: int) -> Stack:
     return Stack(leaves, axes)
 
 
-def _paths(per_sample_grads: Any) -> list[str]:
-    with_path = jax.tree_util.tree_leaves_with_path(per_sample_grads)
-    return ["per_sample_grads" + jax.tree_util.keystr(path) for path, _ in with_path]
-
-
-def _check_leaf(path: str, leaf: jax.Array, sample_axis: int) -> None:
+def _check_has_axis(path: str, leaf: jax.Array, sample_axis: int) -> None:
     if not -leaf.ndim <= sample_axis < leaf.ndim:
         raise ValueError(
-            f"{path} has no sample axis {sample_axis}: its shape is {_describe(leaf)}. Stack "
+            f"{path} has no sample axis {sample_axis}: it is {described(leaf)}. Stack "
             "per-sample gradients with jax.vmap(jax.grad(loss), in_axes=(None, 0)); a gradient "
             f"that is already averaged can no longer be clipped per sample. {_PUT_IT_FIRST}"
-        )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"{path} is {_describe(leaf)}, but per-sample gradients are real floating-point "
-            "arrays; take the gradient of the floating-point parameters alone (as "
-            "eqx.partition or nnx.split do), complex ones as their real and imaginary parts"
         )
 
 
@@ -95,12 +81,14 @@ def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> No
     """Refuse a stack that is not one of the parameters' gradients, as from optax.MultiSteps."""
     if params is None or jax.tree.structure(params) != jax.tree.structure(per_sample_grads):
         return  # without parameters, or under other names, there is nothing to compare with
-    paths, params_leaves = _paths(per_sample_grads), jax.tree.leaves(params)
-    for path, leaf, axis, param in zip(paths, *stack, params_leaves, strict=True):
+    named = jax.tree_util.tree_leaves_with_path(per_sample_grads)
+    params_leaves = jax.tree.leaves(params)
+    for (path, _), leaf, axis, param in zip(named, *stack, params_leaves, strict=True):
         one_sample = leaf.shape[:axis] + leaf.shape[axis + 1 :]
         if one_sample != jnp.shape(param):
             raise ValueError(
-                f"{path} is {_describe(leaf)}: without its sample axis {axis} that is "
+                f"per_sample_grads{jax.tree_util.keystr(path)} is {described(leaf)}: without its "
+                f"sample axis {axis} that is "
                 f"{list(one_sample)}, but the parameter has shape {list(jnp.shape(param))}. "
                 f"Stack per-sample gradients with jax.vmap(jax.grad(loss), …). {_PUT_IT_FIRST}"
             )
@@ -135,10 +123,10 @@ def _accumulation_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def norm_dtype(leaves: list[jax.Array]) -> Any:
+def norm_dtype(leaves: Sequence[Any]) -> Any:
     dtype = jnp.dtype(jnp.float32)
     for leaf in leaves:
-        dtype = jnp.promote_types(dtype, leaf.dtype)
+        dtype = jnp.promote_types(dtype, dtype_of(leaf))
     return dtype
 
 

@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from psclip_optax.thresholds import GrowingThreshold, concrete
+from psclip_optax.arrays import described
+from psclip_optax.thresholds import GrowingThreshold, check_number, concrete
 
 Verdict: TypeAlias = Literal["heavy", "light", "undecided"]
 
@@ -215,7 +216,10 @@ def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstim
       Statistics 3(5), 1975.
     """
     positive = _positive(_as_norms(norms))
-    k = operator.index(k)
+    try:
+        k = operator.index(k)
+    except TypeError as error:
+        raise TypeError(f"hill_estimator expects an int as `k`, got {k!r}") from error
     if not 1 <= k < len(positive):
         raise ValueError(
             f"hill_estimator expects 1 ≤ k < {len(positive)}, the number of positive norms, got {k}"
@@ -380,8 +384,7 @@ def moment_scale(norms: Any, p: float, *, confidence: float = 0.95) -> MomentSca
       the body and that of the fitted tail).
     """
     values = _as_norms(norms)
-    if not 0 < p < math.inf:
-        raise ValueError(f"moment_scale expects a finite order p > 0, got {p!r}")
+    check_number("moment_scale", "p", p, lowest=0, open_ends=(True, True))
     return _moment_scale(values, float(p), _tail_index(values, confidence))
 
 
@@ -432,7 +435,11 @@ def suggest_threshold(norms: Any, *, confidence: float = 0.95) -> SuggestedThres
 
 
 def _as_norms(norms: Any) -> np.ndarray:
-    known = concrete(norms)
+    expected = "psc.tails expects norms of a real dtype and shape [n], one a sample"
+    try:
+        known = concrete(norms)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{expected}, got {described(norms)}") from error
     if known is None:
         raise TypeError(
             "psc.tails looks at concrete norms, on the host, but got traced ones; return the norms "
@@ -440,11 +447,11 @@ def _as_norms(norms: Any) -> np.ndarray:
         )
     came = f"{known.dtype}{list(known.shape)}"
     if not (jnp.issubdtype(known.dtype, jnp.floating) or jnp.issubdtype(known.dtype, jnp.integer)):
-        raise TypeError(f"psc.tails expects norms of a real dtype, got {came}")
+        raise TypeError(f"{expected}, got {came}")
     if known.ndim != 1:
         raise ValueError(
-            f"psc.tails expects norms of shape [n], one a sample, got {came}; those of several "
-            "batches go into one array by norms.ravel() or jnp.concatenate"
+            f"{expected}, got {came}; those of several batches go into one array by norms.ravel() "
+            "or jnp.concatenate"
         )
     values = known.astype(np.float64)
     num_nonfinite = np.count_nonzero(~np.isfinite(values))
@@ -617,8 +624,7 @@ def _around(index: Any, k: Any, critical: float) -> tuple[Any, Any]:
 
 
 def _normal_quantile(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence lies between 0 and 1, as 0.95 does, got {confidence!r}")
+    check_number("psc.tails", "confidence", confidence, lowest=0, highest=1, open_ends=(True, True))
     return statistics.NormalDist().inv_cdf((1 + confidence) / 2)
 
 

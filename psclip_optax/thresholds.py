@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psclip_optax.arrays import as_array, described, dtype_of
+
 Threshold: TypeAlias = Callable[[jax.Array], jax.Array]
 _Class = TypeVar("_Class", bound=type)
 
@@ -60,10 +62,10 @@ _SCALAR_POSITION = (
 
 
 def concrete(x: Any) -> np.ndarray | None:
-    """The value of `x`, or None while it is being traced."""
+    """The value of `x`, or None while it is being traced, or is on other processes' devices."""
     try:
         return np.asarray(x)
-    except jax.errors.TracerArrayConversionError:
+    except (jax.errors.TracerArrayConversionError, RuntimeError):
         return None
 
 
@@ -77,15 +79,13 @@ def check_number(
     open_ends: tuple[bool, bool] = (False, False),
 ) -> None:
     """Refuse what is no real scalar or, where the value is known, lies outside the interval."""
-    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or isinstance(
-        value, bool
-    ):
+    is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
+    if not (isinstance(value, int | float) or is_array) or not _is_numeric(dtype_of(value)):
         raise TypeError(f"{owner} expects a real number as `{name}`, got {value!r}")
     if np.shape(value) or jnp.iscomplexobj(value):
-        dtype = jnp.result_type(value)
         raise ValueError(
-            f"{owner} expects a real scalar as `{name}`, got {dtype}{list(np.shape(value))}; for "
-            "one threshold per sample pass a callable, `lambda k: taus[k - 1]`"
+            f"{owner} expects a real scalar as `{name}`, got {described(value)}; for one threshold "
+            "per sample pass a callable, `lambda k: taus[k - 1]`"
         )
     known = concrete(value)
     if known is None:
@@ -94,19 +94,23 @@ def check_number(
     is_inside = lowest <= number <= highest
     if not is_inside or (number == lowest and open_ends[0]) or (number == highest and open_ends[1]):
         expected = f"{'>' if open_ends[0] else '>='} {lowest:g}"
-        if highest < math.inf:
+        if highest < math.inf or open_ends[1]:
             expected += f" and {'<' if open_ends[1] else '<='} {highest:g}"
         raise ValueError(f"{owner} expects `{name}` {expected}, got {number:g}")
 
 
-def _as_positions(positions: Any) -> jax.Array:
-    positions = jnp.asarray(positions)
+def _is_numeric(dtype: Any) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.number)
+
+
+def as_positions(positions: Any) -> jax.Array:
+    positions = as_array(positions, "positions are 1-based integers k = 1, 2, …, of shape [n]")
     if positions.ndim == 0:
         raise TypeError(_SCALAR_POSITION)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(
-            "positions are 1-based integers k = 1, 2, …, but came as "
-            f"{positions.dtype}{list(positions.shape)}; cast them with .astype(int)"
+            f"positions are 1-based integers k = 1, 2, …, but came as {described(positions)}; cast "
+            "them with .astype(int)"
         )
     known = concrete(positions)
     if known is not None and (known < 1).any():
@@ -166,7 +170,7 @@ class ConstantThreshold:
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
         """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
         self.__post_init__()
-        positions = _as_positions(positions)
+        positions = as_positions(positions)
         return jnp.full(positions.shape, self.value, dtype=jnp.result_type(float))
 
 
@@ -211,7 +215,7 @@ class GrowingThreshold:
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
         """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
         self.__post_init__()
-        positions = _as_positions(positions).astype(jnp.result_type(float))
+        positions = as_positions(positions).astype(jnp.result_type(float))
         alpha = jnp.asarray(self.alpha, positions.dtype)
         beta = jnp.asarray(self.beta, positions.dtype)
         # A growth that overflows stays finite, for α = 0 would turn ∞ into NaN.
@@ -221,6 +225,10 @@ class GrowingThreshold:
 
 constant_threshold = ConstantThreshold
 growing_threshold = GrowingThreshold
+
+
+def _is_real(dtype: Any) -> bool:
+    return _is_numeric(dtype) and not jnp.issubdtype(dtype, jnp.complexfloating)
 
 
 def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
@@ -234,11 +242,22 @@ def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
 
 def thresholds_at(threshold: Threshold, positions: jax.Array, dtype: Any) -> jax.Array:
     """τ at `positions`, shape [n], checked and cast to `dtype`."""
-    taus = jnp.asarray(threshold(positions))
-    if taus.shape != positions.shape or jnp.iscomplexobj(taus):
+    try:
+        came = threshold(positions)
+    except Exception as error:
+        error.add_note(
+            f"The threshold {threshold!r} was called with positions, {described(positions)}, for a "
+            "norm at each."
+        )
+        raise
+    expected = (
+        f"a threshold gives one real norm per position, {list(positions.shape)} of them from "
+        f"{threshold!r}"
+    )
+    taus = as_array(came, expected)
+    if taus.shape != positions.shape or not _is_real(taus.dtype):
         raise ValueError(
-            f"a threshold gives one real norm per position, {list(positions.shape)} of them, but "
-            f"{threshold!r} gave {taus.dtype}{list(taus.shape)}"
+            f"{expected}, got {described(taus)}; a number stands for the same at all positions"
         )
     known = concrete(taus)
     if known is not None and not (known >= 0).all():

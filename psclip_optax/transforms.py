@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes, stacks
 from psclip_optax.adaptive import as_adaptive
+from psclip_optax.arrays import PART_IT_OFF, array_leaves, described, dtype_of, is_integer
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
@@ -183,12 +183,20 @@ def _next_state(
 
 
 def _check_sample_axis(sample_axis: Any) -> int:
-    if isinstance(sample_axis, jax.Array):
+    if not is_integer(sample_axis):
         raise TypeError(
             f"sample_axis is a Python int, got {sample_axis!r}; under optax.inject_hyperparams add "
             "static_args=('sample_axis',)"
         )
-    return operator.index(sample_axis)
+    return int(sample_axis)
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, PerSampleClipState):
+        raise TypeError(
+            "per_sample_clip's update takes (per_sample_grads, state, params) with a "
+            f"PerSampleClipState from its init or its last update, got {described(state)}"
+        )
 
 
 def per_sample_clip(
@@ -243,7 +251,7 @@ def per_sample_clip(
 
     Raises:
       TypeError: a leaf is not real floating-point, the threshold is neither a number nor a
-        callable.
+        callable, or the state is another one's.
       ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
         leaves, shapes do not fit the parameters, mask or positions are not of shape [n], or
         the transformation is wrapped in ``optax.masked``, ``optax.MultiSteps`` or the like.
@@ -275,7 +283,8 @@ def per_sample_clip(
 
     def init(params: optax.Params) -> PerSampleClipState:
         stacks.refuse_masked_nodes(params)
-        floats = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
+        leaves = array_leaves("params", params, PART_IT_OFF)
+        floats = [p for _, p in leaves if jnp.issubdtype(dtype_of(p), jnp.floating)]
         # An array of its own for each field: a donated state may not hold one twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
         numbers = [jnp.zeros((), stacks.norm_dtype(floats)) for _ in range(3)]
@@ -291,6 +300,7 @@ def per_sample_clip(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         del extra_args
+        _check_state(state)
         threshold = rule.threshold(state.threshold_state)
         arguments = (per_sample_grads, state, params, sample_mask, positions, threshold)
         mesh = meshes.explicit_mesh(arguments)
@@ -307,6 +317,7 @@ def per_sample_clip(
         positions: Any,
         threshold: Threshold,
     ) -> tuple[optax.Updates, PerSampleClipState]:
+        meshes.check_axis_name(axis_name)
         stack = stacks.check_stack(per_sample_grads, sample_axis)
         stacks.check_against_params(stack, per_sample_grads, params)
         stacks.warn_if_beyond_memory(stack)

@@ -369,7 +369,9 @@ def test_numbers_may_be_traced():
         ),
         (lambda: psc.track_norms(psc.constant_threshold(1.0)), TypeError, "which has none"),
         (
-            lambda: psc.track_norms(RULES["moment"]).update({}, None, None),
+            lambda: psc.track_norms(RULES["moment"]).update(
+                {}, psc.track_norms(RULES["moment"]).init({})
+            ),
             TypeError,
             r"expects the norms.*norms=stats\.norms",
         ),

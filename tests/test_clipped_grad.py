@@ -600,7 +600,7 @@ def test_one_pass_never_makes_an_array_of_all_samples_gradients():
         (lambda: psc.clipped_grad(lambda p, x: jnp.sum(x > 0), 1.0)(PARAMS, jnp.ones((4, 3))), "real floating-point scalar, got int32"),
         (lambda: psc.clipped_grad(loss, 1.0)({"w": jnp.ones(3, int)}, jnp.ones((4, 3)), jnp.ones(4)), r"params\['w'\] is int32\[3\]"),
         (lambda: psc.clipped_grad(loss, 1.0)({"w": jnp.ones(3) * 1j}, jnp.ones((4, 3)), jnp.ones(4)), r"params\['w'\] is complex64\[3\]"),
-        (lambda: psc.clipped_grad(loss, 1.0)({}, jnp.ones((4, 3)), jnp.ones(4)), "params has no leaves"),
+        (lambda: psc.clipped_grad(loss, 1.0)({}, jnp.ones((4, 3)), jnp.ones(4)), "params has no arrays to take gradients of, got {}"),
         (lambda: psc.clipped_grad(loss, 1.0)(PARAMS, jnp.ones((4, 3)), jnp.ones(4), sample_mask=jnp.ones(3, bool)), r"shape \[4\].*got bool\[3\]"),
         (lambda: psc.clipped_grad(loss, 1.0)(PARAMS, jnp.ones((4, 3)), jnp.ones(4), positions=jnp.ones(3, int)), r"shape \[4\].*got int32\[3\]"),
     ],

@@ -1,5 +1,4 @@
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -339,8 +338,8 @@ def with_value(value):
         (np.float64(1), ValueError, r"shape \[n\].*float64\[\]"),
         (np.full(1000, 3.0), ValueError, "26 largest norms are equal.*before clipping"),
         (np.minimum(NORMS, 2.0), ValueError, "26 largest norms are equal.*before clipping"),
-        (NORMS.astype(complex), TypeError, r"real dtype, got complex128\[1000\]"),
-        (NORMS > 2, TypeError, r"real dtype, got bool\[1000\]"),
+        (NORMS.astype(complex), TypeError, r"real dtype.*, got complex128\[1000\]"),
+        (NORMS > 2, TypeError, r"real dtype.*, got bool\[1000\]"),
         (["a"] * 1000, TypeError, "real dtype"),
         (None, TypeError, "real dtype"),
     ],
@@ -372,17 +371,17 @@ def test_k_out_of_range_is_refused(k):
 
 
 def test_k_that_is_no_integer_is_refused():
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(TypeError, match="hill_estimator expects an int as `k`"):
         tails.hill_estimator(NORMS, 10.5)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("p", [0, -1.0, math.nan, math.inf])
 def test_order_out_of_range_is_refused(p):
-    with pytest.raises(ValueError, match=rf"p > 0, got {re.escape(repr(p))}"):
+    with pytest.raises(ValueError, match=f"`p` > 0 and < inf, got {p:g}"):
         tails.moment_scale(NORMS, p)
 
 
 @pytest.mark.parametrize("confidence", [0, 1, 95, math.nan])
 def test_confidence_out_of_range_is_refused(confidence):
-    with pytest.raises(ValueError, match=r"between 0 and 1, as 0.95"):
+    with pytest.raises(ValueError, match="`confidence` > 0 and < 1, got"):
         tails.suggest_threshold(NORMS, confidence=confidence)

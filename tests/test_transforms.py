@@ -509,7 +509,7 @@ def test_bad_gradients_are_refused(grads, kwargs, message):
         (lambda: psc.per_sample_clip("big"), "real number as `value`, got 'big'"),
         (lambda: psc.per_sample_clip(1.0, on_nonfinite="zero"), "\"propagate\", got 'zero'"),
         (lambda: psc.per_sample_clip(1.0, sample_axis=jnp.array(0)), "static_args="),
-        (lambda: psc.per_sample_clip(1.0, sample_axis=0.5), "cannot be interpreted as an integer"),
+        (lambda: psc.per_sample_clip(1.0, sample_axis=0.5), "sample_axis is a Python int, got 0.5"),
         (lambda: clip(stack(3), lambda k: k[:2] * 1.0), r"one real norm per position, \[3\].*float32\[2\]"),
         (lambda: clip(stack(3), lambda k: 1.0), r"one real norm per position, \[3\].*\[\]"),
         (lambda: clip(stack(3), lambda k: k * 1j), r"one real norm.*complex64\[3\]"),

@@ -10,6 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from psclip_optax import meshes
+from psclip_optax.arrays import (
+    array_leaves,
+    described,
+    described_tree,
+    dtype_of,
+    float_leaves,
+    is_integer,
+)
+
 
 class Call(NamedTuple):
     """One call's arguments, checked and taken apart.
@@ -54,13 +64,12 @@ def take_apart(
       keep_batch_dim: whether an example keeps an axis of size 1 there.
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
     """
-    _check_params(params)
-    leaves, treedef = jax.tree.flatten(params)
-    leaves = [varying(jnp.asarray(leaf), axis_name) for leaf in leaves]
+    meshes.check_axis_name(axis_name)
+    treedef = jax.tree.structure(params)
+    leaves = [varying(leaf, axis_name) for leaf in _checked_params(params)]
     axes = axes_of_leaves(in_axes, batch)
-    batch_leaves, batch_treedef = jax.tree.flatten(batch)
-    batch_leaves = [jnp.asarray(leaf) for leaf in batch_leaves]
-    _check_batch(batch, batch_leaves, axes)
+    batch_treedef = jax.tree.structure(batch)
+    batch_leaves = _checked_batch(batch, axes)
     examples = [
         jnp.moveaxis(leaf, axis, 0)
         for leaf, axis in zip(batch_leaves, axes, strict=True)
@@ -74,8 +83,14 @@ def take_apart(
             leaf if axis is None else _restored(next(own), axis, keep_batch_dim)
             for leaf, axis in zip(batch_leaves, axes, strict=True)
         ]
-        result = loss(treedef.unflatten(leaves), *batch_treedef.unflatten(arguments))
+        example_tree = batch_treedef.unflatten(arguments)
+        try:
+            result = loss(treedef.unflatten(leaves), *example_tree)
+        except Exception as error:
+            error.add_note(_called_for_one(example_tree, keep_batch_dim))
+            raise
         value, aux = _value_and_aux(result, has_aux)
+        array_leaves("aux", aux, "aux is stacked over the samples, so close over what is no array")
         aux_leaves, aux_treedef = jax.tree.flatten(aux)
         aux_treedefs.append(aux_treedef)
         return [value, *aux_leaves]
@@ -114,70 +129,89 @@ def axes_of_leaves(in_axes: Any, batch: tuple[Any, ...]) -> list[int | None]:
     """The axis of samples of each leaf, None where all share it."""
 
     def is_axis(node: Any) -> bool:
-        return node is None or isinstance(node, int)
+        return node is None or is_integer(node)
 
-    if is_axis(in_axes):
-        in_axes = (in_axes,) * len(batch)
+    given = (in_axes,) * len(batch) if is_axis(in_axes) else in_axes
     try:
         filled = jax.tree.map(
             lambda axis, part: [axis] * len(jax.tree.leaves(part)),
-            tuple(in_axes),
+            tuple(given),
             tuple(batch),
             is_leaf=is_axis,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError):
+        filled = None
+    axes = jax.tree.leaves(filled, is_leaf=is_axis)
+    if filled is None or not all(map(is_axis, axes)):
         raise ValueError(
             f"in_axes is an int, None, or a tuple with one of them (or a tree prefix) for each of "
             f"the {len(batch)} arguments after params, got {in_axes!r}"
-        ) from error
-    return jax.tree.leaves(filled, is_leaf=is_axis)
+        )
+    return axes
 
 
-def _check_params(params: Any) -> None:
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    if not paths:
-        raise ValueError(f"params has no leaves to differentiate: {params!r}")
-    for path, leaf in paths:
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is {dtype}{list(jnp.shape(leaf))}, but "
-                "gradients are taken of real floating-point parameters; close over the others, or "
-                "part them off (eqx.partition, nnx.split)"
-            )
+def _checked_params(params: Any) -> list[jax.Array]:
+    leaves = float_leaves("params", params)
+    if not leaves:
+        raise ValueError(
+            f"params has no arrays to take gradients of, got {params!r}; they are the first "
+            "argument, f(params, *batch)"
+        )
+    return [leaf for _, leaf in leaves]
 
 
-def _check_batch(batch: Any, leaves: list[jax.Array], axes: list[int | None]) -> None:
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
-    described = [
-        f"batch{path}: {leaf.dtype}{list(leaf.shape)} (axis {axis})"
-        for path, leaf, axis in zip(paths, leaves, axes, strict=True)
-    ]
+def _checked_batch(batch: Any, axes: list[int | None]) -> list[jax.Array]:
+    named = array_leaves(
+        "batch", batch, "batch arguments are arrays, or trees of them; close over what is none"
+    )
+    leaves = [jnp.asarray(leaf) for _, leaf in named]
     batched = [(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     lacks_axis = any(not -leaf.ndim <= axis < leaf.ndim for leaf, axis in batched)
     sizes = set() if lacks_axis else {leaf.shape[axis] for leaf, axis in batched}
     if len(sizes) != 1:
+        came = [
+            f"{path}: {described(leaf)} (axis {axis})"
+            for (path, leaf), axis in zip(named, axes, strict=True)
+        ]
         raise ValueError(
-            "the arguments after params hold the n samples on the axes that in_axes names, the "
-            f"same n ≥ 1 in each and in one at least, got {', '.join(described) or 'none'}; "
-            "write in_axes=None for an argument that all samples share"
+            "f(params, *batch) takes the samples on the axes that in_axes names, the same number "
+            f"in each argument and in one at least, got {', '.join(came) or 'none'}; write "
+            "in_axes=None for an argument that all samples share, jnp.asarray(…) around a list of "
+            "numbers, and jax.random.split(key, n) for a key"
         )
+    return leaves
+
+
+def _called_for_one(example: Any, keep_batch_dim: bool) -> str:
+    arguments = ", ".join(["params", *map(described_tree, example)])
+    hint = (
+        "with an axis of size 1 for the batch, for keep_batch_dim is True"
+        if keep_batch_dim
+        else "without a batch axis; one that is written for batches needs keep_batch_dim=True"
+    )
+    return f"The loss was called for ONE example, as loss({arguments}), {hint}."
 
 
 def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-        raise TypeError(f"with has_aux=True the loss returns (loss, aux), got {type(result)}")
+        raise TypeError(
+            f"with has_aux=True the loss returns (loss, aux), got {described_tree(result)}; return "
+            "the pair, or write has_aux=False"
+        )
     value: Any
     value, aux = result if has_aux else (result, ())
-    if jax.tree.structure(value) != jax.tree.structure(0) or jnp.shape(value):
-        what = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", value)
+    dtype = dtype_of(value)
+    if dtype is None or jnp.shape(value):
         raise TypeError(
-            f"the loss is of ONE example and returns a scalar, got {what}; average what is left of "
-            "it, write has_aux=True if it returns (loss, aux), or keep_batch_dim=True if it is "
-            "written for batches"
+            f"the loss is of ONE example and returns a scalar, got {described_tree(value)}; "
+            "average what is left of it, write has_aux=True if it returns (loss, aux), or "
+            "keep_batch_dim=True if it is written for batches"
         )
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise TypeError(f"the loss is a real floating-point scalar, got {jnp.result_type(value)}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"the loss is a real floating-point scalar, got {described(value)}; cast an integer "
+            "with .astype(float), and take the real part of what is complex"
+        )
     return value, aux
 
 

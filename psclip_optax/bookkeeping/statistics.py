@@ -58,7 +58,8 @@ def _of_input(shape: tuple[int, ...]) -> FromExample:
     return FromExample(frozenset([0] if shape[:1] == (1,) else []))
 
 
-def _message(places: Sequence[str]) -> str:
+def _message(found: Sequence[str]) -> str:
+    places = [place for place in found if place] or ["a line that JAX does not tell"]
     more = f"\n  and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
     return (
         "the loss of one example takes statistics over a batch axis of size 1, as batch "
@@ -133,7 +134,7 @@ class _Walk(NamedTuple):
         is_choice = name == "cond"
         bodies = [b.jaxpr for b in eqn.params["branches"]] if is_choice else [inner_jaxpr(eqn)[0]]
         outs = [self.jaxpr(body, _last(kinds, body)) for body in bodies]
-        return [_either(*kinds) for kinds in zip(*outs, strict=True)]
+        return [_placed(_either(*kinds), _place(eqn)) for kinds in zip(*outs, strict=True)]
 
     def scan(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
         num_consts, num_carry = scan_counts(eqn)
@@ -164,6 +165,13 @@ def _place(eqn: core.JaxprEqn) -> str:
     scope = str(eqn.source_info.name_stack)
     line = source_info_util.summarize(eqn.source_info)
     return f"{line} in {scope}" if scope else line
+
+
+def _placed(kind: Kind, place: str) -> Kind:
+    """With the line of a call for what JAX tells no line of, as inside its own functions."""
+    if kind is None or "" not in kind.statistics:
+        return kind
+    return kind._replace(statistics=kind.statistics - {""} | {place})
 
 
 def _is_statistic(eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> bool:

@@ -20,7 +20,7 @@ from rich.progress import Progress
 _TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 16
 _USE_A_COPY = "or pass --data-dir with an existing copy"
-_FETCH_AGAIN = "use a fresh copy of the official archive"
+FETCH_AGAIN = "use a fresh copy of the official archive"
 
 # What `pickle` and the stand-ins below raise on bytes that are no valid pickle of arrays.
 _MALFORMED = (
@@ -159,10 +159,10 @@ def read_pickles(
         contents = read(source, folder, filenames)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise DatasetError(f"cannot read {source}: {reason}; {_FETCH_AGAIN}") from error
+        raise DatasetError(f"cannot read {source}: {reason}; {FETCH_AGAIN}") from error
     missing = [name for name in filenames if name not in contents]
     if missing:
-        raise DatasetError(f"{source}: expected {folder}/{missing[0]}, not found; {_FETCH_AGAIN}")
+        raise DatasetError(f"{source}: expected {folder}/{missing[0]}, not found; {FETCH_AGAIN}")
     return contents
 
 
@@ -223,7 +223,7 @@ def load_pickle(file: IO[bytes], name: str) -> dict[Any, Any]:
         content = _ArrayUnpickler(file, name).load()
         if not isinstance(content, dict):
             raise DatasetError(
-                f"{name}: expected a pickled dict, got a {type(content).__name__}; {_FETCH_AGAIN}"
+                f"{name}: expected a pickled dict, got a {type(content).__name__}; {FETCH_AGAIN}"
             )
         return {
             key: value.to_numpy(name) if isinstance(value, _PickledArray) else value
@@ -231,7 +231,7 @@ def load_pickle(file: IO[bytes], name: str) -> dict[Any, Any]:
         }
     except _MALFORMED as error:
         raise DatasetError(
-            f"{name}: not a readable pickle ({type(error).__name__}); {_FETCH_AGAIN}"
+            f"{name}: not a readable pickle ({type(error).__name__}); {FETCH_AGAIN}"
         ) from error
 
 
@@ -246,7 +246,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             # repr: the name is the file's, and may hold line breaks and escape sequences.
             refused = repr(f"{module_name}.{global_name}")
             raise DatasetError(
-                f"{self._name}: refused to load {refused}, which no array needs; {_FETCH_AGAIN}"
+                f"{self._name}: refused to load {refused}, which no array needs; {FETCH_AGAIN}"
             )
         return stand_in
 
@@ -268,7 +268,7 @@ class _PickledDtype:
         code = self.byte_order + self.code
         if not re.fullmatch(r"[|<>=][biuf][1248]", code):
             raise DatasetError(
-                f"{name}: expected bool, int or float arrays, got dtype {code!r}; {_FETCH_AGAIN}"
+                f"{name}: expected bool, int or float arrays, got dtype {code!r}; {FETCH_AGAIN}"
             )
         return np.dtype(code)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from psclip_optax.arrays import described, is_integer
+from psclip_optax.thresholds import check_number
 from psclip_optax.training.datasets import (
     Split,
     check_images,
@@ -30,6 +32,7 @@ def with_label_noise(labels: np.ndarray, rate: float, num_classes: int, seed: in
 
     Raises:
       ValueError: an argument is out of range.
+      TypeError: `rate` is no number.
 
     Example:
       >>> with_label_noise(np.int32([0, 1, 1]), rate=1.0, num_classes=2, seed=0)
@@ -38,12 +41,11 @@ def with_label_noise(labels: np.ndarray, rate: float, num_classes: int, seed: in
     References:
       Natarajan et al., "Learning with Noisy Labels", NeurIPS 2013.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate: expected a probability in [0, 1], got {rate}")
-    if num_classes < 2:
-        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"labels: expected int [N], got {labels.dtype} {list(labels.shape)}")
+    check_number("with_label_noise", "rate", rate, lowest=0, highest=1)
+    if not is_integer(num_classes) or num_classes < 2:
+        raise ValueError(f"num_classes: expected an int of at least 2, got {num_classes!r}")
+    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels: expected a NumPy array, int [N], got {described(labels)}")
     if np.any((labels < 0) | (labels >= num_classes)):
         raise ValueError(
             f"labels: expected 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}"
@@ -73,6 +75,7 @@ def with_student_t_pixels(
 
     Raises:
       ValueError: an argument is out of range.
+      TypeError: one is no number.
 
     Example:
       >>> with_student_t_pixels(np.ones([3, 1, 1, 1], np.float32), 2.0, seed=0).shape
@@ -81,12 +84,9 @@ def with_student_t_pixels(
     References:
       Zhang et al., "Why are Adaptive Methods Good for Attention Models?", NeurIPS 2020.
     """
-    if not 0 < degrees_of_freedom < np.inf:
-        raise ValueError(
-            f"degrees_of_freedom: expected a finite number above 0, got {degrees_of_freedom}"
-        )
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: expected a probability in [0, 1], got {fraction}")
+    owner = "with_student_t_pixels"
+    check_number(owner, "degrees_of_freedom", degrees_of_freedom, lowest=0, open_ends=(True, True))
+    check_number(owner, "fraction", fraction, lowest=0, highest=1)
     check_images(images)
     is_multiplied = random_generator(seed, "pixel choices").random(len(images)) < fraction
     factors = random_generator(seed, "pixel factors").standard_t(degrees_of_freedom, len(images))

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pooch
 
-from psclip_optax.training.archives import DatasetError, fetch_archive, read_pickles
+from psclip_optax.arrays import described, is_integer
+from psclip_optax.training.archives import FETCH_AGAIN, DatasetError, fetch_archive, read_pickles
 
 
 class Split(NamedTuple):
@@ -240,10 +241,10 @@ def train_validation_split(split: Split, *, num_validation: int, seed: int) -> t
       ([0, 0, 1, 1], [0, 1])
     """
     num_examples = check_split(split)
-    if not 0 <= num_validation < num_examples:
+    if not is_integer(num_validation) or not 0 <= num_validation < num_examples:
         raise ValueError(
-            f"num_validation: expected 0 to {num_examples - 1}, so that some of the "
-            f"{num_examples} examples are left to train on, got {num_validation}"
+            f"num_validation: expected an int, 0 to {num_examples - 1}, so that some of the "
+            f"{num_examples} examples are left to train on, got {num_validation!r}"
         )
     shuffled = random_generator(seed, "validation split").permutation(num_examples)
     by_class = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
@@ -289,8 +290,8 @@ def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Genera
       >>> crop == again, crop == flip
       (True, False)
     """
-    if seed < 0:
-        raise ValueError(f"seed: expected a non-negative int, got {seed}")
+    if not is_integer(seed) or seed < 0:
+        raise ValueError(f"seed: expected a non-negative int, got {seed!r}")
     return np.random.default_rng([seed, *purpose.encode(), *indices])
 
 
@@ -306,10 +307,11 @@ def check_images(images: np.ndarray):
     Example:
       >>> check_images(np.zeros([3, 8, 8, 1], np.uint8))
     """
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+    is_array = isinstance(images, np.ndarray)
+    if not is_array or images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
         raise ValueError(
-            "images: expected uint8 or float32 [N, H, W, C], "
-            f"got {images.dtype} {list(images.shape)}"
+            "images: expected a NumPy array, uint8 or float32 [N, H, W, C], got "
+            f"{described(images)}"
         )
 
 
@@ -329,12 +331,15 @@ def check_split(split: Split) -> int:
       >>> check_split(Split(np.zeros([3, 8, 8, 1], np.uint8), np.zeros([3], np.int32)))
       3
     """
+    if not isinstance(split, Split):
+        raise ValueError(f"split: expected a Split of images and labels, got {described(split)}")
     images, labels = split
     check_images(images)
-    if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+    is_array = isinstance(labels, np.ndarray)
+    if not is_array or labels.dtype != np.int32 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels: expected int32 [{len(images)}], one label an image, "
-            f"got {labels.dtype} {list(labels.shape)}"
+            f"labels: expected a NumPy array, int32 [{len(images)}], one label an image, got "
+            f"{described(labels)}"
         )
     if not len(images):
         raise ValueError("split: expected at least one example, got none")
@@ -398,23 +403,25 @@ def _load_cifar(name: str, source: pathlib.Path) -> Dataset:
 def _cifar_split(content: dict[Any, Any], archive: _CifarArchive, where: str) -> Split:
     data = _entry(content, b"data", where)
     if not isinstance(data, np.ndarray):
-        raise DatasetError(f"{where}: expected an array at b'data', got a {type(data).__name__}")
+        raise DatasetError(
+            f"{where}: expected an array at b'data', got a {type(data).__name__}; {FETCH_AGAIN}"
+        )
     if data.dtype != np.uint8 or data.shape != (len(data), 3 * 32 * 32) or not len(data):
         raise DatasetError(
-            f"{where}: expected b'data' of uint8 [N, 3072], got {data.dtype} {list(data.shape)}"
+            f"{where}: expected b'data' of uint8 [N, 3072], got {described(data)}; {FETCH_AGAIN}"
         )
     labels = _entry(content, archive.labels_key, where)
     if not isinstance(labels, list) or len(labels) != len(data):
         size = f" of {len(labels)}" if isinstance(labels, list) else ""
         raise DatasetError(
             f"{where}: expected a list of {len(data)} at {archive.labels_key}, one label an "
-            f"image, got a {type(labels).__name__}{size}"
+            f"image, got a {type(labels).__name__}{size}; {FETCH_AGAIN}"
         )
     is_label = [type(label) is int and 0 <= label < archive.num_classes for label in labels]
     if not all(is_label):
         raise DatasetError(
             f"{where}: expected {archive.labels_key} of 0 to {archive.num_classes - 1}, "
-            f"got {labels[is_label.index(False)]!r}"
+            f"got {labels[is_label.index(False)]!r}; {FETCH_AGAIN}"
         )
     channels_last = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(np.ascontiguousarray(channels_last), np.array(labels, np.int32))
@@ -426,12 +433,13 @@ def _label_names(content: dict[Any, Any], archive: _CifarArchive, where: str) ->
     if not is_names or len(names) != archive.num_classes:
         raise DatasetError(
             f"{where}: expected a list of {archive.num_classes} names (bytes) at "
-            f"{archive.names_key}, got {str(names)[:80]!r}"
+            f"{archive.names_key}, got {str(names)[:80]}; {FETCH_AGAIN}"
         )
     return tuple(name.decode(errors="replace") for name in names)
 
 
 def _entry(content: dict[Any, Any], key: bytes, where: str) -> Any:
     if key not in content:
-        raise DatasetError(f"{where}: expected the key {key}, got {sorted(map(str, content))}")
+        found = ", ".join(sorted(map(repr, content)))
+        raise DatasetError(f"{where}: expected the key {key}, got {found}; {FETCH_AGAIN}")
     return content[key]

@@ -124,6 +124,12 @@ METHODS: dict[MethodName, Method] = {
 }
 
 
+def _method(name: str) -> Method:
+    if name not in list(METHODS):
+        raise ValueError(f"name: expected one of {', '.join(map(repr, METHODS))}, got {name!r}")
+    return METHODS[name]
+
+
 def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
     """The method that a name stands for: clipping at the batch is batch clipping.
 
@@ -134,11 +140,14 @@ def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
     Returns:
       One of `METHODS`.
 
+    Raises:
+      ValueError: `name` is none of them; so do the functions below.
+
     Example:
       >>> method_that_clips("ps-clip", "batch"), method_that_clips("ps-clip", "micro-batch")
       ('batch-clip', 'ps-clip')
     """
-    clips_before = METHODS[name].threshold is not None
+    clips_before = _method(name).threshold is not None
     return "batch-clip" if clips_before and clip_at == "batch" else name
 
 
@@ -156,7 +165,7 @@ def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
       >>> build_gradients("momentum", TaskConfig(accumulate=2))
       {'microbatch_size': 32, 'gradients': 'mean'}
     """
-    threshold = METHODS[name].threshold
+    threshold = _method(name).threshold
     in_parts = config.accumulate > 1 or config.clip_at == "micro-batch"
     size = {"microbatch_size": config.batch_size // config.accumulate if in_parts else None}
     if threshold is None:
@@ -184,6 +193,9 @@ def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule
     Returns:
       An Optax schedule, from a step that counts from 0 to the factor.
 
+    Raises:
+      ValueError: `name` is neither.
+
     Example:
       >>> factor = learning_rate_schedule("cosine", 4)
       >>> [f"{factor(step):.3f}" for step in range(4)]
@@ -191,6 +203,8 @@ def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule
     """
     if name == "constant":
         return optax.constant_schedule(1.0)
+    if name != "cosine":
+        raise ValueError(f"name: expected 'cosine' or 'constant', got {name!r}")
     return optax.cosine_decay_schedule(1.0, num_steps)
 
 
@@ -218,7 +232,7 @@ def build_optimizer(
        {'gradient_norm': Array(10., dtype=float32), 'clipped_share': Array(1., dtype=float32),
         'num_nonfinite': Array(0, dtype=int32)})
     """
-    method = METHODS[name]
+    method = _method(name)
 
     def chain(learning_rate: Any, threshold: Any, beta: Any) -> optax.GradientTransformation:
         return optax.chain(

@@ -14,6 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from psclip_optax.arrays import is_integer
+from psclip_optax.thresholds import check_number
+
 # He's scale keeps the activations' variance through ReLUs; Flax's default (LeCun) halves it each
 # layer, which the deep nets without normalisation feel. The layer that gives the logits keeps it.
 _HE_NORMAL = nn.initializers.he_normal()
@@ -244,6 +247,7 @@ def build_model(
 
     Raises:
       ValueError: On an unknown name, or a number outside its range.
+      TypeError: `width` or `dropout_rate` is no number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -252,12 +256,12 @@ def build_model(
       >>> model.apply(variables, jnp.zeros([5, 8, 8, 1])).shape
       (5, 10)
     """
-    if name not in _MODELS:
+    if name not in list(_MODELS):
         raise ValueError(f"name is one of {', '.join(map(repr, _MODELS))}, got {name!r}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is at least 1, got {num_classes}")
-    if not width > 0:
-        raise ValueError(f"width is positive, got {width}")
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate is in [0, 1), got {dropout_rate}")
+    if not is_integer(num_classes) or num_classes < 1:
+        raise ValueError(f"num_classes is an int of at least 1, got {num_classes!r}")
+    check_number("build_model", "width", width, lowest=0, open_ends=(True, True))
+    check_number(
+        "build_model", "dropout_rate", dropout_rate, lowest=0, highest=1, open_ends=(False, True)
+    )
     return _MODELS[name](num_classes=num_classes, width=width, dropout_rate=dropout_rate)

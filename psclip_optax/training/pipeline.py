@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from psclip_optax.arrays import is_integer
 from psclip_optax.training.datasets import Split, check_split, random_generator, to_unit_scale
 
 Batch = dict[str, np.ndarray]
@@ -215,8 +216,8 @@ def _normalize_gathered(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -
 
 
 def _check_batch_size(batch_size: int):
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size: expected an int of at least 1, got {batch_size!r}")
 
 
 def _local_slice(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -131,12 +131,12 @@ PIXELS = np.zeros((2, 3072), np.uint8)
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({b"fine_labels": [0, 1]}, r"expected the key b'data', got \[.*fine_labels"),
+        ({b"fine_labels": [0, 1]}, r"expected the key b'data', got .*fine_labels"),
         ({b"data": PIXELS}, "expected the key b'fine_labels'"),
         ({b"data": [1, 2], b"fine_labels": [0, 1]}, "expected an array at b'data', got a list"),
-        ({b"data": PIXELS[0], b"fine_labels": [0]}, r"\[N, 3072\], got uint8 \[3072\]"),
-        ({b"data": PIXELS[:, 1:], b"fine_labels": [0, 1]}, r"got uint8 \[2, 3071\]"),
-        ({b"data": PIXELS[:0], b"fine_labels": []}, r"got uint8 \[0, 3072\]"),
+        ({b"data": PIXELS[0], b"fine_labels": [0]}, r"\[N, 3072\], got uint8\[3072\]"),
+        ({b"data": PIXELS[:, 1:], b"fine_labels": [0, 1]}, r"got uint8\[2, 3071\]"),
+        ({b"data": PIXELS[:0], b"fine_labels": []}, r"got uint8\[0, 3072\]"),
         ({b"data": PIXELS, b"fine_labels": [0]}, "expected a list of 2 .* got a list of 1"),
         ({b"data": PIXELS, b"fine_labels": b"01"}, "expected a list of 2 .* got a bytes"),
         ({b"data": PIXELS, b"fine_labels": [0, 100]}, "of 0 to 99, got 100"),
@@ -165,7 +165,7 @@ def test_float_pixels_are_refused(tmp_path: pathlib.Path):
     folder = unpack(cifar100(), tmp_path)
     content = {b"data": PIXELS.astype(np.float32), b"fine_labels": [0, 1]}
     (folder / "train").write_bytes(pickle.dumps(content))
-    with pytest.raises(DatasetError, match=r"got float32 \[2, 3072\]"):
+    with pytest.raises(DatasetError, match=r"got float32\[2, 3072\]"):
         load_dataset("cifar100", data_dir=tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_validation_split_depends_on_the_seed_alone():
 @pytest.mark.parametrize("num_validation", [-1, 1297, 2000])
 def test_validation_split_must_leave_examples(num_validation: int):
     train = load_dataset("digits").train
-    with pytest.raises(ValueError, match=f"expected 0 to 1296, .* got {num_validation}"):
+    with pytest.raises(ValueError, match=f"expected an int, 0 to 1296, .* got {num_validation}"):
         train_validation_split(train, num_validation=num_validation, seed=0)
 
 
@@ -257,10 +257,10 @@ def test_negative_seed_is_an_error():
 @pytest.mark.parametrize(
     ("images", "labels", "expected"),
     [
-        (np.zeros((2, 8, 8)), np.zeros(2, np.int32), r"got float64 \[2, 8, 8\]"),
-        (np.zeros((2, 8, 8, 1)), np.zeros(2, np.int32), r"got float64 \[2, 8, 8, 1\]"),
-        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2), r"int32 \[2\].* got float64 \[2\]"),
-        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(3, np.int32), r"got int32 \[3\]"),
+        (np.zeros((2, 8, 8)), np.zeros(2, np.int32), r"got float64\[2, 8, 8\]"),
+        (np.zeros((2, 8, 8, 1)), np.zeros(2, np.int32), r"got float64\[2, 8, 8, 1\]"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2), r"int32 \[2\].* got float64\[2\]"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(3, np.int32), r"got int32\[3\]"),
         (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32), "at least one example"),
     ],
 )

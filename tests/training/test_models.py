@@ -91,10 +91,10 @@ def test_images_that_pooling_would_leave_empty_are_refused(name, size, expected)
     ("name", "options", "expected"),
     [
         ("vgg", {}, "'mlp', 'small_cnn', 'alexnet', 'resnet18', got 'vgg'"),
-        ("mlp", {"num_classes": 0}, "num_classes is at least 1, got 0"),
-        ("mlp", {"width": 0.0}, "width is positive, got 0.0"),
-        ("mlp", {"width": float("nan")}, "width is positive, got nan"),
-        ("mlp", {"dropout_rate": 1.0}, r"dropout_rate is in \[0, 1\), got 1.0"),
+        ("mlp", {"num_classes": 0}, "num_classes is an int of at least 1, got 0"),
+        ("mlp", {"width": 0.0}, "expects `width` > 0 and < inf, got 0"),
+        ("mlp", {"width": float("nan")}, "expects `width` > 0 and < inf, got nan"),
+        ("mlp", {"dropout_rate": 1.0}, "expects `dropout_rate` >= 0 and < 1, got 1"),
     ],
 )
 def test_what_build_model_refuses(name, options, expected):

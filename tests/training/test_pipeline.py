@@ -211,7 +211,7 @@ def test_evaluation_sees_every_example_once(num_examples: int, batch_size: int):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an int of at least 1, got 0"),
         ({"process_count": 3}, "multiple of process_count=3, got 8; take 6"),
         ({"process_count": 16}, "multiple of process_count=16, got 8; take 16"),
         ({"process_index": 2, "process_count": 2}, "process_index=2, process_count=2"),
@@ -221,7 +221,10 @@ def test_evaluation_sees_every_example_once(num_examples: int, batch_size: int):
         ({"mean": [0.5]}, r"mean: expected 3 finite numbers, one a channel, got \[0.5\]"),
         ({"std": [1.0, float("nan"), 1.0]}, "std: expected 3 finite numbers"),
         ({"std": [1.0, 0.0, 1.0]}, "std: expected positive numbers"),
-        ({"split": Split(SPLIT.images, SPLIT.labels[1:])}, r"labels: expected int32 \[23\]"),
+        (
+            {"split": Split(SPLIT.images, SPLIT.labels[1:])},
+            r"labels: expected a NumPy array, int32 \[23\]",
+        ),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], expected: str):
@@ -231,7 +234,10 @@ def test_arguments_are_checked(options: dict[str, Any], expected: str):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"batch_size": 0}, "batch_size: expected at least 1"), ({"mean": [1.0]}, "mean: expected 3")],
+    [
+        ({"batch_size": 0}, "batch_size: expected an int of at least 1"),
+        ({"mean": [1.0]}, "mean: expected 3"),
+    ],
 )
 def test_evaluation_arguments_are_checked(options: dict[str, Any], expected: str):
     with pytest.raises(ValueError, match=expected):
