@@ -38,8 +38,14 @@ def sources() -> dict[str, str]:
 @event_priority(100)  # before the plugin that makes pages of notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, place in sources().items():
-        files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+        files.append(file_of(path, place, config))
     return files
+
+
+def file_of(path: str, place: str, config: MkDocsConfig) -> File:
+    if path == place:  # the plugin for notebooks knows only files that lie in a folder of sources
+        return File(path, str(ROOT), config.site_dir, config.use_directory_urls)
+    return File.generated(config, place, abs_src_path=str(ROOT / path))
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: Any) -> str:

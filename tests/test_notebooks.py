@@ -25,7 +25,7 @@ def cells(path: pathlib.Path, kind: str) -> list[dict]:
 
 def test_begins_with_a_badge_that_opens_it(path: pathlib.Path):
     first = "".join(cells(path, "markdown")[0]["source"])
-    (target,) = re.findall(r"\]\((https://colab\.research\.google\.com/\S+)\)", first)
+    (target,) = re.findall(r"\]\((https://colab\.research\.google\.com/github/[^)\s]+)\)", first)
     owner = REPOSITORY.removeprefix("https://github.com/")
     assert target == (
         f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{path.name}"
