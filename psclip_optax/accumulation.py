@@ -28,10 +28,10 @@ def accumulate_clipped(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulate gradients of micro-batches, each clipped before it is added.
 
-    :class:`optax.MultiSteps`, but the mean gradient :math:`\bar g_k` of the k-th micro-batch of a
+    `optax.MultiSteps`, but the mean gradient $\bar g_k$ of the k-th micro-batch of a
     window of K is clipped to the norm τ_k first, so that no micro-batch can dominate the sum:
 
-    .. math:: g = \frac1K \sum_{k=1}^K \min(1, \tau_k / \|\bar g_k\|) \, \bar g_k
+    $$g = \frac1K \sum_{k=1}^K \min(1, \tau_k / \|\bar g_k\|) \, \bar g_k$$
 
     k restarts at 1 with each window. A micro-batch that is skipped is not counted.
 
@@ -39,28 +39,28 @@ def accumulate_clipped(
       inner: what takes the accumulated gradient: any Optax optimizer.
       every_k_schedule: K, or a function from the number of updates made so far to it.
       threshold: the largest norm τ_k of the mean gradient of the micro-batch at the 1-based
-        position k in its window: a number, :func:`psc.growing_threshold
-        <psclip_optax.growing_threshold>`, or any callable from integer positions [n] to norms [n].
-        A micro-batch's mean is less noisy than a sample's gradient: its α is smaller.
+        position k in its window: a number, [`psclip_optax.growing_threshold`][], or any callable
+        from integer positions [n] to norms [n]. A micro-batch's mean is less noisy than a sample's
+        gradient: its α is smaller.
       use_grad_mean: whether gradients are averaged over the window, or summed.
-      should_skip_update_fn: as of ``optax.MultiSteps``, such as ``optax.skip_not_finite``; it is
+      should_skip_update_fn: as of `optax.MultiSteps`, such as `optax.skip_not_finite`; it is
         given the gradient before clipping.
       accumulator_dtype: of the accumulated gradient.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` over gradients of the parameters' own shapes,
-      with the ``optax.MultiStepsState`` of ``optax.MultiSteps``. Updates are zero but for every
+      An `optax.GradientTransformationExtraArgs` over gradients of the parameters' own shapes,
+      with the `optax.MultiStepsState` of `optax.MultiSteps`. Updates are zero but for every
       K-th. A gradient that is not finite makes the accumulated one NaN unless it is skipped.
 
     Raises:
-      TypeError: ``inner`` is no gradient transformation, ``every_k_schedule`` neither an int nor a
+      TypeError: `inner` is no gradient transformation, `every_k_schedule` neither an int nor a
         callable that gives one, the threshold neither a number nor a callable,
-        ``should_skip_update_fn`` no callable, ``accumulator_dtype`` or a gradient not real
+        `should_skip_update_fn` no callable, `accumulator_dtype` or a gradient not real
         floating-point, or the state another one's.
-      ValueError: ``every_k_schedule`` is below 1, or the gradients do not have the shapes of the
-        parameters that ``init`` saw, as stacked per-sample gradients.
+      ValueError: `every_k_schedule` is below 1, or the gradients do not have the shapes of the
+        parameters that `init` saw, as stacked per-sample gradients.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> import psclip_optax as psc
       >>> tx = psc.accumulate_clipped(optax.sgd(1.0), 2, psc.growing_threshold(1.0, 1.0))
@@ -74,8 +74,8 @@ def accumulate_clipped(
       [-0.25 -1.  ]
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026 (clipping before accumulation).
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026 (clipping before accumulation).
     """
     _check_inner(inner)
     every_k_schedule = _checked_schedule(every_k_schedule)

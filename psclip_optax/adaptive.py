@@ -1,7 +1,7 @@
 """Adaptive thresholds: they follow the norms, so that no scale has to be known in advance.
 
-Each is an :class:`AdaptiveThreshold`, whose threshold for a batch comes from the norms of the
-batches *before* it. Given the past, γ_k then depends on no sample but its own, as the theory of
+Each is an [`psclip_optax.AdaptiveThreshold`][], whose threshold for a batch comes from the norms of
+the batches *before* it. Given the past, γ_k then depends on no sample but its own, as the theory of
 per-sample clipping needs: with this batch's norms in it, an outlier would raise the threshold that
 it is clipped at. It is also what costs nothing where gradients are not stacked, for there the norms
 come out of the same computation as the clipped gradient. So both faces of the library use it, and
@@ -71,7 +71,7 @@ class RunningMoment(NamedTuple):
 
 
 class MomentState(NamedTuple):
-    """State of :func:`moment_threshold`.
+    """State of `moment_threshold`.
 
     Attributes:
       moment: of the order p, or of a grid of orders if p is estimated.
@@ -84,7 +84,7 @@ class MomentState(NamedTuple):
 
 
 class QuantileState(NamedTuple):
-    """State of :func:`quantile_threshold`.
+    """State of `quantile_threshold`.
 
     Attributes:
       counts: float [4096], how many norms, each discounted, were nearest to 2^(i/32 − 64).
@@ -94,7 +94,7 @@ class QuantileState(NamedTuple):
 
 
 class MinNormState(NamedTuple):
-    """State of :func:`min_norm_threshold`.
+    """State of `min_norm_threshold`.
 
     Attributes:
       smallest: mean over the batches of the smallest norm of each.
@@ -104,7 +104,7 @@ class MinNormState(NamedTuple):
 
 
 class TrackNormsState(NamedTuple):
-    """State of :func:`track_norms`.
+    """State of `track_norms`.
 
     Attributes:
       threshold_state: the state of the adaptive threshold.
@@ -122,8 +122,8 @@ def moment_threshold(
 ) -> AdaptiveThreshold:
     r"""A growing threshold whose scale is a running p-th moment of the norms: no α to tune.
 
-    .. math:: \tau_k = c \, \hat\sigma \, k^{1/p}, \qquad
-       \hat\sigma = \bigl(\operatorname{mean} \|g\|^p\bigr)^{1/p}
+    $$\tau_k = c \, \hat\sigma \, k^{1/p}, \qquad
+    \hat\sigma = \bigl(\operatorname{mean} \|g\|^p\bigr)^{1/p}$$
 
     The moment is that of the norms themselves, not of their deviations from the mean gradient. It
     bounds both the noise and the mean gradient; the central one falls with the noise alone, so that
@@ -136,7 +136,7 @@ def moment_threshold(
     takes no account of a shift: where the mean gradient is large beside the noise the tail looks
     lighter than it is.
 
-    The mean gives the norms of a batch the weight ``decay`` to the number of batches after it, and
+    The mean gives the norms of a batch the weight `decay` to the number of batches after it, and
     is divided by the sum of the weights: no bias towards 0 at the start. A heavy tail's moment is
     itself uncertain: the closer p is to the tail index, the more a single norm decides.
 
@@ -149,15 +149,15 @@ def moment_threshold(
         clipped gradient is zero; ∞ leaves it unclipped.
 
     Returns:
-      An :class:`AdaptiveThreshold`, whose thresholds are :func:`psc.growing_threshold
-      <psclip_optax.growing_threshold>`.
+      An [`psclip_optax.AdaptiveThreshold`][], whose thresholds are
+      [`psclip_optax.growing_threshold`][].
 
     Raises:
       TypeError: an argument is not a real number.
       ValueError: one is out of its range or not a scalar; in an update, norms are not of shape [n]
         or the mask does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> rule = psc.moment_threshold(p=2.0)
@@ -166,12 +166,12 @@ def moment_threshold(
       [ 5. 10.]
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026 (the threshold; that its scale is estimated in this
-      way is ours).
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026 (the threshold; that its scale is estimated
+      in this way is ours).
 
-      Hill, `A Simple General Approach to Inference About the Tail of a Distribution
-      <https://doi.org/10.1214/aos/1176343247>`_, 1975.
+      Hill, [A Simple General Approach to Inference About the Tail of a
+      Distribution](https://doi.org/10.1214/aos/1176343247), 1975.
     """
     if p is not None:
         check_number("moment_threshold", "p", p, lowest=1, highest=2)
@@ -211,31 +211,31 @@ def quantile_threshold(
 ) -> AdaptiveThreshold:
     r"""A constant threshold at a running quantile of the norms.
 
-    The share 1 − ``quantile`` of the samples is clipped, whatever their scale. τ is the smallest
-    norm that the share ``quantile`` of those seen, each weighted by ``decay`` to the number of
+    The share 1 − `quantile` of the samples is clipped, whatever their scale. τ is the smallest
+    norm that the share `quantile` of those seen, each weighted by `decay` to the number of
     batches after it, does not exceed.
 
     The norms are kept as a histogram of their logarithms, of 32 bins an octave from 2⁻⁶⁴ to 2⁶⁴
     (16 KiB in float32): τ is exact to 1.1 %, and what lies beyond counts as the last bin. Unlike a
     buffer of the last norms, it forgets at the same rate whatever the size of a batch, keeps
-    everything at ``decay=1``, as AutoClip does, and sums over devices; unlike stochastic
+    everything at `decay=1`, as AutoClip does, and sums over devices; unlike stochastic
     approximation, it has no step size to fit to the scale, and is right from the first batch on.
 
     Args:
       quantile: in (0, 1); may be traced.
       decay: in [0, 1], by update; 1 is the quantile of everything seen, 0 that of the last batch.
-      initial: τ before any norm was seen; see :func:`moment_threshold`.
+      initial: τ before any norm was seen; see [`psclip_optax.moment_threshold`][].
 
     Returns:
-      An :class:`AdaptiveThreshold`, whose thresholds are :func:`psc.constant_threshold
-      <psclip_optax.constant_threshold>`.
+      An [`psclip_optax.AdaptiveThreshold`][], whose thresholds are
+      [`psclip_optax.constant_threshold`][].
 
     Raises:
       TypeError: an argument is not a real number.
       ValueError: one is out of its range or not a scalar; in an update, norms are not of shape [n]
         or the mask does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> rule = psc.quantile_threshold(0.75)
@@ -244,13 +244,14 @@ def quantile_threshold(
       [4. 4.]
 
     References:
-      Merad and Gaïffas, `Robust Stochastic Optimization via Gradient Quantile Clipping
-      <https://arxiv.org/abs/2309.17316>`_, 2023 (of the gradient of each step, from a buffer).
+      Merad and Gaïffas, [Robust Stochastic Optimization via Gradient Quantile
+      Clipping](https://arxiv.org/abs/2309.17316), 2023 (of the gradient of each step, from a
+      buffer).
 
-      Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation Networks
-      <https://arxiv.org/abs/2007.14469>`_, 2020 (of the mean gradient, from all steps).
+      Seetharaman et al., [AutoClip: Adaptive Gradient Clipping for Source Separation
+      Networks](https://arxiv.org/abs/2007.14469), 2020 (of the mean gradient, from all steps).
 
-      Masson, Rim and Lee, `DDSketch <https://arxiv.org/abs/1908.10693>`_, 2019 (quantiles from a
+      Masson, Rim and Lee, [DDSketch](https://arxiv.org/abs/1908.10693), 2019 (quantiles from a
       histogram of logarithms).
     """
     check_number(
@@ -285,30 +286,29 @@ def min_norm_threshold(
 ) -> AdaptiveThreshold:
     r"""A constant threshold at the smallest norm of the batch before: ρ = min_j ‖ĝ_j‖.
 
-    Over micro-batches (``clip_at="micro-batch"`` of :func:`psc.clipped_value_and_grad
-    <psclip_optax.clipped_value_and_grad>`, or the means of micro-batches as the stack of
-    :func:`psc.per_sample_clip <psclip_optax.per_sample_clip>`) this is the rule of adaptive
-    micro-batch clipping, but for one thing: there ρ_t is the smallest norm of the batch that is
-    clipped, so that every micro-batch is scaled to the same norm; here it is that of the batch
-    before, so that what is smaller yet is left as it is, and the rule needs no second pass.
+    Over micro-batches (`clip_at="micro-batch"` of [`psclip_optax.clipped_value_and_grad`][], or the
+    means of micro-batches as the stack of [`psclip_optax.per_sample_clip`][]) this is the rule of
+    adaptive micro-batch clipping, but for one thing: there ρ_t is the smallest norm of the batch
+    that is clipped, so that every micro-batch is scaled to the same norm; here it is that of the
+    batch before, so that what is smaller yet is left as it is, and the rule needs no second pass.
 
-    A single zero gradient makes the next step zero (but for other zero gradients); a ``decay``
+    A single zero gradient makes the next step zero (but for other zero gradients); a `decay`
     above 0 averages the minima of batches, which softens that and is not in the paper.
 
     Args:
       decay: in [0, 1], by update: of the average of the minima; 0 is the last one alone.
-      initial: τ before any norm was seen; see :func:`moment_threshold`.
+      initial: τ before any norm was seen; see [`psclip_optax.moment_threshold`][].
 
     Returns:
-      An :class:`AdaptiveThreshold`, whose thresholds are :func:`psc.constant_threshold
-      <psclip_optax.constant_threshold>`.
+      An [`psclip_optax.AdaptiveThreshold`][], whose thresholds are
+      [`psclip_optax.constant_threshold`][].
 
     Raises:
       TypeError: an argument is not a real number.
       ValueError: one is out of its range or not a scalar; in an update, norms are not of shape [n]
         or the mask does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> rule = psc.min_norm_threshold()
@@ -317,7 +317,7 @@ def min_norm_threshold(
       [2. 2.]
 
     References:
-      Wang et al., `Adaptive micro-batch clipping <https://arxiv.org/abs/2408.16204>`_, ICLR 2025.
+      Wang et al., [Adaptive micro-batch clipping](https://arxiv.org/abs/2408.16204), ICLR 2025.
     """
     _check_memory("min_norm_threshold", decay, initial)
 
@@ -339,26 +339,25 @@ def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArg
     """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
 
     For gradients that are clipped before they come to the optimizer, as those of
-    :func:`psc.clipped_value_and_grad <psclip_optax.clipped_value_and_grad>`. The state is saved,
-    restored and replicated with the optimizer's, where ``optax.tree.get(state,
-    "threshold_state")`` finds it. :func:`psc.per_sample_clip <psclip_optax.per_sample_clip>` keeps
+    [`psclip_optax.clipped_value_and_grad`][]. The state is saved,
+    restored and replicated with the optimizer's, where `optax.tree.get(state,
+    "threshold_state")` finds it. [`psclip_optax.per_sample_clip`][] keeps
     the state itself.
 
     Args:
-      rule: an adaptive threshold, such as :func:`psc.moment_threshold
-        <psclip_optax.moment_threshold>`.
+      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][].
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with a
-      :class:`~psclip_optax.adaptive.TrackNormsState`. Its update takes ``norms``, float [n], and
-      ``sample_mask``, bool [n] or None, as further keyword arguments, which ``optax.chain`` passes
+      An `optax.GradientTransformationExtraArgs` with a
+      [`psclip_optax.adaptive.TrackNormsState`][]. Its update takes `norms`, float [n], and
+      `sample_mask`, bool [n] or None, as further keyword arguments, which `optax.chain` passes
       on.
 
     Raises:
-      TypeError: ``rule`` is no AdaptiveThreshold, or an update came without norms.
+      TypeError: `rule` is no AdaptiveThreshold, or an update came without norms.
       ValueError: norms are not of shape [n], or the mask does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> import psclip_optax as psc
       >>> loss = lambda w, x: jnp.dot(w, x)  # of one sample

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       says what is wrong; 130 when interrupted. A process that lost the others of its run ends at
       once, with 1 and one line on stderr.
 
-    Example:
+    Examples:
       >>> main(["--version"])
       psclip ...
       0

@@ -66,10 +66,10 @@ def clipped_value_and_grad(
 ) -> Callable[..., Any]:
     r"""Value and clipped mean gradient of a per-sample loss, without stacked gradients.
 
-    Gives the same numbers as :func:`jax.vmap` of :func:`jax.value_and_grad` followed by
-    :func:`psc.per_sample_clip <psclip_optax.per_sample_clip>`,
+    Gives the same numbers as `jax.vmap` of `jax.value_and_grad` followed by
+    [`psclip_optax.per_sample_clip`][],
 
-    .. math:: g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)
+    $$g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)$$
 
     but takes the norms from what enters and leaves each place where a parameter meets data in an
     operation linear in it (a product, a convolution, a look-up), and the sum from one plain
@@ -77,13 +77,13 @@ def clipped_value_and_grad(
     other ways take an exact fallback, each for itself.
 
     Args:
-      loss: ``loss(params, *example)``, a real scalar for ONE example.
+      loss: `loss(params, *example)`, a real scalar for ONE example.
       threshold: the largest norm τ_k of the sample at the 1-based position k: a number, a threshold
-        such as ``psc.growing_threshold``, or any callable from positions [n] to norms [n].
-      has_aux: whether the loss returns ``(loss, aux)``.
-      in_axes: where the samples lie in each argument after ``params``: an int, None for what all
+        such as `psc.growing_threshold`, or any callable from positions [n] to norms [n].
+      has_aux: whether the loss returns `(loss, aux)`.
+      in_axes: where the samples lie in each argument after `params`: an int, None for what all
         share, or a tuple of them (or of tree prefixes), one for each argument.
-      keep_batch_dim: leave an axis of size 1 where ``in_axes`` points, so that a loss written for
+      keep_batch_dim: leave an axis of size 1 where `in_axes` points, so that a loss written for
         batches is used unchanged.
       microbatch_size: work through the batch in slices of at most this many samples; changes the
         memory, not the result.
@@ -92,32 +92,32 @@ def clipped_value_and_grad(
         would be needed (as of many rematerialised layers) or devices may share the batch, one
         forward pass and two backward;
         "vmap" stacks gradients, for reference; "auto" is "one_pass" if, by an estimate, it fits
-        into ``memory_limit_bytes``, else "two_pass".
+        into `memory_limit_bytes`, else "two_pass".
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
         it; it keeps its position and its share in N. In "one_pass" and "two_pass" so does a sample
         the square of whose norm leaves its dtype's range (1.8e19 in float32). "propagate" lets it
         through.
-      axis_name: under ``jax.shard_map``, the mesh axis (or axes) over which the batch is sharded:
+      axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the batch is sharded:
         positions run on over the devices, and value, gradients and counts are of the whole batch,
-        the same on all (``out_specs`` of ``P()``); norms, scales and aux are of a device's samples
-        (``P(axis_name)``).
-      spmd_axis_name: passed to :func:`jax.vmap`, for sharding constraints inside the loss.
-      return_stats: whether to return a ``psc.ClipStats`` as well.
+        the same on all (`out_specs` of `P()`); norms, scales and aux are of a device's samples
+        (`P(axis_name)`).
+      spmd_axis_name: passed to `jax.vmap`, for sharding constraints inside the loss.
+      return_stats: whether to return a `psc.ClipStats` as well.
       memory_limit_bytes: for "auto"; by default what the device has, where it tells.
       clip_at: "sample" clips each sample's gradient. "micro-batch" clips the mean gradient of each
-        ``microbatch_size`` consecutive samples at τ_j, j its 1-based position, and averages them by
-        their numbers of samples: what :func:`psc.accumulate_clipped
-        <psclip_optax.accumulate_clipped>` does over several steps, in one, at the cost of plain
-        gradients. Then the micro-batch takes the sample's place: positions and figures are one for
-        each, and one with a loss or gradient that is not finite is dropped whole.
+        `microbatch_size` consecutive samples at τ_j, j its 1-based position, and averages them by
+        their numbers of samples: what [`psclip_optax.accumulate_clipped`][] does over several
+        steps, in one, at the cost of plain gradients. Then the micro-batch takes the sample's
+        place: positions and figures are one for each, and one with a loss or gradient that is not
+        finite is dropped whole.
 
     Returns:
-      ``f(params, *batch, sample_mask=None, positions=None, threshold=None)``, which returns
-      ``(value, grads)``, or ``((value, aux), grads)`` with aux stacked on axis 0, and with
-      ``return_stats`` the figures as a third item. The value is the mean loss over the samples that
-      count and are finite. ``sample_mask``, bool [n], is False for padding: no position, no weight,
-      no share in N. ``positions``, int [n], replaces 1, 2, …. ``threshold`` replaces the one given
-      here, for schedules without a recompile. ``f.explain(params, *batch)`` tells the route that
+      `f(params, *batch, sample_mask=None, positions=None, threshold=None)`, which returns
+      `(value, grads)`, or `((value, aux), grads)` with aux stacked on axis 0, and with
+      `return_stats` the figures as a third item. The value is the mean loss over the samples that
+      count and are finite. `sample_mask`, bool [n], is False for padding: no position, no weight,
+      no share in N. `positions`, int [n], replaces 1, 2, …. `threshold` replaces the one given
+      here, for schedules without a recompile. `f.explain(params, *batch)` tells the route that
       each parameter's gradient takes, what it costs, and why.
 
     Raises:
@@ -130,7 +130,7 @@ def clipped_value_and_grad(
       UserWarning: the loss normalises by statistics over a batch axis of size 1, as batch
         normalisation in training mode does; once each time it is traced.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> loss = lambda w, x: jnp.dot(w, x)
@@ -140,14 +140,14 @@ def clipped_value_and_grad(
       50.25 [0.25  0.707]
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026 (the estimator).
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026 (the estimator).
 
-      Bu et al., `Differentially Private Optimization on Large Model at Small Cost
-      <https://arxiv.org/abs/2210.00038>`_, 2023 (book-keeping, for a list of layers).
+      Bu et al., [Differentially Private Optimization on Large Model at Small
+      Cost](https://arxiv.org/abs/2210.00038), 2023 (book-keeping, for a list of layers).
 
-      Rochette, Manoel and Tramel, `Efficient Per-Example Gradient Computations in Convolutional
-      Neural Networks <https://arxiv.org/abs/1912.06015>`_, 2019 (the convolution's gradient).
+      Rochette, Manoel and Tramel, [Efficient Per-Example Gradient Computations in Convolutional
+      Neural Networks](https://arxiv.org/abs/1912.06015), 2019 (the convolution's gradient).
     """
     _check_loss(loss)
     settings = _Settings(
@@ -221,22 +221,22 @@ def clipped_value_and_grad(
 def clipped_grad(
     loss: Callable[..., Any], threshold: Threshold | jax.typing.ArrayLike, **options: Any
 ) -> Callable[..., Any]:
-    """Clipped mean gradient of a per-sample loss: :func:`clipped_value_and_grad` without the value.
+    """Clipped mean gradient of a per-sample loss: `clipped_value_and_grad` without the value.
 
     Args:
-      loss: ``loss(params, *example)``, a real scalar for ONE example.
-      threshold: as for :func:`clipped_value_and_grad`.
-      **options: as for :func:`clipped_value_and_grad`.
+      loss: `loss(params, *example)`, a real scalar for ONE example.
+      threshold: as for [`psclip_optax.clipped_value_and_grad`][].
+      **options: as for [`psclip_optax.clipped_value_and_grad`][].
 
     Returns:
-      ``f(params, *batch, sample_mask=None, positions=None, threshold=None)``, which returns the
-      gradients; with ``has_aux`` ``(grads, aux)``; with ``return_stats`` the figures come last.
+      `f(params, *batch, sample_mask=None, positions=None, threshold=None)`, which returns the
+      gradients; with `has_aux` `(grads, aux)`; with `return_stats` the figures come last.
 
     Raises:
-      TypeError: as :func:`clipped_value_and_grad` does.
-      ValueError: as :func:`clipped_value_and_grad` does.
+      TypeError: as [`psclip_optax.clipped_value_and_grad`][] does.
+      ValueError: as [`psclip_optax.clipped_value_and_grad`][] does.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> f = psc.clipped_grad(lambda w, x: jnp.dot(w, x), threshold=1.0)
@@ -244,8 +244,8 @@ def clipped_grad(
       [0.25 0.5 ]
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026.
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     value_and_grad = clipped_value_and_grad(loss, threshold, **options)
     has_aux = options.get("has_aux", False)

@@ -18,8 +18,8 @@ def ps_clip_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD on the mean of gradients clipped per sample at τ_k = α k^{1/β}: PS-Clip-SGD.
 
-    The same as ``optax.chain(psc.per_sample_clip(psc.growing_threshold(alpha, beta)),
-    optax.sgd(learning_rate, momentum, nesterov))``.
+    The same as `optax.chain(psc.per_sample_clip(psc.growing_threshold(alpha, beta)),
+    optax.sgd(learning_rate, momentum, nesterov))`.
 
     Args:
       learning_rate: a number or an Optax schedule over steps.
@@ -29,16 +29,16 @@ def ps_clip_sgd(
       nesterov: whether the momentum is Nesterov's.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` over stacked per-sample gradients, leaves
-      [n, …]; its update takes ``sample_mask`` and ``positions`` as :func:`per_sample_clip
-      <psclip_optax.per_sample_clip>`'s does. To schedule α or β, or to set them by hand, wrap it:
-      ``optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)``.
+      An `optax.GradientTransformationExtraArgs` over stacked per-sample gradients, leaves
+      [n, …]; its update takes `sample_mask` and `positions` as [`psclip_optax.per_sample_clip`][]'s
+      does. To schedule α or β, or to set them by hand, wrap it:
+      `optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`.
 
     Raises:
-      TypeError: α or β is a callable outside ``optax.inject_hyperparams``, or no number.
+      TypeError: α or β is a callable outside `optax.inject_hyperparams`, or no number.
       ValueError: α < 0, β ≤ 0 or NaN.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> import psclip_optax as psc
       >>> loss = lambda w, x: jnp.dot(w, x)
@@ -50,8 +50,8 @@ def ps_clip_sgd(
       Array([-0.5  , -0.707], dtype=float32)
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026.
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     return optax.chain(
         per_sample_clip(growing_threshold(alpha, beta)),

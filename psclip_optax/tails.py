@@ -168,7 +168,7 @@ class SuggestedThreshold:
 
     @property
     def threshold(self) -> GrowingThreshold:
-        """``psc.growing_threshold(alpha, beta)``."""
+        """`psc.growing_threshold(alpha, beta)`."""
         return GrowingThreshold(self.alpha, self.beta)
 
     def __str__(self) -> str:
@@ -185,9 +185,9 @@ class SuggestedThreshold:
 def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstimate:
     r"""Hill's estimate of the tail index from a given number of the largest norms.
 
-    .. math:: \hat a = \Big( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \Big)^{-1}
+    $$\hat a = \Big( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \Big)^{-1}$$
 
-    with :math:`X_{(1)} \ge X_{(2)} \ge \dots`. Its interval knows of sampling noise alone: where k
+    with $X_{(1)} \ge X_{(2)} \ge \dots$. Its interval knows of sampling noise alone: where k
     is too large, it lies beside the truth. `tail_index` chooses k and allows for that.
 
     Args:
@@ -203,7 +203,7 @@ def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstim
       ValueError: norms of another shape, too few, negative, not finite or, the k + 1 largest, all
         equal; k or confidence out of range.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import psclip_optax as psc
       >>> norms = np.linspace(0, 1, 2000, endpoint=False)[1:] ** (-1 / 1.5)  # of tail index 1.5
@@ -247,7 +247,7 @@ def hill_plot(norms: Any, *, confidence: float = 0.95) -> HillPlot:
       ValueError: norms of another shape, too few, negative, not finite or, the largest, all equal;
         confidence out of range.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import psclip_optax as psc
       >>> norms = np.linspace(0, 1, 2000, endpoint=False)[1:] ** (-1 / 1.5)  # of tail index 1.5
@@ -284,7 +284,7 @@ def choose_k(norms: Any) -> int:
       TypeError: norms are traced or not real.
       ValueError: norms of another shape, too few, negative, not finite or, the largest, all equal.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import psclip_optax as psc
       >>> psc.tails.choose_k(np.linspace(0, 1, 2000, endpoint=False)[1:] ** (-1 / 1.5))
@@ -313,7 +313,7 @@ def tail_index(norms: Any, *, confidence: float = 0.95) -> TailIndex:
     for a power law or a power law of index 2 or 3 for a light tail.
 
     Args:
-      norms: as of `hill_estimator`, e.g. ``ClipStats.norms`` of one or more batches, without those
+      norms: as of `hill_estimator`, e.g. `ClipStats.norms` of one or more batches, without those
         of padding; norms before clipping.
       confidence: of the two-sided interval, in (0, 1).
 
@@ -326,7 +326,7 @@ def tail_index(norms: Any, *, confidence: float = 0.95) -> TailIndex:
       ValueError: norms of another shape, too few, negative, not finite or, the largest, all equal;
         confidence out of range.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import psclip_optax as psc
       >>> norms = np.linspace(0, 1, 5000, endpoint=False)[1:] ** (-1 / 1.5)  # of tail index 1.5
@@ -349,7 +349,7 @@ def tail_index(norms: Any, *, confidence: float = 0.95) -> TailIndex:
 
 
 def moment_scale(norms: Any, p: float, *, confidence: float = 0.95) -> MomentScale:
-    r"""The raw-moment scale :math:`\hat\sigma = (\frac1n \sum_k \|g_k\|^p)^{1/p}`.
+    r"""The raw-moment scale $\hat\sigma = (\frac1n \sum_k \|g_k\|^p)^{1/p}$.
 
     Its interval is the central limit theorem's where the tail is light or the index's interval lies
     above 2p, so that ‖g‖^p has a variance. Else that theorem, and resampling likewise, misses the
@@ -370,7 +370,7 @@ def moment_scale(norms: Any, p: float, *, confidence: float = 0.95) -> MomentSca
       ValueError: norms of another shape, too few, negative, not finite or, the largest, all equal;
         p or confidence out of range.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import psclip_optax as psc
       >>> norms = np.linspace(0, 1, 5000, endpoint=False)[1:] ** (-1 / 3)  # of tail index 3
@@ -400,15 +400,15 @@ def suggest_threshold(norms: Any, *, confidence: float = 0.95) -> SuggestedThres
       confidence: of the intervals, in (0, 1).
 
     Returns:
-      A result to print, with ``alpha``, ``beta``, their intervals, and ``threshold``, the
-      ``psc.growing_threshold`` itself.
+      A result to print, with `alpha`, `beta`, their intervals, and `threshold`, the
+      `psc.growing_threshold` itself.
 
     Raises:
       TypeError: norms are traced or not real.
       ValueError: norms of another shape, too few, negative, not finite or, the largest, all equal;
         confidence out of range.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import psclip_optax as psc
       >>> norms = np.linspace(0, 1, 5000, endpoint=False)[1:] ** (-1 / 1.5)  # of tail index 1.5
@@ -426,8 +426,8 @@ def suggest_threshold(norms: Any, *, confidence: float = 0.95) -> SuggestedThres
       Array([3.81..., 6.33...], dtype=float32)
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026 (α = σ and β = p).
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026 (α = σ and β = p).
     """
     values = _as_norms(norms)
     tail = _tail_index(values, confidence)

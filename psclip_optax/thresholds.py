@@ -1,8 +1,8 @@
 """Thresholds: from a sample's position in the batch to the largest norm its gradient may have.
 
-A threshold is any callable from 1-based integer positions, shape ``[n]``, to norms τ, shape
-``[n]``. The two classes here are pytrees whose numbers may be traced, so that a threshold can be
-an argument of a jitted function, be scheduled, batched by ``jax.vmap`` or differentiated.
+A threshold is any callable from 1-based integer positions, shape `[n]`, to norms τ, shape
+`[n]`. The two classes here are pytrees whose numbers may be traced, so that a threshold can be
+an argument of a jitted function, be scheduled, batched by `jax.vmap` or differentiated.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class AdaptiveThreshold(NamedTuple):
     """A threshold that follows the norms it has seen: three pure functions, as Optax has two.
 
     Between a batch and the next its state is the caller's to keep: it is a pytree of arrays, to be
-    checkpointed, replicated over devices and carried through :func:`jax.lax.scan`.
+    checkpointed, replicated over devices and carried through `jax.lax.scan`.
 
     Attributes:
-      init: ``init() -> state``, before any norm was seen.
-      threshold: ``threshold(state) -> threshold``, from the norms seen up to now; a pytree, and a
+      init: `init() -> state`, before any norm was seen.
+      threshold: `threshold(state) -> threshold`, from the norms seen up to now; a pytree, and a
         callable from positions [n] to norms τ [n].
-      update: ``update(state, norms, sample_mask=None, *, axis_name=None) -> state``, after a batch
+      update: `update(state, norms, sample_mask=None, *, axis_name=None) -> state`, after a batch
         with these norms, float [n]. Those that are masked (bool [n], False for padding) or not
         finite have no say; a batch without any that has leaves the state as it is. Under
-        :func:`jax.shard_map` ``axis_name`` is the mesh axis (or axes) over which the norms are
+        `jax.shard_map` `axis_name` is the mesh axis (or axes) over which the norms are
         sharded; the state is then that of the whole batch, the same on all devices.
     """
 
@@ -124,7 +124,7 @@ def as_positions(positions: Any) -> jax.Array:
 def _register_without_checks(cls: _Class) -> _Class:
     """Register a dataclass as a pytree that any leaves may be put back into.
 
-    `jax.tree_util.register_dataclass` calls ``__init__``, whose checks would refuse what JAX puts
+    `jax.tree_util.register_dataclass` calls `__init__`, whose checks would refuse what JAX puts
     into such trees: cotangents (which may be negative), batched values, placeholders.
     """
     names = [field.name for field in dataclasses.fields(cls)]
@@ -155,7 +155,7 @@ class ConstantThreshold:
       TypeError: `value` is not a number; or, when called, the positions are not an integer array.
       ValueError: `value` is negative, NaN or not a scalar, or a position is below 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> psc.constant_threshold(5.0)(jnp.arange(1, 4))
@@ -191,18 +191,18 @@ class GrowingThreshold:
       TypeError: a number is none; or, when called, the positions are not an integer array.
       ValueError: α < 0, β ≤ 0, NaN, not a scalar, or a position below 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> psc.growing_threshold(alpha=2.0, beta=2.0)(jnp.array([1, 4, 9]))
       Array([2., 4., 6.], dtype=float32)
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026 (the estimator's γ_k).
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026 (the estimator's γ_k).
 
-      Bubeck, Cesa-Bianchi and Lugosi, `Bandits with Heavy Tail
-      <https://arxiv.org/abs/1209.1727>`_, 2013 (the truncated mean).
+      Bubeck, Cesa-Bianchi and Lugosi, [Bandits with Heavy Tail](https://arxiv.org/abs/1209.1727),
+      2013 (the truncated mean).
     """
 
     alpha: jax.typing.ArrayLike

@@ -208,58 +208,58 @@ def per_sample_clip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip every sample's gradient to its threshold, then average over the batch.
 
-    Takes stacked per-sample gradients, as :func:`jax.vmap` of :func:`jax.grad` gives them, and
+    Takes stacked per-sample gradients, as `jax.vmap` of `jax.grad` gives them, and
     returns
 
-    .. math:: g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)
+    $$g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)$$
 
     where the norm is over all leaves of sample k together. It is the *first* link of a chain:
-    it changes shapes, so that ``optax.masked``, ``optax.partition``, ``optax.MultiSteps`` and
-    ``optax.apply_if_finite`` go around what follows it.
+    it changes shapes, so that `optax.masked`, `optax.partition`, `optax.MultiSteps` and
+    `optax.apply_if_finite` go around what follows it.
 
     A large threshold changes nothing but the mean: with τ = ∞ the result is the plain mean
-    gradient. Norms and sums accumulate in ``promote_types(dtype, float32)``.
+    gradient. Norms and sums accumulate in `promote_types(dtype, float32)`.
 
     Args:
       threshold: the largest norm τ_k of the sample at the 1-based position k, in the units of the
-        gradient's norm: a number (the same for all), :func:`psc.growing_threshold
-        <psclip_optax.growing_threshold>`, any callable from integer positions [n] to norms [n], or
-        an adaptive one such as :func:`psc.moment_threshold <psclip_optax.moment_threshold>`, whose
-        τ_k come from the norms of the batches before this one, as kept in the state.
+        gradient's norm: a number (the same for all), [`psclip_optax.growing_threshold`][], any
+        callable from integer positions [n] to norms [n], or an adaptive one such as
+        [`psclip_optax.moment_threshold`][], whose τ_k come from the norms of the batches before
+        this one, as kept in the state.
       sample_axis: the axis of every leaf along which the n samples are stacked.
       on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
         keeps its position and its share in N. "propagate" lets it through, so that the result is
         not finite; a norm beyond the square root of the dtype's range (1.8e19 in float32), which
         "drop" clips as any other, may give NaN there as well. "propagate" reads float32
         gradients twice, the least possible; so does "drop" when all are finite.
-      axis_name: under :func:`jax.shard_map`, the mesh axis (or axes) over which the samples are
+      axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the samples are
         sharded: positions run on over the devices, and the result and the state are the whole
-        batch's, the same on all of them (``out_specs`` of ``P()``).
+        batch's, the same on all of them (`out_specs` of `P()`).
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its update takes
-      ``(per_sample_grads, state, params=None, *, sample_mask=None, positions=None)``:
+      An `optax.GradientTransformationExtraArgs`. Its update takes
+      `(per_sample_grads, state, params=None, *, sample_mask=None, positions=None)`:
 
-      * ``per_sample_grads``: a pytree of floating-point arrays, n on ``sample_axis`` of each;
-      * ``params``: when given, shapes are checked against them;
-      * ``sample_mask``: bool [n], False for padding: no position, no weight, no share in N;
-      * ``positions``: int [n], replaces 1, 2, …, for slices of a larger batch, shards, or a
+      * `per_sample_grads`: a pytree of floating-point arrays, n on `sample_axis` of each;
+      * `params`: when given, shapes are checked against them;
+      * `sample_mask`: bool [n], False for padding: no position, no weight, no share in N;
+      * `positions`: int [n], replaces 1, 2, …, for slices of a larger batch, shards, or a
         permutation when batches come sorted.
 
       It returns the mean without the sample axis, in the leaves' dtypes, and a
-      :class:`~psclip_optax.transforms.PerSampleClipState`. N = 0 gives zeros.
+      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros.
 
     Raises:
       TypeError: a leaf is not real floating-point, the threshold is neither a number nor a
         callable, or the state is another one's.
       ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
         leaves, shapes do not fit the parameters, mask or positions are not of shape [n], or
-        the transformation is wrapped in ``optax.masked``, ``optax.MultiSteps`` or the like.
+        the transformation is wrapped in `optax.masked`, `optax.MultiSteps` or the like.
 
     Warns:
       UserWarning: the stack takes more memory than the devices have; while it is traced.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> import psclip_optax as psc
       >>> loss = lambda w, x: jnp.dot(w, x)
@@ -274,8 +274,8 @@ def per_sample_clip(
       1
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026.
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     rule = as_adaptive(threshold)
     sample_axis = _check_sample_axis(sample_axis)

@@ -38,7 +38,7 @@ _MALFORMED = (
 class DatasetError(Exception):
     """A dataset cannot be had: its message is one line that says why and what to do.
 
-    Example:
+    Examples:
       >>> raise DatasetError("no such folder: /data; pass --data-dir with an existing copy")
       Traceback (most recent call last):
       psclip_optax.training.archives.DatasetError: no such folder: /data; pass ...
@@ -66,7 +66,7 @@ def fetch_archive(
       DatasetError: `known_hash` is malformed, the download failed or had another hash, or the
         cache cannot be written.
 
-    Example:
+    Examples:
       >>> import hashlib, pathlib, tempfile
       >>> cache = pathlib.Path(tempfile.mkdtemp())
       >>> _ = (cache / "toy.tar.gz").write_bytes(b"toy")
@@ -147,7 +147,7 @@ def read_pickles(
     Raises:
       DatasetError: a file is missing, unreadable, corrupted or no plain pickle of arrays.
 
-    Example:
+    Examples:
       >>> import pathlib, pickle, tempfile
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> _ = (folder / "meta").write_bytes(pickle.dumps({"names": ["cat", "dog"]}))
@@ -208,7 +208,7 @@ def load_pickle(file: IO[bytes], name: str) -> dict[Any, Any]:
       DatasetError: the pickle names any other global, holds an array of another dtype than
         bool, int or float, is not a dict, or is corrupted.
 
-    Example:
+    Examples:
       >>> import io, pickle
       >>> load_pickle(io.BytesIO(pickle.dumps({"data": np.arange(3)})), "toy")
       {'data': array([0, 1, 2])}

@@ -54,7 +54,7 @@ def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
     Returns:
       Orbax's manager, to be closed, e.g. by `with`.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
       ...     manager.latest_step()
@@ -79,7 +79,7 @@ def save_checkpoint(
     Raises:
       OSError: the disk has no room for it; nothing was written.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, optax
       >>> state = TrainState.create(apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1))
       >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
@@ -141,7 +141,7 @@ def saved_norms(manager: ocp.CheckpointManager, step: int) -> np.ndarray:
     Returns:
       The norms `[N]`; none where none were saved.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
       ...     saved_norms(manager, 0)

@@ -143,7 +143,7 @@ def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
     Returns:
       By method, as many points as for every other.
 
-    Example:
+    Examples:
       >>> grids = build_grids(CompareConfig(), {"batch-clip": 2.0, "ps-clip": 8.0})
       >>> {name: len(points) for name, points in grids.items()}
       {'momentum': 9, 'batch-clip': 9, 'ps-clip': 9}
@@ -178,7 +178,7 @@ def best_trial(trials: list[Trial]) -> Trial:
     Returns:
       The best of them; a loss that is not a number is the worst.
 
-    Example:
+    Examples:
       >>> point = Hyperparams(0.1, 1.0, 1.5)
       >>> trials = [Trial(point, 0.9, 0.4), Trial(point, 0.9, 0.3), Trial(point, 0.9, math.nan)]
       >>> best_trial(trials).loss

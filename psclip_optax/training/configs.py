@@ -40,7 +40,7 @@ FREE_FIELDS = {
 class UsageError(Exception):
     """A command cannot do what it was told: its message is one line that says why.
 
-    Example:
+    Examples:
       >>> raise UsageError("--lr: expected a finite number above 0, got -1.0")
       Traceback (most recent call last):
       psclip_optax.training.configs.UsageError: --lr: expected a finite number above 0, got -1.0
@@ -51,7 +51,7 @@ class UsageError(Exception):
 class ModelConfig:
     """A classifier, the shapes of its data, and how its batches are clipped.
 
-    Example:
+    Examples:
       >>> ModelConfig(dataset="cifar10", model="resnet18").batch_size
       64
     """
@@ -78,7 +78,7 @@ class ModelConfig:
 class TaskConfig(ModelConfig):
     """What is trained, on what: all that the methods have in common.
 
-    Example:
+    Examples:
       >>> TaskConfig(dataset="cifar10", model="resnet18").schedule
       'cosine'
     """
@@ -108,7 +108,7 @@ class TaskConfig(ModelConfig):
 class TrainConfig(TaskConfig):
     """Train one model with one method; write configuration, metrics and checkpoints.
 
-    Example:
+    Examples:
       >>> TrainConfig(method="ps-clip", lr=0.05, alpha=2.0).steps
       1000
     """
@@ -151,7 +151,7 @@ class TrainConfig(TaskConfig):
 class CompareConfig(TaskConfig):
     """Compare momentum SGD, batch clipping and per-sample clipping, each tuned on equal grids.
 
-    Example:
+    Examples:
       >>> config = CompareConfig(dataset="cifar100", model="alexnet", steps=4000)
       >>> config.num_seeds, config.label_noise
       (5, 0.2)
@@ -198,7 +198,7 @@ class CompareConfig(TaskConfig):
 class ExplainConfig(ModelConfig):
     """Print how each parameter's per-sample gradients are clipped, what it costs, and why.
 
-    Example:
+    Examples:
       >>> ExplainConfig(model="small_cnn", engine="two_pass").dataset
       'digits'
     """
@@ -211,7 +211,7 @@ class ExplainConfig(ModelConfig):
 class PlotConfig:
     """Draw the curves and the norms of runs, finished or not, into one figure.
 
-    Example:
+    Examples:
       >>> PlotConfig(runs=(pathlib.Path("run"),)).out.name
       'plot.png'
     """
@@ -229,7 +229,7 @@ class DoctorConfig:
 
     Ends with status 0 if all is well, and 1 if the numbers are wrong or take a slow route.
 
-    Example:
+    Examples:
       >>> DoctorConfig().cache_dir is None
       True
     """
@@ -291,7 +291,7 @@ def check_config(config: Config) -> None:
       UsageError: a number is out of its range, the grids of `compare` differ in size, or flags
         contradict each other, or there is nothing to plot or no PNG to plot it into.
 
-    Example:
+    Examples:
       >>> check_config(TrainConfig(lr=-1.0))
       Traceback (most recent call last):
       psclip_optax.training.configs.UsageError: --lr: expected a finite number above 0, got -1.0
@@ -376,7 +376,7 @@ def flag(name: str) -> str:
     Returns:
       The flag.
 
-    Example:
+    Examples:
       >>> flag("batch_size")
       '--batch-size'
     """

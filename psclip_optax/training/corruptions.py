@@ -34,7 +34,7 @@ def with_label_noise(labels: np.ndarray, rate: float, num_classes: int, seed: in
       ValueError: an argument is out of range.
       TypeError: `rate` is no number.
 
-    Example:
+    Examples:
       >>> with_label_noise(np.int32([0, 1, 1]), rate=1.0, num_classes=2, seed=0)
       array([1, 0, 0], dtype=int32)
 
@@ -77,7 +77,7 @@ def with_student_t_pixels(
       ValueError: an argument is out of range.
       TypeError: one is no number.
 
-    Example:
+    Examples:
       >>> with_student_t_pixels(np.ones([3, 1, 1, 1], np.float32), 2.0, seed=0).shape
       (3, 1, 1, 1)
 
@@ -122,7 +122,7 @@ def corrupt(
     Raises:
       ValueError: an argument is out of range.
 
-    Example:
+    Examples:
       >>> split = Split(np.ones([4, 1, 1, 1], np.uint8), np.zeros(4, np.int32))
       >>> noisy = corrupt(split, num_classes=2, label_noise=1.0, pixel_df=1.5, seed=0)
       >>> noisy.labels.tolist(), noisy.images.dtype

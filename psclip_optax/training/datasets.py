@@ -22,7 +22,7 @@ class Split(NamedTuple):
       images: `[N, H, W, C]`, uint8 in 0…255, or float32 where 1 stands for 255.
       labels: `[N]`, int32.
 
-    Example:
+    Examples:
       >>> load_dataset("digits").test.images.shape
       (500, 8, 8, 1)
     """
@@ -42,7 +42,7 @@ class Dataset:
       train: split to learn from.
       test: split to evaluate on.
 
-    Example:
+    Examples:
       >>> digits = load_dataset("digits")
       >>> digits.image_shape, digits.num_classes, len(digits.train.labels)
       ((8, 8, 1), 10, 1297)
@@ -169,7 +169,7 @@ def load_dataset(
       DatasetError: the name is unknown, the archive cannot be had, or its content is not that of
         the official layout.
 
-    Example:
+    Examples:
       >>> digits = load_dataset("digits")
       >>> digits.train.images.dtype, digits.train.labels.dtype
       (dtype('uint8'), dtype('int32'))
@@ -208,7 +208,7 @@ def dataset_shape(name: str) -> DatasetShape:
     Raises:
       DatasetError: the name is not known.
 
-    Example:
+    Examples:
       >>> dataset_shape("cifar100")
       DatasetShape(image_shape=(32, 32, 3), num_classes=100)
     """
@@ -234,7 +234,7 @@ def train_validation_split(split: Split, *, num_validation: int, seed: int) -> t
     Raises:
       ValueError: `num_validation` leaves nothing to train on, or `split` is malformed.
 
-    Example:
+    Examples:
       >>> split = Split(np.zeros([6, 2, 2, 1], np.uint8), np.repeat(np.int32([0, 1]), 3))
       >>> train, validation = train_validation_split(split, num_validation=2, seed=0)
       >>> train.labels.tolist(), validation.labels.tolist()
@@ -264,7 +264,7 @@ def to_unit_scale(images: np.ndarray) -> np.ndarray:
     Returns:
       float32 of the same shape: uint8 divided by 255, float32 as it is.
 
-    Example:
+    Examples:
       >>> to_unit_scale(np.uint8([0, 51, 255]))
       array([0. , 0.2, 1. ], dtype=float32)
     """
@@ -285,7 +285,7 @@ def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Genera
     Raises:
       ValueError: `seed` is negative.
 
-    Example:
+    Examples:
       >>> crop, again, flip = (random_generator(0, p).random() for p in ("crop", "crop", "flip"))
       >>> crop == again, crop == flip
       (True, False)
@@ -304,7 +304,7 @@ def check_images(images: np.ndarray):
     Raises:
       ValueError: they are not such images.
 
-    Example:
+    Examples:
       >>> check_images(np.zeros([3, 8, 8, 1], np.uint8))
     """
     is_array = isinstance(images, np.ndarray)
@@ -327,7 +327,7 @@ def check_split(split: Split) -> int:
     Raises:
       ValueError: it is not such a split.
 
-    Example:
+    Examples:
       >>> check_split(Split(np.zeros([3, 8, 8, 1], np.uint8), np.zeros([3], np.int32)))
       3
     """

@@ -23,7 +23,7 @@ from psclip_optax.training.configs import TrainConfig, UsageError
 class ProcessLostError(Exception):
     """Another process of this run has ended or does not answer.
 
-    Example:
+    Examples:
       >>> raise ProcessLostError("another process of this run was lost")
       Traceback (most recent call last):
       psclip_optax.training.distributed.ProcessLostError: another process of this run was lost
@@ -68,7 +68,7 @@ def is_first_process() -> bool:
     Returns:
       True without `join_processes`.
 
-    Example:
+    Examples:
       >>> is_first_process()
       True
     """
@@ -81,7 +81,7 @@ def data_parallel_mesh() -> Mesh:
     Returns:
       A mesh, in the order of the processes.
 
-    Example:
+    Examples:
       >>> data_parallel_mesh().axis_names
       ('data',)
     """
@@ -98,7 +98,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     Returns:
       The tree of global arrays, sharded over "data".
 
-    Example:
+    Examples:
       >>> batch = shard_batch(data_parallel_mesh(), {"label": np.zeros(jax.device_count())})
       >>> len(batch["label"].sharding.device_set) == jax.device_count()
       True
@@ -116,7 +116,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     Returns:
       The tree of global arrays.
 
-    Example:
+    Examples:
       >>> replicate(data_parallel_mesh(), {"step": np.int32(0)})["step"].is_fully_replicated
       True
     """
@@ -142,7 +142,7 @@ def told_by_first_process(number: int) -> int:
     Returns:
       The same in all processes.
 
-    Example:
+    Examples:
       >>> told_by_first_process(3)
       3
     """
@@ -155,7 +155,7 @@ def wait_for_all(point: str) -> None:
     Args:
       point: its name, the same in all.
 
-    Example:
+    Examples:
       >>> wait_for_all("start")
     """
     multihost_utils.sync_global_devices(point)
@@ -168,7 +168,7 @@ def noticing_lost_processes() -> Iterator[None]:
     Raises:
       ProcessLostError: a process of several was lost.
 
-    Example:
+    Examples:
       >>> with noticing_lost_processes():
       ...     pass
     """

@@ -67,7 +67,7 @@ def diagnose(config: DoctorConfig) -> list[Finding]:
     Returns:
       What was found; all is well if nothing is "wrong".
 
-    Example:
+    Examples:
       >>> {finding.verdict for finding in diagnose(DoctorConfig())} <= {"info", "ok", "note"}
       True
     """
@@ -95,7 +95,7 @@ def report(findings: list[Finding]) -> str:
     Returns:
       A line for each, and one that sums them up.
 
-    Example:
+    Examples:
       >>> print(report([Finding("ok", "numbers: right")]))
       ok     numbers: right
       All is well.
@@ -121,7 +121,7 @@ def check_extras(requirements: list[str], installed: Callable[[str], str | None]
     Returns:
       A finding for each extra but "dev".
 
-    Example:
+    Examples:
       >>> check_extras(["rich>=14.0; extra == 'train'"], {"rich": "13.1"}.get)[0].text
       "extra train: rich 13.1 is older than 14.0; pip install 'psclip_optax[train]'"
     """
@@ -145,7 +145,7 @@ def check_jax(version: str, requirements: list[str]) -> list[Finding]:
     Returns:
       One finding.
 
-    Example:
+    Examples:
       >>> check_jax("0.6.2", ["jax>=0.7.0"])[0].text
       'JAX 0.6.2 is older than 0.7.0, the oldest that works; pip install --upgrade jax'
     """
@@ -165,7 +165,7 @@ def check_switches() -> list[Finding]:
     Returns:
       A note for each that is set.
 
-    Example:
+    Examples:
       >>> with jax.debug_nans(True):
       ...     print(any("jax_debug_nans" in finding.text for finding in check_switches()))
       True
@@ -185,7 +185,7 @@ def check_numbers() -> list[Finding]:
       Two findings: whether the numbers agree in both fast modes, and whether a convolution, a
       product and a look-up are planned without a fallback.
 
-    Example:
+    Examples:
       >>> [finding.verdict for finding in check_numbers()]
       ['ok', 'ok']
     """
@@ -348,7 +348,7 @@ def check_cache_folder(folder: pathlib.Path) -> Finding:
     Returns:
       "ok", or a note that says what is in the way.
 
-    Example:
+    Examples:
       >>> check_cache_folder(pathlib.Path(tempfile.gettempdir()) / "not" / "there").verdict
       'ok'
     """

@@ -31,7 +31,7 @@ def explain(config: ExplainConfig) -> Plan:
     Raises:
       UsageError: a number is out of range, or the model does not take the dataset's images.
 
-    Example:
+    Examples:
       >>> plan = explain(ExplainConfig(model="small_cnn", width=0.25, batch_size=8))
       >>> sorted({row.route for row in plan.rows})
       ['conv', 'dense', 'direct']

@@ -72,7 +72,7 @@ def to_png(figure: Figure) -> bytes:
     Returns:
       The bytes of a PNG file.
 
-    Example:
+    Examples:
       >>> to_png(Figure())[1:4]
       b'PNG'
     """
@@ -88,7 +88,7 @@ def tidy(axes: Axes, title: str) -> None:
       axes: the panel.
       title: what it shows.
 
-    Example:
+    Examples:
       >>> axes = Figure().subplots()
       >>> tidy(axes, "Accuracy")
       >>> axes.get_title(loc="left")
@@ -111,7 +111,7 @@ def survival(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       The sorted positive values x, and for each the share of all values that are at least x.
 
-    Example:
+    Examples:
       >>> survival(np.array([3.0, 1.0, 0.0, 2.0]))
       (array([1., 2., 3.]), array([0.75, 0.5 , 0.25]))
     """

@@ -31,7 +31,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     Raises:
       OSError: it cannot be written; what was there stays.
 
-    Example:
+    Examples:
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers"
       >>> write_atomically(path, b"1 2 3")
       >>> path.read_bytes(), len(list(path.parent.iterdir()))
@@ -58,7 +58,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     Raises:
       TypeError: something else is in it.
 
-    Example:
+    Examples:
       >>> to_json({"loss": np.float32("nan"), "steps": np.arange(2), "out": pathlib.Path("run")})
       '{"loss": null, "steps": [0, 1], "out": "run"}'
     """
@@ -77,7 +77,7 @@ def make_writable_folder(folder: pathlib.Path) -> pathlib.Path:
     Raises:
       UsageError: it cannot be made or written.
 
-    Example:
+    Examples:
       >>> make_writable_folder(pathlib.Path(tempfile.mkdtemp()) / "new").is_dir()
       True
     """
@@ -102,7 +102,7 @@ def noticing_what_cannot_be_written(folder: pathlib.Path) -> Iterator[None]:
     Raises:
       UsageError: something could not be written.
 
-    Example:
+    Examples:
       >>> import errno
       >>> with noticing_what_cannot_be_written(pathlib.Path("run")):
       ...     raise OSError(errno.ENOSPC, "No space left on device")

@@ -32,7 +32,7 @@ def classification_loss(
       TypeError: When the loss is called without a key where there is dropout, or with one where
         there is none.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from psclip_optax.training.models import build_model
       >>> model = build_model("mlp", num_classes=10, width=0.1)

@@ -143,7 +143,7 @@ def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
     Raises:
       ValueError: `name` is none of them; so do the functions below.
 
-    Example:
+    Examples:
       >>> method_that_clips("ps-clip", "batch"), method_that_clips("ps-clip", "micro-batch")
       ('batch-clip', 'ps-clip')
     """
@@ -161,7 +161,7 @@ def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
     Returns:
       Arguments for `linen_train_step`. The threshold comes from the optimizer's state.
 
-    Example:
+    Examples:
       >>> build_gradients("momentum", TaskConfig(accumulate=2))
       {'microbatch_size': 32, 'gradients': 'mean'}
     """
@@ -196,7 +196,7 @@ def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule
     Raises:
       ValueError: `name` is neither.
 
-    Example:
+    Examples:
       >>> factor = learning_rate_schedule("cosine", 4)
       >>> [f"{factor(step):.3f}" for step in range(4)]
       ['1.000', '0.854', '0.500', '0.146']
@@ -222,7 +222,7 @@ def build_optimizer(
     Returns:
       An optimizer for the gradients that `build_gradients` names; see `with_hyperparams`.
 
-    Example:
+    Examples:
       >>> schedule = optax.constant_schedule(1.0)
       >>> tx = build_optimizer("batch-clip", Hyperparams(1.0, 5.0, 2.0), momentum=0.0,
       ...                      schedule=schedule)
@@ -255,7 +255,7 @@ def with_hyperparams(opt_state: Any, hyperparams: Hyperparams) -> Any:
     Returns:
       The state with these numbers.
 
-    Example:
+    Examples:
       >>> schedule = optax.constant_schedule(1.0)
       >>> tx = build_optimizer("sgd", Hyperparams(1.0, 1.0, 2.0), momentum=0.0, schedule=schedule)
       >>> state = with_hyperparams(tx.init(jnp.zeros(2)), Hyperparams(0.5, 1.0, 2.0))
@@ -275,7 +275,7 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
     Returns:
       float32 scalar.
 
-    Example:
+    Examples:
       >>> schedule = optax.constant_schedule(1.0)
       >>> tx = build_optimizer("sgd", Hyperparams(0.5, 1.0, 2.0), momentum=0.0, schedule=schedule)
       >>> float(learning_rate_of(tx.init(jnp.zeros(2))))
@@ -295,7 +295,7 @@ def gradient_figures(opt_state: Any) -> dict[str, jax.Array]:
       was clipped and 0 if not; `num_nonfinite`, 1 if it is not finite. Empty for the per-sample
       methods, whose figures come with the train step's metrics.
 
-    Example:
+    Examples:
       >>> schedule = optax.constant_schedule(1.0)
       >>> tx = build_optimizer("sgd", Hyperparams(1.0, 1.0, 2.0), momentum=0.0, schedule=schedule)
       >>> sorted(gradient_figures(tx.init(jnp.zeros(2))))

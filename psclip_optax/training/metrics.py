@@ -20,7 +20,7 @@ def append_record(file: TextIO, record: dict[str, Any]) -> None:
       file: opened for appending text.
       record: names and numbers, "step" among them; NaN and ∞ become null.
 
-    Example:
+    Examples:
       >>> import sys
       >>> append_record(sys.stdout, {"kind": "train", "step": 1, "loss": float("inf")})
       {"kind": "train", "step": 1, "loss": null}
@@ -35,7 +35,7 @@ def commit(file: TextIO) -> None:
     Args:
       file: a regular file opened for appending text.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> with tempfile.NamedTemporaryFile("a") as file:
       ...     commit(file)
@@ -53,7 +53,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     Returns:
       The records.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> _ = path.write_text('{"step": 1}\n{"step": 2}\n{"st')
@@ -78,7 +78,7 @@ def read_intact_records(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
       UsageError: a line before the last is damaged.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> _ = path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train"}\n')
@@ -111,7 +111,7 @@ def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
     Returns:
       The records kept.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> _ = path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')

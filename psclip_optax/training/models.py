@@ -31,7 +31,7 @@ class MLP(nn.Module):
       dropout_rate: Share of each hidden layer's units dropped in training.
       hidden_sizes: Units of each hidden layer, before `width`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> model = MLP(num_classes=10)
       >>> images = jnp.zeros([2, 8, 8, 1])
@@ -67,7 +67,7 @@ class SmallCNN(nn.Module):
       Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
       ICLR 2015, whose blocks these are.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> model = SmallCNN(num_classes=10)
       >>> images = jnp.zeros([2, 8, 8, 1])
@@ -106,7 +106,7 @@ class AlexNet(nn.Module):
       Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural
       Networks", NeurIPS 2012.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> model = AlexNet(num_classes=100, width=0.125)
       >>> images = jnp.zeros([2, 32, 32, 3])
@@ -153,7 +153,7 @@ class ResNet18(nn.Module):
       He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
       Wu and He, "Group Normalization", ECCV 2018.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> model = ResNet18(num_classes=10, width=0.125)
       >>> images = jnp.zeros([2, 32, 32, 3])
@@ -249,7 +249,7 @@ def build_model(
       ValueError: On an unknown name, or a number outside its range.
       TypeError: `width` or `dropout_rate` is no number.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> model = build_model("small_cnn", num_classes=10, width=0.5)
       >>> variables = model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 1]))

@@ -26,7 +26,7 @@ class NormWindow:
 
     They stay where they were computed until they are asked for, so that no step waits for them.
 
-    Example:
+    Examples:
       >>> window = NormWindow(np.arange(WINDOW - 1.0))
       >>> window.add(np.array([5.0, 7.0]))
       >>> window.norms()[[0, -1]], len(window.norms())
@@ -67,7 +67,7 @@ def norm_figures(norms: np.ndarray) -> dict[str, Any]:
       `norm_histogram`, by `histogram`. None for what too few norms do not tell: fewer than 500
       have no tail index.
 
-    Example:
+    Examples:
       >>> figures = norm_figures(np.linspace(0, 1, 2001)[1:] ** (-1 / 1.5))  # of tail index 1.5
       >>> f"{figures['tail_index']:.2f}", figures["tail_verdict"], f"{figures['norm_q50']:.2f}"
       ('1.53', 'heavy', '1.59')
@@ -96,7 +96,7 @@ def histogram(norms: np.ndarray) -> dict[str, int]:
       By bin, the number of norms in `[2^(bin / 2), 2^((bin + 1) / 2))`; bins that hold none are
       left out. The bins are strings, for JSON.
 
-    Example:
+    Examples:
       >>> histogram(np.array([0.0, 1.0, 1.1, 4.0]))
       {'0': 2, '4': 1}
     """
@@ -114,7 +114,7 @@ def bin_edges(bins: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       The lower and the upper edges, `[N]` each, in the units of the norms.
 
-    Example:
+    Examples:
       >>> bin_edges([0, 2])
       (array([1., 2.]), array([1.41421356, 2.82842712]))
     """

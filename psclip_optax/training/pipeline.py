@@ -53,7 +53,7 @@ def train_batches(
     Raises:
       ValueError: an argument is out of range, or `split` is malformed.
 
-    Example:
+    Examples:
       >>> split = Split(np.zeros([6, 2, 2, 1], np.uint8), np.arange(6, dtype=np.int32))
       >>> batches = train_batches(split, batch_size=3, seed=0, mean=[0.0], std=[1.0])
       >>> batches[7]["image"].shape, batches[7]["position"].tolist()
@@ -106,7 +106,7 @@ def iterate(
     Raises:
       ValueError: an argument is negative.
 
-    Example:
+    Examples:
       >>> split = Split(np.zeros([4, 2, 2, 1], np.uint8), np.arange(4, dtype=np.int32))
       >>> batches = train_batches(split, batch_size=2, seed=0, mean=[0.0], std=[1.0])
       >>> [step for step, batch in iterate(batches, start_step=5, num_steps=3)]
@@ -150,7 +150,7 @@ def evaluation_batches(
     Raises:
       ValueError: an argument is out of range, or `split` is malformed.
 
-    Example:
+    Examples:
       >>> split = Split(np.zeros([3, 2, 2, 1], np.uint8), np.arange(3, dtype=np.int32))
       >>> batches = evaluation_batches(split, batch_size=2, mean=[0.0], std=[1.0])
       >>> [batch["mask"].tolist() for _, batch in iterate(batches, 0, len(batches))]

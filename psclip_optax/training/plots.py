@@ -88,7 +88,7 @@ def read_runs(folder: pathlib.Path) -> list[Run]:
     Raises:
       UsageError: it is missing, holds neither, nothing recorded yet, or damaged files.
 
-    Example:
+    Examples:
       >>> read_runs(pathlib.Path("nowhere"))
       Traceback (most recent call last):
       psclip_optax.training.configs.UsageError: nowhere: expected a folder that psclip train ...
@@ -116,7 +116,7 @@ def labels_of(runs: list[Run]) -> list[str]:
       A label for each, no two the same unless their folders are: the values of the fields that
       differ, or the folder where none does, or where that is not enough.
 
-    Example:
+    Examples:
       >>> runs = [Run(name, {"lr": lr, "seed": 0}, [], []) for name, lr in (("a", 1), ("b", 2))]
       >>> labels_of(runs)
       ['lr 1', 'lr 2']

@@ -30,7 +30,7 @@ def reporting_progress(total: int, console: Console) -> Iterator[Report]:
     Yields:
       `report(completed, doing, loss, clipped_share)`, cheap enough for every few steps.
 
-    Example:
+    Examples:
       >>> import sys
       >>> with reporting_progress(200, Console(file=sys.stdout, width=80)) as report:
       ...     report(10, "momentum SGD", loss=2.31, clipped_share=0.0)

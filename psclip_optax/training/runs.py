@@ -126,7 +126,7 @@ def build_task_model(config: ModelConfig, dataset: Dataset | DatasetShape) -> nn
     Raises:
       UsageError: the model does not take these images.
 
-    Example:
+    Examples:
       >>> build_task_model(TaskConfig(model="alexnet"), load_dataset("digits"))
       Traceback (most recent call last):
       psclip_optax.training.configs.UsageError: --model alexnet: AlexNet takes images ...
@@ -169,7 +169,7 @@ def build_trainer(
       them; the key is that of the dropout, from which each sample takes its own by step and
       position.
 
-    Example:
+    Examples:
       >>> digits, config = load_dataset("digits"), TaskConfig(width=0.1)
       >>> trainer = build_trainer("ps-clip", build_task_model(config, digits), digits, config, 10)
       >>> batch = training_batches(digits.train, digits, config, seed=0)[0]
@@ -228,7 +228,7 @@ def dropout_key(seed: int) -> jax.Array:
     Returns:
       A scalar key, for `Trainer.step`.
 
-    Example:
+    Examples:
       >>> bool(dropout_key(0) == jax.random.key(0))
       False
     """
@@ -256,7 +256,7 @@ def training_batches(
     Returns:
       What `train_batches` returns.
 
-    Example:
+    Examples:
       >>> digits = load_dataset("digits")
       >>> training_batches(digits.train, digits, TaskConfig(), seed=0)[0]["image"].shape
       (64, 8, 8, 1)
@@ -294,7 +294,7 @@ def build_evaluation(
     Returns:
       A function from parameters to `loss`, the mean cross-entropy, and `accuracy`.
 
-    Example:
+    Examples:
       >>> digits = load_dataset("digits")
       >>> model = build_task_model(TaskConfig(), digits)
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, *digits.image_shape)))
@@ -335,7 +335,7 @@ def provenance() -> dict[str, Any]:
     Returns:
       A dict that JSON takes.
 
-    Example:
+    Examples:
       >>> sorted(provenance())
       ['device', 'platform', 'python', 'versions']
     """

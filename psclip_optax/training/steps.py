@@ -357,17 +357,17 @@ def linen_train_step(
     Args:
       loss: `loss(params, *example)`, a scalar for one example; map no batch axis over it.
       gradients: "clipped", the default where a threshold is given, gives any Optax optimizer the
-        clipped mean gradient of :func:`psclip_optax.clipped_value_and_grad`. "per_sample", the
+        clipped mean gradient of [`psclip_optax.clipped_value_and_grad`][]. "per_sample", the
         default without one, gives `state.tx` the stacked gradients [n, …] and the mask and
-        positions; its first link is :func:`psclip_optax.per_sample_clip`. "mean" gives the gradient
+        positions; its first link is [`psclip_optax.per_sample_clip`][]. "mean" gives the gradient
         of the mean loss, for baselines.
       has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
       threshold: For "clipped": a number, a threshold such as `psclip_optax.growing_threshold`, or
         an adaptive one such as `psclip_optax.moment_threshold()`, whose state is that of a
-        :func:`psclip_optax.track_norms` of the same rule in the chain of `state.tx`.
+        [`psclip_optax.track_norms`][] of the same rule in the chain of `state.tx`.
       threshold_from: Instead of it, a function from the optimizer's state to the threshold, for one
         that is scheduled or tuned.
-      mode: For "clipped", as for :func:`psclip_optax.clipped_value_and_grad`.
+      mode: For "clipped", as for [`psclip_optax.clipped_value_and_grad`][].
       microbatch_size: For "clipped" and "mean": the batch is worked through in slices of at most
         this many samples.
       clip_at: For "clipped": "sample", or "micro-batch" for the mean gradient of each slice;
@@ -382,7 +382,7 @@ def linen_train_step(
       `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" has no use for it).
       Metrics are scalars: "loss" and, leaf by leaf, "aux", means over the samples that count and
       whose loss is finite; where samples are clipped also the
-      figures of :class:`~psclip_optax.transforms.PerSampleClipState`, and "clipped_share"; with an
+      figures of [`psclip_optax.transforms.PerSampleClipState`][], and "clipped_share"; with an
       adaptive threshold "threshold_scale", τ_1 of this step. Means over no sample are 0.
 
     Raises:
@@ -391,7 +391,7 @@ def linen_train_step(
         not fit the gradients.
       TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> from flax.training.train_state import TrainState
@@ -405,8 +405,8 @@ def linen_train_step(
       1.2071, clipped at 1 and √2: 2
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026.
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     kind = _chosen_gradients(
         gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at, return_norms)
@@ -453,18 +453,20 @@ def nnx_train_step(
       loss: `loss(model, *example)`, a scalar for one example; map no batch axis over it.
         Randomness comes as an argument of the batch, one key a sample:
         `model(x, rngs=nnx.Rngs(dropout=key))`.
-      gradients: "clipped", "per_sample" or "mean", as for :func:`linen_train_step`.
+      gradients: "clipped", "per_sample" or "mean", as for
+        [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
       has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
-      threshold: As for :func:`linen_train_step`.
-      threshold_from: As for :func:`linen_train_step`.
-      mode: As for :func:`linen_train_step`.
-      microbatch_size: As for :func:`linen_train_step`.
-      clip_at: As for :func:`linen_train_step`.
-      return_norms: As for :func:`linen_train_step`.
+      threshold: As for [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
+      threshold_from: As for [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
+      mode: As for [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
+      microbatch_size: As for [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
+      clip_at: As for [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
+      return_norms: As for [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
 
     Returns:
       `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,
-      the mask, the positions and the metrics of :func:`linen_train_step`.
+      the mask, the positions and the metrics of
+      [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
 
     Raises:
       ValueError: On unknown `gradients`, or a threshold where it has no use; in the step, on batch
@@ -473,7 +475,7 @@ def nnx_train_step(
         counters of `nnx.Rngs`).
       TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import psclip_optax as psc
       >>> from flax import nnx
@@ -487,8 +489,8 @@ def nnx_train_step(
       (4, 1.0)
 
     References:
-      Nobile and Grohs, `Robust and Fast Training via Per-Sample Clipping
-      <https://arxiv.org/abs/2605.02701>`_, 2026.
+      Nobile and Grohs, [Robust and Fast Training via Per-Sample
+      Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     kind = _chosen_gradients(
         gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at, return_norms)
@@ -550,7 +552,8 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
     """Builds a jitted evaluation step that gives sums, exact also for a padded last batch.
 
     Args:
-      loss: `loss(params, *example)`, a scalar for one example, as for :func:`linen_train_step`.
+      loss: `loss(params, *example)`, a scalar for one example, as for
+        [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
       has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
 
     Returns:
@@ -563,7 +566,7 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
       ValueError: In the step, on batch arguments of unequal sizes or a mask not of shape [n].
       TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> step = linen_eval_step(lambda params, x: params * x)
       >>> padded = jnp.array([1.0, 2.0, 0.0])

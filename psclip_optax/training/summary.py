@@ -43,7 +43,7 @@ def estimate(values: list[float]) -> Estimate:
     Returns:
       The mean and its standard error.
 
-    Example:
+    Examples:
       >>> estimate([1.0, 2.0, 3.0])
       Estimate(mean=2.0, standard_error=0.577...)
     """
@@ -59,7 +59,7 @@ def final_accuracies(method: dict[str, Any]) -> list[float]:
     Returns:
       One number in [0, 1] a seed.
 
-    Example:
+    Examples:
       >>> final_accuracies({"curves": [{"accuracy": [0.5, 0.8]}, {"accuracy": [0.4, 0.9]}]})
       [0.8, 0.9]
     """
@@ -76,7 +76,7 @@ def difference_to_best_other(methods: dict[str, Any], name: str) -> tuple[str, E
     Returns:
       The other one's name, and the mean of the differences in accuracy with its standard error.
 
-    Example:
+    Examples:
       >>> def method(*accuracies):
       ...     return {"curves": [{"accuracy": [a]} for a in accuracies]}
       >>> difference_to_best_other({"a": method(0.75, 1.0), "b": method(0.5, 0.75)}, "a")
@@ -97,7 +97,7 @@ def describe_task(config: CompareConfig) -> str:
     Returns:
       The line.
 
-    Example:
+    Examples:
       >>> describe_task(CompareConfig())
       'digits with 20% label noise and Student-t pixel factors (ν = 1.5), MLP of width 0.5'
     """
@@ -128,7 +128,7 @@ def introduction(
     Returns:
       A few lines.
 
-    Example:
+    Examples:
       >>> from psclip_optax.training.datasets import load_dataset
       >>> digits = load_dataset("digits")
       >>> units = {"batch-clip": 2.0, "ps-clip": 8.0}
@@ -209,7 +209,7 @@ def verdict(result: dict[str, Any]) -> str:
     Returns:
       One sentence.
 
-    Example:
+    Examples:
       >>> def method(label, *accuracies):
       ...     return {"label": label, "curves": [{"accuracy": [a]} for a in accuracies]}
       >>> first, second = method("momentum SGD", 0.75, 1.0), method("batch clipping", 0.5, 0.5)
@@ -242,7 +242,7 @@ def edge_notes(result: dict[str, Any]) -> list[str]:
     Returns:
       A line for each.
 
-    Example:
+    Examples:
       >>> grid = [{"learning_rate": lr, "threshold": math.inf} for lr in (0.1, 0.2)]
       >>> result = {"methods": {"momentum": {"label": "momentum SGD", **grid[1]}},
       ...           "trials": {"momentum": grid}, "units": {}}

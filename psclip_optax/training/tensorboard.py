@@ -22,7 +22,7 @@ def check_tensorboard() -> None:
     Raises:
       UsageError: tensorboardX is not installed.
 
-    Example:
+    Examples:
       >>> check_tensorboard()
     """
     try:
@@ -50,7 +50,7 @@ def writing_tensorboard(
     Yields:
       `write(record)`. What is None in a record, or ∞, is left out.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> folder = pathlib.Path(tempfile.mkdtemp()) / "tensorboard"
       >>> with writing_tensorboard(folder, [], seconds=0.0) as write:
