@@ -1,5 +1,4 @@
-// Formulas of pages (arithmatex) and of notebooks; again after each instant navigation.
+// Pages have \(…\) and \[…\] (arithmatex), notebooks $…$ and $$…$$; code is left alone.
 window.MathJax = {
   tex: { inlineMath: [["\\(", "\\)"], ["$", "$"]], displayMath: [["\\[", "\\]"], ["$$", "$$"]] },
-  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex|jp-MarkdownOutput|jp-RenderedHTMLCommon" },
 };
