@@ -61,6 +61,12 @@ def test_links_lead_to_what_the_repository_has(path: pathlib.Path):
         assert not anchor or anchor in anchors, f"{target}#{anchor}"
 
 
+def test_headings_are_found_by_the_sites_contents(path: pathlib.Path):
+    for cell in cells(path, "markdown"):
+        headings = re.findall("^#+ (.+)$", "".join(cell["source"]), re.MULTILINE)
+        assert not [title for title in headings if "`" in title], "code has no part in the link"
+
+
 def test_speaks_of_no_machines_paths(path: pathlib.Path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|tmp|opt|Users)/", text)
