@@ -1410,6 +1410,11 @@ ROWS = [
         "--coordinator: expected --num-processes and --process-id with it",
     ),
     Row(
+        lambda: check(distributed=True, coordinator="127.0.0.1", num_processes=2, process_id=1),
+        UsageError,
+        "--coordinator: expected HOST:PORT, got 127.0.0.1",
+    ),
+    Row(
         lambda: check(distributed=True, coordinator="127.0.0.1:1", num_processes=2, process_id=2),
         UsageError,
         "--process-id: expected less than --num-processes 2, got 2",
@@ -1421,6 +1426,12 @@ ROWS = [
         " = 9, ps-clip 3 × 1 = 3; give each the same budget with --momentum-learning-rates, "
         "--batch-clip-learning-rates, --batch-clip-thresholds, --ps-clip-learning-rates and "
         "--ps-clip-thresholds",
+    ),
+    Row(
+        lambda: check(data_dir=pathlib.Path("data")),
+        UsageError,
+        "--data-dir: of cifar10 and cifar100 alone, got it with --dataset digits, which comes with"
+        " scikit-learn",
     ),
     # The command
     Row(
