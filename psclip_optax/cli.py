@@ -126,6 +126,11 @@ def _parse(arguments: list[str]) -> Config | None:
     """The configuration; None where help was asked for and printed."""
     import tyro
 
+    if arguments[0] not in _COMMANDS and not arguments[0].startswith("-"):
+        raise UsageError(
+            f"expected a command, one of {', '.join(_COMMANDS)}, got {arguments[0]!r} (see psclip "
+            "--help)"
+        )
     # What has no default, the folders to plot, is told without a flag.
     subcommands = [
         Annotated[config, tyro.conf.subcommand(name), tyro.conf.PositionalRequiredArgs]

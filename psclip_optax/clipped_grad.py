@@ -22,7 +22,7 @@ from psclip_optax.bookkeeping.plan import plan_weights
 from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
 from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
 from psclip_optax.clipping import ClipStats, OnNonfinite
-from psclip_optax.thresholds import Threshold, as_threshold
+from psclip_optax.thresholds import ConstantThreshold, GrowingThreshold, Threshold, as_threshold
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAt: TypeAlias = Literal["sample", "micro-batch"]
@@ -282,7 +282,7 @@ def _out_specs(params: Any, batch: tuple[Any, ...], settings: _Settings) -> Any:
 
 
 def _check_loss(loss: Any) -> None:
-    if not callable(loss):
+    if not callable(loss) or isinstance(loss, ConstantThreshold | GrowingThreshold):
         raise TypeError(
             f"the loss is a function loss(params, *example) and comes before the threshold, got "
             f"{loss!r}"

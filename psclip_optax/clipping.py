@@ -23,7 +23,8 @@ class ClipStats(NamedTuple):
     """What clipping did to each sample of one batch.
 
     Attributes:
-      norms: float [n], the norm of each sample's whole gradient, before clipping.
+      norms: float [n], the norm of each sample's whole gradient, before clipping; of masked samples
+        too, so that what is made of norms needs the mask as well.
       scales: float [n], γ_k in [0, 1]; 0 for masked and dropped samples.
       num_clipped: int32, how many samples were scaled by γ_k < 1, the dropped ones apart.
       num_nonfinite: int32, how many samples that count have a gradient that is not finite.

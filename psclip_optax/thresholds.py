@@ -237,7 +237,14 @@ def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
         raise TypeError(_KEEPS_NO_STATE)
     if callable(threshold):
         return threshold
-    return ConstantThreshold(threshold)
+    try:
+        return ConstantThreshold(threshold)
+    except TypeError:
+        has_one = " with a threshold of its own; pass its .threshold"
+        raise TypeError(
+            "a threshold is a number or a callable from positions [n] to norms [n], got "
+            f"{threshold!r}{has_one if hasattr(threshold, 'threshold') else ''}"
+        ) from None
 
 
 def thresholds_at(threshold: Threshold, positions: jax.Array, dtype: Any) -> jax.Array:

@@ -422,9 +422,21 @@ ROWS = [
         "the loss is a function loss(params, *example) and comes before the threshold, got 1.0",
     ),
     Row(
+        lambda: psc.clipped_grad(psc.growing_threshold(1.0, 1.5), loss),
+        TypeError,
+        "the loss is a function loss(params, *example) and comes before the threshold, got "
+        "GrowingThreshold(alpha=1.0, beta=1.5)",
+    ),
+    Row(
         lambda: psc.clipped_grad(loss, None),
         TypeError,
-        "constant_threshold expects a real number as `value`, got None",
+        "a threshold is a number or a callable from positions [n] to norms [n], got None",
+    ),
+    Row(
+        lambda: psc.clipped_grad(loss, psc.tails.suggest_threshold(NORMS)),
+        TypeError,
+        "a threshold is a number or a callable from positions [n] to norms [n], got "
+        "SuggestedThreshold(⟨what it holds⟩) with a threshold of its own; pass its .threshold",
     ),
     Row(
         lambda: grad(mode="fast"),
@@ -539,6 +551,15 @@ ROWS = [
         " float32[] (axis 0), batch[1][1]: float32[] (axis 0), batch[1][2]: float32[] (axis 0),"
         " batch[1][3]: float32[] (axis 0); write in_axes=None for an argument that all samples "
         "share, jnp.asarray(…) around a list of numbers, and jax.random.split(key, n) for a key",
+    ),
+    Row(
+        lambda: grad(batch=(X, [1.0] * 60)),
+        ValueError,
+        "f(params, *batch) takes the samples on the axes that in_axes names, the same number in"
+        " each argument and in one at least, got batch[0]: float32[4, 3] (axis 0), batch[1][0]:"
+        " ⟨and so on⟩ batch[1][6]: float32[] (axis 0), and 53 more; write in_axes=None for an "
+        "argument that all samples share, jnp.asarray(…) around a list of numbers, and "
+        "jax.random.split(key, n) for a key",
     ),
     Row(
         lambda: grad(batch=()),
@@ -1389,6 +1410,11 @@ ROWS = [
         "--coordinator: expected --num-processes and --process-id with it",
     ),
     Row(
+        lambda: check(distributed=True, coordinator="127.0.0.1", num_processes=2, process_id=1),
+        UsageError,
+        "--coordinator: expected HOST:PORT, got 127.0.0.1",
+    ),
+    Row(
         lambda: check(distributed=True, coordinator="127.0.0.1:1", num_processes=2, process_id=2),
         UsageError,
         "--process-id: expected less than --num-processes 2, got 2",
@@ -1401,7 +1427,19 @@ ROWS = [
         "--batch-clip-learning-rates, --batch-clip-thresholds, --ps-clip-learning-rates and "
         "--ps-clip-thresholds",
     ),
+    Row(
+        lambda: check(data_dir=pathlib.Path("data")),
+        UsageError,
+        "--data-dir: of cifar10 and cifar100 alone, got it with --dataset digits, which comes with"
+        " scikit-learn",
+    ),
     # The command
+    Row(
+        lambda: command("trian"),
+        Printed,
+        "psclip: error: expected a command, one of compare, train, plot, explain, doctor, got "
+        "'trian' (see psclip --help)\n",
+    ),
     Row(
         lambda: command("train", "--foo", "1"),
         Printed,

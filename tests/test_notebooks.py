@@ -50,6 +50,23 @@ def test_outputs_are_stored_and_small(path: pathlib.Path):
     assert any("image/png" in o.get("data", {}) for o in outputs)
 
 
+def test_links_lead_to_what_the_repository_has(path: pathlib.Path):
+    text = "".join(line for cell in cells(path, "markdown") for line in cell["source"])
+    links = re.findall(rf"\]\({REPOSITORY}(?:/blob/main/([^)#\s]+))?(?:#([^)\s]+))?\)", text)
+    assert len(links) == text.count(f"]({REPOSITORY}"), "expected …/blob/main/PATH or …#HEADING"
+    for target, anchor in links:
+        page = (ROOT / (target or "README.md")).read_text(encoding="utf-8")
+        headings = re.findall("^#+ (.+)$", page, re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
+        assert not anchor or anchor in anchors, f"{target}#{anchor}"
+
+
+def test_headings_are_found_by_the_sites_contents(path: pathlib.Path):
+    for cell in cells(path, "markdown"):
+        headings = re.findall("^#+ (.+)$", "".join(cell["source"]), re.MULTILINE)
+        assert not [title for title in headings if "`" in title], "code has no part in the link"
+
+
 def test_speaks_of_no_machines_paths(path: pathlib.Path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|tmp|opt|Users)/", text)

@@ -173,6 +173,8 @@ def _checked_batch(batch: Any, axes: list[int | None]) -> list[jax.Array]:
             f"{path}: {described(leaf)} (axis {axis})"
             for (path, leaf), axis in zip(named, axes, strict=True)
         ]
+        if len(came) > 8:  # a list of numbers
+            came[8:] = [f"and {len(came) - 8} more"]
         raise ValueError(
             "f(params, *batch) takes the samples on the axes that in_axes names, the same number "
             f"in each argument and in one at least, got {', '.join(came) or 'none'}; write "

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -63,7 +64,14 @@ def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=_NUM_KEPT, create=True, enable_async_checkpointing=False
     )
-    return ocp.CheckpointManager(folder, options=options)
+    # It reads all metadata, and logs what is damaged; the digests tell that, in one line.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        return ocp.CheckpointManager(folder, options=options)
+    finally:
+        logger.setLevel(level)
 
 
 def save_checkpoint(

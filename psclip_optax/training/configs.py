@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -303,6 +304,8 @@ def check_config(config: Config) -> None:
                 raise UsageError(f"{flag(name)}: expected {_RANGES[name].expected}, got {number}")
     if isinstance(config, ModelConfig):
         _check_parts(config)
+    if isinstance(config, TaskConfig):
+        _check_data(config)
     if isinstance(config, CompareConfig):
         _check_grids(config)
     if isinstance(config, TrainConfig):
@@ -316,6 +319,14 @@ def _check_parts(config: ModelConfig) -> None:
         raise UsageError(
             f"--accumulate: expected a divisor of --batch-size {config.batch_size}, got "
             f"{config.accumulate}"
+        )
+
+
+def _check_data(config: TaskConfig) -> None:
+    if config.data_dir is not None and config.dataset == "digits":
+        raise UsageError(
+            "--data-dir: of cifar10 and cifar100 alone, got it with --dataset digits, which comes "
+            "with scikit-learn"
         )
 
 
@@ -360,6 +371,8 @@ def _check_processes(config: TrainConfig) -> None:
     if given and len(given) < len(told):
         missing = [flag(name) for name, value in told.items() if value is None]
         raise UsageError(f"{given[0]}: expected {' and '.join(missing)} with it")
+    if config.coordinator is not None and not re.fullmatch(r".+:\d+", config.coordinator):
+        raise UsageError(f"--coordinator: expected HOST:PORT, got {config.coordinator}")
     if config.process_id is not None and config.process_id >= (config.num_processes or 0):
         raise UsageError(
             f"--process-id: expected less than --num-processes {config.num_processes}, got "

@@ -54,7 +54,7 @@ def join_processes(config: TrainConfig) -> None:
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(
             f"--distributed: the processes did not come together: {reason}; start all of them "
             "within --distributed-timeout seconds, and where no cluster tells who they are, give "

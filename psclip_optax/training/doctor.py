@@ -119,7 +119,7 @@ def check_extras(requirements: list[str], installed: Callable[[str], str | None]
       installed: from a package's name to its version; None where it is missing.
 
     Returns:
-      A finding for each extra but "dev".
+      A finding for each extra but "docs" and "dev", which are for work on the package.
 
     Examples:
       >>> check_extras(["rich>=14.0; extra == 'train'"], {"rich": "13.1"}.get)[0].text
@@ -130,7 +130,7 @@ def check_extras(requirements: list[str], installed: Callable[[str], str | None]
         parsed = re.fullmatch(
             r"([\w.-]+)(?:>=([\d.]+))?.*;.*extra == ['\"]([\w-]+)['\"].*", requirement
         )
-        if parsed and parsed[3] != "dev":
+        if parsed and parsed[3] not in ("docs", "dev"):
             extras.setdefault(parsed[3], []).append((parsed[1], parsed[2] or "0"))
     return [_check_extra(extra, needed, installed) for extra, needed in extras.items()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 
 import jax
@@ -114,6 +115,16 @@ def test_nothing_is_removed_where_all_are_damaged(tmp_path: pathlib.Path):
     with pytest.raises(UsageError, match=r"no checkpoint in .* is intact \(steps 7, 3\)"):
         restore(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_damage_is_not_told_by_orbax_as_well(tmp_path: pathlib.Path, caplog):
+    save(tmp_path, 3, 7)
+    for path in (tmp_path / "7").iterdir():
+        if path.is_file():
+            path.write_text("x")
+    with caplog.at_level(logging.ERROR):
+        assert restore(tmp_path).damaged_steps == [7]
+    assert not caplog.records
 
 
 def test_norms_are_those_of_the_checkpoint_and_may_be_missing(tmp_path: pathlib.Path):

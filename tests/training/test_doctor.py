@@ -106,6 +106,7 @@ def test_extras_are_told_apart():
         "tyro>=1.0.0; extra == 'train'",
         "scikit-learn>=1.7.0; extra == 'train'",
         'tensorboardx>=2.6; extra == "tensorboard"',
+        'mkdocs-material>=9.6; extra == "docs"',
         'pyright[nodejs]>=1; extra == "dev"',
     ]
     versions = {"rich": "14.0.0", "tyro": "0.9.30", "tensorboardx": "2.6.5"}
