@@ -52,6 +52,12 @@ def axes_of_type(kind: Any) -> tuple[Any, ...]:
     return tuple(sorted(kind.vma))  # JAX < 0.10
 
 
+def shape_of_type(kind: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """The shape of a type, or another one, with the axes of the type, for a trace to have them."""
+    plain = jax.ShapeDtypeStruct(kind.shape if shape is None else shape, kind.dtype)
+    return jax.eval_shape(lambda array: varying(array, axes_of_type(kind)), plain)
+
+
 def axes_without(array: jax.Array, axis_name: Any) -> tuple[Any, ...]:
     """Those of the axes over which an array is the same on all devices."""
     return tuple(name for name in names_of(axis_name) if name not in axes_of(array))

@@ -281,6 +281,54 @@ def test_stack_under_shard_map(masked, check_vma):
         assert_close(jax.jit(sharded)(stacked, tx.init(params), mask), expected, 1e-10)
 
 
+def row_loss(params, i, x):
+    row = jax.lax.dynamic_index_in_dim(params["table"], i, 0, keepdims=False)
+    return jnp.tanh(row @ params["w"] * params["scale"]).sum() * x[0, 0]
+
+
+def normalised_loss(params, i, x):
+    weight = params["w"] / jnp.linalg.norm(params["w"])
+    return jnp.sum(jnp.tanh(x * params["scale"] @ weight) @ params["table"].T)
+
+
+def scanned_loss(params, i, x):
+    def step(carry, x):
+        return jnp.tanh(carry @ params["w"] + x * params["scale"]), None
+
+    return jax.lax.scan(step, params["table"][0], x)[0].sum() * x[0, 0]
+
+
+@pytest.mark.parametrize("loss", [row_loss, normalised_loss, scanned_loss])
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_equations_that_are_rewritten_or_computed_vary_as_before(loss, mode):
+    with enable_x64(True):
+        random = np.random.default_rng(0)
+        shapes = {"table": (7, 5), "w": (5, 5), "scale": (5,)}
+        params = {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
+        batch = np.arange(16) % 7, random.standard_t(1.5, (16, 3, 5))
+        build = functools.partial(psc.clipped_grad, loss, THRESHOLD, mode=mode)
+        sharded = jax.shard_map(
+            build(axis_name="data"),
+            mesh=mesh_of("data parallel"),
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=P(),
+        )
+        assert_close(jax.jit(sharded)(params, *batch), build()(params, *batch), 1e-10)
+
+
+def test_memory_is_estimated_under_shard_map():
+    params, batch = sequences()
+    sharded = jax.shard_map(
+        psc.clipped_grad(sequence_loss, THRESHOLD, axis_name="data", memory_limit_bytes=1),
+        mesh=mesh_of("data parallel"),
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+    )
+    assert jax.tree.map(jnp.shape, jax.eval_shape(sharded, params, *batch)) == jax.tree.map(
+        jnp.shape, params
+    )
+
+
 @pytest.mark.parametrize(
     ("axis_name", "axes", "missing", "wanted"),
     [

@@ -77,18 +77,15 @@ def estimated_bytes(
 def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int | None:
     run = core.jaxpr_as_fun(closed)
     kinds = [aval(variable) for variable in closed.jaxpr.invars]
-    leaves = [jax.ShapeDtypeStruct(kind.shape, kind.dtype) for kind in kinds[:num_leaves]]
-    batch = [jax.ShapeDtypeStruct((_MARK, *kind.shape), kind.dtype) for kind in kinds[num_leaves:]]
+    leaves = [meshes.shape_of_type(kind) for kind in kinds[:num_leaves]]
+    batch = [meshes.shape_of_type(kind, (_MARK, *kind.shape)) for kind in kinds[num_leaves:]]
 
-    def pull_back(*arrays: Any) -> Any:
-        # The jaxpr has what shard_map knows of its inputs, which shapes lack.
-        typed = list(map(meshes.varying, arrays, map(meshes.axes_of_type, kinds)))
-        leaves, batch = typed[:num_leaves], typed[num_leaves:]
+    def pull_back(leaves: list[Any], batch: list[Any]) -> Any:
         losses = jax.vmap(lambda leaves, example: run(*leaves, *example)[0], in_axes=(None, 0))
         return jax.vjp(lambda leaves: losses(leaves, batch), leaves)[1]
 
     try:
-        saved = jax.tree.leaves(jax.eval_shape(pull_back, *leaves, *batch))
+        saved = jax.tree.leaves(jax.eval_shape(pull_back, leaves, batch))
     except NO_GRADIENT_OF_VMAP:
         return None
     of_samples = [array for array in saved if _MARK in array.shape]
