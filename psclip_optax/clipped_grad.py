@@ -100,7 +100,9 @@ def clipped_value_and_grad(
       axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the batch is sharded:
         positions run on over the devices, and value, gradients and counts are of the whole batch,
         the same on all (`out_specs` of `P()`); norms, scales and aux are of a device's samples
-        (`P(axis_name)`).
+        (`P(axis_name)`). An axis that the batch varies over is left out only where the parameters
+        vary over it too. `check_vma=False` hides from JAX what varies: then each device has a
+        result of its own samples alone, and nothing tells.
       spmd_axis_name: passed to `jax.vmap`, for sharding constraints inside the loss.
       return_stats: whether to return a `psc.ClipStats` as well.
       memory_limit_bytes: for "auto"; by default what the device has, where it tells.
