@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from psclip_optax import clipping, meshes, stacks
 from psclip_optax.arrays import is_integer
 from psclip_optax.bookkeeping import microbatches
-from psclip_optax.bookkeeping.calls import Call, axes_of_leaves, take_apart, trace, varying
+from psclip_optax.bookkeeping.calls import Call, axes_of_leaves, take_apart, trace
 from psclip_optax.bookkeeping.explain import Plan, explained, explained_microbatches
 from psclip_optax.bookkeeping.memory import estimated_bytes
 from psclip_optax.bookkeeping.passes import MODES, Problem, num_slices
@@ -100,7 +100,9 @@ def clipped_value_and_grad(
       axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the batch is sharded:
         positions run on over the devices, and value, gradients and counts are of the whole batch,
         the same on all (`out_specs` of `P()`); norms, scales and aux are of a device's samples
-        (`P(axis_name)`).
+        (`P(axis_name)`). An axis that the batch varies over is left out only where the parameters
+        vary over it too. `check_vma=False` hides from JAX what varies: then each device has a
+        result of its own samples alone, and nothing tells.
       spmd_axis_name: passed to `jax.vmap`, for sharding constraints inside the loss.
       return_stats: whether to return a `psc.ClipStats` as well.
       memory_limit_bytes: for "auto"; by default what the device has, where it tells.
@@ -149,7 +151,7 @@ def clipped_value_and_grad(
       Rochette, Manoel and Tramel, [Efficient Per-Example Gradient Computations in Convolutional
       Neural Networks](https://arxiv.org/abs/1912.06015), 2019 (the convolution's gradient).
     """
-    _check_loss(loss)
+    check_loss(loss)
     settings = _Settings(
         has_aux=has_aux,
         in_axes=in_axes,
@@ -175,7 +177,6 @@ def clipped_value_and_grad(
             _run(problem, call, sample_mask is not None, settings),
             samples,
             settings.microbatch_size,
-            axis_name=settings.axis_name,
             has_convolutions=problem.has_convolutions,
             consecutive=settings.clip_at == "micro-batch",
         )
@@ -281,7 +282,7 @@ def _out_specs(params: Any, batch: tuple[Any, ...], settings: _Settings) -> Any:
     return value, meshes.specs_of(params), ClipStats(by_unit, by_unit, everywhere, everywhere)
 
 
-def _check_loss(loss: Any) -> None:
+def check_loss(loss: Any) -> None:
     if not callable(loss) or isinstance(loss, ConstantThreshold | GrowingThreshold):
         raise TypeError(
             f"the loss is a function loss(params, *example) and comes before the threshold, got "
@@ -321,7 +322,7 @@ def _samples(
     n, dtype = call.num_samples, stacks.norm_dtype(call.params)
     together = settings.num_together(n)
     mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
-    counts = varying(jnp.ones(n, bool) if mask is None else mask, settings.axis_name)
+    counts = meshes.varying(jnp.ones(n, bool) if mask is None else mask, settings.axis_name)
     number: Any = n if mask is None else jnp.sum(counts)
     if settings.axis_name is not None:
         number = lax.psum(number, settings.axis_name)
@@ -338,7 +339,7 @@ def _samples(
 
 
 def _problem(call: Call, settings: _Settings) -> Problem:
-    closed = trace(call)
+    closed = trace(call, settings.axis_name)
     warn_of_batch_statistics(closed, len(call.params))
     return Problem(
         closed,

@@ -1,7 +1,8 @@
-"""Arrays on meshes whose axes are Explicit: what is made of them runs with Auto axes.
+"""Arrays on meshes: what varies between the devices under shard_map, and meshes of Explicit axes.
 
-There every operation has to say how its result is sharded, where JAX cannot tell. The clipping
-cannot say it of operations inside a loss that it does not know, and leaves it to the compiler.
+On those every operation has to say how its result is sharded, where JAX cannot tell. The clipping
+cannot say it of operations inside a loss that it does not know, and leaves it to the compiler: what
+is made of them runs with Auto axes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,76 @@ def check_axis_name(axis_name: Any) -> None:
             f"in, got {axis_name!r}, which none around it maps; outside of shard_map leave it out: "
             "under jit a sharded batch needs no name"
         ) from error
+
+
+def names_of(axis_name: Any) -> tuple[Any, ...]:
+    """The mesh axes that an axis_name means."""
+    if axis_name is None:
+        return ()
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def axes_of(array: Any) -> tuple[Any, ...]:
+    """The mesh axes of shard_map over which an array, or a shape, is each device's own.
+
+    None with check_vma=False, where JAX does not keep account of them.
+    """
+    return axes_of_type(jax.typeof(array))
+
+
+def axes_of_type(kind: Any) -> tuple[Any, ...]:
+    if hasattr(kind, "manual_axis_type"):
+        return tuple(sorted(kind.manual_axis_type.varying))
+    return tuple(sorted(kind.vma))  # JAX < 0.10
+
+
+def shape_of_type(kind: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """The shape of a type, or another one, with the axes of the type, for a trace to have them."""
+    plain = jax.ShapeDtypeStruct(kind.shape if shape is None else shape, kind.dtype)
+    return jax.eval_shape(lambda array: varying(array, axes_of_type(kind)), plain)
+
+
+def axes_without(array: jax.Array, axis_name: Any) -> tuple[Any, ...]:
+    """Those of the axes over which an array is the same on all devices."""
+    return tuple(name for name in names_of(axis_name) if name not in axes_of(array))
+
+
+def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
+    """The array as each device's own, so that shard_map does not add up its cotangents."""
+    missing = axes_without(leaf, axis_name)
+    if not missing:
+        return leaf
+    if hasattr(lax, "pcast"):
+        return lax.pcast(leaf, missing, to="varying")
+    return lax.pvary(leaf, missing)  # pyright: ignore (JAX < 0.8)
+
+
+def in_words(axes: tuple[Any, ...]) -> str:
+    """The axes as one would write them."""
+    return repr(axes[0] if len(axes) == 1 else axes)
+
+
+def assignment_that_varies(name: str, axes: tuple[Any, ...]) -> str:
+    """What a user of this JAX writes to make a tree of arrays each device's own."""
+    if hasattr(lax, "pcast"):
+        return f"{name} = jax.lax.pcast({name}, {in_words(axes)}, to='varying')"
+    return f"{name} = jax.lax.pvary({name}, {in_words(axes)})"
+
+
+def check_sharded(name: str, per_sample_grads: Any, axis_name: Any) -> None:
+    """Refuse a stack that is the same on all devices of the axes that are to shard it."""
+    if axis_name is None or axes_without(lax.axis_index(axis_name), axis_name):
+        return  # with check_vma=False nothing is known
+    for path, leaf in jax.tree_util.tree_leaves_with_path(per_sample_grads):
+        missing = axes_without(leaf, axis_name)
+        if missing:
+            raise ValueError(
+                f"axis_name={axis_name!r} says that each device has samples of its own, but "
+                f"{name}{jax.tree_util.keystr(path)} is the same on all devices of the mesh axis "
+                f"{in_words(missing)}: jax.shard_map has gradients of replicated parameters summed "
+                "over them. Before jax.vmap(jax.grad(loss), …) make them each device's own, "
+                f"{assignment_that_varies('params', missing)}, or pass a stack that in_specs shard"
+            )
 
 
 def explicit_mesh(tree: Any) -> Any:

@@ -319,6 +319,7 @@ def per_sample_clip(
     ) -> tuple[optax.Updates, PerSampleClipState]:
         meshes.check_axis_name(axis_name)
         stack = stacks.check_stack(per_sample_grads, sample_axis)
+        meshes.check_sharded("per_sample_grads", per_sample_grads, axis_name)
         stacks.check_against_params(stack, per_sample_grads, params)
         stacks.warn_if_beyond_memory(stack)
         n = stack.num_samples

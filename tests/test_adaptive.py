@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping.calls import varying
+from psclip_optax.meshes import varying
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 RULES = {

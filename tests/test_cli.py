@@ -96,7 +96,7 @@ def test_help_lists_the_options(command: str, options: str, capsys):
         (["train", "--clip-at", "step"], ["--clip-at", "'step'", "micro-batch"]),
         (
             ["train", "--method", "momentum", "--clip-at", "batch"],
-            ["--clip-at: of ps-clip, ps-clip-constant and ps-clip-auto alone", "--method momentum"],
+            ["--clip-at: expected sample with --method momentum, got batch", "--method ps-clip"],
         ),
         (
             ["train", "--method", "ps-clip-auto", "--clip-at", "batch"],

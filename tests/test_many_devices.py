@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psclip_optax as psc
+from psclip_optax import meshes
 from tests.collectives import collectives, moving_operations, num_bytes, num_elements
 from tests.models import ZOO
 from tests.numerics import assert_close, enable_x64, in_float64
@@ -199,6 +200,10 @@ def test_sharded_stack(layout, axis_type):
 # Under shard_map
 
 
+def varying(params, axis_name):
+    return jax.tree.map(lambda leaf: meshes.varying(leaf, axis_name), params)
+
+
 def specs_of_stats():
     return psc.ClipStats(P("data"), P("data"), P(), P())
 
@@ -274,6 +279,131 @@ def test_stack_under_shard_map(masked, check_vma):
         )
         assert int(expected[1].num_nonfinite) == 1
         assert_close(jax.jit(sharded)(stacked, tx.init(params), mask), expected, 1e-10)
+
+
+def row_loss(params, i, x):
+    row = jax.lax.dynamic_index_in_dim(params["table"], i, 0, keepdims=False)
+    return jnp.tanh(row @ params["w"] * params["scale"]).sum() * x[0, 0]
+
+
+def normalised_loss(params, i, x):
+    weight = params["w"] / jnp.linalg.norm(params["w"])
+    return jnp.sum(jnp.tanh(x * params["scale"] @ weight) @ params["table"].T)
+
+
+def scanned_loss(params, i, x):
+    def step(carry, x):
+        return jnp.tanh(carry @ params["w"] + x * params["scale"]), None
+
+    return jax.lax.scan(step, params["table"][0], x)[0].sum() * x[0, 0]
+
+
+@pytest.mark.parametrize("loss", [row_loss, normalised_loss, scanned_loss])
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_equations_that_are_rewritten_or_computed_vary_as_before(loss, mode):
+    with enable_x64(True):
+        random = np.random.default_rng(0)
+        shapes = {"table": (7, 5), "w": (5, 5), "scale": (5,)}
+        params = {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
+        batch = np.arange(16) % 7, random.standard_t(1.5, (16, 3, 5))
+        build = functools.partial(psc.clipped_grad, loss, THRESHOLD, mode=mode)
+        sharded = jax.shard_map(
+            build(axis_name="data"),
+            mesh=mesh_of("data parallel"),
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=P(),
+        )
+        assert_close(jax.jit(sharded)(params, *batch), build()(params, *batch), 1e-10)
+
+
+def test_memory_is_estimated_under_shard_map():
+    params, batch = sequences()
+    sharded = jax.shard_map(
+        psc.clipped_grad(sequence_loss, THRESHOLD, axis_name="data", memory_limit_bytes=1),
+        mesh=mesh_of("data parallel"),
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+    )
+    assert jax.tree.map(jnp.shape, jax.eval_shape(sharded, params, *batch)) == jax.tree.map(
+        jnp.shape, params
+    )
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "axes", "missing", "wanted"),
+    [
+        (None, ("data",), "'data'", "'data'"),
+        (None, ("data", "model"), r"\('data', 'model'\)", r"\('data', 'model'\)"),
+        ("data", ("data", "model"), "'model'", r"\('data', 'model'\)"),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_shard_map_would_sum_are_refused(mode, axis_name, axes, missing, wanted):
+    params, batch = sequences()
+    sharded = jax.shard_map(
+        psc.clipped_grad(sequence_loss, THRESHOLD, mode=mode, axis_name=axis_name),
+        mesh=mesh_of("tensor parallel"),
+        in_specs=(P(), P(axes), P(axes)),
+        out_specs=P(),
+    )
+    with pytest.raises(ValueError, match=f"mesh axis {missing} .* pass axis_name={wanted};"):
+        jax.eval_shape(sharded, params, *batch)
+
+
+def test_what_all_samples_of_a_device_share_varies_the_loss_too():
+    sharded = jax.shard_map(
+        psc.clipped_grad(lambda w, x, scale: jnp.dot(w, x) * scale[0], 1.0, in_axes=(0, None)),
+        mesh=mesh_of("data parallel"),
+        in_specs=(P(), P(), P("data")),
+        out_specs=P(),
+    )
+    with pytest.raises(ValueError, match="the loss varies over the mesh axis 'data'"):
+        jax.eval_shape(sharded, jnp.ones(3), jnp.ones((4, 3)), jnp.ones(8))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_device_clips_its_own_where_parameters_vary_too(mode):
+    f = psc.clipped_grad(sequence_loss, THRESHOLD, mode=mode)
+    with enable_x64(True):
+        params, batch = sequences()
+        by_device = jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch)
+        expected = jax.vmap(f, (None, 0, 0))(params, *by_device)
+
+        def own(params, *batch):
+            return jax.tree.map(lambda leaf: leaf[None], f(varying(params, "data"), *batch))
+
+        sharded = jax.shard_map(
+            own,
+            mesh=mesh_of("data parallel"),
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=P("data"),
+        )
+        assert_close(jax.jit(sharded)(params, *batch), expected, 1e-10)
+
+
+def from_stack(params, *batch, own=lambda params: params):
+    tx = psc.per_sample_clip(THRESHOLD, axis_name="data")
+    stacked = jax.vmap(jax.grad(sequence_loss), (None, 0, 0))(own(params), *batch)
+    return tx.update(stacked, tx.init(params))[0]
+
+
+def test_a_stack_that_shard_map_has_summed_is_refused():
+    with enable_x64(True):
+        params, batch = sequences()
+        tx = psc.per_sample_clip(THRESHOLD)
+        stacked = jax.vmap(jax.grad(sequence_loss), (None, 0, 0))(params, *batch)
+        expected, _ = tx.update(stacked, tx.init(params))
+        sharded = functools.partial(
+            jax.shard_map,
+            mesh=mesh_of("data parallel"),
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=P(),
+        )
+        with pytest.raises(ValueError, match=r"summed over them.* params = jax.lax.p(cast|vary)"):
+            jax.eval_shape(sharded(from_stack), params, *batch)
+        of_own = functools.partial(from_stack, own=lambda params: varying(params, "data"))
+        assert_close(jax.jit(sharded(of_own))(params, *batch), expected, 1e-10)
+        assert_close(jax.jit(sharded(from_stack, check_vma=False))(params, *batch), expected, 1e-10)
 
 
 # The zoo

@@ -10,7 +10,6 @@ import ast
 import contextlib
 import functools
 import io
-import json
 import os
 import pathlib
 import pickle
@@ -46,13 +45,21 @@ from psclip_optax.training import (
     files,
     methods,
     pipeline,
+    plots,
     runs,
+    tensorboard,
 )
 from psclip_optax.training.archives import DatasetError
-from psclip_optax.training.configs import CompareConfig, TrainConfig, UsageError, check_config
+from psclip_optax.training.configs import (
+    CompareConfig,
+    PlotConfig,
+    TrainConfig,
+    UsageError,
+    check_config,
+)
 from psclip_optax.training.distributed import ProcessLostError
 from psclip_optax.training.models import build_model
-from psclip_optax.training.steps import linen_train_step, nnx_train_step
+from psclip_optax.training.steps import linen_eval_step, linen_train_step, nnx_train_step
 from tests.training.official_archives import cifar100, closed_port_url, serve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -116,6 +123,12 @@ def with_dropout():
     return nnx_train_step(lambda model, x: model(x).sum())(model, optimizer, X)
 
 
+def swapped():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, psc.ps_clip_sgd(0.1, 1.0, 2.0), wrt=nnx.Param)
+    return nnx_train_step(lambda model, x: model(x)[0])(optimizer, model, X)
+
+
 def beyond_memory():
     params = jax.ShapeDtypeStruct((1 << 20,), jnp.float32)
     stacked = jax.ShapeDtypeStruct((1 << 22, 1 << 20), jnp.float32)
@@ -132,13 +145,30 @@ def printing(params, x):
     return of_x(params, x)
 
 
+def four_devices(axis_type: AxisType):
+    return jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
+
+
 def closing_over_a_sharded_array():
-    mesh = jax.make_mesh(
-        (4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4]
-    )
+    mesh = four_devices(AxisType.Explicit)
     x, w = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((X, P("data")), (X[0], P())))
     f = psc.clipped_grad(lambda params, x: jnp.dot(params, x) * jnp.sum(w), 1.0)
     return jax.jit(f)(w, x)
+
+
+def on_four_devices(function):
+    sharded = jax.shard_map(
+        function,
+        mesh=four_devices(AxisType.Auto),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    return jax.eval_shape(sharded, PARAMS, X)
+
+
+def clip_what_was_summed(params, x):
+    grads = jax.vmap(jax.grad(of_x), (None, 0))(params, x)
+    return clip(grads, options={"axis_name": "data"})
 
 
 def batches(**options: Any):
@@ -187,6 +217,22 @@ def train(folder: pathlib.Path, found: dict[str, str] | None = None, **options: 
     for name, content in (found or {}).items():
         (folder / name).write_text(content)
     return runs.train(TrainConfig(out=folder, **options), Console(quiet=True))
+
+
+def written(**options: Any) -> str:
+    """What `psclip train` writes of its configuration."""
+    return files.to_json({"config": vars(TrainConfig(**options))})
+
+
+def plot(folder: pathlib.Path, found: dict[str, str]):
+    for name, content in found.items():
+        (folder / name).write_text(content)
+    plots.read_runs(folder)
+
+
+def without_tensorboard_x():
+    with mock.patch.dict(sys.modules, {"tensorboardX": None}):
+        tensorboard.check_tensorboard()
 
 
 def compare(folder: pathlib.Path, found: tuple[str, ...] = (), **options: Any):
@@ -678,8 +724,17 @@ ROWS = [
     Row(
         lambda: grad(printing, batch=(X,)),
         ValueError,
-        "the loss has effects (Debug), as of jax.debug.print or io_callback, which would happen"
-        " an unknown number of times; take them out, or return what you want to see as aux",
+        "the loss has effects (Debug), as of jax.debug.print, io_callback or a collective over a "
+        "mesh axis, which would happen an unknown number of times; take them out, or return what "
+        "you want to see as aux",
+    ),
+    Row(
+        lambda: on_four_devices(psc.clipped_grad(of_x, 1.0)),
+        ValueError,
+        "the loss varies over the mesh axis 'data' of jax.shard_map, but params['b'] does not, so "
+        "that its gradient would come summed over the devices before it is clipped. For the "
+        "clipped mean of all their samples pass axis_name='data'; for each device's own make the "
+        "parameters its own first, params = jax.lax.⟨pcast, or pvary before JAX 0.8⟩",
     ),
     Row(
         lambda: psc.clipped_grad(normalised, 1.0, keep_batch_dim=True).explain(PARAMS, X),
@@ -710,6 +765,15 @@ ROWS = [
         TypeError,
         "sample_axis is a Python int, got Array(0, dtype=int32, weak_type=True); under "
         "optax.inject_hyperparams add static_args=('sample_axis',)",
+    ),
+    Row(
+        lambda: on_four_devices(clip_what_was_summed),
+        ValueError,
+        "axis_name='data' says that each device has samples of its own, but "
+        "per_sample_grads['b'] is the same on all devices of the mesh axis 'data': jax.shard_map "
+        "has gradients of replicated parameters summed over them. Before "
+        "jax.vmap(jax.grad(loss), …) make them each device's own, params = jax.lax.⟨pcast, or "
+        "pvary before JAX 0.8⟩, or pass a stack that in_specs shard",
     ),
     Row(
         lambda: psc.per_sample_clip(1.0).init({"activation": jnp.tanh}),
@@ -994,24 +1058,100 @@ ROWS = [
         "jax.random.split(key, n) for a key, and close over what all samples share",
     ),
     Row(
-        lambda: step(lambda params, x, y: x @ params["w"]),
+        lambda: linen_train_step(1.0, gradients="mean"),
         TypeError,
-        "the loss is a scalar for one example, got float32[2]; the batch axis is mapped over "
-        "already, so reduce what is left (.mean(), or [0] after x[None]), and write "
-        "has_aux=True if the loss gives (loss, aux)",
+        "the loss is a function loss(params, *example) and comes before the threshold, got 1.0",
     ),
     Row(
-        lambda: step(lambda params, x, y: (loss(params, x, y), x), has_aux=True),
+        lambda: linen_eval_step(None),
         TypeError,
-        "every leaf of the loss's aux is a scalar for one example, got float32[3]; the batch "
-        "axis is mapped over already, so reduce what is left (.mean(), or [0] after x[None]), "
-        "and write has_aux=True if the loss gives (loss, aux)",
+        "the loss is a function loss(params, *example) and comes before the threshold, got None",
+    ),
+    Row(
+        lambda: step(lambda params, x, y: x @ params["w"]),
+        TypeError,
+        "the loss is of ONE example and returns a scalar, got float32[2]; average what is left "
+        "of it, write has_aux=True if it returns (loss, aux), or take [0] of what "
+        "model(x[None]) returns",
+    ),
+    Row(
+        lambda: step(lambda params, x, y: jnp.sum(x > 0)),
+        TypeError,
+        "the loss is a real floating-point scalar, got int32[]; cast an integer with "
+        ".astype(float), and take the real part of what is complex",
+    ),
+    Row(
+        lambda: step(lambda params, x, y: loss(params, x, y) * 1j),
+        TypeError,
+        "the loss is a real floating-point scalar, got complex64[]; cast an integer with "
+        ".astype(float), and take the real part of what is complex",
+    ),
+    Row(
+        lambda: step(lambda params, x, y: "loss"),
+        TypeError,
+        "the loss is of ONE example and returns a scalar, got a str; average what is left of "
+        "it, write has_aux=True if it returns (loss, aux), or take [0] of what model(x[None]) "
+        "returns",
+    ),
+    Row(
+        lambda: step(lambda params, x, y: (loss(params, x, y), {"x": x}), has_aux=True),
+        TypeError,
+        "aux['x'] is float32[3], but expected a scalar of one example, for its mean over the "
+        "samples is logged; reduce it, for instance by .mean()",
+    ),
+    Row(
+        lambda: step(lambda params, x, y: (loss(params, x, y), {"name": "x"}), has_aux=True),
+        TypeError,
+        "aux['name'] is a str, but expected an array; aux is averaged over the samples, so "
+        "leave out, or reduce, what is no number",
     ),
     Row(
         lambda: step(has_aux=True),
         TypeError,
-        "with has_aux=True the loss gives a pair (scalar loss, aux), got float32[]; return the "
-        "pair, or write has_aux=False",
+        "with has_aux=True the loss returns (loss, aux), got float32[]; return the pair, or "
+        "write has_aux=False",
+    ),
+    Row(
+        lambda: linen_train_step(loss, mode="fast"),
+        ValueError,
+        "mode is one of 'auto', 'one_pass', 'two_pass', 'vmap', got 'fast'",
+    ),
+    Row(
+        lambda: linen_train_step(loss, threshold_from=1.0),
+        TypeError,
+        "threshold_from is a function from the optimizer's state to the threshold, got 1.0; a "
+        "threshold itself is passed as threshold",
+    ),
+    Row(
+        lambda: linen_train_step(loss, gradients="mean", return_norms=True),
+        ValueError,
+        "return_norms is of gradients=\"clipped\", got gradients='mean', whose step has no norms "
+        "to return; give the step a threshold, jnp.inf to clip nothing",
+    ),
+    Row(
+        lambda: linen_train_step(loss, gradients="mean", microbatch_size=2, clip_at="micro-batch"),
+        ValueError,
+        "clip_at is of gradients=\"clipped\", got 'micro-batch' with gradients='mean'; give the "
+        "step a threshold, or leave clip_at out",
+    ),
+    Row(
+        lambda: step(tx=optax.sgd(0.1), gradients="mean", call={"positions": np.arange(1, 5)}),
+        ValueError,
+        "positions are of samples that are clipped one by one; a step with "
+        'gradients="mean" or clip_at="micro-batch" has no use for them: leave them out',
+    ),
+    Row(
+        lambda: linen_train_step(loss)(PARAMS, X, Y),
+        TypeError,
+        "the step is called as step(state, *batch) with a "
+        "flax.training.train_state.TrainState, got a dict; make one by "
+        "TrainState.create(apply_fn=…, params=…, tx=…)",
+    ),
+    Row(
+        swapped,
+        TypeError,
+        "the step is called as step(model, optimizer, *batch) with an nnx.Optimizer, got a "
+        "Optimizer and a Linear; make one by nnx.Optimizer(model, tx, wrt=nnx.Param)",
     ),
     Row(
         with_dropout,
@@ -1305,20 +1445,71 @@ ROWS = [
         "--resume: ⟨folder⟩/config.json is not what psclip train wrote",
     ),
     Row(
+        in_folder(lambda folder: train(folder, {"config.json": '{"config": [1]}'}, resume=True)),
+        UsageError,
+        "--resume: ⟨folder⟩/config.json is not what psclip train wrote",
+    ),
+    Row(
         in_folder(
             lambda folder: train(
-                folder, {"config.json": json.dumps({"config": {"lr": 1.0}})}, resume=True
+                folder, {"config.json": written(lr=1.0, model="small_cnn")}, resume=True
             )
         ),
         UsageError,
-        "--resume: the run in ⟨folder⟩ was another one (--dataset is digits, was None; --model "
-        "is mlp, was None; --width is 1.0, was None; --dropout is 0.0, was None; --batch-size "
-        "is 64, was None; --momentum is 0.9, was None; --schedule is cosine, was None; --beta "
-        "is 1.5, was None; --label-noise is 0.0, was None; --engine is auto, was None; "
-        "--accumulate is 1, was None; --clip-at is sample, was None; --augment is False, was "
-        "None; --seed is 0, was None; --method is ps-clip, was None; --lr is 0.05, was 1.0; "
-        "--alpha is 1.0, was None; --steps is 1000, was None); repeat its flags, or choose "
-        "another folder",
+        "--resume: the run in ⟨folder⟩ was another one (--model is mlp, was small_cnn; --lr is "
+        "0.05, was 1.0); repeat its flags, or choose another folder",
+    ),
+    # Plots
+    Row(
+        lambda: check(PlotConfig, runs=()),
+        UsageError,
+        "plot: expected at least one folder that psclip train wrote, got none",
+    ),
+    Row(
+        lambda: check(PlotConfig, runs=(ROOT,), out=pathlib.Path("plot.pdf")),
+        UsageError,
+        "--out: expected a file that ends in .png, got plot.pdf",
+    ),
+    Row(
+        in_folder(lambda folder: plots.read_runs(folder / "nowhere")),
+        UsageError,
+        "⟨folder⟩/nowhere: expected a folder that psclip train or psclip compare wrote, but "
+        "there is no such folder",
+    ),
+    Row(
+        in_folder(lambda folder: plots.read_runs(folder)),
+        UsageError,
+        "⟨folder⟩: expected a folder that psclip train or psclip compare wrote, but config.json "
+        "and compare.json are missing",
+    ),
+    Row(
+        in_folder(lambda folder: plot(folder, {"config.json": "{"})),
+        UsageError,
+        "⟨folder⟩/config.json: expected JSON, got ⟨Python's words⟩; leave this folder out, or make "
+        "it anew",
+    ),
+    Row(
+        in_folder(lambda folder: plot(folder, {"config.json": "[]"})),
+        UsageError,
+        "⟨folder⟩/config.json: expected an object with 'config' in it, as psclip wrote it; leave "
+        "this folder out, or make it anew",
+    ),
+    Row(
+        in_folder(lambda folder: plot(folder, {"config.json": written()})),
+        UsageError,
+        "⟨folder⟩: no record in metrics.jsonl yet; wait for the run's first --log-every steps",
+    ),
+    Row(
+        in_folder(
+            lambda folder: plot(
+                folder,
+                {"config.json": written(), "metrics.jsonl": '{"kind": "tr\n{"kind": "test"}\n'},
+            )
+        ),
+        UsageError,
+        "⟨folder⟩/metrics.jsonl, line 1: expected a record with kind and step, got "
+        '\'{"kind": "tr\'; remove the line, or let psclip train --resume go on from the last '
+        "checkpoint before it",
     ),
     Row(
         in_folder(lambda folder: train(folder, model="alexnet")),
@@ -1386,8 +1577,8 @@ ROWS = [
     Row(
         lambda: check(method="momentum", clip_at="batch"),
         UsageError,
-        "--clip-at: of ps-clip, ps-clip-constant and ps-clip-auto alone, got batch with "
-        "--method momentum",
+        "--clip-at: expected sample with --method momentum, got batch; leave it out, or take "
+        "--method ps-clip, ps-clip-constant or ps-clip-auto",
     ),
     Row(
         lambda: check(method="ps-clip-auto", beta=3.0),
@@ -1432,6 +1623,11 @@ ROWS = [
         UsageError,
         "--data-dir: of cifar10 and cifar100 alone, got it with --dataset digits, which comes with"
         " scikit-learn",
+    ),
+    Row(
+        without_tensorboard_x,
+        UsageError,
+        "--tensorboard: tensorboardX is not installed; pip install 'psclip_optax[tensorboard]'",
     ),
     # The command
     Row(

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
 from psclip_optax import meshes
@@ -66,7 +65,7 @@ def take_apart(
     """
     meshes.check_axis_name(axis_name)
     treedef = jax.tree.structure(params)
-    leaves = [varying(leaf, axis_name) for leaf in _checked_params(params)]
+    leaves = [meshes.varying(leaf, axis_name) for leaf in _checked_params(params)]
     axes = axes_of_leaves(in_axes, batch)
     batch_treedef = jax.tree.structure(batch)
     batch_leaves = _checked_batch(batch, axes)
@@ -89,36 +88,13 @@ def take_apart(
         except Exception as error:
             error.add_note(_called_for_one(example_tree, keep_batch_dim))
             raise
-        value, aux = _value_and_aux(result, has_aux)
+        value, aux = value_and_aux(result, has_aux)
         array_leaves("aux", aux, "aux is stacked over the samples, so close over what is no array")
         aux_leaves, aux_treedef = jax.tree.flatten(aux)
         aux_treedefs.append(aux_treedef)
         return [value, *aux_leaves]
 
     return Call(leaves, examples, flat_loss, lambda: aux_treedefs[-1], treedef)
-
-
-def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
-    """The array as each device's own, so that shard_map does not add up its cotangents."""
-    missing = _missing_axes(leaf, axis_name)
-    if not missing:
-        return leaf
-    if hasattr(lax, "pcast"):
-        return lax.pcast(leaf, missing, to="varying")
-    return lax.pvary(leaf, missing)  # pyright: ignore (JAX < 0.8)
-
-
-def _missing_axes(leaf: jax.Array, axis_name: Any) -> tuple[Any, ...]:
-    if axis_name is None:
-        return ()
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    return tuple(name for name in names if name not in _varies_over(jax.typeof(leaf)))
-
-
-def _varies_over(kind: Any) -> frozenset[Any]:
-    if hasattr(kind, "manual_axis_type"):
-        return kind.manual_axis_type.varying
-    return kind.vma  # JAX < 0.10
 
 
 def _restored(example: Any, axis: int, keep_batch_dim: bool) -> Any:
@@ -194,7 +170,18 @@ def _called_for_one(example: Any, keep_batch_dim: bool) -> str:
     return f"The loss was called for ONE example, as loss({arguments}), {hint}."
 
 
-def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+def value_and_aux(
+    result: Any,
+    has_aux: bool,
+    for_batches: str = "keep_batch_dim=True if it is written for batches",
+) -> tuple[Any, Any]:
+    """What a loss returned for one example, checked, and () where there is no aux.
+
+    Args:
+      result: what it returned.
+      has_aux: whether that is to be (loss, aux).
+      for_batches: what to do with a loss that is written for batches.
+    """
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
             f"with has_aux=True the loss returns (loss, aux), got {described_tree(result)}; return "
@@ -207,7 +194,7 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
         raise TypeError(
             f"the loss is of ONE example and returns a scalar, got {described_tree(value)}; "
             "average what is left of it, write has_aux=True if it returns (loss, aux), or "
-            "keep_batch_dim=True if it is written for batches"
+            f"{for_batches}"
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -219,19 +206,39 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 def _one_of(leaf: jax.Array) -> Any:
     # Under shard_map a real sample, for its type says over which mesh axes it varies.
-    if leaf.shape[0] and _varies_over(jax.typeof(leaf)):
+    if leaf.shape[0] and meshes.axes_of(leaf):
         return leaf[0]
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
-def trace(call: Call) -> core.ClosedJaxpr:
+def trace(call: Call, axis_name: Any) -> core.ClosedJaxpr:
     one = [_one_of(leaf) for leaf in call.examples]
     closed = jax.make_jaxpr(call.loss)(call.params, one)
     if closed.effects:
         effects = ", ".join(map(str, closed.effects))
         raise ValueError(
-            f"the loss has effects ({effects}), as of jax.debug.print or io_callback, which would "
-            "happen an unknown number of times; take them out, or return what you want to see as "
-            "aux"
+            f"the loss has effects ({effects}), as of jax.debug.print, io_callback or a "
+            "collective over a mesh axis, which would happen an unknown number of times; take them "
+            "out, or return what you want to see as aux"
         )
+    _check_own_gradients(call, meshes.axes_of_type(closed.out_avals[0]), axis_name)
     return closed
+
+
+def _check_own_gradients(call: Call, axes: tuple[Any, ...], axis_name: Any) -> None:
+    """Refuse parameters that do not vary over all axes over which the loss does.
+
+    For shard_map sums their gradients over the devices: it takes the sum of all devices' losses.
+    """
+    params = call.treedef.unflatten(call.params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        missing = meshes.axes_without(leaf, axes)
+        if missing:
+            wanted = (*meshes.names_of(axis_name), *missing)
+            raise ValueError(
+                f"the loss varies over the mesh axis {meshes.in_words(missing)} of jax.shard_map, "
+                f"but params{jax.tree_util.keystr(path)} does not, so that its gradient would come "
+                "summed over the devices before it is clipped. For the clipped mean of all their "
+                f"samples pass axis_name={meshes.in_words(wanted)}; for each device's own make the "
+                f"parameters its own first, {meshes.assignment_that_varies('params', missing)}"
+            )

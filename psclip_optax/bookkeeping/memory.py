@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from psclip_optax import meshes
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
 from psclip_optax.bookkeeping.sites import Site
 from psclip_optax.bookkeeping.views import aval
@@ -75,9 +76,9 @@ def estimated_bytes(
 
 def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int | None:
     run = core.jaxpr_as_fun(closed)
-    kinds = [(aval(variable).shape, aval(variable).dtype) for variable in closed.jaxpr.invars]
-    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds[:num_leaves]]
-    batch = [jax.ShapeDtypeStruct((_MARK, *shape), dtype) for shape, dtype in kinds[num_leaves:]]
+    kinds = [aval(variable) for variable in closed.jaxpr.invars]
+    leaves = [meshes.shape_of_type(kind) for kind in kinds[:num_leaves]]
+    batch = [meshes.shape_of_type(kind, (_MARK, *kind.shape)) for kind in kinds[num_leaves:]]
 
     def pull_back(leaves: list[Any], batch: list[Any]) -> Any:
         losses = jax.vmap(lambda leaves, example: run(*leaves, *example)[0], in_axes=(None, 0))

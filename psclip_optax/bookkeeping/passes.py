@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from psclip_optax import clipping, stacks, transforms
+from psclip_optax import clipping, meshes, stacks, transforms
 from psclip_optax.bookkeeping import contract, taps
-from psclip_optax.bookkeeping.calls import varying
 from psclip_optax.bookkeeping.computed import compute
 from psclip_optax.bookkeeping.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
@@ -103,7 +102,6 @@ def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
         functools.partial(_one_pass, problem, leaves),
         samples,
         -(-num_samples // slices),
-        axis_name=problem.axis_name,
         has_convolutions=problem.has_convolutions,
     )
 
@@ -352,7 +350,9 @@ def _tapped(
         return outs[0], (outs, kept)
 
     grad = jax.grad(outs, argnums=(0, 1), has_aux=True)
-    zeros = {path: varying(a.zero, problem.axis_name) for path, a in actions.items()}
+    # Cotangents are each device's own, as the loss is.
+    axes_of_loss = meshes.axes_of_type(problem.closed.out_avals[0])
+    zeros = {path: meshes.varying(a.zero, axes_of_loss) for path, a in actions.items()}
     # Samples behind the steps of scans, as they run, so that nothing need be transposed.
     axes = {path: action.num_scans for path, action in actions.items()}
     axes_kept = {(path, side): axes[path] for path in actions for side in actions[path].keeps}

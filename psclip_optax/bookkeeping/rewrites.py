@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from psclip_optax import meshes
 from psclip_optax.bookkeeping.equations import body_parameter
 from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage
 from psclip_optax.bookkeeping.views import Path, aval, run_equation
@@ -121,8 +122,8 @@ def _rewrite_equation(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> core.J
         known = dict(zip(inputs, values, strict=True))
         return expanded(known.__getitem__).astype(out.dtype)
 
-    avals = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in inputs]
-    call = jax.make_jaxpr(jax.jit(run))(*avals).jaxpr.eqns[0]
+    shapes = [meshes.shape_of_type(aval(v)) for v in inputs]
+    call = jax.make_jaxpr(jax.jit(run))(*shapes).jaxpr.eqns[0]
     inner = call.params["jaxpr"]
     sourced = [inside.replace(source_info=eqn.source_info) for inside in inner.jaxpr.eqns]
     params = call.params | {"jaxpr": inner.replace(jaxpr=inner.jaxpr.replace(eqns=sourced))}
@@ -160,7 +161,8 @@ def _inputs(expanded: Expanded) -> list[core.Var]:
 
     def read(variable: core.Var) -> jax.Array:
         inputs[variable] = None
-        return jnp.zeros(aval(variable).shape, aval(variable).dtype)
+        zeros = jnp.zeros(aval(variable).shape, aval(variable).dtype)
+        return meshes.varying(zeros, meshes.axes_of_type(aval(variable)))
 
     jax.eval_shape(lambda: expanded(read))
     return list(inputs)

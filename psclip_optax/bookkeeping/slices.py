@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from psclip_optax.bookkeeping.calls import varying
+from psclip_optax import meshes
 
 # Up to here the slices of a batch are unrolled on a CPU, if at all.
 _MOST_UNROLLED = 16
@@ -55,7 +55,6 @@ def in_slices(
     samples: Samples,
     size: int | None,
     *,
-    axis_name: Any,
     has_convolutions: bool,
     consecutive: bool = False,
 ) -> Result:
@@ -69,7 +68,6 @@ def in_slices(
       run: what gives the result of a slice.
       samples: all of them.
       size: of a slice; None for one slice.
-      axis_name: of the mesh axes that the batch is sharded over, under shard_map.
       has_convolutions: whether `run` has some.
       consecutive: whether a slice is of consecutive samples.
     """
@@ -103,8 +101,7 @@ def in_slices(
 
     first = jax.tree.map(lambda part: lax.index_in_dim(part, 0, axis, False), parts)
     one_slice = jax.eval_shape(run, first)
-    zeros = [jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)) for s in one_slice.sums]
-    zeros = [varying(zero, axis_name) for zero in zeros]
+    zeros = [_zeros_of_sums(s) for s in one_slice.sums]
     unroll = num_slices if is_unrolled else 1
     sums, results = lax.scan(one, zeros, jnp.arange(num_slices), unroll=unroll)
 
@@ -113,6 +110,11 @@ def in_slices(
         return ordered.reshape(-1, *ordered.shape[2:])[:n]
 
     return jax.tree.map(in_order, results)._replace(sums=sums)
+
+
+def _zeros_of_sums(kind: jax.ShapeDtypeStruct) -> jax.Array:
+    zeros = jnp.zeros(kind.shape, jnp.promote_types(kind.dtype, jnp.float32))
+    return meshes.varying(zeros, meshes.axes_of(kind))
 
 
 def _sliced(array: jax.Array, num_slices: int, axis: int) -> jax.Array:

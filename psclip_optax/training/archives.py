@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pathlib
 import pickle
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -83,7 +85,8 @@ def fetch_archive(
     # Pooch's own downloader needs tqdm for its bar and leaves connections open.
     downloader: Any = _download
     try:
-        pooch.retrieve(url, known_hash, filename, target.parent, downloader=downloader)
+        with _pooch_quiet():
+            pooch.retrieve(url, known_hash, filename, target.parent, downloader=downloader)
     except requests.RequestException as error:
         cached = f" (the cached {target} does not have {known_hash})" if target.exists() else ""
         reason = _why_no_download(error)
@@ -114,8 +117,22 @@ def _why_no_download(error: requests.RequestException) -> str:
     return " ".join(str(error).split())
 
 
+@contextlib.contextmanager
+def _pooch_quiet() -> Iterator[None]:
+    """Without its line about a download, which `_download` shows."""
+    logger = pooch.get_logger()
+    level_before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level_before)
+
+
 def _download(url: str, output_file: Any, _pooch: pooch.Pooch | None):
     console = Console(stderr=True)
+    if not console.is_terminal:  # where there is no bar
+        console.print(f"downloading {url}", highlight=False, soft_wrap=True)
     with (
         requests.get(url, stream=True, timeout=_TIMEOUT_SECONDS) as response,
         Progress(console=console, disable=not console.is_terminal) as display,

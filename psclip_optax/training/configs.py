@@ -340,8 +340,8 @@ def _check_plot(config: PlotConfig) -> None:
 def _check_training(config: TrainConfig) -> None:
     if config.clip_at != "sample" and not config.method.startswith("ps-clip"):
         raise UsageError(
-            f"--clip-at: of ps-clip, ps-clip-constant and ps-clip-auto alone, got {config.clip_at} "
-            f"with --method {config.method}"
+            f"--clip-at: expected sample with --method {config.method}, got {config.clip_at}; "
+            "leave it out, or take --method ps-clip, ps-clip-constant or ps-clip-auto"
         )
     if config.method == "ps-clip-auto":
         _check_auto(config)

@@ -215,9 +215,14 @@ def _read_json(path: pathlib.Path, field: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path}: expected JSON, got {str(error)[:80]}") from error
+        raise UsageError(
+            f"{path}: expected JSON, got {str(error)[:80]}; leave this folder out, or make it anew"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get(field), dict):
-        raise UsageError(f"{path}: expected an object with {field!r} in it, as psclip wrote it")
+        raise UsageError(
+            f"{path}: expected an object with {field!r} in it, as psclip wrote it; leave this "
+            "folder out, or make it anew"
+        )
     return content
 
 

@@ -187,6 +187,7 @@ def build_trainer(
     loss = classification_loss(model, dropout=has_dropout)
     return_norms = return_norms and METHODS[name].threshold is not None
     gradients = build_gradients(name, config)
+    by_sample = gradients.get("clip_at") == "sample"
     update = linen_train_step(loss, has_aux=True, return_norms=return_norms, **gradients)
 
     def init(seed: int, hyperparams: Hyperparams) -> TrainState:
@@ -205,7 +206,8 @@ def build_trainer(
     ) -> tuple[TrainState, Metrics]:
         keys = (_sample_keys(key, state.step, position),) if has_dropout else ()
         learning_rate = learning_rate_of(state.opt_state) * schedule(state.step)
-        state, metrics = update(state, image, label, *keys, positions=position)
+        positions = position if by_sample else None
+        state, metrics = update(state, image, label, *keys, positions=positions)
         metrics = metrics | gradient_figures(state.opt_state)
         return state, _named_metrics(metrics) | {"learning_rate": learning_rate}
 
@@ -524,10 +526,10 @@ def _check_folder(out: pathlib.Path, config: TrainConfig) -> None:
 
 def _check_same_run(path: pathlib.Path, config: dict[str, Any]) -> None:
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+        before = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except FileNotFoundError as error:
         raise UsageError(f"--resume: no run in {path.parent}, {path.name} is missing") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--resume: {path} is not what psclip train wrote") from error
     differing = [
         f"{flag(name)} is {value}, was {before.get(name)}"

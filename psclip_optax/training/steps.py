@@ -17,8 +17,10 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from psclip_optax.adaptive import TrackNormsState
+from psclip_optax.arrays import array_leaves, described
+from psclip_optax.bookkeeping.calls import value_and_aux
 from psclip_optax.bookkeeping.microbatches import counting
-from psclip_optax.clipped_grad import ClipAt, Mode, clipped_value_and_grad
+from psclip_optax.clipped_grad import ClipAt, Mode, check_loss, clipped_value_and_grad
 from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
 from psclip_optax.transforms import PerSampleClipState
@@ -59,10 +61,12 @@ class _Gradients(NamedTuple):
     Attributes:
       compute: (logged loss, params, batch, state of the optimizer) → gradients.
       stacked: Whether the gradients still have their sample axis, for per_sample_clip to take.
+      by_position: Whether each sample is clipped at the threshold of its position.
     """
 
     compute: Callable[[_Loss, Any, _Batch, Any], _Computed]
     stacked: bool
+    by_position: bool
 
 
 def _per_sample_gradients(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
@@ -104,7 +108,7 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
             params,
             *batch.examples,
             sample_mask=batch.sample_mask,
-            positions=batch.positions if by_sample else None,
+            positions=batch.positions,
         )
         counts = _counts(logs["loss"], batch.sample_mask)
         units = counting(counts, 1 if by_sample else how.microbatch_size or counts.size)
@@ -120,7 +124,7 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
         extra_args = {"norms": stats.norms, "sample_mask": units}
         return _Computed(logs, gradients, extra_args, figures)
 
-    return _Gradients(compute, stacked=False)
+    return _Gradients(compute, stacked=False, by_position=how.clip_at == "sample")
 
 
 def _from_tracked_norms(rule: AdaptiveThreshold, opt_state: Any) -> Threshold:
@@ -163,12 +167,12 @@ def _mean_gradients_in_parts(microbatch_size: int) -> _Gradients:
         )
         return _Computed(logs, gradients, {}, {})
 
-    return _Gradients(compute, stacked=False)
+    return _Gradients(compute, stacked=False, by_position=False)
 
 
 _GRADIENTS = {
-    "per_sample": _Gradients(_per_sample_gradients, stacked=True),
-    "mean": _Gradients(_mean_gradients, stacked=False),
+    "per_sample": _Gradients(_per_sample_gradients, stacked=True, by_position=True),
+    "mean": _Gradients(_mean_gradients, stacked=False, by_position=False),
 }
 
 
@@ -182,8 +186,16 @@ class _How(NamedTuple):
 
 
 def _chosen_gradients(
-    name: str | None, threshold: Any, threshold_from: Callable[[Any], Any] | None, how: _How
+    loss: _Loss,
+    name: str | None,
+    threshold: Any,
+    threshold_from: Callable[[Any], Any] | None,
+    how: _How,
 ) -> _Gradients:
+    # For its checks, of what does not come to it as well.
+    clipped_value_and_grad(
+        loss, jnp.inf, mode=how.mode, microbatch_size=how.microbatch_size, clip_at=how.clip_at
+    )
     known = ", ".join(map(repr, [*_GRADIENTS, "clipped"]))
     has_threshold = threshold is not None or threshold_from is not None
     name = name or ("clipped" if has_threshold else "per_sample")
@@ -195,8 +207,18 @@ def _chosen_gradients(
             f"got gradients={name!r}, {threshold=}, {threshold_from=}; per_sample_clip has its "
             "threshold in the optimizer"
         )
+    if threshold_from is not None and not callable(threshold_from):
+        raise TypeError(
+            "threshold_from is a function from the optimizer's state to the threshold, got "
+            f"{threshold_from!r}; a threshold itself is passed as threshold"
+        )
     if name == "clipped":
         return _clipped_gradients(threshold_from or (lambda _: threshold), how)
+    if how.clip_at != "sample":
+        raise ValueError(
+            f'clip_at is of gradients="clipped", got {how.clip_at!r} with gradients={name!r}; give '
+            "the step a threshold, or leave clip_at out"
+        )
     if how.return_norms:
         raise ValueError(
             f'return_norms is of gradients="clipped", got gradients={name!r}, whose step has no '
@@ -247,36 +269,21 @@ def _logged(loss: _Loss, has_aux: bool) -> _Loss:
 
     def logged(params: Any, *example: Any) -> tuple[jax.Array, Metrics]:
         result = loss(params, *example)
-        value, logs = _value_and_logs(result) if has_aux else (result, {})
-        _check_scalar(value, "the loss")
-        return value, {"loss": value, **logs}
+        value, aux = value_and_aux(result, has_aux, "take [0] of what model(x[None]) returns")
+        _check_logs(aux)
+        return value, {"loss": value} | ({"aux": aux} if has_aux else {})
 
     return logged
 
 
-def _value_and_logs(result: Any) -> tuple[Any, Metrics]:
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(
-            "with has_aux=True the loss gives a pair (scalar loss, aux), got "
-            f"{_described(result)}; return the pair, or write has_aux=False"
-        )
-    value, aux = result
-    for leaf in jax.tree.leaves(aux):
-        _check_scalar(leaf, "every leaf of the loss's aux")
-    return value, {"aux": aux}
-
-
-def _check_scalar(value: Any, name: str) -> None:
-    if isinstance(value, tuple | list | dict) or value is None or jnp.shape(value):
-        raise TypeError(
-            f"{name} is a scalar for one example, got {_described(value)}; the batch axis is "
-            "mapped over already, so reduce what is left (.mean(), or [0] after x[None]), and "
-            "write has_aux=True if the loss gives (loss, aux)"
-        )
-
-
-def _described(tree: Any) -> str:
-    return str(jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree))
+def _check_logs(aux: Any) -> None:
+    advice = "aux is averaged over the samples, so leave out, or reduce, what is no number"
+    for name, leaf in array_leaves("aux", aux, advice):
+        if jnp.shape(leaf):
+            raise TypeError(
+                f"{name} is {described(leaf)}, but expected a scalar of one example, for its mean "
+                "over the samples is logged; reduce it, for instance by .mean()"
+            )
 
 
 def _checked_batch(examples: tuple[Any, ...], sample_mask: Any, positions: Any) -> _Batch:
@@ -293,6 +300,32 @@ def _checked_batch(examples: tuple[Any, ...], sample_mask: Any, positions: Any) 
         None if sample_mask is None else check_sample_mask(sample_mask, n),
         None if positions is None else check_positions(positions, n),
     )
+
+
+def _check_use_of_positions(positions: Any, by_position: bool) -> None:
+    if positions is not None and not by_position:
+        raise ValueError(
+            "positions are of samples that are clipped one by one; a step with "
+            'gradients="mean" or clip_at="micro-batch" has no use for them: leave them out'
+        )
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            "the step is called as step(state, *batch) with a "
+            f"flax.training.train_state.TrainState, got {described(state)}; make one by "
+            "TrainState.create(apply_fn=…, params=…, tx=…)"
+        )
+
+
+def _check_pair(model: Any, optimizer: Any) -> None:
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            "the step is called as step(model, optimizer, *batch) with an nnx.Optimizer, got "
+            f"{described(model)} and {described(optimizer)}; make one by "
+            "nnx.Optimizer(model, tx, wrt=nnx.Param)"
+        )
 
 
 def _nodes(opt_state: Any, kind: type) -> list[Any]:
@@ -370,8 +403,8 @@ def linen_train_step(
       mode: For "clipped", as for [`psclip_optax.clipped_value_and_grad`][].
       microbatch_size: For "clipped" and "mean": the batch is worked through in slices of at most
         this many samples.
-      clip_at: For "clipped": "sample", or "micro-batch" for the mean gradient of each slice;
-        `positions` then have no use, and "num_microbatches" is among the metrics, of which
+      clip_at: For "clipped": "sample", or "micro-batch" for the mean gradient of each slice; then
+        there are no `positions`, and "num_microbatches" is among the metrics, of which
         "num_clipped" and "num_nonfinite" speak.
       return_norms: For "clipped": whether "norms" is among the metrics, float [n] (of micro-batches
         one for each), the gradient norms before clipping; NaN for padding.
@@ -379,17 +412,18 @@ def linen_train_step(
     Returns:
       `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of
       the batch has n samples on its first axis. `sample_mask`, bool [n], is False for padding;
-      `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" has no use for it).
+      `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" takes none).
       Metrics are scalars: "loss" and, leaf by leaf, "aux", means over the samples that count and
       whose loss is finite; where samples are clipped also the
       figures of [`psclip_optax.transforms.PerSampleClipState`][], and "clipped_share"; with an
       adaptive threshold "threshold_scale", τ_1 of this step. Means over no sample are 0.
 
     Raises:
-      ValueError: On unknown `gradients`, or a threshold where it has no use; in the step, on batch
-        arguments of unequal sizes, a mask or positions not of shape [n], or an optimizer that does
-        not fit the gradients.
-      TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
+      ValueError: On unknown `gradients` or options, or a threshold where it has no use; in the
+        step, on batch arguments of unequal sizes, a mask or positions not of shape [n], positions
+        where they have no use, or an optimizer that does not fit the gradients.
+      TypeError: If the loss or `threshold_from` is no function; in the step, if the state is no
+        `TrainState`, the loss is no real scalar, or a leaf of its aux no scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -409,7 +443,11 @@ def linen_train_step(
       Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     kind = _chosen_gradients(
-        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at, return_norms)
+        loss,
+        gradients,
+        threshold,
+        threshold_from,
+        _How(mode, microbatch_size, clip_at, return_norms),
     )
     logged_loss = _logged(loss, has_aux)
 
@@ -417,7 +455,9 @@ def linen_train_step(
     def step(
         state: TrainState, *examples: Any, sample_mask: Any = None, positions: Any = None
     ) -> tuple[TrainState, Metrics]:
+        _check_state(state)
         _check_optimizer(state.opt_state, kind.stacked)
+        _check_use_of_positions(positions, kind.by_position)
         batch = _checked_batch(examples, sample_mask, positions)
         computed = kind.compute(logged_loss, state.params, batch, state.opt_state)
         # Not `apply_gradients`: it passes no further arguments on to the optimizer.
@@ -469,11 +509,12 @@ def nnx_train_step(
       [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
 
     Raises:
-      ValueError: On unknown `gradients`, or a threshold where it has no use; in the step, on batch
-        arguments of unequal sizes, a mask or positions not of shape [n], an optimizer that does not
-        fit the gradients, or a loss that writes to the model's state (batch statistics, the
-        counters of `nnx.Rngs`).
-      TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
+      ValueError: On unknown `gradients` or options, or a threshold where it has no use; in the
+        step, on batch arguments of unequal sizes, a mask or positions not of shape [n], positions
+        where they have no use, an optimizer that does not fit the gradients, or a loss that writes
+        to the model's state (batch statistics, the counters of `nnx.Rngs`).
+      TypeError: If the loss or `threshold_from` is no function; in the step, if there is no
+        `nnx.Optimizer` in its place, the loss is no real scalar, or a leaf of its aux no scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -493,7 +534,11 @@ def nnx_train_step(
       Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     kind = _chosen_gradients(
-        gradients, threshold, threshold_from, _How(mode, microbatch_size, clip_at, return_norms)
+        loss,
+        gradients,
+        threshold,
+        threshold_from,
+        _How(mode, microbatch_size, clip_at, return_norms),
     )
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
@@ -504,7 +549,9 @@ def nnx_train_step(
         sample_mask: Any = None,
         positions: Any = None,
     ) -> Metrics:
+        _check_pair(model, optimizer)
         _check_optimizer(optimizer.opt_state, kind.stacked)
+        _check_use_of_positions(positions, kind.by_position)
         batch = _checked_batch(examples, sample_mask, positions)
         graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
         logged_loss = _logged(_loss_of_params(loss, graphdef, rest), has_aux)
@@ -564,7 +611,8 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
 
     Raises:
       ValueError: In the step, on batch arguments of unequal sizes or a mask not of shape [n].
-      TypeError: In the step, if the loss or a leaf of its aux is not a scalar.
+      TypeError: If the loss is no function; in the step, if it is no real scalar, or a leaf of its
+        aux no scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -574,6 +622,7 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
       >>> float(sums["loss"] / sums["count"])
       4.5
     """
+    check_loss(loss)
     logged_loss = _logged(loss, has_aux)
 
     @jax.jit

@@ -10,6 +10,7 @@ import tarfile
 from typing import Any
 
 import numpy as np
+import pooch
 import pytest
 import requests
 
@@ -42,6 +43,16 @@ def test_fetch_downloads_once(server: Server, tmp_path: pathlib.Path):
         assert cached.read_bytes() == BODY
     assert server.requested == ["/toy.tar.gz"]
     assert list(cached.parent.iterdir()) == [cached]
+
+
+def test_download_is_told_once(server: Server, tmp_path, capsys, caplog, monkeypatch):
+    server.bodies["/toy.tar.gz"] = BODY
+    monkeypatch.setattr(pooch.get_logger(), "handlers", [caplog.handler])
+    level = pooch.get_logger().level
+    fetch_archive(f"{server.url}/toy.tar.gz", MD5, "toy.tar.gz", tmp_path)
+    assert capsys.readouterr().err == f"downloading {server.url}/toy.tar.gz\n"
+    assert not caplog.records
+    assert pooch.get_logger().level == level
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.numerics import enable_x64
 
 ALPHA, BETA, LEARNING_RATE, MOMENTUM = 2.0, 1.5, 0.05, 0.9
 NUM_SAMPLES, NUM_STEPS = 8, 10
+X, Y = np.ones([4, 3], np.float32), np.ones(4, np.float32)
 
 
 def clipped_sgd():
@@ -564,6 +565,50 @@ def test_unknown_gradients_are_refused(build):
         build(linen_loss, gradients="stacked")
 
 
+@pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
+@pytest.mark.parametrize(
+    ("options", "error", "expected"),
+    [
+        ({"mode": "fast"}, ValueError, "'vmap', got 'fast'"),
+        ({"gradients": "mean", "microbatch_size": 0}, ValueError, "positive int or None, got 0"),
+        (
+            {"gradients": "mean", "microbatch_size": 2, "clip_at": "micro-batch"},
+            ValueError,
+            "clip_at is of .*, got 'micro-batch' with gradients='mean'",
+        ),
+        ({"threshold_from": 1.0}, TypeError, "threshold_from is a function .*, got 1.0"),
+    ],
+)
+def test_options_are_checked_before_the_first_step(build, options, error, expected):
+    with pytest.raises(error, match=expected):
+        build(linen_loss, **options)
+
+
+@pytest.mark.parametrize("build", [linen_train_step, nnx_train_step, linen_eval_step])
+def test_a_loss_that_is_no_function_is_refused(build):
+    with pytest.raises(TypeError, match=r"the loss is a function .*, got 1\.0"):
+        build(1.0)
+
+
+@pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
+def test_positions_have_no_use_where_micro_batches_are_clipped(build):
+    options = {"threshold": 1.0, "microbatch_size": 2, "clip_at": "micro-batch"}
+    step = build(linen_loss if build is linen_train_step else nnx_loss, **options)
+    own = nnx_pair(optax.sgd(0.1)) if build is nnx_train_step else (linen_state(optax.sgd(0.1)),)
+    with pytest.raises(ValueError, match="no use for them: leave them out"):
+        step(*own, X, Y, positions=np.arange(1, 5))
+
+
+def test_what_is_trained_comes_first_and_in_order():
+    with pytest.raises(TypeError, match=r"flax.training.train_state.TrainState, got a dict"):
+        linen_train_step(linen_loss)({"w": X}, X, Y)
+    model, optimizer = nnx_pair(clipped_sgd())
+    with pytest.raises(TypeError, match="got a Optimizer and a NNXRegressor"):
+        nnx_train_step(nnx_loss)(optimizer, model, X, Y)
+    with pytest.raises(TypeError, match=r"got a NNXRegressor and float32\[4, 3\]"):
+        nnx_train_step(nnx_loss)(model, X, Y)
+
+
 def call_linen(loss, *batch, tx=None, gradients: Any = "per_sample", has_aux=False, **options):
     step = linen_train_step(loss, gradients=gradients, has_aux=has_aux)
     return step(linen_state(clipped_sgd() if tx is None else tx), *batch, **options)
@@ -572,9 +617,6 @@ def call_linen(loss, *batch, tx=None, gradients: Any = "per_sample", has_aux=Fal
 def call_nnx(loss, *batch, tx=None, gradients: Any = "per_sample", has_aux=False, **options):
     step = nnx_train_step(loss, gradients=gradients, has_aux=has_aux)
     return step(*nnx_pair(clipped_sgd() if tx is None else tx), *batch, **options)
-
-
-X, Y = np.ones([4, 3], np.float32), np.ones(4, np.float32)
 
 
 @pytest.mark.parametrize("call", [call_linen, call_nnx])
@@ -588,6 +630,11 @@ X, Y = np.ones([4, 3], np.float32), np.ones(4, np.float32)
         ((X, Y), {"positions": np.arange(1, 4)}, r"positions has shape \[4\].*got int32\[3\]"),
         ((X, Y), {"tx": optax.sgd(0.1)}, "holds 0 PerSampleClipState. Write optax.chain"),
         ((X, Y), {"gradients": "mean"}, "take their first axis for samples"),
+        (
+            (X, Y),
+            {"tx": optax.sgd(0.1), "gradients": "mean", "positions": np.arange(1, 5)},
+            "no use for them: leave them out",
+        ),
     ],
 )
 def test_what_a_step_refuses(call, batch, options, expected):
@@ -599,13 +646,17 @@ def test_what_a_step_refuses(call, batch, options, expected):
 @pytest.mark.parametrize(
     ("result", "has_aux", "expected"),
     [
-        (lambda x, y: x * y, False, r"the loss is a scalar for one example, got float32\[3\]"),
-        (lambda x, y: (y, y), False, r"got \('float32\[\]', 'float32\[\]'\).*has_aux=True"),
-        (lambda x, y: None, False, "the loss is a scalar for one example, got None"),
-        (lambda x, y: y, True, r"a pair \(scalar loss, aux\), got float32\[\]"),
-        (lambda x, y: (y, {"x": x}), True, r"leaf of the loss's aux is a scalar.*float32\[3\]"),
+        (lambda x, y: x * y, False, r"ONE example and returns a scalar, got float32\[3\]"),
+        (lambda x, y: (y, y), False, r"got \(float32\[\], float32\[\]\).*has_aux=True"),
+        (lambda x, y: None, False, "returns a scalar, got None"),
+        (lambda x, y: "loss", False, "returns a scalar, got a str"),
+        (lambda x, y: jnp.int32(y), False, r"real floating-point scalar, got int32\[\]"),
+        (lambda x, y: y * 1j, False, r"real floating-point scalar, got complex64\[\]"),
+        (lambda x, y: y, True, r"returns \(loss, aux\), got float32\[\]; return the pair"),
+        (lambda x, y: (y, {"x": x}), True, r"aux\['x'\] is float32\[3\], but expected a scalar"),
+        (lambda x, y: (y, {"x": "x"}), True, r"aux\['x'\] is a str, but expected an array"),
     ],
 )
-def test_losses_that_are_not_scalars_are_refused(call, result, has_aux, expected):
+def test_losses_that_are_no_real_scalars_are_refused(call, result, has_aux, expected):
     with pytest.raises(TypeError, match=expected):
         call(lambda _, x, y: result(x, y), X, Y, has_aux=has_aux)
