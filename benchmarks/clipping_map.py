@@ -193,6 +193,7 @@ def main(
     data = load_data(dataset, 200 if quick else 5_000)
     options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
     every = build_cells(epochs, quick)
+    chosen = range(len(every)) if cells is None else cells
     rows = [
         run_cell(
             cell,
@@ -202,9 +203,16 @@ def main(
             seeds,
             **options,
         )
-        for cell in (every if cells is None else [every[i] for i in cells])
+        for cell in (every[i] for i in chosen)
     ]
-    protocol = {"width": width, "seeds": seeds, "trials": 6, "dtype": dtype}
+    protocol = {
+        "width": width,
+        "seeds": seeds,
+        "trials": 6,
+        "dtype": dtype,
+        "cells": list(chosen),
+        "of": len(every),
+    }
     result = {"machine": rows[0]["machine"], "note": NOTE, "protocol": protocol, "rows": rows}
     tables = [to_table(result), to_chosen_table(result)]
     publish(out, "clipping_map", result, tables, draw(result), width=170)

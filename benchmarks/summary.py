@@ -133,11 +133,13 @@ def clipping(result: dict[str, Any]) -> str:
         for word, labels in clipping_map.verdicts(result, name).items():
             if labels:
                 lines.append(f"- {word.capitalize()} {name}: {'; '.join(labels)}.\n")
-    return f"""AlexNet of width {width:g} on CIFAR-100 around one setting. Each method has {trials}
-trials of half the length (learning rate × threshold), the best of which is tested with {seeds}
-other seeds: test accuracy in %, mean ± standard error, and the differences of the growing
-threshold, paired by seed. n is the batch size. 1 % is chance. Nets as small and runs as short as
-these say where differences lie more than how large they are.
+    cells = protocol["cells"]
+    return f"""AlexNet of width {width:g} on CIFAR-100 around one setting, {len(cells)} of
+{protocol["of"]} conditions (`--cells {" ".join(map(str, cells))}`). Each method has {trials} trials
+of half the length (learning rate × threshold), the best of which is tested with {seeds} other
+seeds: test accuracy in %, mean ± standard error, and the differences of the growing threshold,
+paired by seed. n is the batch size. 1 % is chance. Nets as small and runs as short as these say
+where differences lie more than how large they are.
 
 {clipping_map.to_markdown(result)}
 By the intervals, per-sample clipping is
