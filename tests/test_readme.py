@@ -114,7 +114,7 @@ def test_versions_are_the_lower_bounds():
         assert f"{title.lower()}>={version}" in bounds
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", README))))
 def test_links_lead_to_files(target: str):
     assert (ROOT / target).exists()
 
@@ -201,6 +201,19 @@ def test_results_on_cifar_are_those_of_the_committed_measurement():
     assert wide["plain"]["seconds_quartiles"][1] == pytest.approx(0.9e-3, abs=0.05e-3)
     engine_ratio, stacked_ratio = (wide[way]["ratio_quartiles"][1] for way in ("engine", "vmap"))
     assert f"at full width {engine_ratio:.2f} and {stacked_ratio:.2f} times" in said
+
+
+def test_map_is_that_of_the_committed_measurement():
+    rows = json.loads((ROOT / "benchmarks/results/clipping_map.json").read_text())["rows"]
+    said = " ".join(README.split())
+    by_label = {row["label"]: row["differences"] for row in rows}
+    for noise, words in (("heavy pixels", "with heavy pixels"), ("40% labels", "with 40 % wrong")):
+        own = by_label[f"{noise}, n = 128, no momentum, 6 epochs"]["batch clipping"]
+        assert own["interval"][0] > 0
+        told = tuned.describe_difference(own)
+        assert re.search(rf"{re.escape(told)} (points )?{words}", said)
+    clean = by_label["clean, n = 128, momentum 0.9, 6 epochs"]
+    assert all(low < 0 < high for low, high in (own["interval"] for own in clean.values()))
 
 
 @pytest.mark.parametrize(
