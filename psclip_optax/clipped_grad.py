@@ -126,7 +126,8 @@ def clipped_value_and_grad(
       TypeError: the loss is no function or not a real scalar, a parameter is not real
         floating-point, or positions are no integers.
       ValueError: an option is out of range, batch arguments do not have the same number of
-        samples, or the loss has effects.
+        samples, the loss has effects, or under `jax.shard_map` it varies over a mesh axis over
+        which the parameters do not and `axis_name` is silent.
 
     Warns:
       UserWarning: the loss normalises by statistics over a batch axis of size 1, as batch

@@ -234,7 +234,9 @@ def per_sample_clip(
         gradients twice, the least possible; so does "drop" when all are finite.
       axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the samples are
         sharded: positions run on over the devices, and the result and the state are the whole
-        batch's, the same on all of them (`out_specs` of `P()`).
+        batch's, the same on all of them (`out_specs` of `P()`). Of replicated parameters
+        `jax.vmap(jax.grad(loss))` gives gradients summed over the devices there, unless they are
+        made each device's own before, by `jax.lax.pcast(params, axis_name, to="varying")`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its update takes
@@ -253,8 +255,9 @@ def per_sample_clip(
       TypeError: a leaf is not real floating-point, the threshold is neither a number nor a
         callable, or the state is another one's.
       ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
-        leaves, shapes do not fit the parameters, mask or positions are not of shape [n], or
-        the transformation is wrapped in `optax.masked`, `optax.MultiSteps` or the like.
+        leaves, shapes do not fit the parameters, mask or positions are not of shape [n], the
+        stack is summed over the devices of `axis_name`, or the transformation is wrapped in
+        `optax.masked`, `optax.MultiSteps` or the like.
 
     Warns:
       UserWarning: the stack takes more memory than the devices have; while it is traced.
