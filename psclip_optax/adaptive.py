@@ -485,9 +485,10 @@ def _checked_norms(norms: Any, sample_mask: Any) -> tuple[jax.Array, jax.Array]:
     if norms.ndim != 1 or not jnp.issubdtype(norms.dtype, jnp.floating):
         raise ValueError(f"{expected}, got {described(norms)}")
     known = concrete(norms)
-    if known is not None and (known < 0).any():
+    negative = np.zeros(0) if known is None else known[np.isfinite(known) & (known < 0)]
+    if negative.size:
         raise ValueError(
-            f"norms are ≥ 0, but the smallest of {described(norms)} is {known.min()}; pass "
+            f"norms are ≥ 0, but the smallest of {described(norms)} is {negative.min()}; pass "
             "stats.norms of psc.ClipStats as they are"
         )
     norms = lax.stop_gradient(norms).astype(jnp.promote_types(norms.dtype, jnp.result_type(float)))
