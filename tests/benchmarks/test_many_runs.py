@@ -61,15 +61,23 @@ def means_of_parts(number: int, stacked: jax.Array) -> jax.Array:
     return jnp.mean(stacked.reshape(number, -1, *stacked.shape[1:]), axis=1)
 
 
-def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) -> list[float]:
-    """The loss of every epoch."""
+@functools.cache
+def gradients_of_samples():
+    """A net, and the compiled losses and gradients of each sample of a batch."""
     model = build_model("alexnet", CLASSES, width=SETTING.width)
     plain = classification_loss(model)
+    stacked = jax.vmap(jax.value_and_grad(lambda *x: plain(*x)[0]), (None, 0, 0))
+    return model, jax.jit(stacked)
+
+
+def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) -> list[float]:
+    """The loss of every epoch."""
+    model, per_sample = gradients_of_samples()
     images = (data.train.images / 255.0 - data.mean) / data.std
     params = model.init(jax.random.key(3), images[:1])["params"]
     tx = optimizer_of(numbers)
     state = tx.init(params)
-    per_sample = jax.jit(jax.vmap(jax.value_and_grad(lambda *x: plain(*x)[0]), (None, 0, 0)))
+    update = jax.jit(tx.update)
     losses = []
     for epoch in range(EPOCHS):
         order_key, _ = jax.random.split(many_runs._epoch_key(jnp.asarray(3), epoch))
@@ -79,7 +87,7 @@ def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) ->
             values, grads = per_sample(params, images[indices], data.train.labels[indices])
             if num_microbatches:
                 grads = jax.tree.map(functools.partial(means_of_parts, num_microbatches), grads)
-            updates, state = tx.update(grads, state, params)
+            updates, state = update(grads, state, params)
             params = optax.apply_updates(params, updates)
             own.append(float(jnp.mean(values)))
         losses.append(float(np.mean(own)))
