@@ -93,8 +93,7 @@ class TaskConfig(ModelConfig):
     schedule: ScheduleName = "cosine"
     """What becomes of the learning rate: down to 0 along half a cosine, or constant."""
     beta: float = 1.5
-    """Growth β of the threshold α k^(1/β) of ps-clip with a sample's position k in the batch; of
-    ps-clip-auto also the order of the moment of the gradient norms that gives α."""
+    """β of the threshold α k^(1/β) of the k-th sample; also the moment's order of ps-clip-auto."""
     label_noise: float = 0.0
     """Share of the training labels replaced by other ones."""
     pixel_df: float | None = None
@@ -115,13 +114,11 @@ class TrainConfig(TaskConfig):
     """
 
     method: MethodName = "ps-clip"
-    """The optimizer. ps-clip clips each sample's gradient, batch-clip their mean. ps-clip-auto is
-    ps-clip with α from the gradient norms of the steps before."""
+    """The optimizer. ps-clip… clip each sample's gradient (-auto finds α), batch-clip their mean."""
     lr: float = 0.05
     """Learning rate."""
     alpha: float = 1.0
-    """Threshold of the clipping methods: α of ps-clip, a factor of the α that ps-clip-auto finds,
-    the largest norm of the others."""
+    """α of ps-clip; a factor of the α that ps-clip-auto finds; the largest norm of the others."""
     steps: int = 1000
     """Updates to make."""
     eval_every: int = 100
@@ -218,8 +215,7 @@ class PlotConfig:
     """
 
     runs: tuple[pathlib.Path, ...]
-    """Folders that psclip train or psclip compare wrote; of a comparison each method is drawn as a
-    run, the mean over its seeds."""
+    """Folders that psclip train or compare wrote; of comparisons, each method's mean over seeds."""
     out: pathlib.Path = pathlib.Path("plot.png")
     """The figure, a PNG; replaced if there is one."""
 
