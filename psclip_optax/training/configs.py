@@ -114,7 +114,7 @@ class TrainConfig(TaskConfig):
     """
 
     method: MethodName = "ps-clip"
-    """The optimizer. ps-clip… clip each sample's gradient (-auto finds α), batch-clip their mean."""
+    """The optimizer. ps-clip… clip each sample's gradient (-auto finds α), batch-clip the mean."""
     lr: float = 0.05
     """Learning rate."""
     alpha: float = 1.0
