@@ -29,5 +29,6 @@ def test_links_lead_somewhere_in_the_repository_too(page: pathlib.Path):
 
 def test_api_has_every_public_name():
     pages = "".join(page.read_text(encoding="utf-8") for page in (PAGES / "api").glob("*.md"))
-    told = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)}
+    named = re.findall(r"^::: (\S+)$|^      heading: (\w+)$", pages, re.MULTILINE)
+    told = {(name or heading).rpartition(".")[2] for name, heading in named}
     assert set(psclip_optax.__all__) <= told
