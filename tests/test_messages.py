@@ -63,7 +63,7 @@ from psclip_optax.training.steps import linen_eval_step, linen_train_step, nnx_t
 from tests.training.official_archives import cifar100, closed_port_url, serve
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGE = ROOT / "psclip_optax"
+PACKAGE = pathlib.Path(psc.__file__).parent
 
 
 class Row(NamedTuple):
