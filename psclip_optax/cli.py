@@ -173,6 +173,12 @@ def _train(config: Any, console: Any) -> None:
     if not is_first_process():
         return
     console.print(f"Test accuracy: {result.accuracy:.1%}", highlight=False)
+    if result.loss is None:
+        console.print(
+            "The loss on the test set is not finite: the run diverged. Take a smaller --lr, or a "
+            "--method that clips; psclip plot shows from where on.",
+            soft_wrap=True,
+        )
     for what, name in (
         ("Configuration", "config.json"),
         ("Metrics", "metrics.jsonl"),

@@ -189,7 +189,9 @@ def clipped_value_and_grad(
         sample_mask: Any = None,
         positions: Any = None,
         threshold: Any = None,
+        **unknown: Any,
     ) -> Any:
+        _check_known(unknown)
         rule = default_threshold if threshold is None else as_threshold(threshold)
         arguments = (params, batch, sample_mask, positions, rule)
         mesh = meshes.explicit_mesh(arguments)
@@ -200,7 +202,8 @@ def clipped_value_and_grad(
             value, grads, stats = meshes.with_auto_axes(compute, arguments, mesh, out_specs)
         return (value, grads, stats) if return_stats else (value, grads)
 
-    def explain(params: Any, *batch: Any) -> Plan:
+    def explain(params: Any, *batch: Any, **unknown: Any) -> Plan:
+        _check_known(unknown)
         call = _call(loss, params, batch, settings)
         problem = _problem(call, settings)
         num_samples = min(call.num_samples, settings.microbatch_size or call.num_samples)
@@ -291,6 +294,15 @@ def check_loss(loss: Any) -> None:
         )
 
 
+def _check_known(unknown: dict[str, Any]) -> None:
+    if unknown:
+        raise TypeError(
+            "f(params, *batch, sample_mask=None, positions=None, threshold=None) takes the loss's "
+            f"arguments by position, got {', '.join(map(repr, unknown))} by name; write "
+            "f(params, x, y), in the order of loss(params, x, y)"
+        )
+
+
 def _checked_size(name: str, size: Any) -> int | None:
     if size is None:
         return None
@@ -370,18 +382,13 @@ def _run(
 def _chosen_mode(problem: Problem, call: Call, settings: _Settings) -> str:
     if settings.mode != "auto":
         return settings.mode
-    limit = settings.memory_limit_bytes or _device_memory()
+    limit = settings.memory_limit_bytes or stacks.bytes_limit(jax.local_devices()[0])
     n = min(call.num_samples, settings.microbatch_size or call.num_samples)
     if limit is None:
         return "one_pass"
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in call.params)
     of_batch = estimated_bytes(problem.closed, problem.plans, call.params, n).of_one_pass
     return "one_pass" if 2 * parameters + of_batch <= limit else "two_pass"
-
-
-def _device_memory() -> int | None:
-    statistics = jax.local_devices()[0].memory_stats()
-    return (statistics or {}).get("bytes_limit")
 
 
 def _packed(

@@ -115,8 +115,13 @@ def _memory_of_devices() -> int | None:
         names = os.sysconf_names if hasattr(os, "sysconf") else {}
         known = "SC_PHYS_PAGES" in names
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = bytes_limit(devices[0])
     return None if limit is None else limit * len(devices)
+
+
+def bytes_limit(device: Any) -> int | None:
+    """Bytes of memory that arrays may take on a device; None where it does not tell, as CPUs."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _accumulation_dtype(dtype: Any) -> Any:

@@ -192,6 +192,7 @@ def test_train_tells_where_things_are_and_resumes(capsys, tmp_path: pathlib.Path
     assert main([*argv, str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "Test accuracy: " in output
+    assert "diverged" not in output
     for name in ("config.json", "metrics.jsonl", "checkpoints"):
         assert f"{tmp_path / name}\n" in output
         assert (tmp_path / name).exists()
@@ -203,6 +204,12 @@ def test_train_tells_where_things_are_and_resumes(capsys, tmp_path: pathlib.Path
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == [4, 4]
+
+
+def test_train_tells_that_it_diverged(capsys, tmp_path: pathlib.Path):
+    options = ["--method", "momentum", "--lr", "1e30", "--schedule", "constant"]
+    assert main(["train", *TINY, *options, "--out", str(tmp_path)]) == 0
+    assert "the run diverged" in capsys.readouterr().out
 
 
 def test_plot_tells_where_the_figure_is(capsys, tmp_path: pathlib.Path):

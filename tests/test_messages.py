@@ -536,6 +536,13 @@ ROWS = [
     ),
     # clipped_value_and_grad: its arguments
     Row(
+        lambda: grad(batch=(X,), call={"y": Y}),
+        TypeError,
+        "f(params, *batch, sample_mask=None, positions=None, threshold=None) takes the loss's "
+        "arguments by position, got 'y' by name; write f(params, x, y), in the order of "
+        "loss(params, x, y)",
+    ),
+    Row(
         lambda: grad(params={"w": np.ones(3, int)}),
         TypeError,
         "params['w'] is int64[3], but expected a real floating-point array; gradients are of "
@@ -1435,6 +1442,12 @@ ROWS = [
         "another folder",
     ),
     Row(
+        in_folder(lambda folder: train(folder, {"compare.json": "{}"})),
+        UsageError,
+        "--out: ⟨folder⟩ holds what another command wrote (compare.json), and of a run and a "
+        "comparison in one folder psclip plot shows the run alone; choose another folder",
+    ),
+    Row(
         in_folder(lambda folder: train(folder, resume=True)),
         UsageError,
         "--resume: no run in ⟨folder⟩, config.json is missing",
@@ -1522,6 +1535,12 @@ ROWS = [
         UsageError,
         "--out: ⟨folder⟩ holds a result already (compare.json); choose another folder, or pass "
         "--overwrite",
+    ),
+    Row(
+        in_folder(lambda folder: compare(folder, ("config.json", "metrics.jsonl"), overwrite=True)),
+        UsageError,
+        "--out: ⟨folder⟩ holds what another command wrote (config.json, metrics.jsonl), and of a "
+        "run and a comparison in one folder psclip plot shows the run alone; choose another folder",
     ),
     Row(
         in_folder(lambda folder: compare(folder, validation_share=0.9999)),

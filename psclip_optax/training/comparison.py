@@ -20,7 +20,16 @@ from psclip_optax.training import summary
 from psclip_optax.training.configs import CompareConfig, MethodName, UsageError, check_config
 from psclip_optax.training.datasets import Dataset, Split, load_dataset, train_validation_split
 from psclip_optax.training.figures import draw_comparison, to_png
-from psclip_optax.training.files import make_writable_folder, to_json, write_atomically
+from psclip_optax.training.files import (
+    COMPARISON,
+    COMPARISON_FIGURE,
+    RUN,
+    check_holds_none_of,
+    make_writable_folder,
+    named_in,
+    to_json,
+    write_atomically,
+)
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.methods import METHODS, Hyperparams
 from psclip_optax.training.pipeline import Batch, iterate
@@ -39,7 +48,6 @@ from psclip_optax.training.steps import linen_eval_step
 Grids = dict[MethodName, list[Hyperparams]]
 
 _COMPARED: tuple[MethodName, ...] = ("momentum", "batch-clip", "ps-clip")
-_JSON, _PNG = "compare.json", "compare.png"
 _REPORT_EVERY = 10
 _MAX_NORMS = 2048
 
@@ -126,10 +134,10 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         "norms": norms,
     }
     png = to_png(draw_comparison(result))
-    write_atomically(out / _JSON, to_json(result, indent=1).encode())
-    write_atomically(out / _PNG, png)
+    write_atomically(out / COMPARISON, to_json(result, indent=1).encode())
+    write_atomically(out / COMPARISON_FIGURE, png)
     summary.print_result(result, console)
-    console.print(f"Figure: {out / _PNG}\nNumbers: {out / _JSON}", soft_wrap=True)
+    console.print(f"Figure: {out / COMPARISON_FIGURE}\nNumbers: {out / COMPARISON}", soft_wrap=True)
     return result
 
 
@@ -189,11 +197,12 @@ def best_trial(trials: list[Trial]) -> Trial:
 
 def _checked_folder(config: CompareConfig) -> pathlib.Path:
     out = config.out.expanduser().absolute()
-    found = [name for name in (_JSON, _PNG) if (out / name).exists()]
+    check_holds_none_of(out, RUN)
+    found = named_in(out, (COMPARISON, COMPARISON_FIGURE))
     if found and not config.overwrite:
         raise UsageError(
-            f"--out: {out} holds a result already ({', '.join(found)}); choose another folder, or "
-            "pass --overwrite"
+            f"--out: {out} holds a result already ({found}); choose another folder, or pass "
+            "--overwrite"
         )
     return make_writable_folder(out)
 

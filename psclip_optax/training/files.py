@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from psclip_optax.training.configs import UsageError
 # What a run's folder holds.
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+RUN = (CONFIG, METRICS, CHECKPOINTS)
+# What a comparison's folder holds.
+COMPARISON, COMPARISON_FIGURE = "compare.json", "compare.png"
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -90,6 +93,46 @@ def make_writable_folder(folder: pathlib.Path) -> pathlib.Path:
         raise UsageError(
             f"--out: cannot write to {folder}: {error.strerror}; choose another folder"
         ) from error
+
+
+def named_in(folder: pathlib.Path, names: Sequence[str]) -> str:
+    """Lists which of these a folder holds.
+
+    Args:
+      folder: it need not be there.
+      names: of files and folders.
+
+    Returns:
+      Their names, parted by commas; empty if there is none of them.
+
+    Examples:
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> (folder / CONFIG).touch()
+      >>> named_in(folder, RUN)
+      'config.json'
+    """
+    return ", ".join(name for name in names if (folder / name).exists())
+
+
+def check_holds_none_of(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Refuses a folder in which a run and a comparison would lie together.
+
+    Args:
+      folder: it need not be there.
+      names: what the other command writes.
+
+    Raises:
+      UsageError: one of them is there.
+
+    Examples:
+      >>> check_holds_none_of(pathlib.Path(tempfile.mkdtemp()), RUN)
+    """
+    found = named_in(folder, names)
+    if found:
+        raise UsageError(
+            f"--out: {folder} holds what another command wrote ({found}), and of a run and a "
+            "comparison in one folder psclip plot shows the run alone; choose another folder"
+        )
 
 
 @contextlib.contextmanager

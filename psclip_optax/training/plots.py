@@ -26,11 +26,16 @@ from psclip_optax.training.figures import (
     tidy,
     to_png,
 )
-from psclip_optax.training.files import CONFIG, METRICS, make_writable_folder, write_atomically
+from psclip_optax.training.files import (
+    COMPARISON,
+    CONFIG,
+    METRICS,
+    make_writable_folder,
+    write_atomically,
+)
 from psclip_optax.training.metrics import read_intact_records
 from psclip_optax.training.norms import bin_edges, histogram
 
-_COMPARISON = "compare.json"
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _STYLES = ("-", "--", ":", "-.")
 _MOST_WITH_DETAILS = 3
@@ -96,11 +101,9 @@ def read_runs(folder: pathlib.Path) -> list[Run]:
     path = folder.expanduser()
     if (path / CONFIG).exists():
         return [_read_run(path, str(folder))]
-    if (path / _COMPARISON).exists():
-        return _read_comparison(path / _COMPARISON, str(folder))
-    found = (
-        f"{CONFIG} and {_COMPARISON} are missing" if path.is_dir() else "there is no such folder"
-    )
+    if (path / COMPARISON).exists():
+        return _read_comparison(path / COMPARISON, str(folder))
+    found = f"{CONFIG} and {COMPARISON} are missing" if path.is_dir() else "there is no such folder"
     raise UsageError(
         f"{folder}: expected a folder that psclip train or psclip compare wrote, but {found}"
     )

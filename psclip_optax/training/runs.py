@@ -52,10 +52,15 @@ from psclip_optax.training.distributed import (
 )
 from psclip_optax.training.files import (
     CHECKPOINTS,
+    COMPARISON,
+    COMPARISON_FIGURE,
     CONFIG,
     METRICS,
+    RUN,
     TENSORBOARD,
+    check_holds_none_of,
     make_writable_folder,
+    named_in,
     noticing_what_cannot_be_written,
     to_json,
     write_atomically,
@@ -514,12 +519,13 @@ def _resolved(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_folder(out: pathlib.Path, config: TrainConfig) -> None:
-    found = [name for name in (CONFIG, METRICS, CHECKPOINTS) if (out / name).exists()]
+    found = named_in(out, RUN)
     if found and not config.resume:
         raise UsageError(
-            f"--out: {out} holds a run already ({', '.join(found)}); go on with --resume, or "
-            "choose another folder"
+            f"--out: {out} holds a run already ({found}); go on with --resume, or choose another "
+            "folder"
         )
+    check_holds_none_of(out, (COMPARISON, COMPARISON_FIGURE))
     if config.resume:
         _check_same_run(out / CONFIG, _resolved(config))
 
