@@ -1,6 +1,6 @@
 """Does PS-Clip-SGD converge at the optimal rate, and is it better than others at equal samples?
 
-    python benchmarks/convergence_rate.py
+    python -m benchmarks.convergence_rate
 
 Prints tables and writes them to benchmarks/results as convergence_rate.json and .png: the slope of
 ‖∇F‖ against the number of samples N on two smooth non-convex problems of known ∇F, and the ratios
@@ -16,162 +16,44 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from jax import lax
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.progress import track
-from rich.table import Table
 
 import psclip_optax as psc
+from benchmarks.convergence_report import (
+    control_table,
+    draw,
+    ratios_table,
+    slopes_table,
+    to_markdown,
+)
+from benchmarks.descent import (
+    METHODS,
+    NORMALISED,
+    OTHERS,
+    OURS,
+    PLAIN,
+    STATISTICS,
+    Scales,
+    Settings,
+    rate,
+    schedule_for,
+    simulate,
+)
 from benchmarks.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise, Problem
-from benchmarks.stacked_traffic import describe, describe_machine, publish
+from benchmarks.stacked_traffic import describe_machine, publish
 
 NOTE = (
     "‖∇F‖ is averaged over the iterates of a run; mean and 99% quantile are over runs. A noise of "
     "p has index p + 0.1: finite moments of order p, no variance. N = nT with n ≈ T^(p/(2p−2)). "
     "All intervals are 95%, by a bootstrap over runs."
 )
-
-
-class Scales(NamedTuple):
-    """Of the gradients at the start: what thresholds and learning rates are measured by."""
-
-    raw_moment: float
-    median_norm: float
-    population_norm: float
-
-
-class Method(NamedTuple):
-    """An Optax transformation from per-sample gradients [d, n] to a direction [d].
-
-    Attributes:
-      make: from a threshold, p and the median norm at the start.
-      thresholds: from Scales to the range of the grid; None where there is no threshold.
-    """
-
-    make: Callable[[jax.Array, float, float], optax.GradientTransformationExtraArgs]
-    thresholds: Callable[[Scales], tuple[float, float]] | None = None
-
-
-def per_sample(threshold: Any) -> optax.GradientTransformationExtraArgs:
-    return psc.per_sample_clip(threshold, sample_axis=1, on_nonfinite="propagate")
-
-
-def mean_over_samples(gradients: Any) -> jax.Array:
-    return jnp.mean(gradients, axis=1)
-
-
-def of_the_mean(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    mean = optax.stateless(lambda gradients, _: mean_over_samples(gradients))
-    return optax.chain(mean, *links)
-
-
-METHODS = {
-    "PS-Clip-SGD": Method(
-        lambda alpha, p, _: per_sample(psc.growing_threshold(alpha, p)),
-        lambda scales: (scales.median_norm / 128, scales.median_norm * 2),
-    ),
-    "SGD": Method(lambda *_: of_the_mean()),
-    "global clipping": Method(
-        lambda threshold, *_: of_the_mean(optax.clip_by_global_norm(threshold)),
-        lambda scales: (scales.population_norm / 4, scales.population_norm * 4),
-    ),
-    "normalised SGD": Method(lambda *_: of_the_mean(optax.normalize_by_update_norm())),
-    "per-sample constant": Method(
-        lambda threshold, *_: per_sample(psc.constant_threshold(threshold)),
-        lambda scales: (scales.median_norm / 4, scales.median_norm * 64),
-    ),
-    "per-sample quantile": Method(
-        lambda odds, _, median: per_sample(
-            psc.quantile_threshold(odds / (1 + odds), decay=0.9, initial=median)
-        ),
-        lambda _: (1 / 9, 999),  # odds of the quantiles 0.1 and 0.999
-    ),
-}
-OURS, PLAIN, _, NORMALISED, *_ = METHODS
-OTHERS = tuple(METHODS)[1:]
-
-
-class Settings(NamedTuple):
-    """Candidates of one method, each float [c]."""
-
-    learning_rates: jax.Array
-    thresholds: jax.Array
-
-
-class Schedule(NamedTuple):
-    """T steps of n samples."""
-
-    steps: int
-    batch: int
-
-
-def schedule_for(samples: int, p: float) -> Schedule:
-    """The split of N for which n ≈ T^(p/(2p−2))."""
-    steps = max(round(samples ** ((2 * p - 2) / (3 * p - 2))), 1)
-    return Schedule(steps, round(samples / steps))
-
-
-def rate(p: float) -> float:
-    return -(p - 1) / (3 * p - 2)
-
-
-def simulate(
-    problem: Problem,
-    noise: Noise,
-    settings: dict[str, Settings],
-    schedule: Schedule,
-    scales: Scales,
-    keys: jax.Array,
-) -> dict[str, np.ndarray]:
-    """‖∇F‖ averaged over the iterates, by method, [runs, c]; all see the same samples in a run."""
-
-    def transformation(method: str, setting: Settings) -> Any:
-        return METHODS[method].make(setting.thresholds, noise.p, scales.median_norm)
-
-    def start(method: str, setting: Settings) -> Any:
-        state = transformation(method, setting).init(problem.start)
-        return problem.start, state, jnp.zeros(())
-
-    def advance(method: str, samples: Any, carry: Any, setting: Settings) -> Any:
-        w, state, total = carry
-        update = transformation(method, setting).update
-        direction, state = update(problem.gradients(w, samples), state)
-        total += jnp.linalg.norm(problem.population_gradient(w))
-        return w - setting.learning_rates * direction, state, total
-
-    def all_advance(carries: dict[str, Any], key: jax.Array) -> tuple[dict[str, Any], None]:
-        samples = problem.sample(noise, key, schedule.batch)
-        return {
-            method: jax.vmap(functools.partial(advance, method, samples))(carries[method], setting)
-            for method, setting in settings.items()
-        }, None
-
-    def run(key: jax.Array) -> dict[str, jax.Array]:
-        carries = {
-            method: jax.vmap(functools.partial(start, method))(setting)
-            for method, setting in settings.items()
-        }
-        carries, _ = lax.scan(all_advance, carries, jax.random.split(key, schedule.steps))
-        return {method: total / schedule.steps for method, (*_, total) in carries.items()}
-
-    candidates = max(len(setting.thresholds) for setting in settings.values())
-    numbers = problem.start.size * schedule.batch * candidates
-    together = largest_divisor(len(keys), at_most=max(2**20 // numbers, 1))
-    totals = jax.jit(functools.partial(lax.map, run, batch_size=together))(keys)
-    return {method: np.asarray(total, np.float64) for method, total in totals.items()}
-
-
-def largest_divisor(number: int, at_most: int) -> int:
-    return next(d for d in range(min(at_most, number), 0, -1) if number % d == 0)
 
 
 def key_for(seed: int, label: str) -> jax.Array:
@@ -199,7 +81,6 @@ def examine(problem: Problem, noise: Noise, key: jax.Array, draws: int) -> dict[
     }
 
 
-STATISTICS = ("mean", "99% quantile")
 LEVEL = 0.99
 REPLICATES = 1000
 
@@ -530,216 +411,6 @@ def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> l
 
 def is_at_edge(grid: list[float], value: float) -> bool:
     return min(grid) < max(grid) and value in (min(grid), max(grid))
-
-
-def select(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def with_interval(value: float, bounds: list[float], digits: int = 2) -> str:
-    low, high = bounds
-    return f"{value:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
-
-
-def pairs_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{name: row[name] for name in ("problem", "noise")} for row in result["noises"]]
-
-
-def table_with(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
-    table = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, no_wrap=True, justify="left" if index < 2 else "right")
-    return table
-
-
-def slopes_table(result: dict[str, Any]) -> Table:
-    methods = list(dict.fromkeys(row["method"] for row in result["rates"]))
-    last = f"{THEORY}, last two N"
-    columns = ["noise", "statistic", "tail index", "bound", *methods, last]
-    table = table_with("Slope of ‖∇F‖ against N, untuned: η = 1/L", columns, result["note"])
-    for noise in result["noises"]:
-        for statistic in STATISTICS:
-            of_pair = {name: noise[name] for name in ("problem", "noise")}
-            rows = select(result["rates"], statistic=statistic, **of_pair)
-            is_first = statistic == STATISTICS[0]
-            table.add_row(
-                f"{noise['problem']}, {noise['noise']}" if is_first else "",
-                statistic,
-                tail_of(noise) if is_first else "",
-                f"{rows[0]['bound']:.3f}",
-                *(with_interval(row["slope"], row["slope_interval"], 3) for row in rows),
-                with_interval(rows[0]["last_slope"], rows[0]["last_slope_interval"], 3),
-                end_section=not is_first,
-            )
-    return table
-
-
-def tail_of(noise: dict[str, Any]) -> str:
-    if noise["index"] is None:
-        return noise["verdict"]
-    return with_interval(noise["index"], [bound or math.inf for bound in noise["index_interval"]])
-
-
-def ratios_table(result: dict[str, Any]) -> Table:
-    """At the largest N, all noises but the light one."""
-    samples = max(result["plan"]["tuned_sizes"])
-    title = f"PS-Clip-SGD / other, each tuned, N = {samples} (below 1: ours is better)"
-    table = table_with(title, ["noise", "statistic", *OTHERS], describe_tuning(result))
-    for pair in pairs_of(result):
-        if pair["noise"] == LIGHT.label:
-            continue
-        for statistic in STATISTICS:
-            rows = select(result["ratios"], samples=samples, statistic=statistic, **pair)
-            is_first = statistic == STATISTICS[0]
-            table.add_row(
-                f"{pair['problem']}, {pair['noise']}" if is_first else "",
-                statistic,
-                *(with_interval(row["ratio"], row["interval"]) for row in rows),
-                end_section=not is_first,
-            )
-    return table
-
-
-def describe_tuning(result: dict[str, Any]) -> str:
-    plan = result["plan"]
-    points = math.prod(plan["grid"])
-    at_edge = {
-        m: sum(bool(r["at_edge"]) for r in select(result["tunings"], method=m)) for m in METHODS
-    }
-    number = len(select(result["tunings"], method=OURS))
-    edges = ", ".join(f"{method} {count}" for method, count in at_edge.items())
-    return (
-        f"Tuned for each statistic by itself, on {points} points a method and "
-        f"{plan['tuning_runs']} runs a point, other ones than the {plan['runs']} compared. At an "
-        f"edge of the grid, of {number} choices: {edges}."
-    )
-
-
-def control_table(result: dict[str, Any]) -> Table:
-    """Gaussian noise: against SGD, untuned at the same step and tuned."""
-    columns = ["problem, N", "statistic", "setting", "PS-Clip-SGD / SGD", "PS-Clip-SGD is"]
-    table = table_with("Control: Gaussian noise", columns)
-    rows = select(result["theory_ratios"], noise=LIGHT.label)
-    rows += select(result["ratios"], noise=LIGHT.label, other=PLAIN)
-    for row in rows:
-        setting = row["ours"].partition(", ")[2]
-        table.add_row(
-            f"{row['problem']}, {row['samples']}",
-            row["statistic"],
-            f"1/L, {setting}" if setting else "tuned",
-            with_interval(row["ratio"], row["interval"], 4),
-            row["verdict"],
-        )
-    return table
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """README's table: slopes of PS-Clip-SGD, and its tuned ratios to the others, mean and tail.
-
-    Args:
-      result: as convergence_rate.json holds it.
-    """
-    samples = max(result["plan"]["tuned_sizes"])
-    columns = ["problem, noise", "bound", "slope: mean", "99%", *(f"/ {m}" for m in OTHERS)]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for pair in pairs_of(result):
-        slopes = select(result["rates"], method=THEORY, **pair)
-        cells = [f"{pair['problem']}, {pair['noise']}", f"{slopes[0]['bound']:.3f}"]
-        cells += [with_interval(row["slope"], row["slope_interval"], 3) for row in slopes]
-        for other in OTHERS:
-            rows = select(result["ratios"], samples=samples, other=other, **pair)
-            cells.append("; ".join(with_interval(row["ratio"], row["interval"]) for row in rows))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-LINES = {f"{OURS}, α = σ": "#0072B2", f"{OURS}, α = median": "#009E73", PLAIN: "#D55E00"}
-THEORY = next(iter(LINES))
-COLOURS = dict(zip(OTHERS, ("#D55E00", "#E69F00", "#666666", "#56B4E9", "#CC79A7"), strict=True))
-MARKERS = dict(zip(OTHERS, "os^Dv", strict=True))
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    problems, noises = result["plan"]["problems"], result["plan"]["noises"]
-    figure = Figure(figsize=(3 * max(len(noises), 4), 12.5), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.25, 1], squeeze=False)[:, 0]
-    grid = above.subplots(len(problems), len(noises), sharex=True, sharey="row", squeeze=False)
-    for axes_of_problem, problem in zip(grid, problems, strict=True):
-        for axes, noise in zip(axes_of_problem, noises, strict=True):
-            draw_rates(axes, select(result["rates"], problem=problem, noise=noise))
-            axes.set_title(f"{problem}\n{noise}", fontsize=10)
-        axes_of_problem[0].set_ylabel("‖∇F‖ over runs")
-    for axes in grid[-1]:
-        axes.set_xlabel("Samples N = nT")
-    handles = [Line2D([], [], color=colour, label=name) for name, colour in LINES.items()]
-    handles += [
-        Line2D([], [], color="k", marker="o", label="mean"),
-        Line2D([], [], color="k", marker="^", linestyle="--", label="99% quantile"),
-        Line2D([], [], color="k", linestyle=":", label="slope of the bound"),
-    ]
-    above.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    draw_ratios(below, result, noises)
-    figure.suptitle(describe(result["machine"]), fontsize=10)
-    return figure
-
-
-def draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        is_mean = row["statistic"] == STATISTICS[0]
-        low, high = np.transpose(row["intervals"])
-        estimates = np.array(row["estimates"])
-        style = {"marker": "o" if is_mean else "^", "linestyle": "-" if is_mean else "--"}
-        spread = np.maximum([estimates - low, high - estimates], 0)
-        axes.errorbar(
-            row["samples"], estimates, spread, color=LINES[row["method"]], markersize=4, **style
-        )
-    first = select(rows, method=THEORY, statistic=STATISTICS[0])[0]
-    samples = np.array(first["samples"])
-    bound = first["estimates"][0] * (samples / samples[0]) ** first["bound"]
-    axes.plot(samples, bound, color="k", linestyle=":")
-    axes.set(xscale="log", yscale="log")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_ratios(figure: Any, result: dict[str, Any], noises: list[str]) -> None:
-    samples, problems = max(result["plan"]["tuned_sizes"]), result["plan"]["problems"]
-    grid = figure.subplots(1, len(problems) * len(STATISTICS), sharey=True)
-    for axes, (problem, statistic) in zip(
-        grid, itertools.product(problems, STATISTICS), strict=True
-    ):
-        for index, other in enumerate(OTHERS):
-            rows = select(
-                result["ratios"],
-                problem=problem,
-                statistic=statistic,
-                other=other,
-                samples=samples,
-            )
-            # The methods of a noise beside one another, so that none hides another.
-            heights = np.arange(len(noises)) + 0.14 * (index - (len(OTHERS) - 1) / 2)
-            ratios = np.array([row["ratio"] for row in rows])
-            low, high = np.transpose([row["interval"] for row in rows])
-            axes.errorbar(
-                ratios,
-                heights,
-                xerr=np.maximum([ratios - low, high - ratios], 0),
-                label=f"/ {other}",
-                color=COLOURS[other],
-                marker=MARKERS[other],
-                linestyle="none",
-                markersize=5,
-                capsize=2,
-            )
-        axes.axvline(1, color="k", linewidth=0.8)
-        axes.set_title(f"{problem}: {statistic}", fontsize=10)
-        axes.set_xlabel(f"PS-Clip-SGD / other, N = {samples}")
-        axes.grid(axis="x", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0].set_yticks(range(len(noises)), noises)
-    grid[0].set_ylim(len(noises) - 0.5, -0.5)
-    handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
 
 
 def main(

@@ -89,7 +89,9 @@ GROWING, CONSTANT, MEAN = "growing", "constant", "plain mean"
 FEW, MANY = num_blocks(1e-2), num_blocks(1e-4)
 GEOMETRIC_FEW, GEOMETRIC_MANY = f"geometric MoM, {FEW}", f"geometric MoM, {MANY}"
 COORDINATE_FEW = f"coordinate MoM, {FEW}"
+ESTIMATORS = (GROWING, CONSTANT, MEAN, GEOMETRIC_FEW, GEOMETRIC_MANY, COORDINATE_FEW)
 CLIPPED = (GROWING, CONSTANT)
+STATISTICS = ("rms", "median", "q99")  # of errors over trials
 
 # Samples and estimators
 

@@ -17,8 +17,8 @@ from benchmarks import (
     accumulation_cifar100,
     alexnet_cifar100,
     clipping_map,
-    convergence_rate,
-    estimator_error,
+    convergence_report,
+    estimator_report,
 )
 from benchmarks.stacked_traffic import describe
 
@@ -51,7 +51,7 @@ moment, β = p = a − 0.1 (2 for the Gaussian), n = 2⁸ to 2¹⁴. The slope i
 the 99 % errors and the growth of the error, from the one exceeded with probability 0.1 to that with
 10⁻⁴, are at n = 4,096.
 
-{estimator_error.to_markdown(result).strip()}
+{estimator_report.to_markdown(result).strip()}
 
 The error never leaves what the theory guarantees, its high quantiles grow as powers of log(1/δ)
 where the plain mean's grow as powers of 1/δ, and the growing threshold beats the constant one under
@@ -71,7 +71,7 @@ them; the bound is −(p − 1)/(3p − 2). Ratios, of the mean and of the 99 % 
 PS-Clip-SGD to another method at N = 4,096, each tuned on 50 points by other seeds: below 1
 PS-Clip-SGD is better.
 
-{convergence_rate.to_markdown(result)}
+{convergence_report.to_markdown(result)}
 - In the regression the slope is at the bound or near it. In the network the mean's is flatter up to
   these N; plain SGD's is flatter than its own bound there too, under Gaussian noise.
 - Under heavy tails PS-Clip-SGD is better than SGD, global clipping and normalised SGD, always, and

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import convergence_rate, noisy_problems
-from benchmarks.convergence_rate import METHODS, Cell, Schedule, Settings
+from benchmarks import convergence_rate, descent, noisy_problems
+from benchmarks.convergence_rate import Cell
+from benchmarks.descent import METHODS, Schedule, Settings
 from benchmarks.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise
 from tests import numerics
 
 problem_of = functools.cache(lambda name: PROBLEMS[name]())
-SCALES = convergence_rate.Scales(raw_moment=2.0, median_norm=1.0, population_norm=0.5)
+SCALES = descent.Scales(raw_moment=2.0, median_norm=1.0, population_norm=0.5)
 
 
 def refuse(*_):
@@ -148,7 +149,7 @@ def test_simulation_is_sgd_step_by_step(name: str):
     problem, noise, schedule = problem_of("regression"), Noise(1.6), Schedule(4, 16)
     settings = {name: Settings(jnp.array([0.3, 0.5]), jnp.array([0.5, 1.0]))}
     keys = jax.random.split(jax.random.key(3), 3)
-    norms = convergence_rate.simulate(problem, noise, settings, schedule, SCALES, keys)[name]
+    norms = descent.simulate(problem, noise, settings, schedule, SCALES, keys)[name]
     for run, candidate in ((0, 0), (2, 1)):
         learning_rate, threshold = (float(x[candidate]) for x in settings[name])
         w, total = np.asarray(problem.start, np.float64), 0.0
@@ -163,7 +164,7 @@ def test_simulation_is_sgd_step_by_step(name: str):
 
 @pytest.mark.parametrize("p", [1.4, 1.8, 2.0])
 def test_schedule_spends_the_samples_as_the_theory_has_it(p: float):
-    steps, batch = convergence_rate.schedule_for(2**20, p)
+    steps, batch = descent.schedule_for(2**20, p)
     assert steps * batch == pytest.approx(2**20, rel=0.02)
     assert math.log(batch) / math.log(steps) == pytest.approx(p / (2 * p - 2), rel=0.01)
 
@@ -187,7 +188,7 @@ def test_samples_are_of_a_cell_and_other_ones_are_tuned_on():
     assert all(a < b for a, b in zip(before, finals, strict=True))
 
 
-@pytest.mark.parametrize("statistic", convergence_rate.STATISTICS)
+@pytest.mark.parametrize("statistic", descent.STATISTICS)
 def test_replicates_are_statistics_of_resampled_runs(statistic: str):
     values = np.random.default_rng(0).pareto(1.5, size=150)
     counts = convergence_rate.resample(len(values), "any")[:20]

@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, optimize, stats
 
 import psclip_optax as psc
-from benchmarks import estimator_error, heavy_tails
+from benchmarks import estimator_error, estimator_report, heavy_tails
 from benchmarks.heavy_tails import GAUSSIAN, GROWING, MEAN, Noise
 from tests import numerics
 
@@ -29,7 +29,7 @@ def test_quick_run_writes_every_figure_of_every_estimator(finished):
     out, result = finished
     noises = [row["noise"] for row in result["noises"]]
     assert noises == [noise.label for noise in estimator_error.QUICK.noises]
-    pairs = [(noise, name) for noise in noises for name in estimator_error.ESTIMATORS]
+    pairs = [(noise, name) for noise in noises for name in heavy_tails.ESTIMATORS]
     assert [(row["noise"], row["estimator"]) for row in result["slopes"]] == pairs
     for row in result["slopes"]:
         heavy_mean = row["estimator"] == MEAN and row["noise"] != "Gaussian"
@@ -96,7 +96,7 @@ def test_markdown_has_a_row_a_noise_and_measures_nothing(finished, capsys):
 def test_committed_summary_is_what_the_committed_figures_say():
     results = pathlib.Path(estimator_error.__file__).parent / "results"
     result = json.loads((results / "estimator_error.json").read_text())
-    assert estimator_error.summarise(result) == result["summary"]
+    assert estimator_report.summarise(result) == result["summary"]
 
 
 @pytest.mark.parametrize("noise", [Noise(1.3), ONE_SIDED, GAUSSIAN], ids=lambda noise: noise.label)
