@@ -1187,11 +1187,16 @@ def _quick_compilation() -> dict[str, Any]:
         "xla_cpu_use_fusion_emitters": False,
         "xla_cpu_parallel_codegen_split_count": 1,
     }
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+def _is_known(name: str, value: Any) -> bool:
+    """Whether this XLA has the option: each version has others."""
     try:
-        jax.jit(jnp.sin, compiler_options=options)(0.0)
-    except Exception:  # an XLA that does not know one of them
-        return {}
-    return options
+        jax.jit(jnp.sin, compiler_options={name: value})(0.0)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _compiled(function: Run) -> Run:

@@ -107,7 +107,8 @@ def test_an_infinite_threshold_is_multisteps(inner):
     gradients = heavy_tailed_gradients(3 * K, np.float32)
     params = zeros(jnp.float32)
     got = all_updates(psc.accumulate_clipped(inner, K, jnp.inf), gradients, params)
-    assert_close(got, all_updates(optax.MultiSteps(inner, K), gradients, params), 0)
+    # But for a multiplication and an addition that XLA may make one operation of, or not.
+    assert_close(got, all_updates(optax.MultiSteps(inner, K), gradients, params), 3e-7)
 
 
 def test_a_skipped_micro_batch_has_no_position():
