@@ -1,6 +1,6 @@
 """How often does `per_sample_clip` read the stacked gradients?
 
-    python benchmarks/stacked_traffic.py
+    python -m benchmarks.stacked_traffic
 
 Prints a table and writes it to benchmarks/results as stacked_traffic.json and .png. Least possible
 are two reads, one for the norms and one for the sum; the mean alone needs one.
