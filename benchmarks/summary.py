@@ -127,7 +127,10 @@ Tails of the norms during training, Hill's estimates by `psc.tails`:
 
 def clipping(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
-    width, trials, seeds = (protocol[name] for name in ("width", "trials", "seeds"))
+    width, seeds = (protocol[name] for name in ("width", "seeds"))
+    fewest = min(row["trials"] for row in result["rows"])
+    with_more = {f"{r['trials']} for {r['label']}" for r in result["rows"] if r["trials"] > fewest}
+    trials = "; ".join([f"{fewest} trials", *sorted(with_more)])
     lines = []
     for name in clipping_map.METHODS[:2]:
         for word, labels in clipping_map.verdicts(result, name).items():
@@ -135,11 +138,11 @@ def clipping(result: dict[str, Any]) -> str:
                 lines.append(f"- {word.capitalize()} {name}: {'; '.join(labels)}.\n")
     cells = protocol["cells"]
     return f"""AlexNet of width {width:g} on CIFAR-100 around one setting, {len(cells)} of
-{protocol["of"]} conditions (`--cells {" ".join(map(str, cells))}`). Each method has {trials} trials
-of half the length (learning rate × threshold), the best of which is tested with {seeds} other
-seeds: test accuracy in %, mean ± standard error, and the differences of the growing threshold,
-paired by seed. n is the batch size. 1 % is chance. Nets as small and runs as short as these say
-where differences lie more than how large they are.
+{protocol["of"]} conditions (`--cells {" ".join(map(str, cells))}`). Each method has as many trials
+of half the length (learning rate × threshold: {trials}), the best of which is tested with {seeds}
+other seeds: test accuracy in %, mean ± standard error, and the differences of the growing
+threshold, paired by seed. n is the batch size. 1 % is chance. Nets as small and runs as short as
+these say where differences lie more than how large they are.
 
 {clipping_map.to_markdown(result)}
 By the intervals, per-sample clipping is

@@ -229,6 +229,17 @@ def test_quick_runs_write_table_and_figure_and_are_not_repeated(
     assert json.loads((tmp_path / "again" / f"{name}.json").read_text()) == first
 
 
+def test_every_method_has_as_many_different_trials():
+    grids = [
+        *(clipping_map.build_grids(cell) for cell in clipping_map.build_cells(6, quick=False)),
+        *(accumulation_cifar100.build_grids(number) for number in (4, 16)),
+        {name: method.grid for name, method in alexnet_cifar100.build_methods(128).items()},
+    ]
+    for grid in grids:
+        assert len({len(points) for points in grid.values()}) == 1
+        assert all(len(set(points)) == len(points) for points in grid.values())
+
+
 def test_committed_results_are_of_the_committed_runs():
     name, results = "alexnet_cifar100", pathlib.Path(many_runs.__file__).parent / "results"
     result = json.loads((results / f"{name}.json").read_text())
