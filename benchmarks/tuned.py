@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from scipy import stats
 
 from benchmarks.many_runs import Numbers, Run
@@ -158,11 +159,16 @@ def draw_differences(
     axes.axvline(0, color="#666666", linewidth=1)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    # The interval of a method that diverges with some seeds would hide all others.
-    axes.set_xlim(*np.clip(axes.get_xlim(), -20, 40))
+    # Linear up to 2 points, for a method that diverges would hide all others.
+    low, high = np.clip(axes.get_xlim(), -20, 40)
+    axes.set_xscale("symlog", linthresh=2)
+    ticks = [tick for tick in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40) if low < tick < high]
+    axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(low, high)
     axes.set_xlabel(label)
-    axes.legend(frameon=False)
     tidy(axes)
+    figure.legend(loc="outside lower center", ncols=len(colours), frameon=False)
     figure.suptitle(machine, fontsize=10)
     return figure
 
