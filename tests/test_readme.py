@@ -206,14 +206,23 @@ def test_results_on_cifar_are_those_of_the_committed_measurement():
 def test_map_is_that_of_the_committed_measurement():
     rows = json.loads((ROOT / "benchmarks/results/clipping_map.json").read_text())["rows"]
     said = " ".join(README.split())
-    by_label = {row["label"]: row["differences"] for row in rows}
-    for noise, words in (("heavy pixels", "with heavy pixels"), ("40% labels", "with 40 % wrong")):
-        own = by_label[f"{noise}, n = 128, no momentum, 6 epochs"]["batch clipping"]
-        assert own["interval"][0] > 0
-        told = tuned.describe_difference(own)
-        assert re.search(rf"{re.escape(told)} (points )?{words}", said)
-    clean = by_label["clean, n = 128, momentum 0.9, 6 epochs"]
-    assert all(low < 0 < high for low, high in (own["interval"] for own in clean.values()))
+    against = {row["label"]: row["differences"]["batch clipping"] for row in rows}
+    plain, moving = "n = 128, no momentum, 6 epochs", "n = 128, momentum 0.9, 6 epochs"
+    for label, words in (
+        (f"heavy pixels, {plain}", "is above batch clipping by {} points without momentum"),
+        (f"heavy pixels, {moving}", "and by {} with it; at n = 512"),
+        (f"40% labels, {plain}", "it is above by {} without momentum"),
+        (f"40% labels, {moving}", "and *below* by {} with it"),
+    ):
+        low, high = against[label]["interval"]
+        assert (high < 0) == ("below" in words)
+        assert low * high > 0
+        assert words.format(tuned.describe_difference(against[label])) in said
+    cannot_tell = [label for label in against if label.startswith("clean,")]
+    assert len(cannot_tell) == 4
+    for label in [*cannot_tell, "heavy pixels, n = 512, momentum 0.9, 6 epochs"]:
+        low, high = against[label]["interval"]
+        assert low < 0 < high
 
 
 @pytest.mark.parametrize(
