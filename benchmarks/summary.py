@@ -128,9 +128,8 @@ Tails of the norms during training, Hill's estimates by `psc.tails`:
 def clipping(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     width, seeds = (protocol[name] for name in ("width", "seeds"))
-    fewest = min(row["trials"] for row in result["rows"])
-    with_more = {f"{r['trials']} for {r['label']}" for r in result["rows"] if r["trials"] > fewest}
-    trials = "; ".join([f"{fewest} trials", *sorted(with_more)])
+    fewest, most = (f(row["trials"] for row in result["rows"]) for f in (min, max))
+    trials = f"{fewest} trials" + (f", {most} with heavy pixels and momentum" if most > fewest else "")
     lines = []
     for name in clipping_map.METHODS[:2]:
         for word, labels in clipping_map.verdicts(result, name).items():

@@ -210,7 +210,8 @@ def test_map_is_that_of_the_committed_measurement():
     plain, moving = "n = 128, no momentum, 6 epochs", "n = 128, momentum 0.9, 6 epochs"
     for label, words in (
         (f"heavy pixels, {plain}", "is above batch clipping by {} points without momentum"),
-        (f"heavy pixels, {moving}", "and by {} with it; at n = 512"),
+        (f"heavy pixels, {moving}", "and by {} with it,"),
+        ("heavy pixels, n = 32, momentum 0.9, 6 epochs", "at n = 32 by {}; at n = 512"),
         (f"40% labels, {plain}", "it is above by {} without momentum"),
         (f"40% labels, {moving}", "and *below* by {} with it"),
     ):
