@@ -129,7 +129,9 @@ def clipping(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     width, seeds = (protocol[name] for name in ("width", "seeds"))
     fewest, most = (f(row["trials"] for row in result["rows"]) for f in (min, max))
-    trials = f"{fewest} trials" + (f", {most} with heavy pixels and momentum" if most > fewest else "")
+    trials = f"{fewest} trials" + (
+        f", {most} with heavy pixels and momentum" if most > fewest else ""
+    )
     lines = []
     for name in clipping_map.METHODS[:2]:
         for word, labels in clipping_map.verdicts(result, name).items():
