@@ -34,7 +34,16 @@ from benchmarks.accumulation import (
     mean_loss,
     time_windows,
 )
-from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
+from benchmarks.many_runs import (
+    NOISES,
+    Data,
+    Numbers,
+    Run,
+    Setting,
+    check_noises,
+    load_data,
+    run_all,
+)
 from benchmarks.stacked_traffic import describe, publish, quartiles
 from benchmarks.tuned import (
     SAMPLE_NORM,
@@ -499,6 +508,7 @@ def main(
     if quick:
         width, epochs, tuning_epochs, seeds, batch_size = 0.05, 2, 1, 2, 32
         noises, together = noises[:1], 12
+    check_noises(noises)
     dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
     data = load_data(dataset, 200 if quick else NUM_VALIDATION)
     setting = Setting(width, batch_size, augment=not quick, dtype=dtype)

@@ -30,6 +30,7 @@ from benchmarks.tuned import (
     enlarged_digits,
     growing_grid,
     markdown_table,
+    run_length,
     tune_and_test,
 )
 from psclip_optax.training.datasets import load_dataset
@@ -99,8 +100,7 @@ def run_cell(
     cell: Cell, data: Data, num_classes: int, setting: Setting, seeds: int, **options: Any
 ) -> dict[str, Any]:
     def make_run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
-        epochs = cell.epochs if stage == "final" else -(-cell.epochs // 2)
-        return Run(stage, name, cell.noise, numbers, epochs, seed, setting)
+        return Run(stage, name, cell.noise, numbers, run_length(stage, cell.epochs), seed, setting)
 
     def train(runs: list[Run]) -> list[dict[str, Any]]:
         return run_all(runs, data, num_classes, **options)
@@ -111,7 +111,7 @@ def run_cell(
         "cell": cell._asdict(),
         "label": cell.label(),
         "trials": len(grids[METHODS[2]]),
-        **tuned.described(METHODS[2]),
+        **tuned.described_against(METHODS[2]),
     }
 
 
@@ -200,11 +200,13 @@ def main(
     """
     if quick:
         width, seeds, together = 0.05, 2, 6
+    every = build_cells(epochs, quick)
+    chosen = range(len(every)) if cells is None else cells
+    if any(not 0 <= i < len(every) for i in chosen):
+        raise ValueError(f"cells are numbers from 0 to {len(every) - 1}, got {cells}")
     dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
     data = load_data(dataset, 200 if quick else 5_000)
     options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
-    every = build_cells(epochs, quick)
-    chosen = range(len(every)) if cells is None else cells
     rows = [
         run_cell(
             cell,
@@ -216,13 +218,7 @@ def main(
         )
         for cell in (every[i] for i in chosen)
     ]
-    protocol = {
-        "width": width,
-        "seeds": seeds,
-        "dtype": dtype,
-        "cells": list(chosen),
-        "of": len(every),
-    }
+    protocol = {"width": width, "seeds": seeds, "dtype": dtype}
     result = {"machine": rows[0]["machine"], "note": NOTE, "protocol": protocol, "rows": rows}
     tables = [to_table(result), to_chosen_table(result)]
     publish(out, "clipping_map", result, tables, draw(result), width=170)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -57,6 +57,12 @@ NOISES = {
     "40% labels": Noise(label_noise=0.4),
     "heavy pixels": Noise(pixel_df=1.5, pixel_fraction=0.2),
 }
+
+
+def check_noises(noises: Sequence[str]) -> None:
+    unknown = [noise for noise in noises if noise not in NOISES]
+    if unknown or not noises:
+        raise ValueError(f"noises are of {', '.join(NOISES)}, got {', '.join(unknown) or 'none'}")
 
 
 class Numbers(NamedTuple):

@@ -82,23 +82,30 @@ class Tuned(NamedTuple):
 
     Attributes:
       chosen: the point of each method's grid with the best validation accuracy.
-      accuracies: of each method, on the test set, by seeds that chose nothing.
-      machine: that trained them.
+      tested: each method's records of runs with this point, by seeds that chose nothing.
     """
 
     chosen: dict[str, Numbers]
-    accuracies: dict[str, list[float]]
-    machine: dict[str, Any]
+    tested: dict[str, list[dict[str, Any]]]
 
-    def described(self, ours: str) -> dict[str, Any]:
-        """As JSON holds it, with the differences of one method to each other one."""
+    def described(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return {
-            "machine": self.machine,
+            "machine": next(iter(self.tested.values()))[0]["machine"],
             "chosen": {name: numbers._asdict() for name, numbers in self.chosen.items()},
-            "test_accuracies": self.accuracies,
+            "test_accuracies": {
+                name: list(map(test_accuracy, records)) for name, records in self.tested.items()
+            },
+        }
+
+    def described_against(self, ours: str) -> dict[str, Any]:
+        """The same, with the differences of one method to each other one."""
+        described = self.described()
+        accuracies = described["test_accuracies"]
+        return described | {
             "differences": {
-                other: paired_difference(self.accuracies[ours], values)
-                for other, values in self.accuracies.items()
+                other: paired_difference(accuracies[ours], values)
+                for other, values in accuracies.items()
                 if other != ours
             },
         }
@@ -121,18 +128,21 @@ def tune_and_test(
     trials = [make_run("tune", name, point, 0) for name, grid in grids.items() for point in grid]
     tuned = train(trials)
     chosen = {name: best_numbers(tuned, trials, name) for name in grids}
-    tested = train(
+    records = train(
         [
             make_run("final", name, numbers, seed)
             for name, numbers in chosen.items()
             for seed in range(1, seeds + 1)
         ]
     )
-    accuracies = {
-        name: [test_accuracy(record) for record in tested if record["method"] == name]
-        for name in grids
-    }
-    return Tuned(chosen, accuracies, tested[0]["machine"])
+    return Tuned(
+        chosen, {name: [one for one in records if one["method"] == name] for name in grids}
+    )
+
+
+def run_length(stage: str, epochs: int) -> int:
+    """Epochs of a run: trials, which only choose, have half of them."""
+    return -(-epochs // 2) if stage == "tune" else epochs
 
 
 def timed_once(path: pathlib.Path, measure: Callable[[], Any]) -> dict[str, Any]:
