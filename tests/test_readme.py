@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -117,6 +118,20 @@ def test_versions_are_the_lower_bounds():
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", README))))
 def test_links_lead_to_files(target: str):
     assert (ROOT / target).exists()
+
+
+def test_links_of_the_packaged_readme_lead_to_the_repository():
+    packaged = importlib.metadata.metadata("psclip_optax").get_payload()
+    home = PROJECT["urls"]["Repository"]
+    files = home.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    targets = re.findall(r"\]\(([^)]+)\)", packaged)
+    assert len(targets) == len(re.findall(r"\]\(([^)]+)\)", README))
+    assert f"{files}docs/pages/images/compare.png" in targets
+    assert f"{home}/blob/main/CONTRIBUTING.md" in targets
+    for target in targets:
+        assert target.startswith("https://")
+        name = target.removeprefix(files).removeprefix(f"{home}/blob/main/")
+        assert "https:" in name or (ROOT / name.partition("#")[0]).is_file()
 
 
 def test_costs_of_accumulation_are_those_of_the_committed_measurement():
