@@ -177,6 +177,12 @@ def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
     return jnp.where(number > 0, low / 2 + high / 2, 0)
 
 
+def norms_of(squared_norms: jax.Array) -> jax.Array:
+    """‖g_k‖, shape [n], with the derivative 0 at 0, where that of `jnp.sqrt` is infinite."""
+    is_zero = squared_norms == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared_norms)))
+
+
 def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
     """γ_k = min(1, τ_k / ‖g_k‖), shape [n]; 1 where the norm is 0 and where it is not finite.
 

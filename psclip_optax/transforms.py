@@ -56,7 +56,7 @@ def _clip_in_two_reads(
     stack: Stack, batch: Batch, squared_norms: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
     """Σ γ_k g_k where every squared norm can be told; anything else turns the sum into NaN."""
-    norms = jnp.sqrt(squared_norms)
+    norms = clipping.norms_of(squared_norms)
     finite = jnp.isfinite(norms)
     scales = jnp.where(finite, clipping.clip_scales(norms, batch.taus), jnp.nan)
     weights = scales * batch.counts
@@ -97,7 +97,7 @@ def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _Own
     # The factors depend on the data: XLA would take constant ones out of the square, in vain.
     factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
     squares = stacks.scaled_squared_norms(stack, factors)
-    norms, units = jnp.sqrt(squares), 1 / factors
+    norms, units = clipping.norms_of(squares), 1 / factors
     # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows.
     limits = taus / jnp.where(norms > 0, norms, 1)
     return _OwnScales(
@@ -155,7 +155,7 @@ def clipped_alone(
     squared_norms = stacks.squared_norms(stack, taus.dtype)
 
     def plainly() -> tuple[jax.Array, ...]:
-        norms = jnp.sqrt(squared_norms)
+        norms = clipping.norms_of(squared_norms)
         scales = clipping.clip_scales(norms, taus)
         return jnp.ones_like(norms), scales, norms, scales
 

@@ -75,6 +75,14 @@ def test_two_windows_against_numpy(mean):
         assert int(state.mini_step) == 0
 
 
+def test_a_gradient_of_zero_has_a_derivative():
+    def update(gradient):
+        tx = psc.accumulate_clipped(optax.sgd(1.0), 1, 0.3)
+        return tx.update(gradient, tx.init(gradient))[0].sum()
+
+    np.testing.assert_array_equal(jax.grad(update)(jnp.zeros(3)), -np.ones(3))
+
+
 def test_clipping_after_accumulation_is_another_thing():
     with enable_x64(True):
         gradients = heavy_tailed_gradients(K)

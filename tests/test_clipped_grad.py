@@ -102,6 +102,48 @@ def test_masks_positions_and_the_mean_loss(mode, jit):
     assert_close(grads, expected_of(PARAMS, batch, 0.5 * positions ** (1 / 1.5))[1], 1e-5)
 
 
+def hinge(params, x, y):
+    return jax.nn.relu(1 - y * jnp.tanh(x @ params["w"] + params["b"]).sum())
+
+
+def clipped_by_stacking(params, batch, alpha):
+    tx = psc.per_sample_clip(psc.growing_threshold(alpha, 1.5))
+    stacked = jax.vmap(jax.grad(hinge), in_axes=(None, 0, 0))(params, *batch)
+    return tx.update(stacked, tx.init(params), params)[0]
+
+
+def clipped_by_formula(params, batch, alpha):
+    stacked = jax.vmap(jax.grad(hinge), in_axes=(None, 0, 0))(params, *batch)
+    squares = sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in stacked.values())
+    taus = alpha * jnp.arange(1.0, len(squares) + 1) ** (1 / 1.5)
+    scales = jnp.minimum(1, taus / jnp.sqrt(jnp.maximum(squares, 1e-100)))
+    return {name: jnp.tensordot(scales, leaf, 1) / len(leaf) for name, leaf in stacked.items()}
+
+
+@pytest.mark.parametrize("face", [*MODES, "stack"])
+def test_clipped_gradients_have_derivatives(face):
+    """In the parameters and in α, as meta-learning takes them; also where a gradient is 0."""
+
+    def clipped(params, batch, alpha):
+        f = psc.clipped_grad(hinge, psc.growing_threshold(alpha, 1.5), mode=face)
+        return f(params, *batch)
+
+    def after_a_step(params, alpha, clip):
+        grads = clip(params, batch, alpha)
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+        return jnp.mean(jax.vmap(hinge, in_axes=(None, 0, 0))(params, *batch))
+
+    with enable_x64(True):
+        params, (x, y) = in_float64(PARAMS), in_float64(heavy_batch(7))
+        batch = x, y.at[2].set(0)  # its gradient is 0
+        derivatives = jax.jit(jax.grad(after_a_step, argnums=(0, 1)), static_argnums=2)
+        alpha = jnp.asarray(0.7)
+        expected = derivatives(params, alpha, clipped_by_formula)
+        assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(expected))
+        clip = clipped_by_stacking if face == "stack" else clipped
+        assert_close(derivatives(params, alpha, clip), expected, 1e-10)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_samples_that_are_not_finite_are_dropped(mode, masked):

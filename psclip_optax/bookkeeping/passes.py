@@ -430,7 +430,7 @@ def _weigh(
 ) -> tuple[jax.Array, ...]:
     """Norms, scales (0 for what is not kept), which samples are finite, and which are kept."""
     # No number of samples is in it where no parameter reaches the loss.
-    norms = jnp.sqrt(jnp.broadcast_to(squares, losses.shape))
+    norms = clipping.norms_of(jnp.broadcast_to(squares, losses.shape))
     finite = jnp.isfinite(norms) & jnp.isfinite(losses)
     kept = samples.counts & finite if problem.on_nonfinite == "drop" else samples.counts
     scales = clipping.clip_scales(norms, samples.taus)
