@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes
-from psclip_optax.arrays import as_array, described, described_tree
+from psclip_optax.arrays import as_array, described, described_tree, promoted
 from psclip_optax.thresholds import (
     AdaptiveThreshold,
     ConstantThreshold,
@@ -491,7 +491,7 @@ def _checked_norms(norms: Any, sample_mask: Any) -> tuple[jax.Array, jax.Array]:
             f"norms are ≥ 0, but the smallest of {described(norms)} is {negative.min()}; pass "
             "stats.norms of psc.ClipStats as they are"
         )
-    norms = lax.stop_gradient(norms).astype(jnp.promote_types(norms.dtype, jnp.result_type(float)))
+    norms = lax.stop_gradient(norms).astype(promoted(norms.dtype, jnp.result_type(float)))
     finite = jnp.isfinite(norms)
     if sample_mask is None:
         return norms, finite
@@ -500,6 +500,7 @@ def _checked_norms(norms: Any, sample_mask: Any) -> tuple[jax.Array, jax.Array]:
 
 def _weigh(weight: jax.Array, amount: Any, decay: Any) -> tuple[jax.Array, jax.Array]:
     """The new weight, and the share in it of what is new."""
+    amount = jnp.asarray(amount, weight.dtype)
     weight = decay * weight + amount
     return weight, amount / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
 
@@ -518,8 +519,10 @@ def _observe_moment(
     # In units of the largest, of which no power overflows.
     largest = jnp.maximum(jnp.max(norms, initial=0), running.root)
     unit = jnp.where(largest > 0, largest, 1)
-    powers = (norms / unit[..., None]) ** orders[..., None]
-    mean = jnp.sum(jnp.where(counts, powers, 0), axis=-1) / jnp.maximum(number, 1)
+    behind_orders = (*[1] * orders.ndim, -1)
+    powers = (norms.reshape(behind_orders) / unit[..., None]) ** orders[..., None]
+    counted = jnp.where(counts.reshape(behind_orders), powers, 0)
+    mean = jnp.sum(counted, axis=-1) / jnp.maximum(number, 1).astype(norms.dtype)
     before = (running.root / unit) ** orders
     return RunningMoment(weight, unit * ((1 - share) * before + share * mean) ** (1 / orders))
 
@@ -530,13 +533,13 @@ def _hill(norms: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((), norms.dtype), jnp.int32(0)
     positive = counts & (norms > 0)
     number = jnp.sum(positive)
-    k = jnp.ceil(_TAIL_SHARE * number).astype(int)
+    k = jnp.ceil(_TAIL_SHARE * number.astype(norms.dtype)).astype(int)
     k = jnp.clip(k, 0, jnp.maximum(number - 1, 0))
     logs = jnp.log(jnp.where(positive, norms, 1))
     ordered = -jnp.sort(jnp.where(positive, -logs, jnp.finfo(norms.dtype).max))
     excesses = ordered - ordered[jnp.minimum(k, norms.size - 1)]
     total = jnp.sum(excesses, where=jnp.arange(norms.size) < k)
-    return total / jnp.maximum(k, 1), k
+    return total / jnp.maximum(k, 1).astype(total.dtype), k
 
 
 def _order_below_index(tail: Any) -> jax.Array:

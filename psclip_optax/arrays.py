@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import Any
 
@@ -19,6 +20,12 @@ def dtype_of(value: Any) -> Any:
         return jnp.result_type(value)
     except (TypeError, ValueError):  # such as NumPy's strings
         return None
+
+
+def promoted(*dtypes: Any) -> Any:
+    """What they all convert to, also for users whose own arithmetic must not promote."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 def is_integer(value: Any) -> bool:

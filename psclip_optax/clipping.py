@@ -156,11 +156,12 @@ def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> Batch
     """The figures of a batch; `counts` is False for padding, `kept` for dropped samples too."""
     stats = jax.tree.map(lax.stop_gradient, stats)
     num_samples = jnp.sum(counts, dtype=jnp.int32)
+    num_kept = num_samples - stats.num_nonfinite
     return BatchFigures(
         num_samples=num_samples,
         num_clipped=stats.num_clipped,
         num_nonfinite=stats.num_nonfinite,
-        mean_scale=jnp.sum(stats.scales) / jnp.maximum(num_samples - stats.num_nonfinite, 1),
+        mean_scale=jnp.sum(stats.scales) / jnp.maximum(num_kept, 1).astype(stats.scales.dtype),
         median_norm=_median(stats.norms, kept),
         max_norm=jnp.max(stats.norms, where=kept, initial=0),
     )

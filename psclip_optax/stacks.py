@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from psclip_optax.arrays import described, dtype_of, float_leaves
+from psclip_optax.arrays import described, dtype_of, float_leaves, promoted
 
 _PUT_IT_FIRST = (
     "per_sample_clip changes shapes, so it is the first link of a chain, and whatever accumulates, "
@@ -125,14 +125,11 @@ def bytes_limit(device: Any) -> int | None:
 
 
 def _accumulation_dtype(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+    return promoted(dtype, jnp.float32)
 
 
 def norm_dtype(leaves: Sequence[Any]) -> Any:
-    dtype = jnp.dtype(jnp.float32)
-    for leaf in leaves:
-        dtype = jnp.promote_types(dtype, dtype_of(leaf))
-    return dtype
+    return promoted(jnp.float32, *map(dtype_of, leaves))
 
 
 def _per_sample(vector: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:

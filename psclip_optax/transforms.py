@@ -13,7 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes, stacks
 from psclip_optax.adaptive import as_adaptive
-from psclip_optax.arrays import PART_IT_OFF, array_leaves, described, dtype_of, is_integer
+from psclip_optax.arrays import (
+    PART_IT_OFF,
+    array_leaves,
+    described,
+    dtype_of,
+    is_integer,
+    promoted,
+)
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
@@ -59,7 +66,7 @@ def _clip_in_two_reads(
     norms = clipping.norms_of(squared_norms)
     finite = jnp.isfinite(norms)
     scales = jnp.where(finite, clipping.clip_scales(norms, batch.taus), jnp.nan)
-    weights = scales * batch.counts
+    weights = scales * batch.counts.astype(scales.dtype)
     sums = [stacks.weighted_sum(leaf, axis, weights) for leaf, axis in zip(*stack, strict=True)]
     return sums, norms, scales, finite
 
@@ -168,7 +175,7 @@ def clipped_alone(
     factor, weight, norm, scale = (one[0] for one in both)
 
     def clipped(leaf: jax.Array) -> jax.Array:
-        scaled = leaf.astype(jnp.promote_types(leaf.dtype, factor.dtype)) * factor * weight
+        scaled = leaf.astype(promoted(leaf.dtype, factor.dtype)) * factor * weight
         return scaled.astype(leaf.dtype)
 
     return [clipped(leaf) for leaf in leaves], norm, scale

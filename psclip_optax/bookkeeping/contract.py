@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from psclip_optax.arrays import promoted
 from psclip_optax.bookkeeping.norms import conv, dense, embedding
 from psclip_optax.bookkeeping.plan import Group, LeafPlan, leaving_axes, route_of
 from psclip_optax.bookkeeping.sites import Site, of_parameter, operate, viewed
@@ -142,7 +143,7 @@ def _of_parameter(
     squares = jnp.sum(jnp.square(parameter), axis=others)
     inverse = jnp.where(squares == 0, 0, 1 / jnp.where(squares == 0, 1, squares))
     multiples = [jnp.sum(d.astype(parameter.dtype) * parameter, others) * inverse for d, _ in terms]
-    return sum((m * c for m, (_, c) in zip(multiples, terms, strict=True)), jnp.zeros(()))
+    return sum((m[None] * c for m, (_, c) in zip(multiples, terms, strict=True)), jnp.zeros(()))
 
 
 def _scaled_product(
@@ -208,7 +209,7 @@ def pulled_back_squared_norms(
             return weighted_sum(plan, kind, x, dy, one)
 
         pulled = pull_back([gradient(plan, kind) for plan, kind in others])
-        totals = [pulled[plan.weight] + own.get(plan.weight, 0) for plan in leaves]
+        totals = [added(pulled[plan.weight], own.get(plan.weight)) for plan in leaves]
         return sum((jnp.sum(jnp.square(t.astype(dtype))) for t in totals), jnp.zeros((), dtype))
 
     samples = (
@@ -307,7 +308,16 @@ def _is_explicit(array: jax.Array) -> bool:
     return not mesh.empty and bool(mesh.explicit_axes)
 
 
+def added(gradient: jax.Array, other: jax.Array | None) -> jax.Array:
+    """The sum of two parts of a gradient, of which one may be in a wider dtype; None is 0."""
+    if other is None:
+        return gradient
+    dtype = promoted(gradient.dtype, other.dtype)
+    return gradient.astype(dtype) + other.astype(dtype)
+
+
 def _scaled(array: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
-    weights = weights.reshape(-1, *[1] * (array.ndim - 1 - axis))
+    weights = jnp.expand_dims(weights, [i for i in range(array.ndim) if i != axis])
+    scaled = array.astype(promoted(array.dtype, weights.dtype)) * weights
     # What has weight 0 may not be finite.
-    return jnp.where(weights == 0, 0, array * weights).astype(array.dtype)
+    return jnp.where(weights == 0, 0, scaled).astype(array.dtype)

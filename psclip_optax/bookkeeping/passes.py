@@ -85,7 +85,7 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
 
     sums = {plan.weight: contracted(plan) for plan in plans}
     pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])
-    sums = [sums[leaf] + pulled.get(leaf, 0) for leaf in range(len(leaves))]
+    sums = [contract.added(sums[leaf], pulled.get(leaf)) for leaf in range(len(leaves))]
     return Result(sums, seen.outs, norms, scales, finite)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from psclip_optax import meshes
+from psclip_optax.arrays import promoted
 
 # Up to here the slices of a batch are unrolled on a CPU, if at all.
 _MOST_UNROLLED = 16
@@ -113,7 +114,7 @@ def in_slices(
 
 
 def _zeros_of_sums(kind: jax.ShapeDtypeStruct) -> jax.Array:
-    zeros = jnp.zeros(kind.shape, jnp.promote_types(kind.dtype, jnp.float32))
+    zeros = jnp.zeros(kind.shape, promoted(kind.dtype, jnp.float32))
     return meshes.varying(zeros, meshes.axes_of(kind))
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from psclip_optax.arrays import promoted
 from psclip_optax.bookkeeping.sites import Site
 from psclip_optax.bookkeeping.views import aval
 
@@ -132,7 +133,7 @@ def summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
     """
     axes, w = _axes(site), aval(site.eqn.invars[site.operand])
     layered, steps = site.scan_axes
-    dtype = jnp.promote_types(x.dtype, dy.dtype)
+    dtype = promoted(x.dtype, dy.dtype)
 
     def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
         blocks, rows, columns = _behind_samples(site, own)

@@ -1,0 +1,136 @@
+"""For users who let JAX promote neither dtypes nor ranks: the library's own arithmetic needs none."""
+
+import contextlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import psclip_optax as psc
+from tests import random_programs
+from tests.models import ZOO
+from tests.numerics import assert_close, enable_x64
+
+PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.3], [-0.7, 1.1]]), "b": jnp.zeros(2, jnp.bfloat16)}
+N = 8
+KEYS = jax.random.split(jax.random.key(0), 2)
+BATCH = jax.random.t(KEYS[0], 1.5, (N, 3)), jax.random.t(KEYS[1], 1.5, (N,))
+MASK = jnp.arange(N) != 3
+THRESHOLDS = {
+    "number": 1.0,
+    "growing": psc.growing_threshold(1.0, 1.5),
+    "moment": psc.moment_threshold(1.5, initial=1.0),
+    "moment of any order": psc.moment_threshold(initial=1.0),
+    "quantile": psc.quantile_threshold(0.9, initial=1.0),
+    "min norm": psc.min_norm_threshold(initial=1.0),
+}
+
+
+@contextlib.contextmanager
+def promoting(dtypes, ranks):
+    with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion(ranks):
+        yield
+
+
+def never_promoting():
+    return promoting("strict", "raise")
+
+
+def loss(params, x, y):
+    hidden = jnp.tanh(x @ params["w"] + params["b"].astype(x.dtype))
+    return jnp.square(hidden.sum() - y)
+
+
+def two_updates(threshold, jit):
+    tx = optax.chain(psc.per_sample_clip(threshold), optax.sgd(0.1))
+    update = jax.jit(tx.update) if jit else tx.update
+    stacked = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(PARAMS, *BATCH)
+    stacked["w"] = stacked["w"].at[5].set(jnp.nan)
+    updates, state = update(stacked, tx.init(PARAMS), PARAMS, sample_mask=MASK)
+    return updates, update(stacked, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_stacked_gradients(name, jit):
+    with never_promoting():
+        results = two_updates(THRESHOLDS[name], jit)
+    assert_close(results, two_updates(THRESHOLDS[name], jit), 1e-6)
+
+
+OPTIONS = {
+    "plain": {},
+    "slices": {"microbatch_size": 3},
+    "micro-batches": {"microbatch_size": 3, "clip_at": "micro-batch"},
+    "propagate": {"on_nonfinite": "propagate"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass", "vmap"])
+def test_from_the_loss(mode, options):
+    f = psc.clipped_value_and_grad(loss, THRESHOLDS["growing"], mode=mode, **options)
+
+    def run():
+        return f(PARAMS, *BATCH), jax.jit(f)(PARAMS, *BATCH, sample_mask=MASK)
+
+    with never_promoting():
+        results = run()
+    assert_close(results, run(), 1e-6)
+
+
+def test_accumulation():
+    tx = psc.accumulate_clipped(optax.sgd(1.0), 2, psc.growing_threshold(0.5, 1.5))
+
+    def window():
+        _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        return tx.update(PARAMS, state, PARAMS)[0]
+
+    with promoting("standard", "raise"):  # Optax's own arithmetic promotes dtypes
+        updates = window()
+    assert_close(updates, window(), 1e-6)
+
+
+def test_tracked_norms():
+    tx = psc.track_norms(THRESHOLDS["moment of any order"])
+    with never_promoting():
+        _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, norms=jnp.ones(N), sample_mask=MASK)
+    np.testing.assert_allclose(state.threshold_state.moment.root, 1, rtol=1e-6)
+
+
+# The engine's routes. Of others' losses, which may promote, nothing is computed.
+
+
+def traced(loss, params, *batch, **options):
+    def own(*arguments):
+        with promoting("standard", "allow"):
+            return loss(*arguments)
+
+    f = psc.clipped_value_and_grad(own, psc.growing_threshold(1.0, 1.5), **options)
+    with never_promoting():
+        return jax.eval_shape(f, params, *batch)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_zoo(name, mode):
+    model = ZOO[name]("small")
+    _, grads = traced(model.loss, model.params, *model.batch(3), mode=mode)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, model.params)
+
+
+@pytest.mark.filterwarnings("ignore:the loss of one example takes statistics")
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_random_programs(mode):
+    programs = map(random_programs.draw_program, range(30))
+    # JAX calls a rule of a loss's own, which may promote, only where it is differentiated.
+    plain = [program for program in programs if not re.search("vjp|jvp", str(program))]
+    assert len(plain) >= 8
+    for program in plain:
+        with enable_x64(random_programs.MIXTURES[program.mixture].has_float64):
+            _, grads = traced(program.loss, program.params, program.batch, mode=mode)
+        dtypes = {name: leaf.dtype for name, leaf in grads.items()}
+        assert dtypes == {name: leaf.dtype for name, leaf in program.params.items()}
