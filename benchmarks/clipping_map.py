@@ -154,16 +154,6 @@ def to_markdown(result: dict[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
-    """Where the interval of the difference to a method says better, worse, or neither."""
-    found: dict[str, list[str]] = {"above": [], "below": [], "not distinguishable from": []}
-    for row in result["rows"]:
-        low, high = row["differences"][name]["interval"]
-        word = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
-        found[word].append(row["label"])
-    return found
-
-
 def draw(result: dict[str, Any]) -> Figure:
     label = "Test accuracy of per-sample clipping, difference in percentage points (95%)"
     return draw_differences(result["rows"], COLOURS, label, describe(result["machine"]))

@@ -189,6 +189,16 @@ def paired_difference(own: list[float], other: list[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(differences), "interval": interval(differences)}
 
 
+def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
+    """Where the interval of the difference to a method says better, worse, or neither."""
+    found: dict[str, list[str]] = {"above": [], "below": [], "not distinguishable from": []}
+    for row in result["rows"]:
+        low, high = row["differences"][name]["interval"]
+        word = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
+        found[word].append(row["label"])
+    return found
+
+
 def interval(values: list[float]) -> list[float]:
     """The mean's two-sided 95% interval by Student's t."""
     mean, error = estimate(values)

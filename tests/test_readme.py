@@ -240,6 +240,24 @@ def test_map_is_that_of_the_committed_measurement():
         assert low < 0 < high
 
 
+def test_accumulation_is_that_of_the_committed_measurement():
+    results = ROOT / "benchmarks/results/accumulation_cifar100.json"
+    result = json.loads(results.read_text())
+    said = " ".join(README.split())
+    after = {row["label"]: row["differences"]["clipped after"] for row in result["rows"]}
+    for sign, label, words in (
+        (1, "heavy pixels, K = 16", "it is above clipping after by {} points with 16"),
+        (-1, "heavy pixels, K = 4", "and *below* by {} with 4."),
+    ):
+        assert min(sign * end for end in after[label]["interval"]) > 0
+        assert words.format(tuned.describe_difference(after.pop(label))) in said
+    assert len(after) == 2
+    assert all(own["interval"][0] < 0 < own["interval"][1] for own in after.values())
+    for steps in result["steps"].values():
+        ratio = steps["ways"]["clipped before"]["ratio_quartiles"][1]
+        assert f"A step takes {ratio:.2f} times as long" in said
+
+
 @pytest.mark.parametrize(
     ("to_markdown", "path"),
     [
