@@ -10,34 +10,35 @@ it to benchmarks/results as accumulation_cifar100.json and .png.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.accumulation import CASES, optimizers, time_windows, train_step
-from benchmarks.many_runs import Data, Numbers, Run, Setting, check_noises, load_data, run_all
+from benchmarks.many_runs import Numbers, Run, check_noises
 from benchmarks.stacked_traffic import describe, publish, quartiles
 from benchmarks.tuned import (
     BATCH_NORM,
+    RESULTS,
+    Options,
+    Trainer,
     batch_clipping_grid,
+    build_trainer,
     describe_difference,
     describe_mean,
     describe_numbers,
     draw_differences,
-    enlarged_digits,
     growing_grid,
     markdown_table,
     run_length,
     timed_once,
     tune_and_test,
 )
-from psclip_optax.training.datasets import load_dataset
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 from tests.models import Model
@@ -47,7 +48,7 @@ BETA = 2.0
 METHODS = ("not clipped", "clipped after", "clipped before")
 COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
 RATES = (0.006, 0.02, 0.06)
-RESULTS = pathlib.Path(__file__).parent / "results"
+DEFAULTS = Options(RESULTS / "accumulation_cifar100_runs")
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
     "clipping before to each other way are paired by seed, with 95% intervals (Student's t). Time: "
@@ -73,30 +74,18 @@ def build_grids(noise: str, number: int) -> dict[str, list[Numbers]]:
     }
 
 
-def run_cell(
-    noise: str,
-    number: int,
-    data: Data,
-    num_classes: int,
-    setting: Setting,
-    epochs: int,
-    seeds: int,
-    **options: Any,
-) -> dict[str, Any]:
+def run_cell(noise: str, number: int, train: Trainer) -> dict[str, Any]:
     """One noise and one number of micro-batches."""
-    whole = setting.with_batch(number * MICROBATCH_SIZE, None)
-    in_parts = setting.with_batch(number * MICROBATCH_SIZE, number)
+    options, setting = train.options, train.options.setting(number * MICROBATCH_SIZE)
 
     def make_run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
         # The mean of micro-batches' gradients is the batch's, where it is not clipped before.
-        own = in_parts if name == "clipped before" else whole
-        return Run(stage, name, noise, numbers, run_length(stage, epochs), seed, own)
-
-    def train(runs: list[Run]) -> list[dict[str, Any]]:
-        return run_all(runs, data, num_classes, **options)
+        parts = number if name == "clipped before" else None
+        own = dataclasses.replace(setting, num_microbatches=parts)
+        return Run(stage, name, noise, numbers, run_length(stage, options.epochs), seed, own)
 
     grids = build_grids(noise, number)
-    tuned = tune_and_test(grids, make_run, train, seeds)
+    tuned = tune_and_test(grids, make_run, train, options.seeds)
     return {
         "noise": noise,
         "microbatches": number,
@@ -106,9 +95,10 @@ def run_cell(
     }
 
 
-def time_steps(number: int, width: float, num_classes: int, size: int, rounds: int) -> Any:
+def time_steps(number: int, train: Trainer) -> Any:
     """Seconds of a step of K micro-batches of one run, by how they are clipped."""
-    net = build_model("alexnet", num_classes, width=width)
+    size, num_classes = train.image_size, train.num_classes
+    net = build_model("alexnet", num_classes, width=train.options.width)
     key = jax.random.key(0)
     plain = classification_loss(net)
 
@@ -122,7 +112,7 @@ def time_steps(number: int, width: float, num_classes: int, size: int, rounds: i
         name: train_step(model, tx, batch(MICROBATCH_SIZE))
         for name, tx in optimizers(number).items()
     }
-    seconds = time_windows(cases, rounds, number)
+    seconds = time_windows(cases, 3 if train.options.quick else 9, number)
     baseline, before, after = (seconds[name] for name in CASES)
     return {
         name: {
@@ -187,70 +177,41 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main(
-    data_dir: pathlib.Path | None = None,
-    runs: pathlib.Path = RESULTS / "accumulation_cifar100_runs",
-    out: pathlib.Path = RESULTS,
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
     noises: tuple[str, ...] = ("clean", "heavy pixels"),
     microbatches: tuple[int, ...] = (4, 16),
-    width: float = 0.125,
-    epochs: int = 6,
-    seeds: int = 3,
-    together: int = 1,
-    dtype: str = "float32",
-    seconds: float = float("inf"),
-    quick: bool = False,
 ) -> None:
     """Clip micro-batches before they are accumulated, after, or not at all?
 
     Args:
-      data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
-      runs: folder of the finished runs; by default of those that the results are from, so that
-        nothing is trained again.
-      out: folder for accumulation_cifar100.json and accumulation_cifar100.png.
+      common: of all comparisons on CIFAR-100.
       noises: what becomes of the training data.
       microbatches: how many there are in a step, one comparison each.
-      width: multiplies AlexNet's channels and hidden sizes.
-      epochs: of the runs that are tested; the trials have half of them.
-      seeds: of the runs that are tested, at least 2.
-      together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
-      dtype: of the forward and backward pass.
-      seconds: begin nothing in a comparison after so much time in it; the same command goes on.
-      quick: digits, a tiny net and few runs, to see that the benchmark works.
     """
-    if quick:
-        noises, microbatches, width, epochs, seeds, together = ("clean",), (4,), 0.05, 1, 2, 4
+    options = common
+    if common.quick:
+        options = dataclasses.replace(common, width=0.05, epochs=1, seeds=2, together=4)
+        noises, microbatches = ("clean",), (4,)
     check_noises(noises)
-    dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
-    data = load_data(dataset, 200 if quick else 5_000)
-    setting = Setting(width, augment=not quick, dtype=dtype)
-    options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
-    rows = [
-        run_cell(noise, number, data, dataset.num_classes, setting, epochs, seeds, **options)
-        for noise in noises
-        for number in microbatches
-    ]
-    size, rounds = dataset.image_shape[0], 3 if quick else 9
+    train = build_trainer(options)
+    rows = [run_cell(noise, number, train) for noise in noises for number in microbatches]
     steps = {
         str(number): timed_once(
-            runs / f"steps-width_{width:g}-microbatches_{number}.json",
-            functools.partial(time_steps, number, width, dataset.num_classes, size, rounds),
+            options.runs / f"steps-width_{options.width:g}-microbatches_{number}.json",
+            functools.partial(time_steps, number, train),
         )
         for number in microbatches
     }
+    protocol = {name: getattr(options, name) for name in ("width", "epochs", "seeds", "dtype")}
     result = {
         "machine": rows[0]["machine"],
         "note": NOTE,
-        "protocol": {
-            "width": width,
-            "epochs": epochs,
-            "seeds": seeds,
-            "microbatch_size": MICROBATCH_SIZE,
-            "dtype": dtype,
-        },
+        "protocol": {**protocol, "microbatch_size": MICROBATCH_SIZE},
         "rows": rows,
         "steps": steps,
     }
-    publish(out, "accumulation_cifar100", result, [to_table(result)], draw(result), width=150)
+    table, figure = to_table(result), draw(result)
+    publish(options.out, "accumulation_cifar100", result, [table], figure, width=150)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ benchmarks/results as alexnet_cifar100.json and .png.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-import pathlib
 import statistics
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ import optax
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import psclip_optax as psc
@@ -34,26 +33,20 @@ from benchmarks.accumulation import (
     mean_loss,
     time_windows,
 )
-from benchmarks.many_runs import (
-    NOISES,
-    Data,
-    Numbers,
-    Run,
-    Setting,
-    check_noises,
-    load_data,
-    run_all,
-)
+from benchmarks.many_runs import NOISES, Numbers, Run, Setting, check_noises
 from benchmarks.stacked_traffic import describe, publish, quartiles
 from benchmarks.tuned import (
+    RESULTS,
     SAMPLE_NORM,
+    Options,
+    Trainer,
     batch_clipping_grid,
     best_numbers,
+    build_trainer,
     describe_difference,
     describe_mean,
     describe_numbers,
     edges,
-    enlarged_digits,
     growing_grid,
     markdown_table,
     paired_difference,
@@ -64,17 +57,22 @@ from benchmarks.tuned import (
     timed_once,
     validation_accuracy,
 )
-from psclip_optax.training.datasets import load_dataset
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 
-NUM_VALIDATION = 5_000
 BASELINES = ("SGD", "momentum", "batch clipping")
 RATES = (0.01, 0.025, 0.06, 0.15)
 BETA = 2.0
 FAILED = 0.015  # chance is 0.01
 WATCHED = ("momentum", "per-sample, growing")  # whose gradient norms' tails are estimated
-RESULTS = pathlib.Path(__file__).parent / "results"
+DEFAULTS = Options(
+    RESULTS / "alexnet_cifar100_runs",
+    width=0.5,
+    epochs=28,
+    seeds=5,
+    together=30,
+    dtype="bfloat16",
+)
 
 NOTE = (
     "Chosen: the best of 12 trials by validation accuracy; tested with other seeds, 95% intervals "
@@ -152,9 +150,10 @@ def final_runs(
     ]
 
 
-def time_steps(width: float, batch_size: int, num_classes: int, size: int, rounds: int) -> Any:
+def time_steps(batch_size: int, train: Trainer) -> Any:
     """Seconds of a train step of one run, by how its gradient is made."""
-    model = build_model("alexnet", num_classes, width=width)
+    size, num_classes = train.image_size, train.num_classes
+    model = build_model("alexnet", num_classes, width=train.options.width)
     key = jax.random.key(0)
     images = jax.random.normal(key, (batch_size, size, size, 3))
     labels = jax.random.randint(key, (batch_size,), 0, num_classes)
@@ -182,6 +181,7 @@ def time_steps(width: float, batch_size: int, num_classes: int, size: int, round
         state = jax.tree.map(jnp.copy, (params, tx.init(params)))
         return Compiled(compiled(step, state, (images, labels)), state, (images, labels))
 
+    rounds = 3 if train.options.quick else 9
     seconds = time_windows({name: build(*way) for name, way in ways.items()}, rounds)
     return {
         name: {
@@ -194,12 +194,10 @@ def time_steps(width: float, batch_size: int, num_classes: int, size: int, round
     }
 
 
-def in_one_go(
-    runs: dict[str, list[Run]], data: Data, num_classes: int, **options: Any
-) -> dict[str, list[dict[str, Any]]]:
+def in_one_go(runs: dict[str, list[Run]], train: Trainer) -> dict[str, list[dict[str, Any]]]:
     """The records of all runs, by noise, trained as if they were one list."""
     all_runs = list(itertools.chain(*runs.values()))
-    records = iter(run_all(all_runs, data, num_classes, **options))
+    records = iter(train(all_runs))
     return {noise: [next(records) for _ in own] for noise, own in runs.items()}
 
 
@@ -467,85 +465,65 @@ def draw_trials(axes: Axes, methods: dict[str, Any], styles: dict[str, Method]) 
 
 
 def main(
-    data_dir: pathlib.Path | None = None,
-    runs: pathlib.Path = RESULTS / "alexnet_cifar100_runs",
-    out: pathlib.Path = RESULTS,
-    width: float = 0.5,
-    epochs: int = 28,
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
     tuning_epochs: int = 8,
-    seeds: int = 5,
     noises: tuple[str, ...] = tuple(NOISES),
     batch_size: int = 128,
-    together: int = 30,
-    dtype: str = "bfloat16",
-    seconds: float = float("inf"),
-    quick: bool = False,
     markdown: bool = False,
 ) -> None:
     """Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
 
     Args:
-      data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
-      runs: folder of the finished runs; by default of those that the results are from, so that
-        nothing is trained again.
-      out: folder for alexnet_cifar100.json and alexnet_cifar100.png.
-      width: multiplies AlexNet's channels and hidden sizes.
-      epochs: of the runs that are tested.
+      common: of all comparisons on CIFAR-100.
       tuning_epochs: of the trials.
-      seeds: of the runs that are tested, at least 2.
       noises: what becomes of the training data, one comparison each.
       batch_size: samples in a step.
-      together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
-      dtype: of the forward and backward pass.
-      seconds: begin nothing after so much time; the same command goes on.
-      quick: digits, a tiny net and few runs, to see that the benchmark works.
       markdown: train nothing, and print README's tables from the file.
     """
     if markdown:
-        result = json.loads((out / "alexnet_cifar100.json").read_text())
+        result = json.loads((common.out / "alexnet_cifar100.json").read_text())
         print(to_markdown(result), differences_to_markdown(result), sep="\n")
         return
-    if quick:
-        width, epochs, tuning_epochs, seeds, batch_size = 0.05, 2, 1, 2, 32
-        noises, together = noises[:1], 12
+    options = common
+    if common.quick:
+        options = dataclasses.replace(common, width=0.05, epochs=2, seeds=2, together=12)
+        tuning_epochs, batch_size, noises = 1, 32, noises[:1]
     check_noises(noises)
-    dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
-    data = load_data(dataset, 200 if quick else NUM_VALIDATION)
-    setting = Setting(width, batch_size, augment=not quick, dtype=dtype)
+    train, setting = build_trainer(options), options.setting(batch_size)
     methods = build_methods(batch_size)
-    options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
     trials = {noise: tuning_runs(methods, noise, tuning_epochs, setting) for noise in noises}
-    tuned = in_one_go(trials, data, dataset.num_classes, **options)
+    tuned = in_one_go(trials, train)
     chosen = {
         noise: {name: best_numbers(tuned[noise], trials[noise], name) for name in methods}
         for noise in noises
     }
-    tests = {noise: final_runs(chosen[noise], noise, epochs, seeds, setting) for noise in noises}
-    tested = in_one_go(tests, data, dataset.num_classes, **options)
-    size, rounds = dataset.image_shape[0], 3 if quick else 9
+    tests = {
+        noise: final_runs(chosen[noise], noise, options.epochs, options.seeds, setting)
+        for noise in noises
+    }
+    tested = in_one_go(tests, train)
     steps = timed_once(
-        runs / f"steps-width_{width:g}-batch_{batch_size}.json",
-        lambda: time_steps(width, batch_size, dataset.num_classes, size, rounds),
+        options.runs / f"steps-width_{options.width:g}-batch_{batch_size}.json",
+        lambda: time_steps(batch_size, train),
     )
+    protocol = {name: getattr(options, name) for name in ("width", "epochs", "seeds", "dtype")}
     result = {
         "machine": tested[noises[0]][0]["machine"],
         "note": NOTE,
         "protocol": {
-            "width": width,
-            "epochs": epochs,
+            **protocol,
             "tuning_epochs": tuning_epochs,
-            "seeds": seeds,
             "trials": {name: len(method.grid) for name, method in methods.items()},
             "batch_size": batch_size,
-            "dtype": dtype,
-            "steps_per_epoch": len(data.train.images) // batch_size,
+            "steps_per_epoch": len(train.data.train.images) // batch_size,
         },
         "steps": steps,
         "noises": {
             noise: summarize(tuned[noise], tested[noise], chosen[noise]) for noise in noises
         },
     }
-    publish(out, "alexnet_cifar100", result, to_tables(result), draw(result, methods), width=150)
+    tables, figure = to_tables(result), draw(result, methods)
+    publish(options.out, "alexnet_cifar100", result, tables, figure, width=150)
 
 
 if __name__ == "__main__":

@@ -10,35 +10,36 @@ stopped. Prints a table and writes it to benchmarks/results as clipping_map.json
 
 from __future__ import annotations
 
-import pathlib
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting, load_data, run_all
+from benchmarks.many_runs import NOISES, Numbers, Run
 from benchmarks.stacked_traffic import describe, publish
 from benchmarks.tuned import (
+    RESULTS,
+    Options,
+    Trainer,
     batch_clipping_grid,
+    build_trainer,
     describe_difference,
     describe_mean,
     describe_numbers,
     draw_differences,
-    enlarged_digits,
     growing_grid,
     markdown_table,
     run_length,
     tune_and_test,
 )
-from psclip_optax.training.datasets import load_dataset
 
 BETA = 2.0
 METHODS = ("no clipping", "batch clipping", "per-sample, growing")
 COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
-RESULTS = pathlib.Path(__file__).parent / "results"
+DEFAULTS = Options(RESULTS / "clipping_map_runs")
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
     "per-sample clipping to each other method are paired by seed, with 95% intervals (Student's t)."
@@ -96,17 +97,14 @@ def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
     }
 
 
-def run_cell(
-    cell: Cell, data: Data, num_classes: int, setting: Setting, seeds: int, **options: Any
-) -> dict[str, Any]:
+def run_cell(cell: Cell, train: Trainer) -> dict[str, Any]:
+    setting = train.options.setting(cell.batch_size)
+
     def make_run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
         return Run(stage, name, cell.noise, numbers, run_length(stage, cell.epochs), seed, setting)
 
-    def train(runs: list[Run]) -> list[dict[str, Any]]:
-        return run_all(runs, data, num_classes, **options)
-
     grids = build_grids(cell)
-    tuned = tune_and_test(grids, make_run, train, seeds)
+    tuned = tune_and_test(grids, make_run, train, train.options.seeds)
     return {
         "cell": cell._asdict(),
         "label": cell.label(),
@@ -160,58 +158,27 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main(
-    data_dir: pathlib.Path | None = None,
-    runs: pathlib.Path = RESULTS / "clipping_map_runs",
-    out: pathlib.Path = RESULTS,
-    width: float = 0.125,
-    epochs: int = 6,
-    seeds: int = 3,
-    together: int = 1,
-    dtype: str = "float32",
-    seconds: float = float("inf"),
-    cells: tuple[int, ...] | None = None,
-    quick: bool = False,
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS, cells: tuple[int, ...] | None = None
 ) -> None:
     """Where does per-sample clipping win, and where does it not?
 
     Args:
-      data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
-      runs: folder of the finished runs; by default of those that the results are from, so that
-        nothing is trained again.
-      out: folder for clipping_map.json and clipping_map.png.
-      width: multiplies AlexNet's channels and hidden sizes.
-      epochs: of a run in most cells.
-      seeds: of the runs that are tested, at least 2.
-      together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
-      dtype: of the forward and backward pass.
-      seconds: begin no chunk of a cell after so much time in it; the same command goes on.
+      common: of all comparisons on CIFAR-100.
       cells: these conditions alone, by their place in the table from 0.
-      quick: digits, a tiny net and few cells, to see that the benchmark works.
     """
-    if quick:
-        width, seeds, together = 0.05, 2, 6
-    every = build_cells(epochs, quick)
+    options = common
+    if common.quick:
+        options = dataclasses.replace(common, width=0.05, seeds=2, together=6)
+    every = build_cells(options.epochs, options.quick)
     chosen = range(len(every)) if cells is None else cells
     if any(not 0 <= i < len(every) for i in chosen):
         raise ValueError(f"cells are numbers from 0 to {len(every) - 1}, got {cells}")
-    dataset = enlarged_digits() if quick else load_dataset("cifar100", data_dir=data_dir)
-    data = load_data(dataset, 200 if quick else 5_000)
-    options = {"folder": runs, "together": together, "console": Console(), "seconds": seconds}
-    rows = [
-        run_cell(
-            cell,
-            data,
-            dataset.num_classes,
-            Setting(width, cell.batch_size, augment=not quick, dtype=dtype),
-            seeds,
-            **options,
-        )
-        for cell in (every[i] for i in chosen)
-    ]
-    protocol = {"width": width, "seeds": seeds, "dtype": dtype}
+    train = build_trainer(options)
+    rows = [run_cell(every[i], train) for i in chosen]
+    protocol = {name: getattr(options, name) for name in ("width", "seeds", "dtype")}
     result = {"machine": rows[0]["machine"], "note": NOTE, "protocol": protocol, "rows": rows}
     tables = [to_table(result), to_chosen_table(result)]
-    publish(out, "clipping_map", result, tables, draw(result), width=170)
+    publish(options.out, "clipping_map", result, tables, draw(result), width=170)
 
 
 if __name__ == "__main__":

@@ -103,9 +103,6 @@ class Setting:
     augment: bool = True
     dtype: str = "float32"
 
-    def with_batch(self, batch_size: int, num_microbatches: int | None) -> Setting:
-        return dataclasses.replace(self, batch_size=batch_size, num_microbatches=num_microbatches)
-
 
 class Run(NamedTuple):
     """One training run, with all that decides how it ends.

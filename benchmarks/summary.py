@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tyro
@@ -19,6 +20,8 @@ from benchmarks import (
     clipping_map,
     convergence_report,
     estimator_report,
+    threshold_sweep,
+    tuned,
 )
 from benchmarks.stacked_traffic import describe
 
@@ -128,39 +131,61 @@ Tails of the norms during training, Hill's estimates by `psc.tails`:
 def clipping(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     width, seeds = (protocol[name] for name in ("width", "seeds"))
-    fewest, most = (f(row["trials"] for row in result["rows"]) for f in (min, max))
-    trials = f"{fewest} trials" + (
-        f", {most} with heavy pixels and momentum" if most > fewest else ""
-    )
-    lines = []
-    for name in clipping_map.METHODS[:2]:
-        for word, labels in clipping_map.verdicts(result, name).items():
-            if labels:
-                lines.append(f"- {word.capitalize()} {name}: {'; '.join(labels)}.\n")
-    cells = protocol["cells"]
-    return f"""AlexNet of width {width:g} on CIFAR-100 around one setting, {len(cells)} of
-{protocol["of"]} conditions (`--cells {" ".join(map(str, cells))}`). Each method has as many trials
-of half the length (learning rate × threshold: {trials}), the best of which is tested with {seeds}
-other seeds: test accuracy in %, mean ± standard error, and the differences of the growing
-threshold, paired by seed. n is the batch size. 1 % is chance. Nets as small and runs as short as
-these say where differences lie more than how large they are.
+    trials = number_of_trials(result["rows"], "heavy pixels and momentum")
+    return f"""AlexNet of width {width:g} on CIFAR-100 around one setting, {len(result["rows"])}
+conditions. Each method has as many trials of half the length (learning rate × threshold: {trials}),
+the best of which is tested with {seeds} other seeds: test accuracy in %, mean ± standard error, and
+the differences of the growing threshold, paired by seed. n is the batch size. 1 % is chance. Nets
+as small and runs as short as these say where differences lie more than how large they are.
 
 {clipping_map.to_markdown(result)}
 By the intervals, per-sample clipping is
 
-{"".join(lines)}"""
+{verdicts(result, clipping_map.METHODS[:2])}"""
+
+
+def verdicts(result: dict[str, Any], names: Sequence[str]) -> str:
+    """For each of these methods a list of where ours is above it, below it, or neither."""
+    return "".join(
+        f"- {word.capitalize()} {name}: {'; '.join(labels)}.\n"
+        for name in names
+        for word, labels in tuned.verdicts(result, name).items()
+        if labels
+    )
+
+
+def number_of_trials(rows: list[dict[str, Any]], most_with: str) -> str:
+    fewest, most = (f(row["trials"] for row in rows) for f in (min, max))
+    return f"{fewest} trials" + (f", {most} with {most_with}" if most > fewest else "")
 
 
 def accumulation(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     width, epochs, seeds = (protocol[name] for name in ("width", "epochs", "seeds"))
+    trials = number_of_trials(result["rows"], "heavy pixels")
     return f"""AlexNet of width {width:g} on CIFAR-100, {epochs} epochs, K micro-batches of 32
-images a step, momentum 0.9. Each way has {protocol["trials"]} trials, the best of which is tested
-with {seeds} other seeds: test accuracy in %, mean ± standard error. Before: τ_j = α √j of the
-micro-batches' mean gradients; after: their mean is clipped. Runs as short as these, with so few
-trials, say how training starts, not how it ends. 1 % is chance.
+images a step, momentum 0.9. Each way has as many trials of half the length (learning rate ×
+threshold: {trials}), the best of which is tested with {seeds} other seeds: test accuracy in %,
+mean ± standard error. Before: τ_j = α √j of the micro-batches' mean gradients; after: their mean is
+clipped. Runs as short as these, with so few trials, say how training starts, not how it ends. 1 %
+is chance.
 
-{accumulation_cifar100.to_markdown(result)}"""
+{accumulation_cifar100.to_markdown(result)}
+By the intervals, clipping before is
+
+{verdicts(result, accumulation_cifar100.METHODS[:2])}"""
+
+
+def sweep(result: dict[str, Any]) -> str:
+    protocol = result["protocol"]
+    names = ("width", "batch_size", "epochs", "rates", "seeds")
+    width, batch, epochs, rates, seeds = (protocol[name] for name in names)
+    return f"""AlexNet of width {width:g} on CIFAR-100, {epochs} epochs, n = {batch}, momentum 0.9,
+τ_k = α √k. Each α is tuned alone, over {rates} learning rates by trials of half the length, and the
+best is tested with {seeds} other seeds: test accuracy in %, mean ± standard error, and the
+difference to no clipping, paired by seed. The share is of the samples of the last epoch, clipped.
+
+{threshold_sweep.to_markdown(result)}"""
 
 
 SECTIONS = (
@@ -168,6 +193,7 @@ SECTIONS = (
     Section("convergence_rate", "Does PS-Clip-SGD converge at the optimal rate?", convergence),
     Section("alexnet_cifar100", "Does it train AlexNet on CIFAR-100 better?", training),
     Section("clipping_map", "Under which conditions does per-sample clipping win?", clipping),
+    Section("threshold_sweep", "How much does the threshold matter?", sweep),
     Section(
         "accumulation_cifar100",
         "Clip micro-batches before they are accumulated, after, or not at all?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -12,9 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from rich.console import Console
 from scipy import stats
 
-from benchmarks.many_runs import Numbers, Run
+from benchmarks.many_runs import Data, Numbers, Run, Setting, load_data, run_all
 from benchmarks.stacked_traffic import describe_machine
 from psclip_optax.training.datasets import Dataset, Split, load_dataset
 from psclip_optax.training.files import to_json, write_atomically
@@ -24,6 +26,71 @@ from psclip_optax.training.summary import estimate
 # methods whose thresholds are smaller are raised by as much, for clipping shortens their steps.
 SAMPLE_NORM, BATCH_NORM = 10.0, 3.0
 CLIPPING = ("threshold", "batch_threshold", "scale")
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all comparisons on CIFAR-100 have as options.
+
+    Attributes:
+      runs: folder of the finished runs; by default of those that the results are from, so that
+        nothing is trained again.
+      data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
+      out: folder for the table as JSON, and the figure.
+      width: multiplies AlexNet's channels and hidden sizes.
+      epochs: of the runs that are tested.
+      seeds: of the runs that are tested, at least 2.
+      together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
+      dtype: of the forward and backward pass.
+      seconds: begin nothing in a comparison after so much time in it; the same command goes on.
+      quick: digits, a tiny net and few runs, to see that the benchmark works.
+    """
+
+    runs: pathlib.Path
+    data_dir: pathlib.Path | None = None
+    out: pathlib.Path = RESULTS
+    width: float = 0.125
+    epochs: int = 6
+    seeds: int = 3
+    together: int = 1
+    dtype: str = "float32"
+    seconds: float = float("inf")
+    quick: bool = False
+
+    def setting(self, batch_size: int = 128) -> Setting:
+        return Setting(self.width, batch_size, augment=not self.quick, dtype=self.dtype)
+
+
+class Trainer(NamedTuple):
+    """Trains runs on one data set, or reads the records of those that are finished."""
+
+    data: Data
+    num_classes: int
+    image_size: int
+    options: Options
+
+    def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
+        options = self.options
+        return run_all(
+            runs,
+            self.data,
+            self.num_classes,
+            folder=options.runs,
+            together=options.together,
+            console=Console(),
+            seconds=options.seconds,
+        )
+
+
+def build_trainer(options: Options) -> Trainer:
+    """On CIFAR-100, of which 5,000 images choose between trials, or on digits."""
+    if options.quick:
+        dataset, num_validation = enlarged_digits(), 200
+    else:
+        dataset, num_validation = load_dataset("cifar100", data_dir=options.data_dir), 5_000
+    data = load_data(dataset, num_validation)
+    return Trainer(data, dataset.num_classes, dataset.image_shape[0], options)
 
 
 def growing_grid(
