@@ -137,7 +137,7 @@ def _draw_noise(axes: Axes, row: dict[str, Any]) -> None:
         offset = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(share, (alpha, height), **offset)
     axes.set(xscale="log", xlabel="α (and the share of the samples clipped)", title=row["noise"])
-    axes.margins(y=0.12)
+    axes.margins(x=0.13, y=0.12)
     axes.legend(frameon=False)
     tidy(axes)
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -237,6 +238,30 @@ def test_map_is_that_of_the_committed_measurement():
     assert len(cannot_tell) == 4
     for label in [*cannot_tell, "heavy pixels, n = 512, momentum 0.9, 6 epochs"]:
         low, high = against[label]["interval"]
+        assert low < 0 < high
+
+
+def test_sweep_is_that_of_the_committed_measurement():
+    results = ROOT / "benchmarks/results/threshold_sweep.json"
+    clean, heavy = json.loads(results.read_text())["rows"]
+    said = " ".join(README.split())
+    means = {
+        float(name.removeprefix("α = ")): 100 * statistics.fmean(accuracies)
+        for name, accuracies in heavy["test_accuracies"].items()
+        if name.startswith("α")
+    }
+    shares = {name: 100 * share for name, share in heavy["clipped_shares"].items()}
+    last = means.pop(30.0)
+    assert (min(means), max(means)) == (0.1, 10.0)
+    assert f"which clip {shares['α = 0.1']:.0f} to {shares['α = 10']:.0f} % of the samples" in said
+    assert f"ends between {min(means.values()):.1f} and {max(means.values()):.1f} % with" in said
+    assert f"= 30 ends at {last:.1f} %, no clipping at chance" in said
+    assert set(heavy["test_accuracies"]["no clipping"]) == {0.01}
+    differences = clean["differences"]
+    largest = min(100 * own["mean"] for own in differences.values())
+    assert f"clipping costs up to {-largest:.2f} points" in said
+    for name in ("α = 10", "α = 30"):
+        low, high = differences[name]["interval"]
         assert low < 0 < high
 
 
