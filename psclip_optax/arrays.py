@@ -1,4 +1,4 @@
-"""What came, in the words of messages: arrays by dtype and shape, all else by its type."""
+"""Arrays and dtypes: what came, in the words of messages, and what dtypes convert to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dtype_of(value: Any) -> Any:
 
 
 def promoted(*dtypes: Any) -> Any:
-    """What they all convert to, also for users whose own arithmetic must not promote."""
+    """What all convert to, also under `jax_numpy_dtype_promotion="strict"`."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
 
