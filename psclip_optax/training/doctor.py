@@ -279,7 +279,7 @@ def _devices() -> list[Finding]:
     except RuntimeError as error:
         return [Finding("wrong", f"JAX finds no device: {' '.join(str(error).split())}")]
     findings = [
-        Finding("info", f"device {device}: {device.device_kind}, {_memory(device)}")
+        Finding("info", f"device {_name(device)}: {device.device_kind}, {_memory(device)}")
         for device in devices
         if device.process_index == jax.process_index()
     ]
@@ -287,6 +287,10 @@ def _devices() -> list[Finding]:
         text = "there is an NVIDIA GPU, but JAX computes on the CPU; install JAX for CUDA, see "
         findings.append(Finding("note", f"{text}https://docs.jax.dev/en/latest/installation.html"))
     return findings
+
+
+def _name(device: Any) -> str:
+    return f"{device.platform}:{device.id}"  # str(device) is another in each version of JAX
 
 
 def _memory(device: Any) -> str:
