@@ -38,6 +38,7 @@ from benchmarks.tuned import (
     run_length,
     timed_once,
     tune_and_test,
+    with_lower,
 )
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
@@ -61,11 +62,9 @@ def build_grids(noise: str, number: int) -> dict[str, list[Numbers]]:
     """As many points a method; steps of larger batches may be longer, by the root of their size."""
     unit = (number / 4) ** 0.5
     rates = tuple(rate * unit for rate in RATES)
-    many = [rate * unit for rate in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)]
+    many = tuple(rate * unit for rate in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08))
     if noise == "heavy pixels":
-        # Momentum carries on what one batch began: the best rates are lower by several times.
-        rates = (rates[0] / 3, *rates)
-        many = [many[0] / 10, many[0] / 3, *many]
+        rates, many = with_lower(rates, (3,)), with_lower(many, (10, 3))
     return {
         "not clipped": [Numbers(rate) for rate in many],
         "clipped after": batch_clipping_grid(rates, (0.5, 2.0)),
@@ -112,7 +111,7 @@ def time_steps(number: int, train: Trainer) -> Any:
         name: train_step(model, tx, batch(MICROBATCH_SIZE))
         for name, tx in optimizers(number).items()
     }
-    seconds = time_windows(cases, 3 if train.options.quick else 9, number)
+    seconds = time_windows(cases, train.options.rounds(), number)
     baseline, before, after = (seconds[name] for name in CASES)
     return {
         name: {
@@ -202,11 +201,10 @@ def main(
         )
         for number in microbatches
     }
-    protocol = {name: getattr(options, name) for name in ("width", "epochs", "seeds", "dtype")}
     result = {
         "machine": rows[0]["machine"],
         "note": NOTE,
-        "protocol": {**protocol, "microbatch_size": MICROBATCH_SIZE},
+        "protocol": {**options.protocol(), "microbatch_size": MICROBATCH_SIZE},
         "rows": rows,
         "steps": steps,
     }

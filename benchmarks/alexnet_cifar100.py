@@ -181,8 +181,8 @@ def time_steps(batch_size: int, train: Trainer) -> Any:
         state = jax.tree.map(jnp.copy, (params, tx.init(params)))
         return Compiled(compiled(step, state, (images, labels)), state, (images, labels))
 
-    rounds = 3 if train.options.quick else 9
-    seconds = time_windows({name: build(*way) for name, way in ways.items()}, rounds)
+    cases = {name: build(*way) for name, way in ways.items()}
+    seconds = time_windows(cases, train.options.rounds())
     return {
         name: {
             "seconds_quartiles": [q / NUM_MICROBATCHES for q in quartiles(own)],
@@ -506,12 +506,11 @@ def main(
         options.runs / f"steps-width_{options.width:g}-batch_{batch_size}.json",
         lambda: time_steps(batch_size, train),
     )
-    protocol = {name: getattr(options, name) for name in ("width", "epochs", "seeds", "dtype")}
     result = {
         "machine": tested[noises[0]][0]["machine"],
         "note": NOTE,
         "protocol": {
-            **protocol,
+            **options.protocol(),
             "tuning_epochs": tuning_epochs,
             "trials": {name: len(method.grid) for name, method in methods.items()},
             "batch_size": batch_size,

@@ -34,6 +34,7 @@ from benchmarks.tuned import (
     markdown_table,
     run_length,
     tune_and_test,
+    with_lower,
 )
 
 BETA = 2.0
@@ -83,12 +84,9 @@ def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
     # Steps of larger batches may be longer; by the root, as their noise is smaller.
     unit = (cell.batch_size / 128) ** 0.5 * (1 - cell.momentum) / (1 - 0.9)
     few = tuple(rate * unit for rate in (0.015, 0.04, 0.1))
-    many = [rate * unit for rate in np.geomspace(0.0006, 0.2, 6)]
+    many = tuple(rate * unit for rate in np.geomspace(0.0006, 0.2, 6))
     if cell.noise == "heavy pixels" and cell.momentum:
-        # Momentum carries on what one batch began: at these rates no trial of batch clipping and of
-        # none did better than chance.
-        few = (few[0] / 4, *few)
-        many = [many[0] / 10, many[0] / 3, *many]
+        few, many = with_lower(few, (4,)), with_lower(many, (10, 3))
     own: dict[str, Any] = {"momentum": cell.momentum}
     return {
         "no clipping": [Numbers(rate, **own) for rate in many],
@@ -175,8 +173,12 @@ def main(
         raise ValueError(f"cells are numbers from 0 to {len(every) - 1}, got {cells}")
     train = build_trainer(options)
     rows = [run_cell(every[i], train) for i in chosen]
-    protocol = {name: getattr(options, name) for name in ("width", "seeds", "dtype")}
-    result = {"machine": rows[0]["machine"], "note": NOTE, "protocol": protocol, "rows": rows}
+    result = {
+        "machine": rows[0]["machine"],
+        "note": NOTE,
+        "protocol": options.protocol(),
+        "rows": rows,
+    }
     tables = [to_table(result), to_chosen_table(result)]
     publish(options.out, "clipping_map", result, tables, draw(result), width=170)
 

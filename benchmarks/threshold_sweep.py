@@ -161,11 +161,10 @@ def main(
     check_noises(noises)
     train = build_trainer(options)
     rows = [run_noise(noise, batch_size, train) for noise in noises]
-    protocol = {name: getattr(options, name) for name in ("width", "epochs", "seeds", "dtype")}
     result = {
         "machine": rows[0]["machine"],
         "note": NOTE,
-        "protocol": {**protocol, "batch_size": batch_size, "rates": len(RATES)},
+        "protocol": {**options.protocol(), "batch_size": batch_size, "rates": len(RATES)},
         "rows": rows,
     }
     publish(options.out, "threshold_sweep", result, [to_table(result)], draw(result), width=130)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,14 @@ class Options:
 
     def setting(self, batch_size: int = 128) -> Setting:
         return Setting(self.width, batch_size, augment=not self.quick, dtype=self.dtype)
+
+    def protocol(self) -> dict[str, Any]:
+        """What the results say of how they came about."""
+        return {name: getattr(self, name) for name in ("width", "epochs", "seeds", "dtype")}
+
+    def rounds(self) -> int:
+        """Of steps that are timed in turn."""
+        return 3 if self.quick else 9
 
 
 class Trainer(NamedTuple):
@@ -118,6 +126,15 @@ def batch_clipping_grid(
         for threshold in thresholds
         for rate in raised(rates, BATCH_NORM / threshold)
     ]
+
+
+def with_lower(rates: Sequence[float], factors: Sequence[float]) -> tuple[float, ...]:
+    """Below them also the lowest over these factors, for heavy pixels where there is momentum.
+
+    It carries on what one batch began: at the rates that are the best of other data, no trial of
+    batch clipping and of none did better than chance.
+    """
+    return (*(rates[0] / factor for factor in factors), *rates)
 
 
 def raised(rates: tuple[float, ...], factor: float) -> list[float]:

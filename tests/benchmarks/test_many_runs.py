@@ -279,7 +279,10 @@ def test_committed_results_are_of_the_committed_runs(benchmark, tmp_path, monkey
     monkeypatch.setattr(tuned, "load_dataset", lambda *_, **__: cifar)
     monkeypatch.setattr(tuned, "load_data", lambda *_: data)
     monkeypatch.setattr(many_runs, "train_together", None)  # for every run is there
+    read, file_name = set(), Run.file_name
+    monkeypatch.setattr(Run, "file_name", lambda run: read.add(file_name(run)) or file_name(run))
     benchmark.main(dataclasses.replace(benchmark.DEFAULTS, out=tmp_path))
+    assert {path.name for path in benchmark.DEFAULTS.runs.glob("*-seed_*.json")} == read
     name = benchmark.__name__.rpartition(".")[2] + ".json"
     written, committed = (
         json.loads((folder / name).read_text()) for folder in (tmp_path, tuned.RESULTS)
