@@ -272,10 +272,21 @@ def test_accumulation_is_that_of_the_committed_measurement():
     after = {row["label"]: row["differences"]["clipped after"] for row in result["rows"]}
     for sign, label, words in (
         (1, "heavy pixels, K = 16", "it is above clipping after by {} points with 16"),
-        (-1, "heavy pixels, K = 4", "and *below* by {} with 4."),
+        (-1, "heavy pixels, K = 4", "and *below* by {} with 4, where"),
     ):
         assert min(sign * end for end in after[label]["interval"]) > 0
         assert words.format(tuned.describe_difference(after.pop(label))) in said
+    pattern = "accumulation_cifar100_runs/tune-heavy_pixels-clipped_before-*.json"
+    trials = [json.loads(path.read_text()) for path in results.parent.glob(pattern)]
+    first, second, *_ = sorted(
+        (
+            100 * trial["curves"]["validation_accuracy"][-1]
+            for trial in trials
+            if trial["setting"]["num_microbatches"] == 4
+        ),
+        reverse=True,
+    )
+    assert f"its two best trials were tied ({first:.1f} and {second:.1f} %)" in said
     assert len(after) == 2
     assert all(own["interval"][0] < 0 < own["interval"][1] for own in after.values())
     for steps in result["steps"].values():
