@@ -184,6 +184,21 @@ def norms_of(squared_norms: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared_norms)))
 
 
+def smallest_square(dtype: Any) -> float:
+    """Bound a squared norm below which squares of entries may have vanished from the sum."""
+    return float(jnp.finfo(dtype).tiny) * 2.0**40
+
+
+def is_tiny(taus: Any, dtype: Any) -> Any:
+    """Tell which thresholds are so small that a sum of squares may miss a norm above them."""
+    return (taus > 0) & (taus < smallest_square(dtype) ** 0.5)
+
+
+def may_exceed(norms: jax.Array, taus: jax.Array) -> jax.Array:
+    """Tell where a sum of squares is too small for its norm to be held against a tiny τ, [n]."""
+    return is_tiny(taus, taus.dtype) & (norms < smallest_square(taus.dtype) ** 0.5)
+
+
 def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
     """γ_k = min(1, τ_k / ‖g_k‖), shape [n]; 1 where the norm is 0 and where it is not finite.
 

@@ -247,6 +247,13 @@ def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
         ) from None
 
 
+def least_norm(threshold: Threshold) -> np.ndarray | None:
+    """Tell the smallest τ that a threshold gives at any position; None where it is not known."""
+    if isinstance(threshold, ConstantThreshold):
+        return concrete(threshold.value)
+    return concrete(threshold.alpha) if isinstance(threshold, GrowingThreshold) else None
+
+
 def thresholds_at(threshold: Threshold, positions: jax.Array, dtype: Any) -> jax.Array:
     """τ at `positions`, shape [n], checked and cast to `dtype`."""
     try:

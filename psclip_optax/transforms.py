@@ -100,7 +100,8 @@ class _OwnScales(NamedTuple):
 
 def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _OwnScales:
     huge = 2.0 ** (jnp.finfo(squared_norms.dtype).maxexp * 25 // 32)
-    too_large, too_small = ~jnp.isfinite(squared_norms), squared_norms < _smallest(squared_norms)
+    too_large = ~jnp.isfinite(squared_norms)
+    too_small = squared_norms < clipping.smallest_square(taus.dtype)
     # The factors depend on the data: XLA would take constant ones out of the square, in vain.
     factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
     squares = stacks.scaled_squared_norms(stack, factors)
@@ -116,14 +117,9 @@ def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _Own
     )
 
 
-def _smallest(squared_norms: jax.Array) -> float:
-    """Below this, squares of entries may have vanished from a sum of squares."""
-    return float(jnp.finfo(squared_norms.dtype).tiny) * 2.0**40
-
-
 def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
     """Whether some squared norm overflowed, is not finite, or is too small to be compared."""
-    smallest = _smallest(squared_norms)
+    smallest = clipping.smallest_square(taus.dtype)
     too_small = (squared_norms < smallest) & (taus < smallest**0.5)
     return clipping.any_of(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
 

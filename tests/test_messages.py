@@ -141,7 +141,7 @@ def normalised(params, x):
 
 
 def printing(params, x):
-    jax.debug.print("{}", x)
+    jax.debug.print("{}", x, ordered=True)
     return of_x(params, x)
 
 
@@ -731,9 +731,9 @@ ROWS = [
     Row(
         lambda: grad(printing, batch=(X,)),
         ValueError,
-        "the loss has effects (Debug), as of jax.debug.print, io_callback or a collective over a "
-        "mesh axis, which would happen an unknown number of times; take them out, or return what "
-        "you want to see as aux",
+        "the loss has effects (OrderedDebug), as of io_callback, an ordered jax.debug.print or a "
+        "collective over a mesh axis, which would happen an unknown number of times; take them "
+        "out, or return what you want to see as aux",
     ),
     Row(
         lambda: on_four_devices(psc.clipped_grad(of_x, 1.0)),

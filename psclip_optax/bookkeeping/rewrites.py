@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend import core
 
 from psclip_optax import meshes
+from psclip_optax.arrays import is_narrow
 from psclip_optax.bookkeeping.equations import body_parameter
 from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage
 from psclip_optax.bookkeeping.views import Path, aval, run_equation
@@ -241,7 +242,8 @@ def _transposed(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | No
 
 def _cast(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
     (atom,), dtype = maker.invars, aval(maker.outvars[0]).dtype
-    if not jnp.issubdtype(aval(atom).dtype, jnp.floating):
+    is_real = all(jnp.issubdtype(kind, jnp.floating) for kind in (dtype, aval(atom).dtype))
+    if not is_real or is_narrow(dtype) or is_narrow(aval(atom).dtype):
         return None
     before = use._replace(apply=lambda read, w: use.apply(read, w.astype(dtype)))
     return _expand(before, atom, scope)
