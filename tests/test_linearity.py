@@ -75,7 +75,7 @@ NOT_LINEAR = {
     "indexed by itself": lambda x, c: jnp.zeros_like(c).at[jnp.argmax(c[:, 0])].add(c[0]),
     "divides": lambda x, c: x / (1 + c),
     "jit": lambda x, c: jax.jit(lambda c: jnp.tanh(c))(c),
-    "scan": lambda x, c: lax.scan(lambda t, row: (jnp.maximum(t, row), None), c, jnp.stack([c, c]))[0],
+    "scan": lambda x, c: lax.scan(lambda t, row: (jnp.maximum(t, row), None), 0 * c, jnp.stack([c, c]))[0],
     "scan of products": lambda x, c: lax.scan(lambda t, row: (t * row, None), c, jnp.stack([c, c]))[0],
     "while": lambda x, c: lax.while_loop(lambda c: jnp.abs(c).max() > 0.1, lambda c: c / 2, c),
     "cond": lambda x, c: lax.cond(c.sum() > 0, lambda: 2 * c, lambda: c),
@@ -99,7 +99,7 @@ def is_linear(rule):
         (rule(X, s * c + t * d), s * rule(X, c) + t * rule(X, d))
         for s, t in [(3, -5), (-1, 0.2), (0.05, -0.3)]
     ]
-    return all(np.allclose(one, other, atol=1e-2) for one, other in both)
+    return all(np.allclose(one, other, rtol=2e-2, atol=2e-2) for one, other in both)
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
@@ -178,6 +179,8 @@ def _power(
     if None in inputs or any(v is not eqn.invars[0] for v in eqn.invars):
         return None
     (power,) = inputs
+    if not all(jnp.issubdtype(aval(v).dtype, jnp.floating) for v in eqn.outvars):
+        return None
     if name in ("convert_element_type", "copy", "abs"):
         return power
     if power is _Power.SQUARES:

@@ -163,6 +163,8 @@ _VIEW_RULES: dict[str, Callable[[Any, View], list[View] | None]] = {
 
 def are_disjoint(one: View, other: View) -> bool:
     """Whether two views are known to share no entry of their parameter."""
+    if one.is_repeated or other.is_repeated:  # parts of copies may be of the same entries
+        return False
     for mine, theirs in zip(one.frame, other.frame, strict=False):
         if mine == theirs:
             continue
