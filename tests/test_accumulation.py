@@ -372,6 +372,24 @@ def test_aux_is_of_every_sample():
         np.testing.assert_array_equal(aux, y)
 
 
+@pytest.mark.parametrize("jit", [True, False])
+def test_aux_of_padding_is_its_own(jit):
+    x, mask = jnp.arange(15.0).reshape(5, 3), jnp.array([False, True, True, False, True])
+    f = psc.clipped_value_and_grad(
+        lambda w, x: (jnp.dot(w, x), x[0]),
+        1.0,
+        has_aux=True,
+        microbatch_size=2,
+        clip_at="micro-batch",
+    )
+    (_, aux), grads = (jax.jit(f) if jit else f)(jnp.ones(3), x, sample_mask=mask)
+    np.testing.assert_array_equal(aux, [0, 3, 6, 9, 12])
+    poisoned = x.at[0].set(jnp.nan)
+    (_, aux), same = f(jnp.ones(3), poisoned, sample_mask=mask)
+    np.testing.assert_array_equal(aux, [jnp.nan, 3, 6, 9, 12])
+    np.testing.assert_array_equal(same, grads)
+
+
 def test_its_plan_is_plain():
     params, x, y = batch(6)
     plan = in_microbatches(3).explain(params, x, y)
