@@ -102,16 +102,20 @@ def clipped_value_and_grad(
         batches is used unchanged.
       microbatch_size: work through the batch in slices of at most this many samples; changes the
         memory, not the result.
-      mode: "one_pass" is the fastest; "two_pass" takes about a plain gradient's memory: by the
-        shapes, one pass over the batch or over two to four slices of it, or, where more slices
-        would be needed (as of many rematerialised layers) or devices may share the batch, one
-        forward pass and two backward;
-        "vmap" stacks gradients, for reference; "auto" is "one_pass" if, by an estimate, it fits
-        into `memory_limit_bytes`, else "two_pass".
+      mode: how the sum is taken, with the same result.
+
+        * "one_pass" is the fastest.
+        * "two_pass" takes about a plain gradient's memory: by the shapes, one pass over the batch
+          or over two to four slices of it. Where more slices would be needed (as of many
+          rematerialised layers), or devices may share the batch, it takes one forward pass and two
+          backward, unless a derivative in the loss is not known to be linear in its cotangent.
+        * "vmap" stacks gradients, for reference. All modes do so for a threshold below 1e-13.
+        * "auto" is "one_pass" if, by an estimate, it fits into `memory_limit_bytes`, else
+          "two_pass".
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
         it; it keeps its position and its share in N. In "one_pass" and "two_pass" so does a sample
-        the square of whose norm leaves its dtype's range (1.8e19 in float32). "propagate" lets it
-        through.
+        whose norm cannot be told from its square: above 1.8e19 in float32, or below 1e-13 under a
+        traced threshold that is as small. "propagate" lets it through.
       axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the batch is sharded:
         positions run on over the devices, and value, gradients and counts are of the whole batch,
         the same on all (`out_specs` of `P()`); norms, scales and aux are of a device's samples
@@ -135,14 +139,18 @@ def clipped_value_and_grad(
       count and are finite. `sample_mask`, bool [n], is False for padding: no position, no weight,
       no share in N. `positions`, int [n], replaces 1, 2, …. `threshold` replaces the one given
       here, for schedules without a recompile. `f.explain(params, *batch)` tells the route that
-      each parameter's gradient takes, what it costs, and why.
+      each parameter's gradient takes, what it costs, and why; it takes `jax.ShapeDtypeStruct`s too.
+      `f.verify(params, *batch, num_samples=4)` holds gradients and norms of the first samples
+      against `jax.vmap(jax.grad(loss))`, in float64 where x64 is on: a table, and `.ok`.
 
     Raises:
       TypeError: the loss is no function or not a real scalar, a parameter is not real
         floating-point, or positions are no integers.
       ValueError: an option is out of range, batch arguments do not have the same number of
-        samples, the loss has effects, or under `jax.shard_map` it varies over a mesh axis over
-        which the parameters do not and `axis_name` is silent.
+        samples, the number of samples is symbolic, the loss has effects (but those of
+        `jax.debug`, which run as under `vmap(grad)`, in "two_pass" maybe twice), or under
+        `jax.shard_map` it varies over a mesh axis over which the parameters do not and
+        `axis_name` is silent.
 
     Warns:
       UserWarning: the loss normalises by statistics over a batch axis of size 1, as batch
