@@ -104,15 +104,17 @@ def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _Own
     # The factors depend on the data: XLA would take constant ones out of the square, in vain.
     factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
     squares = stacks.scaled_squared_norms(stack, factors)
-    norms, units = clipping.norms_of(squares), 1 / factors
-    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows.
-    limits = taus / jnp.where(norms > 0, norms, 1)
+    norms, units, finite = clipping.norms_of(squares), 1 / factors, jnp.isfinite(squares)
+    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows. A norm
+    # of ∞ has no limit: at τ = ∞ its ratio would be NaN, and so would 0 times that.
+    has_limit = (norms > 0) & finite
+    limits = taus / jnp.where(has_limit, norms, 1)
     return _OwnScales(
         factors=factors,
-        weights=jnp.where(norms > 0, jnp.minimum(units, limits), units),
+        weights=jnp.where(has_limit, jnp.minimum(units, limits), units),
         norms=norms * units,
-        scales=jnp.where(norms > 0, jnp.minimum(1, limits / units), 1),
-        finite=jnp.isfinite(squares),
+        scales=jnp.where(has_limit, jnp.minimum(1, limits / units), 1),
+        finite=finite,
     )
 
 

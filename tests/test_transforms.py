@@ -107,7 +107,7 @@ def test_equals_the_reference_on_any_stack(data):
     }
     mask = data.draw(hnp.arrays(bool, n))
     alpha, beta = (
-        data.draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4])),
+        data.draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4, np.inf])),
         data.draw(st.floats(1, 2, width=32)),
     )
     updates, state = clip(grads, psc.growing_threshold(alpha, beta), sample_mask=mask)
@@ -190,6 +190,19 @@ def test_all_dropped_gives_zeros():
     updates, state = clip(jax.tree.map(lambda g: g * jnp.nan, stack(3)), 1.0)
     assert_close(updates, jax.tree.map(jnp.zeros_like, PARAMS), 0)
     assert (int(state.num_nonfinite), float(state.mean_scale)) == (3, 0.0)
+
+
+@pytest.mark.parametrize("mask", [None, jnp.array([True, False, True, True])])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_infinite_threshold_drops_what_is_not_finite(bad, mask):
+    grads = stack(4)
+    grads["w"] = grads["w"].at[1].set(bad)
+    updates, state = clip(grads, jnp.inf, sample_mask=mask)
+    assert_close(updates, clipped_mean(grads, np.full(4, np.inf), mask), 1e-6)
+    assert (int(state.num_nonfinite), float(state.mean_scale)) == (int(mask is None), 1.0)
+    some = jnp.array([1.0, jnp.inf, jnp.inf, 2.0])
+    updates, _ = clip(grads, lambda k: some, sample_mask=mask)
+    assert_close(updates, clipped_mean(grads, some, mask), 1e-6)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
