@@ -167,6 +167,11 @@ def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> Batch
     )
 
 
+def no_figures() -> BatchFigures:
+    """The figures of no sample at all."""
+    return BatchFigures(*(jnp.zeros(()) for _ in BatchFigures._fields))
+
+
 def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
     """The median of the values that count; 0 when there is none."""
     if not values.size:

@@ -57,7 +57,7 @@ _SCALAR_POSITION = (
     "was called with a scalar. `optax.inject_hyperparams` does this to any callable, taking it "
     "for a schedule over steps: to schedule the numbers in a threshold, write "
     "`optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`, or pass a "
-    "number or a schedule as `threshold`"
+    "number or a schedule as `threshold`; to keep it as it is, add static_args=('threshold',)"
 )
 
 
