@@ -39,6 +39,7 @@ def main(
     minutes: float | None = None,
     rounds: int = 12,
     models: tuple[str, ...] = (),
+    stacked: tuple[str, ...] = (),
     data_dir: pathlib.Path | None = None,
     epochs: tuple[int, ...] = on_gpu_training.EPOCHS,
     seeds: int = on_gpu_training.SEEDS,
@@ -54,6 +55,7 @@ def main(
       minutes: begin nothing after them; 8 for the engine and 5 for training by default.
       rounds: timed rounds.
       models: of the engine's; all by default.
+      stacked: models whose stacked gradients are timed too, though they take long to compile.
       data_dir: folder with parts of CIFAR-100, *train*.npz and *test*.npz, each with `images`
         [N, 32, 32, 3] of uint8 and `fine_labels`; for training.
       epochs: lengths of training, each with a tuning of its own.
@@ -68,9 +70,12 @@ def main(
     end = time.perf_counter() + 60 * (minutes or MINUTES[what])
     results = results_of_this_card(out)
     say(described(results.machine))
+    if results.machine["platform"] == "cpu" and not tiny:
+        raise SystemExit("JAX finds no GPU here, and a CPU would take hours; --tiny takes minutes")
     if what == "engine":
         size = "tiny" if tiny else "full"
-        on_gpu_engine.measure_all(results, models, size, rounds, end)
+        jobs = on_gpu_engine.jobs_of(models, stacked)
+        on_gpu_engine.measure_all(results, jobs, size, rounds, end)
     else:
         plan = on_gpu_training.Plan(data_dir, epochs, seeds, together, tiny, end)
         on_gpu_training.train_all(results, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +55,7 @@ class Job(NamedTuple):
       what: "time" of all modes, or "error" of the norms.
       name: of the model.
       build: size → model.
-      leaves_out: modes that are not measured.
+      leaves_out: modes that are not measured, unless the command asks for them.
     """
 
     what: Literal["time", "error"]
@@ -94,7 +95,7 @@ JOBS = (
     Job("time", "gpt2", real_models.gpt2, ("vmap",)),
     Job("error", "gpt_tied", zoo_model("gpt_tied", 16)),
     Job("time", "mlp", zoo_model("mlp", 512)),
-    Job("time", "resnet18", zoo_model("resnet18", 32)),
+    Job("time", "resnet18", zoo_model("resnet18", 32), ("vmap",)),
 )
 
 
@@ -239,14 +240,20 @@ def measure(job: Job, size: Size, rounds: int) -> dict[str, Any]:
     return {"what": job.what, "name": job.name, "size": size, "label": model.name} | found
 
 
-def measure_all(
-    results: Results, models: tuple[str, ...], size: Size, rounds: int, end: float
-) -> None:
+def jobs_of(models: tuple[str, ...], stacked: tuple[str, ...]) -> list[Job]:
+    """The jobs of these models, or of all; `stacked` are those that leave out nothing."""
+    return [
+        job._replace(leaves_out=()) if job.name in stacked else job
+        for job in JOBS
+        if not models or job.name in models
+    ]
+
+
+def measure_all(results: Results, jobs: list[Job], size: Size, rounds: int, end: float) -> None:
     """Makes the measurements that the file lacks, until the time is over."""
     finished = {(row["what"], row["name"], row["size"]) for row in results.rows()}
-    for job in JOBS:
-        is_wanted = not models or job.name in models
-        if not is_wanted or (job.what, job.name, size) in finished:
+    for job in jobs:
+        if (job.what, job.name, size) in finished:
             continue
         if time.perf_counter() > end:
             say(f"The time is over: {job.what} of {job.name} is left out")
@@ -255,8 +262,8 @@ def measure_all(
         start = time.perf_counter()
         try:
             results.add(measure(job, size, rounds))
-        except jax.errors.JaxRuntimeError as error:  # the card may be too small for one of them
-            say(f"  failed: {first_line(error)}")
+        except Exception:  # one that fails must not cost the others their time on the card
+            traceback.print_exc()
         say(f"  {time.perf_counter() - start:.1f} s")
 
 

@@ -7,6 +7,7 @@ shapes of a model of any size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -136,6 +137,142 @@ class VisionTransformer(nn.Module):
         return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(axis=-2))
 
 
+class ResidualBlock(nn.Module):
+    """Bottleneck of ResNet-50, with group normalisation, which treats each sample alone."""
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(normalized_convolution(x, self.channels, 1))
+        y = nn.relu(normalized_convolution(y, self.channels, 3, self.stride))
+        y = normalized_convolution(y, 4 * self.channels, 1)
+        if x.shape != y.shape:
+            x = normalized_convolution(x, 4 * self.channels, 1, self.stride)
+        return nn.relu(x + y)
+
+
+def normalized_convolution(x: jax.Array, channels: int, size: int, stride: int = 1) -> jax.Array:
+    """Adds a convolution and its group normalisation to the module that calls it."""
+    x = nn.Conv(channels, (size, size), stride, use_bias=False, dtype=COMPUTE)(x)
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(groups, dtype=COMPUTE, reduction_axes=(-3, -2, -1))(x)
+
+
+class ResNet(nn.Module):
+    """ResNet of bottlenecks; `blocks` has the number of each stage."""
+
+    num_classes: int
+    channels: int
+    blocks: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nn.relu(normalized_convolution(images, self.channels, 7, 2))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, number in enumerate(self.blocks):
+            for block in range(number):
+                stride = 2 if stage and not block else 1
+                x = ResidualBlock(self.channels * 2**stage, stride)(x)
+        return nn.Dense(self.num_classes)(x.mean(axis=(-3, -2)).astype(jnp.float32))
+
+
+class Bert(nn.Module):
+    """BERT, which names each token of a text; it normalises after each residual."""
+
+    vocabulary: int
+    length: int
+    dim: int
+    layers: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = nn.Embed(self.vocabulary, self.dim, dtype=COMPUTE)
+        shape = (self.length, self.dim)
+        place = self.param("position", nn.initializers.normal(0.02), shape)
+        x = nn.LayerNorm(dtype=COMPUTE)(table(tokens) + place.astype(COMPUTE))
+        for _ in range(self.layers):
+            mixed = Attention(self.heads, causal=False)(x)
+            x = nn.LayerNorm(dtype=COMPUTE)(x + mixed)
+            hidden = nn.gelu(nn.Dense(4 * self.dim, dtype=COMPUTE)(x))
+            x = nn.LayerNorm(dtype=COMPUTE)(x + nn.Dense(self.dim, dtype=COMPUTE)(hidden))
+        x = nn.gelu(nn.Dense(self.dim, dtype=COMPUTE)(x))
+        logits = table.attend(nn.LayerNorm(dtype=COMPUTE)(x)).astype(jnp.float32)
+        return logits + self.param("bias", nn.initializers.zeros, (self.vocabulary,))
+
+
+class LlamaBlock(nn.Module):
+    """Block of a Llama: rotated queries and keys, fewer of the latter, a gated hidden layer."""
+
+    heads: int
+    key_heads: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        *batch, dim = x.shape
+        size = dim // self.heads
+
+        def project(x: jax.Array, heads: int) -> jax.Array:
+            return dense(heads * size)(x).reshape(*batch, heads, size)
+
+        h = nn.RMSNorm(dtype=COMPUTE)(x)
+        query, key = rotated(project(h, self.heads)), rotated(project(h, self.key_heads))
+        value = project(h, self.key_heads)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + dense(dim)(mixed.reshape(x.shape))
+        h = nn.RMSNorm(dtype=COMPUTE)(x)
+        gate = nn.silu(dense(self.hidden)(h))
+        return x + dense(dim)(gate * dense(self.hidden)(h))
+
+
+def dense(features: int) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=COMPUTE)
+
+
+def rotated(x: jax.Array) -> jax.Array:
+    """Turns pairs of features [..., T, heads, size] by angles that grow with the position."""
+    length, _, size = x.shape[-3:]
+    speeds = 1e4 ** (-jnp.arange(0, size, 2) / size)
+    angles = (jnp.arange(length)[:, None] * speeds)[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class Llama(nn.Module):
+    """Llama-like model, its block scanned over the layers and rematerialised."""
+
+    vocabulary: int
+    dim: int
+    layers: int
+    heads: int
+    key_heads: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = nn.Embed(self.vocabulary, self.dim, dtype=COMPUTE)(tokens)
+        block = nn.remat(LlamaBlock, prevent_cse=False)
+        x = scanned(block(self.heads, self.key_heads, self.hidden), x, self.layers)
+        logits = dense(self.vocabulary)(nn.RMSNorm(dtype=COMPUTE)(x))
+        return logits.astype(jnp.float32)
+
+
+def scanned(block: nn.Module, x: jax.Array, layers: int) -> jax.Array:
+    """Applies a block so many times, each with parameters of its own."""
+    scan = nn.scan(
+        lambda block, x, _: (block(x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=layers,
+    )
+    return scan(block, x, None)[0]
+
+
 class GPT2(nn.Module):
     """GPT-2, with the table of the tokens for the logits as well.
 
@@ -163,14 +300,8 @@ class GPT2(nn.Module):
             for _ in range(self.layers):
                 x = Block(self.heads, causal=True)(x)
             return x
-        scan = nn.scan(
-            lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.layers,
-        )
         block = nn.remat(Block, prevent_cse=False)
-        return scan(block(self.heads, causal=True), x, None)[0]
+        return scanned(block(self.heads, causal=True), x, self.layers)
 
 
 # Models
@@ -202,3 +333,34 @@ def gpt2(size: Size = "full", *, scanned: bool = False) -> Model:
     network = GPT2(vocabulary, length, dim, layers, heads, scanned)
     name = "GPT-2, scanned" if scanned else "GPT-2"
     return language_model(name, network, vocabulary, length, n)
+
+
+def resnet50(size: Size = "full") -> Model:
+    channels, blocks, side, n = {
+        "tiny": (4, (1, 1), 32, 4),
+        "small": (16, (1, 1, 1, 1), 96, 8),
+        "full": (64, (3, 4, 6, 3), 224, 32),
+    }[size]
+    return classifier("ResNet-50", ResNet(1000, channels, blocks), (side, side, 3), 1000, n)
+
+
+def bert_base(size: Size = "full") -> Model:
+    """BERT-base, its vocabulary filled up; it learns the next token, which costs the same."""
+    vocabulary, length, dim, layers, heads, n = {
+        "tiny": (50, 8, 16, 2, 2, 4),
+        "small": (8192, 64, 256, 4, 4, 16),
+        "full": (30_592, 128, 768, 12, 12, 32),
+    }[size]
+    network = Bert(vocabulary, length, dim, layers, heads)
+    return language_model("BERT-base", network, vocabulary, length, n)
+
+
+def llama_1b(size: Size = "full") -> Model:
+    """Llama-like model of 1.1 billion parameters."""
+    vocabulary, length, dim, layers, heads, key_heads, hidden, n = {
+        "tiny": (50, 8, 16, 2, 4, 2, 32, 4),
+        "small": (8192, 128, 256, 4, 4, 2, 688, 8),
+        "full": (32_000, 2048, 2048, 22, 32, 4, 5632, 4),
+    }[size]
+    network = Llama(vocabulary, dim, layers, heads, key_heads, hidden)
+    return language_model("Llama-1B", network, vocabulary, length, n)

@@ -11,10 +11,10 @@ from benchmarks import many_runs, on_gpu, on_gpu_engine, on_gpu_training, real_m
 from benchmarks.on_gpu_engine import Job, zoo_model
 from benchmarks.on_gpu_results import results_of_this_card
 
-JOBS = (
+JOBS = [
     Job("time", "mlp", zoo_model("mlp", 512), ("two_pass", "vmap")),
     Job("error", "mlp", zoo_model("mlp", 512)),
-)
+]
 
 
 class Net(nn.Module):
@@ -34,8 +34,7 @@ def results(tmp_path):
 
 
 def test_engine_writes_what_it_measures_and_measures_it_once(results, monkeypatch, capsys):
-    monkeypatch.setattr(on_gpu_engine, "JOBS", JOBS)
-    on_gpu_engine.measure_all(results, (), "tiny", 2, float("inf"))
+    on_gpu_engine.measure_all(results, JOBS, "tiny", 2, float("inf"))
     timed, compared = results.rows()
     assert list(timed["modes"]) == ["plain", "one_pass", "one_pass, propagate"]
     for own in timed["modes"].values():
@@ -47,13 +46,20 @@ def test_engine_writes_what_it_measures_and_measures_it_once(results, monkeypatc
     assert compared["errors"]["one_pass"]["median"] <= compared["errors"]["one_pass"]["largest"]
     assert {"device", "driver", "jax", "xla_platform"} <= timed["machine"].keys()
     monkeypatch.setattr(on_gpu_engine, "measure", lambda *_: pytest.fail("measured again"))
-    on_gpu_engine.measure_all(results, (), "tiny", 2, float("inf"))
-    on_gpu_engine.measure_all(results, (), "full", 2, end=0.0)  # too late for anything
+    on_gpu_engine.measure_all(results, JOBS, "tiny", 2, float("inf"))
+    on_gpu_engine.measure_all(results, JOBS, "full", 2, end=0.0)  # too late for anything
     capsys.readouterr()
     on_gpu.main(out=results.path.parent, report=True)
     printed = capsys.readouterr().out
     assert "| mlp (zoo) | 4 | one_pass, propagate |" in printed
     assert "| mlp (zoo) | 4 | vmap(grad) |" in printed
+
+
+def test_stacked_gradients_are_left_out_where_they_take_long_unless_asked_for():
+    jobs = {(job.what, job.name): job for job in on_gpu_engine.jobs_of((), ("vit_b16",))}
+    assert jobs["time", "gpt2"].leaves_out == ("vmap",)
+    assert jobs["time", "vit_b16"].leaves_out == ()
+    assert [job.what for job in on_gpu_engine.jobs_of(("alexnet",), ())] == ["time", "error"]
 
 
 def test_a_mode_without_memory_is_left_out_and_a_needed_one_is_not(monkeypatch):
@@ -119,6 +125,9 @@ def test_data_is_whatever_parts_a_folder_has(tmp_path):
         (real_models.vit_b16(), 86.6),
         (real_models.gpt2(), 124.5),
         (real_models.gpt2(scanned=True), 124.5),
+        (real_models.resnet50(), 25.56),
+        (real_models.bert_base(), 109.2),
+        (real_models.llama_1b(), 1100.0),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -130,6 +139,23 @@ def test_real_models_have_their_size_and_losses_one_value_an_example(model, mill
     assert {array.shape[0] for array in batch} == {model.n}
     losses = jax.eval_shape(jax.vmap(model.loss, (None, *[0] * len(batch))), params, *batch)
     assert (losses.shape, losses.dtype) == ((model.n,), np.dtype("float32"))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
+def test_full_size_is_not_begun_on_a_cpu(tmp_path):
+    with pytest.raises(SystemExit, match="no GPU"):
+        on_gpu.main(out=tmp_path)
+
+
+def test_a_job_that_fails_costs_the_others_nothing(results, monkeypatch):
+    def fail_first(job, *_):
+        if job.what == "time":
+            raise ValueError("no such kernel")
+        return {"what": job.what, "name": job.name, "size": "tiny"}
+
+    monkeypatch.setattr(on_gpu_engine, "measure", fail_first)
+    on_gpu_engine.measure_all(results, JOBS, "tiny", 2, float("inf"))
+    assert [row["what"] for row in results.rows()] == ["error"]
 
 
 def test_results_are_valid_json(results):
