@@ -1,0 +1,85 @@
+"""Makes cases of modules, framework by framework.
+
+A framework is imported where it is used, since a library's environment has its own alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.third_party.common import NUM_SAMPLES, Case
+
+KEY = jax.random.key(0)
+
+
+def normal(*shape: int, seed: int = 1) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (NUM_SAMPLES, *shape))
+
+
+def tokens(length: int, vocabulary: int, seed: int = 1) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (NUM_SAMPLES, length), 1, vocabulary)
+
+
+def squared(outputs: Any) -> jax.Array:
+    """A loss of whatever a model returns."""
+    return sum((jnp.square(leaf - 1).sum() for leaf in jax.tree.leaves(outputs)), jnp.zeros(()))
+
+
+def next_token(logits: jax.Array, words: jax.Array) -> jax.Array:
+    logs = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(logs[:-1], words[1:, None], axis=-1).mean()
+
+
+def first(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(jax.tree.map(lambda leaf: leaf[0], argument) for argument in batch)
+
+
+def of_linen(module: Any, *batch: Any, call: Callable[..., Any] | None = None) -> Case:
+    """What a Flax module returns, squared; what is no parameter is held."""
+    call = call or (lambda variables, *example: squared(module.apply(variables, *example)))
+    variables = dict(jax.jit(module.init)(KEY, *first(batch)))
+    params = variables.pop("params")
+    return Case(
+        lambda params, *example: call({"params": params} | variables, *example), params, batch
+    )
+
+
+def of_nnx(module: Any, *batch: Any, call: Callable[..., Any]) -> Case:
+    """What is called on an NNX module, whose parameters alone are learnt."""
+    from flax import nnx
+
+    graph, params, others = nnx.split(module, nnx.Param, ...)
+
+    def loss(params: Any, *example: Any) -> jax.Array:
+        return call(nnx.merge(graph, params, jax.tree.map(jnp.asarray, others)), *example)
+
+    return Case(loss, params, batch)
+
+
+def of_haiku(function: Callable[..., Any], *batch: Any) -> Case:
+    """What a function over Haiku's modules returns, squared; its state, if any, is held."""
+    import haiku as hk
+
+    net = hk.transform_with_state(function)
+    params, state = jax.jit(net.init)(KEY, *first(batch))
+
+    def call(params, *example):
+        return squared(net.apply(params, state, KEY, *example)[0])
+
+    return Case(call, params, batch)
+
+
+def of_equinox(module: Any, *batch: Any, call: Callable[..., Any], spread: float = 0.1) -> Case:
+    """What is called on an Equinox module, whose floating-point arrays are learnt."""
+    import equinox as eqx
+
+    params, static = eqx.partition(module, eqx.is_inexact_array)
+
+    def run(params, *example):
+        return call(eqx.combine(params, static), *example)
+
+    return Case(run, params, batch, spread=spread)

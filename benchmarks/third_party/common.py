@@ -1,0 +1,39 @@
+"""What a model of another library is to this benchmark, in its worker and in its report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+Dtype = Literal["float64", "float32"]
+Mode = Literal["one_pass", "two_pass"]
+# Largest relative error that rounding explains.
+LIMITS: dict[Dtype, float] = {"float64": 1e-9, "float32": 1e-3}
+MODES: tuple[Mode, ...] = ("one_pass", "two_pass")
+NUM_SAMPLES = 4  # so that the median of the norms clips exactly half of them
+
+
+class Case(NamedTuple):
+    """A loss of one example, with all that it is called with.
+
+    Attributes:
+      loss: `loss(params, *example)`.
+      params: initial parameters.
+      batch: the arguments after `params`, of NUM_SAMPLES samples.
+      in_axes: where each argument of `batch` has its samples.
+      spread: of the noise that is added to the parameters, since gradients vanish, or agree, where
+        a library starts from zeros. 0 where parameters must stay what they are.
+    """
+
+    loss: Callable[..., Any]
+    params: Any
+    batch: tuple[Any, ...]
+    in_axes: Any = 0
+    spread: float = 0.1
+
+
+class Model(NamedTuple):
+    """How a case is built, and the dtype in which the library can compute it."""
+
+    build: Callable[[], Case]
+    dtype: Dtype = "float64"

@@ -1,0 +1,121 @@
+"""Holds the engine against vmap(grad) on one model."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import psclip_optax as psc
+from benchmarks.third_party.common import LIMITS, MODES, Case, Dtype, Mode, Model
+from tests.numerics import clipped_mean, enable_x64
+
+# A leaf whose gradient vanishes but for rounding is held against this share of the largest entry of
+# all leaves, and a sample's norm likewise.
+FLOOR = 1e-3
+
+
+def compare(model: Model) -> dict[str, Any]:
+    """What is found on a model; where something raises, at which stage and what it says."""
+    row: dict[str, Any] = {"dtype": model.dtype}
+    stage = "build"
+    try:
+        with enable_x64(model.dtype == "float64"):
+            case = prepared(model.build(), model.dtype)
+            leaves = jax.tree.leaves(case.params)
+            row |= {"parameters": sum(leaf.size for leaf in leaves), "leaves": len(leaves)}
+            stage = "vmap(grad)"
+            stacked, norms = reference(case)
+            threshold = float(np.median(norms))
+            expected = clipped_mean(stacked, np.full(len(norms), threshold))
+            stage = "explain"
+            row |= {"threshold": threshold, "share_of_routes": share_of_routes(case)}
+            row["errors"] = {}
+            for mode in MODES:
+                stage = mode
+                grads, found = clipped(case, threshold, mode)
+                row["errors"][mode] = {
+                    "norms": error_of_norms(found, norms),
+                    "gradients": error_of_gradients(grads, expected),
+                }
+    except Exception as error:  # whatever a library or the engine raises is a result
+        return row | {"outcome": "failed", "stage": stage, "message": last_words(error)}
+    errors = [error for of_mode in row["errors"].values() for error in of_mode.values()]
+    return row | {"outcome": "ok" if np.max(errors) <= LIMITS[model.dtype] else "wrong"}
+
+
+def last_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def prepared(case: Case, dtype: Dtype) -> Case:
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf: Any) -> jax.Array:
+        noise = case.spread * rng.normal(size=np.shape(leaf))
+        return jnp.asarray(np.asarray(leaf, np.float64) + noise, dtype)
+
+    params = jax.tree.map(drawn, case.params)
+    return case._replace(
+        params=params, batch=jax.tree.map(lambda leaf: cast(leaf, dtype), case.batch)
+    )
+
+
+def cast(leaf: Any, dtype: Dtype) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles in about half the time, for what runs once."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def reference(case: Case) -> tuple[Any, np.ndarray]:
+    axes = case.in_axes if isinstance(case.in_axes, tuple) else (case.in_axes,) * len(case.batch)
+    stacked = compiled(jax.vmap(jax.grad(case.loss), (None, *axes)))(case.params, *case.batch)
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(stacked)]
+    norms = np.sqrt(sum(np.square(leaf.reshape(len(leaf), -1)).sum(1) for leaf in leaves))
+    if not (np.isfinite(norms).all() and norms.any()):
+        raise ValueError(f"the norms of vmap(grad) are {norms}")
+    return stacked, norms
+
+
+def clipped(case: Case, threshold: float, mode: Mode) -> tuple[Any, Any]:
+    """Gradients and norms in a mode."""
+    function = psc.clipped_value_and_grad(
+        case.loss, threshold, in_axes=case.in_axes, mode=mode, return_stats=True
+    )
+    _, grads, stats = compiled(function)(case.params, *case.batch)
+    return grads, stats.norms
+
+
+def share_of_routes(case: Case) -> dict[str, float]:
+    """Which share of the parameters takes which route."""
+    function: Any = psc.clipped_value_and_grad(case.loss, 1.0, in_axes=case.in_axes)
+    sizes: collections.Counter[str] = collections.Counter()
+    plan = function.explain(case.params, *case.batch)
+    for row, leaf in zip(plan.rows, jax.tree.leaves(case.params), strict=True):
+        sizes[row.route] += leaf.size
+    return {route: size / sizes.total() for route, size in sizes.most_common()}
+
+
+def error_of_norms(found: Any, norms: np.ndarray) -> float:
+    scales = np.maximum(norms, FLOOR * norms.max())
+    return float(np.max(np.abs(np.asarray(found) - norms) / scales))
+
+
+def error_of_gradients(grads: Any, expected: Any) -> float:
+    """Largest over the leaves of the error relative to the leaf's largest entry; NaN if any is."""
+    wanted = jax.tree.leaves(expected)
+    largest = np.array([np.abs(leaf).max(initial=0) for leaf in wanted])
+    errors = [
+        np.abs(np.asarray(leaf) - want).max(initial=0)
+        for leaf, want in zip(jax.tree.leaves(grads), wanted, strict=True)
+    ]
+    return float(np.max(np.array(errors) / np.maximum(largest, FLOOR * largest.max())))
