@@ -24,6 +24,7 @@ from benchmarks import (
     tuned,
 )
 from benchmarks.stacked_traffic import describe
+from benchmarks.third_party import report as third_party
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEAD = """# What the benchmarks found
@@ -40,11 +41,15 @@ class Section(NamedTuple):
       name: of the benchmark, and of its JSON file and figure.
       title: a question.
       body: result → Markdown.
+      command: where it is not `python -m benchmarks.NAME`.
+      has_figure: whether there is a figure.
     """
 
     name: str
     title: str
     body: Any
+    command: str | None = None
+    has_figure: bool = True
 
 
 def estimator(result: dict[str, Any]) -> str:
@@ -188,6 +193,23 @@ difference to no clipping, paired by seed. The share is of the samples of the la
 {threshold_sweep.to_markdown(result)}"""
 
 
+def other_libraries(result: dict[str, Any]) -> str:
+    found = result["summary"]
+    outcomes, errors = found["outcomes"], found["largest_error"]
+    failed = outcomes.get("failed", 0)
+    return f"""{found["models"]} tiny models of {found["libraries"]} libraries, each library in an
+environment of its own with the newest JAX that it admits, if no reason is given below. The
+threshold is the median of the norms, so that half of the samples are clipped. Errors are the larger
+of the modes "one_pass" and "two_pass", against `vmap(grad)` in the same dtype: of the samples'
+norms, and of the clipped mean relative to the largest entry of each leaf. Routes are shares of the
+parameters. float32 stands where a library computes in it whatever it is given.
+
+- {outcomes.get("ok", 0)} agree, to {errors["float64"]:.0e} in float64 and {errors["float32"]:.0e}
+  in float32; {outcomes.get("wrong", 0)} are wrong, {failed} raise.
+{third_party.exceptions(result["libraries"])}
+{third_party.to_markdown(result["libraries"])}"""
+
+
 SECTIONS = (
     Section("estimator_error", "Does the clipped mean's error fall as the theory says?", estimator),
     Section("convergence_rate", "Does PS-Clip-SGD converge at the optimal rate?", convergence),
@@ -199,6 +221,13 @@ SECTIONS = (
         "Clip micro-batches before they are accumulated, after, or not at all?",
         accumulation,
     ),
+    Section(
+        "third_party",
+        "Does the engine agree with vmap(grad) on the models of other libraries?",
+        other_libraries,
+        command=".ci/third_party",
+        has_figure=False,
+    ),
 )
 
 
@@ -208,13 +237,13 @@ def page() -> str:
 
 def rendered(section: Section) -> str:
     result = json.loads((RESULTS / f"{section.name}.json").read_text())
+    command = section.command or f"python -m benchmarks.{section.name}"
+    figure = f"![Figure of benchmarks.{section.name}]({section.name}.png)\n\n"
     return f"""## {section.title}
 
-`python -m benchmarks.{section.name}`; {describe(result["machine"])}.
+`{command}`; {describe(result["machine"])}.
 
-![Figure of benchmarks.{section.name}]({section.name}.png)
-
-{section.body(result).strip()}
+{figure if section.has_figure else ""}{section.body(result).strip()}
 """
 
 

@@ -32,15 +32,18 @@ LIBRARIES = (
         ("transformers==4.55.*", "flax", "jax==0.7.*", "jaxlib==0.7.*"),
         "its T5 calls jnp.clip as JAX < 0.8 had it",
     ),
+    Library("diffusers", ("diffusers==0.32.*", "transformers==4.55.*", "flax"), NO_FLAX),
     Library("flax", ("flax",)),
     Library("equinox", ("equinox",)),
     Library("dm_haiku", ("dm-haiku",)),
     Library("keras", ("keras",)),
+    Library("equimo", ("equimo",)),
     Library("diffrax", ("diffrax",)),
     Library("optimistix", ("optimistix",)),
     Library("jaxopt", ("jaxopt",)),
     Library("numpyro", ("numpyro",)),
     Library("tinygp", ("tinygp",)),
+    Library("gpjax", ("gpjax",)),
     Library("netket", ("netket",)),
     Library("jraph", ("jraph", "dm-haiku")),
     Library("e3nn_jax", ("e3nn-jax", "flax")),
@@ -57,6 +60,13 @@ LIBRARIES = (
     Library("brax", ("brax",)),
     Library("e3x", ("e3x",)),
     Library("qwix", ("qwix",)),
+    Library("jax_md", ("jax-md",)),
     Library("pennylane", ("pennylane",)),
     Library("rax", ("rax",)),
 )
+# With Python 3.11 and JAX >= 0.7.
+NOT_TRIED = {
+    "efax": "what Python 3.11 may install needs Python 3.12 to import",
+    "recurrentgemma": "it imports what JAX has removed",
+    "discretax": "it needs Python 3.12",
+}

@@ -6,6 +6,7 @@ import collections
 from typing import Any
 
 from benchmarks.third_party.common import MODES
+from benchmarks.third_party.libraries import NOT_TRIED
 
 HEAD = """| library | JAX | model | parameters | routes | dtype | norms | gradients | |
 |---|---|---|---|---|---|---|---|---|
@@ -43,6 +44,19 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
         if "failed" in record
     ]
     return HEAD + "\n".join(lines) + "\n"
+
+
+def exceptions(records: list[dict[str, Any]]) -> str:
+    """A bullet for each library that is not the newest, and for each that cannot be had."""
+    older = [
+        f"- {record['library']} {record['version']} with JAX {record['jax']}: {record['why']}.\n"
+        for record in records
+        if "why" in record and "version" in record
+    ]
+    absent = [
+        f"- {library} is not among them: {reason}.\n" for library, reason in NOT_TRIED.items()
+    ]
+    return "".join([*older, *absent])
 
 
 def line_of(record: dict[str, Any], row: dict[str, Any]) -> str:
