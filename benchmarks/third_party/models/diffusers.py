@@ -44,6 +44,7 @@ def encoded() -> Case:
         latent_channels=2,
         norm_num_groups=2,
         sample_size=8,
+        dtype=jnp.float64,
     )
 
     def loss(params: Any, image: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from benchmarks.third_party.common import Case, Model
 
 
 def set_dtype() -> None:
-    keras.config.set_floatx("float64" if jax.config.read("jax_enable_x64") else "float32")
+    keras.config.set_floatx(str(jnp.zeros(()).dtype))
 
 
 def of_keras(inputs: Any, outputs: Any, batch: jax.Array) -> Case:
