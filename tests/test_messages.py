@@ -1059,10 +1059,11 @@ ROWS = [
     Row(
         lambda: step(tx=optax.sgd(0.1)),
         ValueError,
-        'gradients="per_sample" gives the optimizer stacked gradients [n, …], which one '
-        "per_sample_clip clips and averages; its state holds 0 PerSampleClipState. Write "
-        "optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
-        'psclip_optax.ps_clip_sgd(…), or gradients="mean" for any other optimizer',
+        'gradients="per_sample", which is meant where no threshold is given, has stacked '
+        "gradients [n, …] for one per_sample_clip in the optimizer, whose state holds 0 "
+        "PerSampleClipState. For any optimizer pass threshold=… to the step; or write "
+        "optax.chain(psclip_optax.per_sample_clip(threshold), …) or psclip_optax.ps_clip_sgd(…), "
+        'or gradients="mean", which clips nothing',
     ),
     Row(
         lambda: step(gradients="mean"),
