@@ -273,11 +273,33 @@ def _versions() -> list[Finding]:
     ]
 
 
-def _devices() -> list[Finding]:
+def why_no_device() -> str | None:
+    """Why JAX has nothing to compute on.
+
+    Returns:
+      One line; None where it has.
+
+    Examples:
+      >>> why_no_device()
+    """
     try:
-        devices = jax.devices()
+        jax.devices()
     except RuntimeError as error:
-        return [Finding("wrong", f"JAX finds no device: {' '.join(str(error).split())}")]
+        return f"JAX finds no device: {' '.join(str(error).split())}"
+    except AssertionError:  # all that JAX says of a platform whose plugin is not installed
+        platforms = getattr(jax.config, "jax_platforms", None)
+        return (
+            f"JAX finds no device: expected one of {platforms}, which this "
+            "installation of JAX has no plugin for; install it, or unset JAX_PLATFORMS"
+        )
+    return None
+
+
+def _devices() -> list[Finding]:
+    reason = why_no_device()
+    if reason is not None:
+        return [Finding("wrong", reason)]
+    devices = jax.devices()
     findings = [
         Finding("info", f"device {_name(device)}: {device.device_kind}, {_memory(device)}")
         for device in devices

@@ -83,6 +83,16 @@ def test_no_device_ends_the_look(monkeypatch: pytest.MonkeyPatch):
     assert last == Finding("wrong", "JAX finds no device: Unable to initialize backend 'cuda'")
 
 
+def test_a_platform_without_its_plugin_ends_the_look_too(monkeypatch: pytest.MonkeyPatch):
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", fail)
+    last = diagnose(DoctorConfig())[-1]
+    assert last.verdict == "wrong"
+    assert "this installation of JAX has no plugin for; install it, or unset" in last.text
+
+
 @pytest.mark.parametrize(
     ("version", "verdict", "text"),
     [
