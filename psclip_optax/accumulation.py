@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,9 @@ from psclip_optax.arrays import described, dtype_of, float_leaves
 from psclip_optax.thresholds import Threshold, as_threshold, concrete, thresholds_at
 from psclip_optax.transforms import clipped_alone
 
+# As jnp.float32, which is callable too: optax.inject_hyperparams would take it for a schedule.
+_FLOAT32 = jnp.dtype("float32")
+
 
 def accumulate_clipped(
     inner: optax.GradientTransformation,
@@ -24,7 +26,7 @@ def accumulate_clipped(
     *,
     use_grad_mean: bool = True,
     should_skip_update_fn: Any = None,
-    accumulator_dtype: Any = jnp.float32,
+    accumulator_dtype: Any = _FLOAT32,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulate gradients of micro-batches, each clipped before it is added.
 
@@ -34,6 +36,11 @@ def accumulate_clipped(
     $$g = \frac1K \sum_{k=1}^K \min(1, \tau_k / \|\bar g_k\|) \, \bar g_k$$
 
     k restarts at 1 with each window. A micro-batch that is skipped is not counted.
+
+    `optax.inject_hyperparams(psc.accumulate_clipped)(inner, every_k_schedule, threshold)` takes a
+    number, or a schedule over calls, as the threshold. What is callable and no schedule over calls
+    has its name among `static_args`: another threshold, `every_k_schedule`,
+    `should_skip_update_fn`, and an `accumulator_dtype` such as `jnp.bfloat16`.
 
     Args:
       inner: what takes the accumulated gradient: any Optax optimizer.
@@ -94,6 +101,14 @@ def accumulate_clipped(
     def init(params: optax.Params) -> optax.MultiStepsState:
         return steps(should_skip_update_fn).init(params)
 
+    def clip_at_step(leaves: list[jax.Array], state: optax.MultiStepsState) -> list[jax.Array]:
+        if not leaves:  # nothing to clip, as nothing to optimize
+            return leaves
+        position = jnp.asarray(state.mini_step, jnp.int32).reshape(1) + 1
+        taus = thresholds_at(threshold, position, stacks.norm_dtype(leaves))
+        clipped, *_ = clipped_alone(leaves, taus)
+        return clipped
+
     def update(
         grads: optax.Updates,
         state: optax.MultiStepsState,
@@ -102,11 +117,8 @@ def accumulate_clipped(
     ) -> tuple[optax.Updates, optax.MultiStepsState]:
         _check_state(state)
         leaves = _checked_leaves(grads, state.acc_grads)
-        dtype = stacks.norm_dtype(leaves)
-        position = jnp.asarray(state.mini_step, jnp.int32).reshape(1) + 1
-        clipped, *_ = clipped_alone(leaves, thresholds_at(threshold, position, dtype))
         should_skip = should_skip_update_fn and _seeing(grads, should_skip_update_fn)
-        clipped = jax.tree.unflatten(jax.tree.structure(grads), clipped)
+        clipped = jax.tree.unflatten(jax.tree.structure(grads), clip_at_step(leaves, state))
         return steps(should_skip).update(clipped, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the first argument has its own name)
@@ -134,14 +146,19 @@ def _check_inner(inner: Any) -> None:
 def _checked_schedule(every_k_schedule: Any) -> Any:
     if not callable(every_k_schedule):
         _check_window(every_k_schedule)
-        return operator.index(every_k_schedule)
+        return lambda step: _as_window(every_k_schedule)
 
     def schedule(step: Any) -> Any:
         window = every_k_schedule(step)
         _check_window(window, f" from {every_k_schedule!r}")
-        return window
+        return _as_window(window)
 
     return schedule
+
+
+def _as_window(window: Any) -> jax.Array:
+    """In the dtype of the counts of optax.MultiSteps; traced under optax.inject_hyperparams."""
+    return jnp.asarray(window).astype(jnp.int32)
 
 
 def _check_window(window: Any, source: str = "") -> None:
@@ -167,6 +184,11 @@ def _check_options(should_skip_update_fn: Any, accumulator_dtype: Any) -> None:
             "should_skip_update_fn is None or a function such as optax.skip_not_finite, got "
             f"{should_skip_update_fn!r}"
         )
+    if isinstance(accumulator_dtype, jax.Array):
+        raise TypeError(
+            "accumulator_dtype is a dtype, got an array, as optax.inject_hyperparams makes of "
+            "jnp.bfloat16 and all that is callable; add static_args=('accumulator_dtype',)"
+        )
     try:
         is_float = jnp.issubdtype(jnp.dtype(accumulator_dtype), jnp.floating)
     except TypeError:
@@ -189,9 +211,9 @@ def _check_state(state: Any) -> None:
 
 def _checked_leaves(grads: optax.Updates, accumulated: optax.Updates) -> list[jax.Array]:
     named, treedef = float_leaves("grads", grads), jax.tree.structure(grads)
-    if treedef != jax.tree.structure(accumulated) or not named:
+    if treedef != jax.tree.structure(accumulated):
         raise ValueError(
-            "gradients have the structure of the parameters that init saw, with one leaf at least, "
+            "gradients have the structure of the parameters that init saw, "
             f"{jax.tree.structure(accumulated)}, got {treedef}"
         )
     for (path, leaf), kept in zip(named, jax.tree.leaves(accumulated), strict=True):

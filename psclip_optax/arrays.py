@@ -22,10 +22,19 @@ def dtype_of(value: Any) -> Any:
         return None
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Whether it is a floating-point dtype of under 16 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
 def promoted(*dtypes: Any) -> Any:
-    """What all convert to, also under `jax_numpy_dtype_promotion="strict"`."""
+    """What all convert to, also under `jax_numpy_dtype_promotion="strict"`.
+
+    JAX lets float8 convert to nothing by itself; bfloat16 holds each of its numbers.
+    """
+    wide = [jnp.dtype(jnp.bfloat16) if is_narrow(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes)
+        return functools.reduce(jnp.promote_types, wide)
 
 
 def is_integer(value: Any) -> bool:

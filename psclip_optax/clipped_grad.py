@@ -8,21 +8,36 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from psclip_optax import clipping, meshes, stacks
+from psclip_optax import clipping, meshes, stacks, verification
 from psclip_optax.arrays import is_integer
 from psclip_optax.bookkeeping import microbatches
 from psclip_optax.bookkeeping.calls import Call, axes_of_leaves, take_apart, trace
 from psclip_optax.bookkeeping.explain import Plan, explained, explained_microbatches
+from psclip_optax.bookkeeping.linearity import described_rule
 from psclip_optax.bookkeeping.memory import estimated_bytes
 from psclip_optax.bookkeeping.passes import MODES, Problem, num_slices
 from psclip_optax.bookkeeping.plan import plan_weights
 from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
 from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
 from psclip_optax.clipping import ClipStats, OnNonfinite
-from psclip_optax.thresholds import ConstantThreshold, GrowingThreshold, Threshold, as_threshold
+from psclip_optax.thresholds import (
+    ConstantThreshold,
+    GrowingThreshold,
+    Threshold,
+    as_threshold,
+    concrete,
+    least_norm,
+)
+from psclip_optax.verification import Verification
+
+_VERIFIED_ALONE = (
+    "verify compares one device's samples, but axis_name names mesh axes; verify the same function "
+    "without axis_name, outside of jax.shard_map"
+)
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAt: TypeAlias = Literal["sample", "micro-batch"]
@@ -87,16 +102,20 @@ def clipped_value_and_grad(
         batches is used unchanged.
       microbatch_size: work through the batch in slices of at most this many samples; changes the
         memory, not the result.
-      mode: "one_pass" is the fastest; "two_pass" takes about a plain gradient's memory: by the
-        shapes, one pass over the batch or over two to four slices of it, or, where more slices
-        would be needed (as of many rematerialised layers) or devices may share the batch, one
-        forward pass and two backward;
-        "vmap" stacks gradients, for reference; "auto" is "one_pass" if, by an estimate, it fits
-        into `memory_limit_bytes`, else "two_pass".
+      mode: how the sum is taken, with the same result.
+
+        * "one_pass" is the fastest.
+        * "two_pass" takes about a plain gradient's memory: by the shapes, one pass over the batch
+          or over two to four slices of it. Where more slices would be needed (as of many
+          rematerialised layers), or devices may share the batch, it takes one forward pass and two
+          backward, unless a derivative in the loss is not known to be linear in its cotangent.
+        * "vmap" stacks gradients, for reference. All modes do so for a threshold below 1e-13.
+        * "auto" is "one_pass" if, by an estimate, it fits into `memory_limit_bytes`, else
+          "two_pass".
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
         it; it keeps its position and its share in N. In "one_pass" and "two_pass" so does a sample
-        the square of whose norm leaves its dtype's range (1.8e19 in float32). "propagate" lets it
-        through.
+        whose norm cannot be told from its square: above 1.8e19 in float32, or below 1e-13 under a
+        traced threshold that is as small. "propagate" lets it through.
       axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the batch is sharded:
         positions run on over the devices, and value, gradients and counts are of the whole batch,
         the same on all (`out_specs` of `P()`); norms, scales and aux are of a device's samples
@@ -120,14 +139,18 @@ def clipped_value_and_grad(
       count and are finite. `sample_mask`, bool [n], is False for padding: no position, no weight,
       no share in N. `positions`, int [n], replaces 1, 2, …. `threshold` replaces the one given
       here, for schedules without a recompile. `f.explain(params, *batch)` tells the route that
-      each parameter's gradient takes, what it costs, and why.
+      each parameter's gradient takes, what it costs, and why; it takes `jax.ShapeDtypeStruct`s too.
+      `f.verify(params, *batch, num_samples=4)` holds gradients and norms of the first samples
+      against `jax.vmap(jax.grad(loss))`, in float64 where x64 is on: a table, and `.ok`.
 
     Raises:
       TypeError: the loss is no function or not a real scalar, a parameter is not real
         floating-point, or positions are no integers.
       ValueError: an option is out of range, batch arguments do not have the same number of
-        samples, the loss has effects, or under `jax.shard_map` it varies over a mesh axis over
-        which the parameters do not and `axis_name` is silent.
+        samples, the number of samples is symbolic, the loss has effects (but those of
+        `jax.debug`, which run as under `vmap(grad)`, in "two_pass" maybe twice), or under
+        `jax.shard_map` it varies over a mesh axis over which the parameters do not and
+        `axis_name` is silent.
 
     Warns:
       UserWarning: the loss normalises by statistics over a batch axis of size 1, as batch
@@ -172,16 +195,7 @@ def clipped_value_and_grad(
         params: Any, batch: tuple[Any, ...], sample_mask: Any, positions: Any, rule: Threshold
     ) -> tuple[Any, Any, ClipStats]:
         call = _call(loss, params, batch, settings)
-        samples = _samples(call, rule, sample_mask, positions, settings)
-        problem = _problem(call, settings)
-        result = in_slices(
-            _run(problem, call, sample_mask is not None, settings),
-            samples,
-            settings.microbatch_size,
-            has_convolutions=problem.has_convolutions,
-            consecutive=settings.clip_at == "micro-batch",
-        )
-        return _packed(result, call, samples.counts, settings)
+        return _clipped(call, sample_mask, positions, rule, settings)
 
     def value_and_grad(
         params: Any,
@@ -204,22 +218,38 @@ def clipped_value_and_grad(
 
     def explain(params: Any, *batch: Any, **unknown: Any) -> Plan:
         _check_known(unknown)
+        plans: list[Plan] = []
+
+        def of_values(params: Any, batch: tuple[Any, ...]) -> None:
+            plans.append(_explained(loss, params, batch, default_threshold, settings))
+
+        if _has_shapes_alone((params, batch)):
+            jax.eval_shape(of_values, params, batch)
+        else:
+            of_values(params, batch)
+        return plans[0]
+
+    def verify(params: Any, *batch: Any, num_samples: int = 4, **unknown: Any) -> Verification:
+        _check_known(unknown)
+        _checked_size("num_samples", num_samples)
+        if settings.axis_name is not None:
+            raise ValueError(_VERIFIED_ALONE)
         call = _call(loss, params, batch, settings)
-        problem = _problem(call, settings)
-        num_samples = min(call.num_samples, settings.microbatch_size or call.num_samples)
-        if settings.clip_at == "micro-batch":
-            return explained_microbatches(params, num_samples)
-        mode = _chosen_mode(problem, call, settings)
-        return explained(
-            problem.plans,
-            params,
-            num_samples,
-            problem.dtype,
-            mode=mode,
-            num_slices=num_slices(problem, call.params, num_samples) if mode == "two_pass" else 1,
-        )
+        if not call.num_samples:
+            raise ValueError("verify compares samples, but the batch has none; pass one at least")
+        plan = explain(params, *batch)
+        is_by_sample = settings.clip_at == "sample"
+        own = settings._replace(mode=plan.mode) if is_by_sample else settings
+        together = settings.num_together(call.num_samples)
+
+        def clip(one: Call, rule: Threshold) -> tuple[Any, Any, ClipStats]:
+            value, grads, stats = _clipped(one, None, None, rule, own)
+            return value[0] if settings.has_aux else value, jax.tree.leaves(grads), stats
+
+        return verification.verify(clip, call.first(num_samples * together), together, plan)
 
     value_and_grad.explain = explain  # pyright: ignore[reportFunctionMemberAccess]
+    value_and_grad.verify = verify  # pyright: ignore[reportFunctionMemberAccess]
     return value_and_grad
 
 
@@ -261,7 +291,56 @@ def clipped_grad(
         return results[0] if len(results) == 1 else tuple(results)
 
     grad.explain = value_and_grad.explain  # pyright: ignore[reportFunctionMemberAccess]
+    grad.verify = value_and_grad.verify  # pyright: ignore[reportFunctionMemberAccess]
     return grad
+
+
+def _clipped(
+    call: Call, sample_mask: Any, positions: Any, rule: Threshold, settings: _Settings
+) -> tuple[Any, Any, ClipStats]:
+    samples = _samples(call, rule, sample_mask, positions, settings)
+    problem = _problem(call, settings)
+    result = in_slices(
+        _run(problem, call, rule, samples, sample_mask is not None, settings),
+        samples,
+        settings.microbatch_size,
+        has_convolutions=problem.has_convolutions,
+        consecutive=settings.clip_at == "micro-batch",
+    )
+    return _packed(result, call, samples.counts, settings)
+
+
+def _explained(
+    loss: Any, params: Any, batch: tuple[Any, ...], rule: Threshold, settings: _Settings
+) -> Plan:
+    call = _call(loss, params, batch, settings)
+    problem = _problem(call, settings)
+    num_samples = min(call.num_samples, settings.microbatch_size or call.num_samples)
+    if settings.clip_at == "micro-batch":
+        return explained_microbatches(params, num_samples)
+    taus = least_norm(rule)
+    mode = _chosen_mode(problem, call, taus, settings)
+    is_two_pass = mode == "two_pass"
+    return explained(
+        problem.plans,
+        params,
+        num_samples,
+        problem.dtype,
+        mode=mode,
+        num_slices=num_slices(problem, call.params, num_samples) if is_two_pass else 1,
+        note=_note(problem) if is_two_pass else "",
+    )
+
+
+def _note(problem: Problem) -> str:
+    rule = problem.unproven_rule()
+    if rule is None:
+        return ""
+    return f"one pass over slices, never two passes: the loss passes {described_rule(rule)}"
+
+
+def _has_shapes_alone(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def _call(loss: Any, params: Any, batch: tuple[Any, ...], settings: _Settings) -> Call:
@@ -365,13 +444,20 @@ def _problem(call: Call, settings: _Settings) -> Problem:
 
 
 def _run(
-    problem: Problem, call: Call, is_masked: bool, settings: _Settings
+    problem: Problem,
+    call: Call,
+    rule: Threshold,
+    samples: Samples,
+    is_masked: bool,
+    settings: _Settings,
 ) -> Callable[[Samples], Result]:
     """What gives the result of a slice."""
     if not call.num_samples:  # of none there is a stack, but nothing that enters a site
         return functools.partial(MODES["vmap"], problem, call.params)
     if settings.clip_at == "sample":
-        mode = MODES[_chosen_mode(problem, call, settings)]
+        least = least_norm(rule)
+        taus = concrete(samples.taus) if least is None else least
+        mode = MODES[_chosen_mode(problem, call, taus, settings)]
         return functools.partial(mode, problem, call.params)
     is_padded = is_masked or call.num_samples % settings.num_together(call.num_samples) != 0
     return functools.partial(
@@ -379,7 +465,10 @@ def _run(
     )
 
 
-def _chosen_mode(problem: Problem, call: Call, settings: _Settings) -> str:
+def _chosen_mode(problem: Problem, call: Call, taus: Any, settings: _Settings) -> str:
+    """Choose the mode, for thresholds that are known or None."""
+    if taus is not None and np.any(clipping.is_tiny(taus, problem.dtype)):
+        return "vmap"  # whose norms are scaled before they are squared
     if settings.mode != "auto":
         return settings.mode
     limit = settings.memory_limit_bytes or stacks.bytes_limit(jax.local_devices()[0])

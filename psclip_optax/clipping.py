@@ -167,6 +167,11 @@ def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> Batch
     )
 
 
+def no_figures() -> BatchFigures:
+    """The figures of no sample at all."""
+    return BatchFigures(*(jnp.zeros(()) for _ in BatchFigures._fields))
+
+
 def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
     """The median of the values that count; 0 when there is none."""
     if not values.size:
@@ -182,6 +187,21 @@ def norms_of(squared_norms: jax.Array) -> jax.Array:
     """‖g_k‖, shape [n], with the derivative 0 at 0, where that of `jnp.sqrt` is infinite."""
     is_zero = squared_norms == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared_norms)))
+
+
+def smallest_square(dtype: Any) -> float:
+    """Bound a squared norm below which squares of entries may have vanished from the sum."""
+    return float(jnp.finfo(dtype).tiny) * 2.0**40
+
+
+def is_tiny(taus: Any, dtype: Any) -> Any:
+    """Tell which thresholds are so small that a sum of squares may miss a norm above them."""
+    return (taus > 0) & (taus < smallest_square(dtype) ** 0.5)
+
+
+def may_exceed(norms: jax.Array, taus: jax.Array) -> jax.Array:
+    """Tell where a sum of squares is too small for its norm to be held against a tiny τ, [n]."""
+    return is_tiny(taus, taus.dtype) & (norms < smallest_square(taus.dtype) ** 0.5)
 
 
 def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:

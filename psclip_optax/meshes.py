@@ -63,9 +63,14 @@ def axes_without(array: jax.Array, axis_name: Any) -> tuple[Any, ...]:
     return tuple(name for name in names_of(axis_name) if name not in axes_of(array))
 
 
+def _of_shard_map(axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of the axes of which JAX keeps account: neither vmap's nor those of check_vma=False."""
+    return tuple(name for name in axes if name in axes_of(lax.axis_index(name)))
+
+
 def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
     """The array as each device's own, so that shard_map does not add up its cotangents."""
-    missing = axes_without(leaf, axis_name)
+    missing = _of_shard_map(axes_without(leaf, axis_name))
     if not missing:
         return leaf
     if hasattr(lax, "pcast"):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+from jax import export, lax
 
 from psclip_optax.arrays import described, dtype_of, float_leaves, promoted
 
@@ -46,12 +46,12 @@ def refuse_masked_nodes(tree: Any) -> None:
 
 
 def check_stack(per_sample_grads: Any, sample_axis: int) -> Stack:
-    refuse_masked_nodes(per_sample_grads)
     named = float_leaves("per_sample_grads", per_sample_grads)
     if not named:
         raise ValueError(
-            "per_sample_clip expects a pytree of stacked per-sample gradients, got one without "
-            f"leaves: {per_sample_grads!r}"
+            "per_sample_clip expects a stack of gradients for each parameter, got a tree without "
+            f"leaves, {per_sample_grads!r}; pass what jax.vmap(jax.grad(loss), …) gives of the "
+            "parameters"
         )
     for path, leaf in named:
         _check_has_axis(path, leaf, sample_axis)
@@ -96,6 +96,8 @@ def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> No
 
 def warn_if_beyond_memory(stack: Stack) -> None:
     """Before the allocator fails: of a stack that is traced nothing is there yet."""
+    if any(export.is_symbolic_dim(size) for leaf in stack.leaves for size in leaf.shape):
+        return  # jax.export leaves it open
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in stack.leaves)
     memory = _memory_of_devices()
     if memory is not None and size > memory:

@@ -57,7 +57,7 @@ _SCALAR_POSITION = (
     "was called with a scalar. `optax.inject_hyperparams` does this to any callable, taking it "
     "for a schedule over steps: to schedule the numbers in a threshold, write "
     "`optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`, or pass a "
-    "number or a schedule as `threshold`"
+    "number or a schedule as `threshold`; to keep it as it is, add static_args=('threshold',)"
 )
 
 
@@ -245,6 +245,13 @@ def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
             "a threshold is a number or a callable from positions [n] to norms [n], got "
             f"{threshold!r}{has_one if hasattr(threshold, 'threshold') else ''}"
         ) from None
+
+
+def least_norm(threshold: Threshold) -> np.ndarray | None:
+    """Tell the smallest τ that a threshold gives at any position; None where it is not known."""
+    if isinstance(threshold, ConstantThreshold):
+        return concrete(threshold.value)
+    return concrete(threshold.alpha) if isinstance(threshold, GrowingThreshold) else None
 
 
 def thresholds_at(threshold: Threshold, positions: jax.Array, dtype: Any) -> jax.Array:

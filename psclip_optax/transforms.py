@@ -32,7 +32,7 @@ class PerSampleClipState(NamedTuple):
     Norms and the mean scale are over the samples that count and are finite; 0 when there is none.
 
     Attributes:
-      count: int32, updates so far.
+      num_updates: int32, updates so far.
       num_samples: int32, N, the samples that count: those not masked.
       num_clipped: int32, the samples scaled by γ_k < 1.
       num_nonfinite: int32, the samples that count and are not finite.
@@ -42,7 +42,7 @@ class PerSampleClipState(NamedTuple):
       threshold_state: the state of an adaptive threshold, for the next batch; () of any other.
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (Optax's own name for it)
+    num_updates: jax.Array  # not `count`, which in a chain is Adam's own
     num_samples: jax.Array
     num_clipped: jax.Array
     num_nonfinite: jax.Array
@@ -100,30 +100,28 @@ class _OwnScales(NamedTuple):
 
 def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _OwnScales:
     huge = 2.0 ** (jnp.finfo(squared_norms.dtype).maxexp * 25 // 32)
-    too_large, too_small = ~jnp.isfinite(squared_norms), squared_norms < _smallest(squared_norms)
+    too_large = ~jnp.isfinite(squared_norms)
+    too_small = squared_norms < clipping.smallest_square(taus.dtype)
     # The factors depend on the data: XLA would take constant ones out of the square, in vain.
     factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
     squares = stacks.scaled_squared_norms(stack, factors)
-    norms, units = clipping.norms_of(squares), 1 / factors
-    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows.
-    limits = taus / jnp.where(norms > 0, norms, 1)
+    norms, units, finite = clipping.norms_of(squares), 1 / factors, jnp.isfinite(squares)
+    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows. A norm
+    # of ∞ has no limit: at τ = ∞ its ratio would be NaN, and so would 0 times that.
+    has_limit = (norms > 0) & finite
+    limits = taus / jnp.where(has_limit, norms, 1)
     return _OwnScales(
         factors=factors,
-        weights=jnp.where(norms > 0, jnp.minimum(units, limits), units),
+        weights=jnp.where(has_limit, jnp.minimum(units, limits), units),
         norms=norms * units,
-        scales=jnp.where(norms > 0, jnp.minimum(1, limits / units), 1),
-        finite=jnp.isfinite(squares),
+        scales=jnp.where(has_limit, jnp.minimum(1, limits / units), 1),
+        finite=finite,
     )
-
-
-def _smallest(squared_norms: jax.Array) -> float:
-    """Below this, squares of entries may have vanished from a sum of squares."""
-    return float(jnp.finfo(squared_norms.dtype).tiny) * 2.0**40
 
 
 def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
     """Whether some squared norm overflowed, is not finite, or is too small to be compared."""
-    smallest = _smallest(squared_norms)
+    smallest = clipping.smallest_square(taus.dtype)
     too_small = (squared_norms < smallest) & (taus < smallest**0.5)
     return clipping.any_of(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
 
@@ -184,9 +182,9 @@ def clipped_alone(
 def _next_state(
     state: PerSampleClipState, figures: BatchFigures, threshold_state: Any
 ) -> PerSampleClipState:
-    count = jnp.asarray(optax.safe_increment(state.count))
+    num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
     cast = [new.astype(old.dtype) for new, old in zip(figures, state[1:-1], strict=True)]
-    return PerSampleClipState(count, *cast, threshold_state=threshold_state)
+    return PerSampleClipState(num_updates, *cast, threshold_state=threshold_state)
 
 
 def _check_sample_axis(sample_axis: Any) -> int:
@@ -256,15 +254,16 @@ def per_sample_clip(
         permutation when batches come sorted.
 
       It returns the mean without the sample axis, in the leaves' dtypes, and a
-      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros.
+      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros, and a tree without
+      leaves one without leaves.
 
     Raises:
       TypeError: a leaf is not real floating-point, the threshold is neither a number nor a
         callable, or the state is another one's.
       ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
-        leaves, shapes do not fit the parameters, mask or positions are not of shape [n], the
-        stack is summed over the devices of `axis_name`, or the transformation is wrapped in
-        `optax.masked`, `optax.MultiSteps` or the like.
+        leaves but there are parameters, shapes do not fit the parameters, mask or positions are not
+        of shape [n], the stack is summed over the devices of `axis_name`, or the transformation is
+        wrapped in `optax.masked`, `optax.MultiSteps` or the like.
 
     Warns:
       UserWarning: the stack takes more memory than the devices have; while it is traced.
@@ -328,6 +327,10 @@ def per_sample_clip(
         threshold: Threshold,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         meshes.check_axis_name(axis_name)
+        stacks.refuse_masked_nodes(per_sample_grads)
+        if not jax.tree.leaves((per_sample_grads, params)):
+            figures = clipping.no_figures()
+            return per_sample_grads, _next_state(state, figures, state.threshold_state)
         stack = stacks.check_stack(per_sample_grads, sample_axis)
         meshes.check_sharded("per_sample_grads", per_sample_grads, axis_name)
         stacks.check_against_params(stack, per_sample_grads, params)

@@ -219,6 +219,43 @@ def test_in_a_scan_with_numbers_injected():
     np.testing.assert_allclose(updates, [[0, 0], [-0.5, -2.0], [0, 0], [-1.5, -4.0]], 1e-6)
 
 
+@pytest.mark.parametrize("static", [(), "every_k_schedule"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_injected_itself_it_takes_a_threshold_on_a_schedule(static, x64):
+    with enable_x64(x64):
+        tx = optax.inject_hyperparams(psc.accumulate_clipped, static_args=static)(
+            optax.sgd(1.0), 2, lambda call: 1.0 + call
+        )
+        state, update = tx.init(jnp.zeros(2)), jax.jit(tx.update)
+        for gradient in ([100.0, 0.0], [0.0, 100.0], [100.0, 0.0], [0.0, 100.0]):
+            updates, state = update(jnp.array(gradient), state, jnp.zeros(2))
+        np.testing.assert_allclose(updates, [-1.5, -2.0], 1e-6)  # clipped at 3 and at 4
+
+
+def test_injected_a_callable_that_is_no_schedule_is_static():
+    static = ("threshold", "should_skip_update_fn", "accumulator_dtype")
+    tx = optax.inject_hyperparams(psc.accumulate_clipped, static_args=static)(
+        optax.sgd(1.0),
+        1,
+        psc.growing_threshold(2.0, 1.0),
+        should_skip_update_fn=optax.skip_not_finite,
+        accumulator_dtype=jnp.bfloat16,
+    )
+    updates, state = tx.update(jnp.array([100.0]), tx.init(jnp.zeros(1)), jnp.zeros(1))
+    assert float(updates[0]) == -2
+    updates, _ = tx.update(jnp.array([jnp.nan]), state, jnp.zeros(1))
+    assert float(updates[0]) == 0
+
+
+@pytest.mark.parametrize("skip", [None, optax.skip_not_finite])
+def test_a_tree_without_leaves_gives_one_without_leaves(skip):
+    tx = psc.accumulate_clipped(optax.adam(0.1), 2, 1.0, should_skip_update_fn=skip)
+    for tree in ({}, None, {"a": ()}):
+        seen, state = all_updates(tx, [tree] * 3, tree)
+        assert jax.tree.structure(seen) == jax.tree.structure([tree] * 3)
+        assert int(state.gradient_step) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "error", "expected"),
     [
@@ -370,6 +407,24 @@ def test_aux_is_of_every_sample():
         )
         (_, aux), _ = f(params, x, y)
         np.testing.assert_array_equal(aux, y)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_aux_of_padding_is_its_own(jit):
+    x, mask = jnp.arange(15.0).reshape(5, 3), jnp.array([False, True, True, False, True])
+    f = psc.clipped_value_and_grad(
+        lambda w, x: (jnp.dot(w, x), x[0]),
+        1.0,
+        has_aux=True,
+        microbatch_size=2,
+        clip_at="micro-batch",
+    )
+    (_, aux), grads = (jax.jit(f) if jit else f)(jnp.ones(3), x, sample_mask=mask)
+    np.testing.assert_array_equal(aux, [0, 3, 6, 9, 12])
+    poisoned = x.at[0].set(jnp.nan)
+    (_, aux), same = f(jnp.ones(3), poisoned, sample_mask=mask)
+    np.testing.assert_array_equal(aux, [jnp.nan, 3, 6, 9, 12])
+    np.testing.assert_array_equal(same, grads)
 
 
 def test_its_plan_is_plain():

@@ -332,6 +332,13 @@ def test_numbers_may_be_traced():
     assert_close(slope, numpy_moment(BATCHES[:1], 1.5, 1), 1e-6)
 
 
+def test_tracking_beside_a_tree_without_leaves():
+    tx = psc.track_norms(RULES["moment"])
+    updates, state = tx.update({}, tx.init({}), {}, norms=jnp.ones(3))
+    assert updates == {}
+    assert float(state.threshold_state.moment.weight) == 3
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

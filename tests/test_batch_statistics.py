@@ -165,6 +165,9 @@ COUPLED = {
     "flattened": lambda w, x: normalised((x @ w).reshape(1, 2, 2).reshape(1, -1)).sum(),
     "checkpoint": lambda w, x: jax.checkpoint(lambda w: normalised(x[None] @ w).sum())(w),
     "jit": lambda w, x: jax.jit(normalised)(jax.jit(jnp.matmul)(x[None], w)).sum(),
+    "behind attention of a batch": lambda w, x: normalised(jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", (x @ w)[None, None], x[None, None])), x[None, None]), (0, 1)).sum(),
+    "behind attention with a residual": lambda w, x: normalised(x[None] + (x[None] @ w @ x[None].T) @ x[None]).sum(),
+    "a weight of the example": lambda w, x: normalised(x[None] @ (w * x)).sum(),
     "branch": lambda w, x: jax.lax.cond(x[0] > 0, normalised, jnp.sin, x[None] @ w).sum(),
     "scan": scanned,
     "scan over time": in_a_scan_over_time,
@@ -239,6 +242,60 @@ APART = {
 @pytest.mark.parametrize("name", APART)
 def test_other_reductions_are_not(name, no_warning):
     look_at(APART[name], SQUARE, VECTORS[0])
+
+
+# Attention to one token
+
+
+def attention(queries, tokens, w, scores="qhd,khd->hqk", axis=-1):
+    q, k, v = (x.reshape(-1, 2, 2) for x in (queries @ w, tokens @ w, tokens @ w.T))
+    weights = jax.nn.softmax(jnp.einsum(scores, q, k), axis=axis)
+    mixed = jnp.einsum(f"{scores[-3:]},khd->qhd", weights, v)
+    return jnp.square(queries.reshape(q.shape) + mixed).sum()
+
+
+def by_jax(queries, tokens, w):
+    q, k, v = (x.reshape(1, -1, 2, 2) for x in (queries @ w, tokens @ w, tokens))
+    return jnp.square(jax.nn.dot_product_attention(q, k, v)).sum()
+
+
+def by_equinox(queries, tokens, w):
+    layer = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(0))
+    layer = jax.tree.map(lambda leaf: leaf * w[0, 0] if eqx.is_array(leaf) else leaf, layer)
+    return jnp.square(layer(queries, tokens, tokens)).sum()
+
+
+def by_flax(queries, tokens, w):
+    module = nn.MultiHeadDotProductAttention(num_heads=2)
+    variables = jax.tree.map(
+        lambda leaf: jnp.full(leaf.shape, w[0, 0]),
+        jax.eval_shape(module.init, jax.random.key(0), queries, tokens),
+    )
+    return jnp.square(module.apply(variables, queries, tokens)).sum()
+
+
+ATTENTION = {
+    "by hand": attention,
+    "keys not last": lambda q, t, w: attention(q, t, w, "qhd,khd->qkh", 1),
+    "jax.nn": by_jax,
+    "Equinox": by_equinox,
+    "Flax": by_flax,
+}
+
+
+@pytest.mark.parametrize("own_axis", [True, False])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_of_a_token_to_itself_is_not(name, own_axis, no_warning):
+    one = (lambda x: x) if own_axis else (lambda x: x[None])
+    loss = lambda w, x: ATTENTION[name](one(x), one(x), w)
+    look_at(loss, SQUARE, VECTORS[:1] if own_axis else VECTORS[0])
+
+
+@pytest.mark.parametrize("queries", ["of the example", "learned"])
+@pytest.mark.parametrize("name", ["by hand", "jax.nn", "Equinox", "Flax"])
+def test_attention_of_many_queries_to_one_token_is_not(name, queries, no_warning):
+    of = {"of the example": lambda w, x: jnp.outer(w[0], x), "learned": lambda w, x: w}[queries]
+    look_at(lambda w, x: ATTENTION[name](of(w, x), x[None], w), SQUARE, VECTORS[0])
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -654,8 +654,71 @@ def test_bad_input_is_refused(call, message):
 
 def test_a_loss_with_effects_is_refused():
     def printing(params, x):
-        jax.debug.print("{}", x)
+        jax.debug.print("{}", x, ordered=True)
         return (x @ params["w"]).sum()
 
-    with pytest.raises(ValueError, match=r"the loss has effects .*jax\.debug\.print"):
+    with pytest.raises(ValueError, match=r"the loss has effects .*an ordered jax\.debug\.print"):
         psc.clipped_grad(printing, 1.0)(PARAMS, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_debug_effects_run_as_under_vmap_of_grad(mode):
+    seen = []
+
+    def checked(params, x):
+        jax.debug.callback(seen.append, jnp.sum(params["w"]))
+        jax.debug.callback(lambda x: seen.append(x), x)
+        return jnp.sum(jnp.tanh(x @ params["w"]))
+
+    p, x = {"w": jnp.ones((3, 2))}, jnp.arange(6.0).reshape(2, 3)
+    f = psc.clipped_value_and_grad(checked, 1e9, mode=mode)
+    grads = f(p, x)[1]
+    jax.effects_barrier()
+    assert any(np.array_equal(one, x[1]) for one in seen)
+    expected = jax.tree.map(lambda g: g.mean(0), jax.vmap(jax.grad(checked), (None, 0))(p, x))
+    assert_close(grads, expected, 1e-6)
+    (row,) = f.explain(p, x).rows
+    assert row.route == "dense"
+
+
+def test_explain_takes_shapes():
+    f = psc.clipped_value_and_grad(lambda w, x: jnp.dot(w, x), 1.0)
+    w, x = jnp.ones(3), jnp.ones((5, 3))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (w, x))
+    assert f.explain(*shapes) == f.explain(w, x) == f.explain(w, shapes[1])
+
+
+def test_a_symbolic_number_of_samples_is_refused():
+    (n,) = jax.export.symbolic_shape("n")
+    run = jax.jit(lambda x: psc.clipped_grad(lambda w, x: jnp.dot(w, x), 1.0)(jnp.zeros(3), x))
+    with pytest.raises(
+        ValueError, match=r"lays out its work by the number of samples, got float32\[n, 3\]"
+    ):
+        jax.export.export(run)(jax.ShapeDtypeStruct((n, 3), jnp.float32))
+
+
+def test_a_float8_product_has_the_gradients_of_vmap_of_grad():
+    def loss(w, x):
+        narrow = [a.astype(jnp.float8_e4m3fn) for a in (x, w)]
+        y = jax.lax.dot_general(
+            *narrow, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return jnp.sum(jnp.square(y)) + jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    def of_data(w, x):
+        y = jax.lax.dot_general(
+            x.astype(jnp.float8_e4m3fn),
+            w,
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.sum(jnp.sin(y))
+
+    w, x = (
+        jax.random.normal(jax.random.key(1), (4, 3)),
+        jax.random.normal(jax.random.key(3), (5, 4)),
+    )
+    for one in (loss, of_data):
+        expected = psc.clipped_grad(one, 1.0, mode="vmap")(w, x)
+        for mode in MODES:
+            assert_close(psc.clipped_grad(one, 1.0, mode=mode)(w, x), expected, 1e-5)

@@ -90,6 +90,9 @@ ROWS = {
     ),
     "norms just within float32's squares": Row([[1.5e19, 0], [0, 5]], [0.5, 0.5], 0, 2),
     "a norm of 1e-30": Row([[1e-30, 0], [0, 5]], [5e-31, 0.5], 0, 1),
+    "a norm of 5e-25 above τ": Row([[3e-25, 4e-25], [0, 0]], [3e-26, 4e-26], 0, 1, tau=1e-25),
+    "one of 5 too, above a tiny τ": Row([[3e-25, 4e-25], [3, 4]], [6e-26, 8e-26], 0, 2, tau=1e-25),
+    "a norm of 5e-25, τ = 0": Row([[3e-25, 4e-25], [0, 0]], [0, 0], tau=0.0, stacked=([0, 0], 0, 1)),
     "subnormal entries": Row([[1e-39, 0], [0, 5]], [0, 0.5], 0, 1),
     "float16, squares beyond its range": Row([[300, 400], [0, 5]], [0.3, 0.9], 0, 2, dtype=jnp.float16),
     "float16, its largest": Row([[65504, 0], [0, 1]], [0.5, 0.5], 0, 1, dtype=jnp.float16),
@@ -229,3 +232,16 @@ def test_no_sample_at_all_gives_zeros(jit):
         value, grads = (jax.jit(f) if jit else f)(jnp.zeros(2), jnp.zeros((0, 2)), jnp.zeros(0))
         np.testing.assert_array_equal(grads, [0.0, 0.0])
         assert float(value) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_a_norm_too_small_to_be_told_from_a_traced_threshold_is_counted(mode):
+    x = jnp.array([[3e-25, 4e-25], [3, 4]])
+    f = psc.clipped_value_and_grad(lambda w, x: jnp.dot(w, x), 1.0, mode=mode, return_stats=True)
+    run = jax.jit(lambda tau: f(jnp.zeros(2), x, threshold=tau))
+    _, grads, stats = run(1e-25)
+    np.testing.assert_allclose(grads, [3e-26, 4e-26], rtol=1e-6)
+    assert (int(stats.num_nonfinite), int(stats.num_clipped)) == (1, 1)
+    _, grads, stats = run(1.0)
+    np.testing.assert_allclose(grads, [0.3, 0.4], rtol=1e-6)
+    assert (int(stats.num_nonfinite), int(stats.num_clipped)) == (0, 1)

@@ -241,6 +241,19 @@ def test_shard_map(options, masked, check_vma):
         assert_same(jax.jit(sharded)(params, *batch, mask), expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap])
+def test_an_axis_of_vmap_or_pmap_stands_for_one_of_a_mesh(mapped, mode):
+    with enable_x64(True):
+        params, batch = sequences()
+        expected = psc.clipped_value_and_grad(sequence_loss, THRESHOLD)(params, *batch)
+        f = psc.clipped_value_and_grad(sequence_loss, THRESHOLD, mode=mode, axis_name="data")
+        shards = jax.tree.map(lambda leaf: leaf.reshape(4, N // 4, *leaf.shape[1:]), batch)
+        found = mapped(lambda *batch: f(params, *batch), axis_name="data")(*shards)
+        for device in range(4):
+            assert_close(jax.tree.map(lambda leaf, i=device: leaf[i], found), expected, 1e-10)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_aux_and_two_axes(check_vma):
     loss = lambda params, tokens, y: (sequence_loss(params, tokens, y), tokens[0])

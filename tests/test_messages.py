@@ -111,6 +111,10 @@ def accumulate(grads: Any = MEAN, every: Any = 2, **options: Any):
     return tx.update(grads, tx.init(PARAMS), PARAMS)
 
 
+def accumulate_by(accumulator_dtype: Any):
+    return psc.accumulate_clipped(optax.sgd(0.1), 2, 1.0, accumulator_dtype=accumulator_dtype)
+
+
 def step(loss=loss, tx=None, batch=(X, Y), call: Any = None, **options: Any):
     tx = optax.chain(psc.per_sample_clip(1.0), optax.sgd(0.1)) if tx is None else tx
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
@@ -141,7 +145,7 @@ def normalised(params, x):
 
 
 def printing(params, x):
-    jax.debug.print("{}", x)
+    jax.debug.print("{}", x, ordered=True)
     return of_x(params, x)
 
 
@@ -354,7 +358,8 @@ ROWS = [
         "but was called with a scalar. `optax.inject_hyperparams` does this to any callable, "
         "taking it for a schedule over steps: to schedule the numbers in a threshold, write "
         "`optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`, or pass"
-        " a number or a schedule as `threshold`",
+        " a number or a schedule as `threshold`; to keep it as it is, add "
+        "static_args=('threshold',)",
     ),
     Row(
         lambda: clip(threshold=lambda k: None),
@@ -731,9 +736,9 @@ ROWS = [
     Row(
         lambda: grad(printing, batch=(X,)),
         ValueError,
-        "the loss has effects (Debug), as of jax.debug.print, io_callback or a collective over a "
-        "mesh axis, which would happen an unknown number of times; take them out, or return what "
-        "you want to see as aux",
+        "the loss has effects (OrderedDebug), as of io_callback, an ordered jax.debug.print or a "
+        "collective over a mesh axis, which would happen an unknown number of times; take them "
+        "out, or return what you want to see as aux",
     ),
     Row(
         lambda: on_four_devices(psc.clipped_grad(of_x, 1.0)),
@@ -795,10 +800,10 @@ ROWS = [
         "PerSampleClipState from its init or its last update, got a tuple",
     ),
     Row(
-        lambda: clip({}),
+        lambda: clip({}, params=PARAMS),
         ValueError,
-        "per_sample_clip expects a pytree of stacked per-sample gradients, got one without "
-        "leaves: {}",
+        "per_sample_clip expects a stack of gradients for each parameter, got a tree without "
+        "leaves, {}; pass what jax.vmap(jax.grad(loss), …) gives of the parameters",
     ),
     Row(
         lambda: clip({"w": X, "b": np.float32(1.0)}),
@@ -898,6 +903,12 @@ ROWS = [
         " of the parameters, got <class 'int'>",
     ),
     Row(
+        lambda: optax.inject_hyperparams(accumulate_by)(accumulator_dtype=jnp.bfloat16).init(MEAN),
+        TypeError,
+        "accumulator_dtype is a dtype, got an array, as optax.inject_hyperparams makes of "
+        "jnp.bfloat16 and all that is callable; add static_args=('accumulator_dtype',)",
+    ),
+    Row(
         lambda: psc.accumulate_clipped(optax.sgd(0.1), 2, 1.0).update(MEAN, ()),
         TypeError,
         "accumulate_clipped's update takes (grads, state, params) with an optax.MultiStepsState"
@@ -906,8 +917,8 @@ ROWS = [
     Row(
         lambda: accumulate({"w": MEAN["w"]}),
         ValueError,
-        "gradients have the structure of the parameters that init saw, with one leaf at least, "
-        "PyTreeDef({'b': *, 'w': *}), got PyTreeDef({'w': *})",
+        "gradients have the structure of the parameters that init saw, PyTreeDef({'b': *, 'w': *})"
+        ", got PyTreeDef({'w': *})",
     ),
     Row(
         lambda: accumulate(STACK),

@@ -43,6 +43,12 @@ def test_equals_a_loop_by_hand(momentum, nesterov):
         assert_close(got, params, 1e-13)
 
 
+def test_a_tree_without_leaves_gives_one_without_leaves():
+    for momentum in (None, 0.9):
+        tx = psc.ps_clip_sgd(0.1, 1.0, 2.0, momentum)
+        assert tx.update({}, tx.init({}), {})[0] == {}
+
+
 def test_injected_hyperparameters_may_be_scheduled_or_set_by_hand():
     schedule = optax.linear_schedule(0.5, 4.0, 4)
     tx = optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=0.1, alpha=schedule, beta=1.5)

@@ -48,7 +48,7 @@ def test_is_the_mean_of_the_clipped_gradients(n, on_nonfinite, jit):
     updates, state = update(grads, tx.init(PARAMS))
     assert_close(updates, clipped_mean(grads, growing(4.0, 1.5, n)), 1e-5)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates))
-    assert int(state.count) == 1
+    assert int(state.num_updates) == 1
     assert int(state.num_samples) == n
 
 
@@ -107,7 +107,7 @@ def test_equals_the_reference_on_any_stack(data):
     }
     mask = data.draw(hnp.arrays(bool, n))
     alpha, beta = (
-        data.draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4])),
+        data.draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4, np.inf])),
         data.draw(st.floats(1, 2, width=32)),
     )
     updates, state = clip(grads, psc.growing_threshold(alpha, beta), sample_mask=mask)
@@ -159,13 +159,24 @@ def test_slices_with_running_positions_add_up_to_the_batch():
     assert_close(jax.tree.map(lambda a, b: 0.4 * a + 0.6 * b, *parts), whole, 1e-6)
 
 
+@pytest.mark.parametrize("tree", [{}, None, {"a": {}, "b": []}])
+@pytest.mark.parametrize("rule", [1.0, psc.moment_threshold()], ids=["fixed", "adaptive"])
+def test_a_tree_without_leaves_gives_one_without_leaves(rule, tree):
+    tx = psc.per_sample_clip(rule)
+    state = tx.init(tree)
+    for params in (None, tree):
+        updates, state = jax.jit(tx.update)(tree, state, params, sample_mask=jnp.ones(3, bool))
+        assert jax.tree.structure(updates) == jax.tree.structure(tree)
+    assert (int(state.num_updates), int(state.num_samples)) == (2, 0)
+
+
 @pytest.mark.parametrize("n", [0, 4])
 def test_no_sample_that_counts_gives_zeros(n):
     updates, state = clip(
         jax.tree.map(lambda g: g * jnp.nan, stack(n)), 1.0, sample_mask=jnp.zeros(n, bool)
     )
     assert_close(updates, jax.tree.map(jnp.zeros_like, PARAMS), 0)
-    assert_close(state._replace(count=0), jax.tree.map(jnp.zeros_like, state), 0)
+    assert_close(state._replace(num_updates=0), jax.tree.map(jnp.zeros_like, state), 0)
 
 
 # Numbers that are not finite, or at the edge of what is
@@ -190,6 +201,19 @@ def test_all_dropped_gives_zeros():
     updates, state = clip(jax.tree.map(lambda g: g * jnp.nan, stack(3)), 1.0)
     assert_close(updates, jax.tree.map(jnp.zeros_like, PARAMS), 0)
     assert (int(state.num_nonfinite), float(state.mean_scale)) == (3, 0.0)
+
+
+@pytest.mark.parametrize("mask", [None, jnp.array([True, False, True, True])])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_infinite_threshold_drops_what_is_not_finite(bad, mask):
+    grads = stack(4)
+    grads["w"] = grads["w"].at[1].set(bad)
+    updates, state = clip(grads, jnp.inf, sample_mask=mask)
+    assert_close(updates, clipped_mean(grads, np.full(4, np.inf), mask), 1e-6)
+    assert (int(state.num_nonfinite), float(state.mean_scale)) == (int(mask is None), 1.0)
+    some = jnp.array([1.0, jnp.inf, jnp.inf, 2.0])
+    updates, _ = clip(grads, lambda k: some, sample_mask=mask)
+    assert_close(updates, clipped_mean(grads, some, mask), 1e-6)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -317,6 +341,26 @@ def test_lowers_for_every_platform(platform, on_nonfinite):
     assert exported.platforms == (platform,)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [psc.growing_threshold(1.0, 1.5), psc.quantile_threshold(initial=1.0)],
+    ids=["growing", "quantile"],
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_exports_for_any_number_of_samples(axis, rule):
+    tx = psc.per_sample_clip(rule, sample_axis=axis)
+    update = lambda grads, mask: tx.update(grads, tx.init(w), w, sample_mask=mask)
+    w, (n,) = jnp.zeros((4, 3)), export.symbolic_shape("n")
+    shape = (*w.shape[:axis], n, *w.shape[axis:])
+    kinds = [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((n,), jnp.bool_)]
+    exported = export.export(jax.jit(lambda *arguments: update(*arguments)[0]))(*kinds)
+    for size in (1, 5, 16):
+        grads = jnp.moveaxis(stack(size)["w"], 0, axis)
+        grads = grads.at[(slice(None),) * axis + (0,)].set(jnp.inf)  # the careful path too
+        mask = jnp.arange(size) < max(size - 1, 1)
+        assert_close(exported.call(grads, mask), update(grads, mask)[0], 1e-5)
+
+
 def test_traced_threshold_mask_and_positions_compile_once():
     tx_of = lambda alpha: psc.per_sample_clip(psc.growing_threshold(alpha, 2.0))
     traces = []
@@ -403,6 +447,15 @@ def test_in_front_of_any_optimizer(name, jit):
     assert int(optax.tree.get(state, "num_samples")) == 5
 
 
+def test_the_count_of_an_optimizer_behind_is_found_by_its_name():
+    for rule in (1.0, psc.moment_threshold(), psc.quantile_threshold(), psc.min_norm_threshold()):
+        tx = optax.chain(psc.per_sample_clip(rule), optax.adam(0.1))
+        _, state = tx.update(stack(3), tx.init(PARAMS), PARAMS)
+        assert int(optax.tree.get(state, "count")) == 1
+    tx = optax.chain(psc.track_norms(rule), psc.accumulate_clipped(optax.adam(0.1), 2, 1.0))
+    assert int(optax.tree.get(tx.init(PARAMS), "count")) == 0
+
+
 def test_in_front_of_reduce_on_plateau():
     tx = optax.chain(
         psc.per_sample_clip(1.0), optax.sgd(1.0), optax.contrib.reduce_on_plateau(patience=1)
@@ -473,7 +526,7 @@ def test_state_may_be_donated():
         lambda old, new: old, state, tx.update(grads, state)[1]
     )
     state = jax.jit(skip, donate_argnums=1)(stack(3), tx.init(PARAMS))
-    assert int(state.count) == 0
+    assert int(state.num_updates) == 0
 
 
 # What is refused
@@ -482,7 +535,7 @@ def test_state_may_be_donated():
 @pytest.mark.parametrize(
     ("grads", "kwargs", "message"),
     [
-        ({}, {}, "got one without leaves: {}"),
+        ({}, {"params": PARAMS}, "got a tree without leaves, {}"),
         ({"w": jnp.ones((3, 2)), "b": jnp.float32(1)}, {}, r"\['b'\] has no sample axis 0.*float32\[\]"),
         ({"w": jnp.ones((3, 2))}, {"sample_axis": 2}, r"\['w'\] has no sample axis 2.*float32\[3, 2\]"),
         ({"w": jnp.ones((3, 2)), "b": jnp.ones((4,))}, {}, r"\[3, 4\]: .*\['b'\]: float32\[4\].*\['w'\]: float32\[3, 2\]"),

@@ -41,6 +41,14 @@ class Call(NamedTuple):
     def num_samples(self) -> int:
         return self.examples[0].shape[0]
 
+    def of(self, params: list[jax.Array], examples: list[jax.Array]) -> Call:
+        """Make the same call of other leaves."""
+        return self._replace(params=params, examples=examples)
+
+    def first(self, number: int) -> Call:
+        """Take so many samples from the front."""
+        return self._replace(examples=[example[:number] for example in self.examples])
+
 
 def take_apart(
     loss: Callable[..., Any],
@@ -141,6 +149,7 @@ def _checked_batch(batch: Any, axes: list[int | None]) -> list[jax.Array]:
         "batch", batch, "batch arguments are arrays, or trees of them; close over what is none"
     )
     leaves = [jnp.asarray(leaf) for _, leaf in named]
+    _check_sizes(leaves)
     batched = [(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     lacks_axis = any(not -leaf.ndim <= axis < leaf.ndim for leaf, axis in batched)
     sizes = set() if lacks_axis else {leaf.shape[axis] for leaf, axis in batched}
@@ -158,6 +167,17 @@ def _checked_batch(batch: Any, axes: list[int | None]) -> list[jax.Array]:
             "numbers, and jax.random.split(key, n) for a key"
         )
     return leaves
+
+
+def _check_sizes(leaves: list[jax.Array]) -> None:
+    """Refuse symbolic shapes, of jax.export, by which no work can be laid out."""
+    for leaf in leaves:
+        if not all(is_integer(size) for size in leaf.shape):
+            raise ValueError(
+                f"the engine lays out its work by the number of samples, got {described(leaf)}; "
+                "export with numbers for sizes, or export psc.per_sample_clip of "
+                "jax.vmap(jax.grad(loss)), which takes symbolic ones"
+            )
 
 
 def _called_for_one(example: Any, keep_batch_dim: bool) -> str:
@@ -211,13 +231,19 @@ def _one_of(leaf: jax.Array) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
+def _of_debugging() -> set[Any]:
+    """The effects of jax.debug, which run as they do under vmap(grad)."""
+    return jax.make_jaxpr(lambda: jax.debug.callback(lambda: None))().effects
+
+
 def trace(call: Call, axis_name: Any) -> core.ClosedJaxpr:
     one = [_one_of(leaf) for leaf in call.examples]
     closed = jax.make_jaxpr(call.loss)(call.params, one)
-    if closed.effects:
-        effects = ", ".join(map(str, closed.effects))
+    refused = closed.effects - _of_debugging()
+    if refused:
+        effects = ", ".join(map(str, refused))
         raise ValueError(
-            f"the loss has effects ({effects}), as of jax.debug.print, io_callback or a "
+            f"the loss has effects ({effects}), as of io_callback, an ordered jax.debug.print or a "
             "collective over a mesh axis, which would happen an unknown number of times; take them "
             "out, or return what you want to see as aux"
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
@@ -70,7 +71,7 @@ def _equation(
     if eqn.primitive.name in CALLS:
         jaxpr, consts = inner_jaxpr(eqn)
         return _run_known(jaxpr, consts, inputs, path, found)
-    if not any(value is _UNKNOWN for value in inputs):
+    if not any(value is _UNKNOWN for value in inputs) and not eqn.effects:
         return run_equation(eqn, inputs)
     if eqn.primitive.name == "scan":
         # What its steps share may be computed from, though its data are unknown.
@@ -175,13 +176,16 @@ def _power(
     if inputs == {_Power.SUMS}:
         return _Power.SUMS
     # A product of two variables may be v |v|, whose gradient is no multiple of v.
-    if any(v is not eqn.invars[0] for v in eqn.invars):
+    if None in inputs or any(v is not eqn.invars[0] for v in eqn.invars):
         return None
     (power,) = inputs
+    if not all(jnp.issubdtype(aval(v).dtype, jnp.floating) for v in eqn.outvars):
+        return None
     if name in ("convert_element_type", "copy", "abs"):
         return power
     if power is _Power.SQUARES:
-        return _Power.SUMS if name == "reduce_sum" and params["axes"] == others else None
+        is_all = name == "reduce_sum" and sorted(params["axes"]) == sorted(others)
+        return _Power.SUMS if is_all else None
     is_square = name in ("mul", "square") or (name == "integer_pow" and params["y"] == 2)
     return _Power.SQUARES if is_square else None
 

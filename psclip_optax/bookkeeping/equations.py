@@ -12,6 +12,8 @@ from jax.extend import core
 
 CHECKPOINTS = ("checkpoint", "remat2", "remat")
 CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", *CHECKPOINTS)
+# Whose derivative is what someone wrote.
+CUSTOM_RULES = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "linear_call")
 
 
 def body_parameter(eqn: core.JaxprEqn) -> str:

@@ -12,6 +12,7 @@ from psclip_optax.bookkeeping import contract
 from psclip_optax.bookkeeping.flops import count_flops
 from psclip_optax.bookkeeping.memory import entering, kept_bytes_of, leaving
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
+from psclip_optax.table import table
 
 _COLUMNS = ("parameter", "shape", "route", "sites", "extra FLOPs", "extra bytes", "reason")
 
@@ -51,12 +52,14 @@ class Plan:
       num_samples: of the batch that it was made for.
       num_slices: of "two_pass": over how many slices of the batch one pass runs, None for two
         passes over all of it.
+      note: why "two_pass" does not take two passes, where the loss keeps it from that.
     """
 
     rows: tuple[PlanRow, ...]
     mode: str
     num_samples: int
     num_slices: int | None
+    note: str = ""
 
     def __str__(self) -> str:
         cells = [_COLUMNS, *(_cells(row) for row in self.rows)]
@@ -65,14 +68,9 @@ class Plan:
             for name in ("extra_flops", "extra_bytes")
         )
         cells.append(("total", "", "", "", flops, extra, ""))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in cells
-        ]
-        rule = "-" * max(map(len, lines))
         title = f"mode {self.mode}{self._how()}, {self.num_samples} samples"
-        return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        notes = [self.note] if self.note else []
+        return "\n".join([title, *notes, *table(cells, has_total=True)])
 
     def _how(self) -> str:
         if self.mode != "two_pass":
@@ -95,7 +93,14 @@ def _short(number: float) -> str:
 
 
 def explained(
-    plans: Plans, params: Any, num_samples: int, dtype: Any, *, mode: str, num_slices: int | None
+    plans: Plans,
+    params: Any,
+    num_samples: int,
+    dtype: Any,
+    *,
+    mode: str,
+    num_slices: int | None,
+    note: str,
 ) -> Plan:
     """The plan of a call, from what was planned for each weight."""
     paths = jax.tree_util.tree_leaves_with_path(params)
@@ -103,7 +108,7 @@ def explained(
         _row(plans, plan, jax.tree_util.keystr(path), jnp.asarray(leaf), num_samples, dtype)
         for plan, (path, leaf) in zip(plans.leaves, paths, strict=True)
     ]
-    return Plan(tuple(rows), mode, num_samples, num_slices)
+    return Plan(tuple(rows), mode, num_samples, num_slices, note)
 
 
 def explained_microbatches(params: Any, num_samples: int) -> Plan:

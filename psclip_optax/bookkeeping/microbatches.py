@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from psclip_optax.bookkeeping.passes import Problem
+from psclip_optax.bookkeeping.passes import Problem, changed_if_any
 from psclip_optax.bookkeeping.slices import Result, Samples
 from psclip_optax.transforms import clipped_alone
 
@@ -46,14 +46,20 @@ def clip_microbatch(
         examples = [example[index] for example in examples]
     run = core.jaxpr_as_fun(problem.closed)
 
-    def losses(leaves: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
-        def one(leaves: list[Any], _: None, example: list[Any]) -> list[Any]:
-            return run(*leaves, *example)
+    def one(leaves: list[Any], _: None, example: list[Any]) -> list[Any]:
+        return run(*leaves, *example)
 
+    def losses(leaves: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
         outs = problem.over_samples(one)(leaves, None, examples)
         return outs[0], outs
 
     values, pull_back, outs = jax.vjp(losses, list(leaves), has_aux=True)
+    if is_padded and len(outs) > 1:  # the aux of padding is its own too
+
+        def own_outs(_: list[jax.Array], leaves: list[Any], examples: list[Any]) -> list[jax.Array]:
+            return problem.over_samples(one)(leaves, None, examples)
+
+        outs = changed_if_any(~counts, own_outs, outs, list(leaves), samples.examples)
     of_samples = jnp.where(counts, 1 / jnp.maximum(number, 1).astype(problem.dtype), 0)
     gradients = pull_back(of_samples.astype(values.dtype))[0]
 

@@ -14,6 +14,7 @@ from jax.extend import core
 from psclip_optax import clipping, meshes, stacks, transforms
 from psclip_optax.bookkeeping import contract, taps
 from psclip_optax.bookkeeping.computed import compute
+from psclip_optax.bookkeeping.linearity import unproven_rule
 from psclip_optax.bookkeeping.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.bookkeeping.plan import LeafPlan, Plans
 from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
@@ -53,6 +54,12 @@ class Problem(NamedTuple):
         sites = (site for plan in self.plans.all for site in plan.sites)
         return any(site.eqn.primitive.name == "conv_general_dilated" for site in sites)
 
+    def unproven_rule(self) -> core.JaxprEqn | None:
+        """Find what keeps the backward pass from being proven linear in the losses' cotangents."""
+        jaxpr, num_leaves = self.closed.jaxpr, self.plans.num_leaves
+        varied = [i < num_leaves for i in range(len(jaxpr.invars))]
+        return unproven_rule(jaxpr, varied, [i == 0 for i in range(len(jaxpr.outvars))])
+
     def over_samples(self, function: Callable[..., Any], out_axes: Any = 0) -> Callable[..., Any]:
         in_axes, name = (None, None, 0), self.spmd_axis_name
         return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, spmd_axis_name=name)
@@ -72,11 +79,12 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     squares = _squared_norms(problem, plans, pull_back, weights, seen)
     norms, scales, finite, kept = _weigh(problem, samples, seen.outs[0], squares)
 
+    of_samples = _weights_of_sum(samples, norms, scales)
     axes = {site.path: site.sample_axis for plan in plans for site in plan.sites}
     stacked, entered = _without_dropped(seen, axes, ~finite & ~kept, kept)
 
     def contracted(plan: LeafPlan) -> jax.Array:
-        weight, of_samples = weights[plan.weight], scales * samples.shares
+        weight = weights[plan.weight]
         if plan.is_direct:
             return stacks.weighted_sum(stacked[plan.weight], 0, of_samples)
         if not plan.groups:
@@ -109,7 +117,9 @@ def _two_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
 def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
     """In how many slices one pass takes a plain gradient's memory; None: better in two passes."""
     plans = problem.plans
-    others = [plan.weight for plan in plans.all if not _may_be_probed(plan)]
+    # Behind a rule that is not linear, weighted cotangents give no weighted sum.
+    is_linear = problem.unproven_rule() is None
+    others = [plan.weight for plan in plans.all if not (is_linear and _may_be_probed(plan))]
     if problem.axis_name is not None:  # an estimate would have to know what varies over the mesh
         return None if len(others) < len(plans.all) else 1
     estimate = estimated_bytes(problem.closed, plans, leaves, 1)
@@ -123,7 +133,7 @@ def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int
     if few and (few[0] == 1 or not _may_be_shared(num_samples)):
         return few[0]
     would_keep = sum(estimate.kept[weight] for weight in others)
-    if would_keep <= most_kept:
+    if is_linear and would_keep <= most_kept:
         return None
     return few[0] if few else _even_slices(range(1, wanted + 1), num_samples)[-1]
 
@@ -158,7 +168,7 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
         squares += jnp.sum(probed_squares, axis=tuple(range(site.sample_axis)))
     norms, scales, finite, kept = _weigh(problem, samples, seen.outs[0], squares)
 
-    of_samples, bad = scales * samples.shares, ~finite & ~kept
+    of_samples, bad = _weights_of_sum(samples, norms, scales), ~finite & ~kept
     sums = _backward(problem, list(leaves), samples.examples, of_samples, kept, bad)
     return Result(sums, seen.outs, norms, scales, finite)
 
@@ -199,10 +209,10 @@ def _backward(
 
     consts = list(closed.consts)
     sums = of(consts, leaves, examples, of_samples)
-    return _changed_if_any(bad, without_dropped, sums, consts, leaves, examples, of_samples, kept)
+    return changed_if_any(bad, without_dropped, sums, consts, leaves, examples, of_samples, kept)
 
 
-def _changed_if_any(
+def changed_if_any(
     flags: jax.Array, change: Callable[..., _Values], values: _Values, *operands: Any
 ) -> _Values:
     """change(values, *operands) where any flag is set, else the values as they are."""
@@ -246,7 +256,7 @@ def _without_dropped(
             {path: where_kept(array, axes[path]) for path, array in entered.items()},
         )
 
-    return _changed_if_any(dropped, zeroed, (seen.stacked, seen.entered), kept)
+    return changed_if_any(dropped, zeroed, (seen.stacked, seen.entered), kept)
 
 
 def _may_be_probed(plan: LeafPlan) -> bool:
@@ -431,8 +441,14 @@ def _weigh(
     """Norms, scales (0 for what is not kept), which samples are finite, and which are kept."""
     # No number of samples is in it where no parameter reaches the loss.
     norms = clipping.norms_of(jnp.broadcast_to(squares, losses.shape))
-    finite = jnp.isfinite(norms) & jnp.isfinite(losses)
+    is_told = jnp.isfinite(norms) & ~clipping.may_exceed(norms, samples.taus)
+    finite = is_told & jnp.isfinite(losses)
     kept = samples.counts & finite if problem.on_nonfinite == "drop" else samples.counts
     scales = clipping.clip_scales(norms, samples.taus)
-    scales = jnp.where(jnp.isfinite(norms), scales, jnp.nan)
+    scales = jnp.where(is_told, scales, jnp.nan)
     return norms, jnp.where(kept, scales, 0), finite, kept
+
+
+def _weights_of_sum(samples: Samples, norms: jax.Array, scales: jax.Array) -> jax.Array:
+    """γ_k / N; 0 at τ_k = 0, also where a norm that is not 0 has underflowed."""
+    return jnp.where((samples.taus > 0) | (norms > 0), scales * samples.shares, 0)

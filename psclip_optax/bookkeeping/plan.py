@@ -109,6 +109,10 @@ class Plans(NamedTuple):
     closed: core.ClosedJaxpr
 
     @property
+    def num_leaves(self) -> int:
+        return len(self.leaves)
+
+    @property
     def all(self) -> list[LeafPlan]:
         return [*self.leaves, *self.others]
 

@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend import core
 
 from psclip_optax import meshes
+from psclip_optax.arrays import is_narrow
 from psclip_optax.bookkeeping.equations import body_parameter
 from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage
 from psclip_optax.bookkeeping.views import Path, aval, run_equation
@@ -183,8 +184,13 @@ def _of_product(eqn: core.JaxprEqn, operand: int) -> _Use:
     of_blocks = {axis: i for i, axis in enumerate(blocks[w])}
     pairs = dict(zip(contracted[w], contracted[x], strict=True))
     product = _Product(eqn.invars[x], pairs, leaving[x], eqn.params["precision"])
-    product = None if of_blocks else product
+    # In two products a sum in a wider dtype would be rounded between them.
+    product = product if not of_blocks and _have_one_dtype(eqn) else None
     return _Use(_applied(eqn, operand), of_blocks | leaving[w], product, _ndim(eqn))
+
+
+def _have_one_dtype(eqn: core.JaxprEqn) -> bool:
+    return len({aval(atom).dtype for atom in (*eqn.invars, *eqn.outvars)}) == 1
 
 
 def _of_convolution(eqn: core.JaxprEqn, operand: int) -> _Use:
@@ -241,7 +247,8 @@ def _transposed(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | No
 
 def _cast(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
     (atom,), dtype = maker.invars, aval(maker.outvars[0]).dtype
-    if not jnp.issubdtype(aval(atom).dtype, jnp.floating):
+    is_real = all(jnp.issubdtype(kind, jnp.floating) for kind in (dtype, aval(atom).dtype))
+    if not is_real or is_narrow(dtype) or is_narrow(aval(atom).dtype):
         return None
     before = use._replace(apply=lambda read, w: use.apply(read, w.astype(dtype)))
     return _expand(before, atom, scope)
@@ -309,7 +316,9 @@ def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | No
     """(A B) meets x: x meets that of A and B whose axes it contracts, and the other thereafter."""
     contracted, blocks = maker.params["dimension_numbers"]
     product, operands = use.product, maker.invars
-    if product is None or blocks[0] or not all(map(scope.is_plain, operands)):
+    if product is None or blocks[0] or not _have_one_dtype(maker):
+        return None
+    if not all(map(scope.is_plain, operands)):
         return None
     free = [
         [axis for axis in range(aval(atom).ndim) if axis not in contracted[i]]

@@ -14,10 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
+from psclip_optax.arrays import is_narrow
 from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
+from psclip_optax.bookkeeping.linearity import (
+    described_rule,
+    has_gradient,
+    unproven_equation,
+    with_cotangents,
+)
 from psclip_optax.bookkeeping.views import (
     Layer,
     Path,
@@ -55,7 +61,11 @@ class OfParameters:
 
 
 class Other(enum.Enum):
-    """A variable that depends on the example, or without gradient on neither it nor parameters."""
+    """A variable that is treated alike for what it is: data, or without any gradient.
+
+    Data depend on the example, or on parameters in a way that automatic differentiation has to
+    follow for each sample.
+    """
 
     DATA = enum.auto()
     CONSTANT = enum.auto()
@@ -213,13 +223,11 @@ def find_usage(closed: core.ClosedJaxpr, num_leaves: int, rules: dict[str, SiteR
     ]
     kinds += [Other.DATA] * (len(jaxpr.invars) - num_leaves)
     walk = _Walk(usage, rules)
-    out = walk.jaxpr(jaxpr, kinds, _Scope((), ()))
+    # The loss comes first; aux has no cotangent.
+    wanted = [i == 0 for i in range(len(jaxpr.outvars))]
+    out = walk.jaxpr(jaxpr, kinds, _Scope((), ()), wanted)
     usage.escape(out[:1], "is the loss itself, without data", None)
     return usage
-
-
-def has_gradient(variable: core.Var) -> bool:
-    return jnp.issubdtype(aval(variable).dtype, jnp.inexact)
 
 
 def _weight(weight: int, leaves: frozenset[int], ndim: int) -> OfParameters:
@@ -230,9 +238,12 @@ class _Walk(NamedTuple):
     usage: Usage
     rules: dict[str, SiteRule]
 
-    def jaxpr(self, jaxpr: core.Jaxpr, kinds: Sequence[Kind], scope: _Scope) -> list[Kind]:
+    def jaxpr(
+        self, jaxpr: core.Jaxpr, kinds: Sequence[Kind], scope: _Scope, wanted: Sequence[bool]
+    ) -> list[Kind]:
         known: dict[core.Var, Kind] = dict(zip(jaxpr.invars, kinds, strict=True))
         self.usage.kinds[scope.path] = known
+        live = with_cotangents(jaxpr, wanted)
 
         def read(atom: Any) -> Kind:
             return (
@@ -243,23 +254,23 @@ class _Walk(NamedTuple):
 
         for i, eqn in enumerate(jaxpr.eqns):
             inner_scope = scope._replace(path=(*scope.path, i))
-            outs = self.eqn(eqn, [read(atom) for atom in eqn.invars], inner_scope)
+            wanted = [v in live and has_gradient(v) for v in eqn.outvars]
+            outs = self.eqn(eqn, [read(atom) for atom in eqn.invars], inner_scope, wanted)
             known.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def eqn(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> Sequence[Kind]:
+    def eqn(
+        self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope, wanted: Sequence[bool]
+    ) -> Sequence[Kind]:
         parameters = [kind for kind in kinds if isinstance(kind, OfParameters)]
-        has_data = Other.DATA in kinds
-        if not parameters:
-            is_stepped = Other.CONSTANT_OF_A_STEP in kinds
-            constant = Other.CONSTANT_OF_A_STEP if is_stepped else Other.CONSTANT
-            return [Other.DATA if has_data else constant] * len(eqn.outvars)
+        if not parameters or not any(wanted) or eqn.primitive.name == "stop_gradient":
+            return [_without_gradient(kinds)] * len(eqn.outvars)
         if eqn.primitive.name in CALLS:
-            return self.jaxpr(inner_jaxpr(eqn)[0], kinds, scope)
-        if not has_data:
+            return self.jaxpr(inner_jaxpr(eqn)[0], kinds, scope, wanted)
+        if Other.DATA not in kinds:
             return self.of_parameters(eqn, kinds, parameters, scope)
         if eqn.primitive.name == "scan":
-            return self.scan(eqn, kinds, scope)
+            return self.scan(eqn, kinds, scope, wanted)
         self.meeting(eqn, kinds, scope)
         return [Other.DATA] * len(eqn.outvars)
 
@@ -279,15 +290,24 @@ class _Walk(NamedTuple):
             weights = frozenset().union(*(kind.weights for kind in parameters))
             computed, constant = OfParameters(leaves, None, True, weights), Other.CONSTANT_OF_A_STEP
             return [computed if has_gradient(v) else constant for v in eqn.outvars]
+        varied = [isinstance(kind, OfParameters) for kind in kinds]
+        unproven = unproven_equation(eqn, varied, [has_gradient(v) for v in eqn.outvars])
+        if unproven is not None:
+            # A weight of its own would have the weighted sum pulled back, not each cotangent.
+            self.usage.escape(kinds, f"passes {described_rule(unproven)}", None)
+            return [Other.DATA] * len(eqn.outvars)
         return self.usage.compute(eqn, kinds, leaves, scope.path)
 
     def meeting(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> None:
         operands = [i for i, kind in enumerate(kinds) if isinstance(kind, OfParameters)]
         weight, name = kinds[operands[0]], eqn.primitive.name
+        if _is_empty(eqn, operands if name not in self.rules else range(len(kinds))):
+            return
         if name == "dynamic_slice" and operands == [0]:
             self.usage.to_rewrite[scope.path] = 0
         rule = self.rules.get(name)
-        if len(operands) > 1 or rule is None or not rule(eqn, operands[0]):
+        is_rounded = any(is_narrow(aval(v).dtype) for v in eqn.outvars)
+        if len(operands) > 1 or rule is None or is_rounded or not rule(eqn, operands[0]):
             self.usage.escape(kinds, f"enters {name}", eqn)
             return
         if not isinstance(weight, OfParameters):
@@ -314,17 +334,40 @@ class _Walk(NamedTuple):
             )
         )
 
-    def scan(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> Sequence[Kind]:
+    def scan(
+        self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope, wanted: Sequence[bool]
+    ) -> Sequence[Kind]:
         num_consts, num_carry = scan_counts(eqn)
         (body, _), length = inner_jaxpr(eqn), eqn.params["length"]
         consts, carry = kinds[:num_consts], kinds[num_consts : num_consts + num_carry]
         self.usage.escape(carry, "is the initial state of a scan", eqn)
+        if length == 0:
+            return [Other.DATA] * len(eqn.outvars)
         xs = [_layer(kind, scope.path) for kind in kinds[num_consts + num_carry :]]
         inner: list[Kind] = [*consts, *[Other.DATA] * num_carry, *xs]
         inner_scope = _Scope(scope.path, (*scope.scans, (scope.path, length)))
-        outs = self.jaxpr(body, inner, inner_scope)
+        wanted = [*[True] * num_carry, *wanted[num_carry:]]
+        outs = self.jaxpr(body, inner, inner_scope, wanted)
         self.usage.escape(outs, "leaves a scan as it is", eqn)
         return [Other.DATA] * len(eqn.outvars)
+
+
+def _without_gradient(kinds: Sequence[Kind]) -> Other:
+    """What an equation gives that passes no cotangent on to parameters."""
+    if Other.DATA in kinds:
+        return Other.DATA
+    is_stepped = any(
+        kind is Other.CONSTANT_OF_A_STEP or (isinstance(kind, OfParameters) and kind.is_stepped)
+        for kind in kinds
+    )
+    return Other.CONSTANT_OF_A_STEP if is_stepped else Other.CONSTANT
+
+
+def _is_empty(eqn: core.JaxprEqn, factors: Iterable[int]) -> bool:
+    """Whether a factor, or all that leaves, has no entries, so that there is no gradient."""
+    return not all(aval(eqn.invars[i]).size for i in factors) or not any(
+        aval(v).size for v in eqn.outvars
+    )
 
 
 def _layer(kind: Kind, path: Path) -> Kind:

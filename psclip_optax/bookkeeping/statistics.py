@@ -4,7 +4,8 @@ A *batch axis* is one of size 1 in front of an example: its own first axis, or o
 puts there. A *statistic* is a reduction over it that leaves more than one number. It is warned of
 where it meets, entry by entry, data that still has the batch axis, as to normalise a batch: a
 reduction that is not spread over the batch again (the mean of the losses, the pooling of an image)
-is no sign that samples are coupled.
+is no sign that samples are coupled. Nor is attention to a single token, whose softmax is over an
+axis of size 1: its scores are of pairs of tokens, or have the tokens last.
 """
 
 from __future__ import annotations
@@ -176,12 +177,12 @@ def _placed(kind: Kind, place: str) -> Kind:
 
 def _is_statistic(eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> bool:
     operand = kinds[0]
-    return (
-        eqn.primitive.name in _REDUCTIONS
-        and operand is not None
-        and not operand.batch_axes.isdisjoint(eqn.params["axes"])
-        and math.prod(aval(eqn.outvars[0]).shape) > 1
-    )
+    if eqn.primitive.name not in _REDUCTIONS or operand is None:
+        return False
+    # Features or keys come last, samples never do.
+    is_over_last = tuple(eqn.params["axes"]) == (len(aval(eqn.invars[0]).shape) - 1,)
+    is_over_batch = not operand.batch_axes.isdisjoint(eqn.params["axes"])
+    return is_over_batch and not is_over_last and math.prod(aval(eqn.outvars[0]).shape) > 1
 
 
 def _either(*kinds: Kind) -> Kind:
@@ -248,6 +249,8 @@ def _product(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) -> 
         [a for a in range(len(aval(atom).shape)) if a not in (*contracted[side], *batched[side])]
         for side, atom in enumerate(eqn.invars)
     ]
+    if all(own.intersection(rest) for own, rest in zip(axes, free, strict=True)):
+        free = [[None] * len(rest) for rest in free]  # of pairs, not of samples
     left = _renumbered([*batched[0], *free[0], *[None] * len(free[1])], axes[0])
     right = _renumbered([*batched[1], *[None] * len(free[0]), *free[1]], axes[1])
     return left | right

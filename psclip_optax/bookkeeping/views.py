@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from psclip_optax.arrays import is_narrow
+
 Path: TypeAlias = tuple[int, ...]
 
 
@@ -80,8 +82,10 @@ def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> V
 
 
 def _cast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
-    is_real = jnp.issubdtype(aval(eqn.outvars[0]).dtype, jnp.floating)
-    return _moved(eqn, view, view.axes) if is_real else None
+    dtype = aval(eqn.outvars[0]).dtype
+    # A cast through float8 rounds its cotangent, so that what it rounds has to be known.
+    is_view = jnp.issubdtype(dtype, jnp.floating) and not is_narrow(dtype)
+    return _moved(eqn, view, view.axes) if is_view else None
 
 
 def _transposed(eqn: core.JaxprEqn, view: View) -> list[View]:
@@ -159,6 +163,8 @@ _VIEW_RULES: dict[str, Callable[[Any, View], list[View] | None]] = {
 
 def are_disjoint(one: View, other: View) -> bool:
     """Whether two views are known to share no entry of their parameter."""
+    if one.is_repeated or other.is_repeated:  # parts of copies may be of the same entries
+        return False
     for mine, theirs in zip(one.frame, other.frame, strict=False):
         if mine == theirs:
             continue

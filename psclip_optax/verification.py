@@ -1,0 +1,201 @@
+"""Hold the engine's gradients and norms of a few samples against `jax.vmap(jax.grad(loss))`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from psclip_optax.arrays import is_narrow
+from psclip_optax.bookkeeping.calls import Call
+from psclip_optax.bookkeeping.explain import Plan
+from psclip_optax.bookkeeping.views import aval
+from psclip_optax.table import table
+
+_COLUMNS = ("parameter", "route", "largest error", "ok")
+_ISSUES = "https://github.com/psclip/psclip_optax/issues"
+# A leaf whose gradient all but vanishes is held against this much of the largest entry of all.
+_FLOOR = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class VerificationRow:
+    """How far one of the results is from that of `vmap(grad)`.
+
+    Attributes:
+      parameter: its path in the tree of parameters; "norms" or "loss" for what else is compared.
+      route: which its gradient takes, as in [`psclip_optax.bookkeeping.explain.PlanRow`][].
+      error: the largest difference of an entry, relative to the leaf's largest entry.
+      ok: whether that is within the tolerance.
+    """
+
+    parameter: str
+    route: str
+    error: float
+    ok: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` returns; printed as a table.
+
+    Attributes:
+      rows: one for each parameter, then norms and loss.
+      mode: which was verified.
+      num_samples: how many samples were compared, or micro-batches where those are clipped.
+      dtype: in which, by its name.
+      tolerance: the largest relative error that rounding explains.
+      report: where an error is described, for a report of it; None if there is none.
+    """
+
+    rows: tuple[VerificationRow, ...]
+    mode: str
+    num_samples: int
+    dtype: str
+    tolerance: float
+    report: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether all errors are within the tolerance."""
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [
+            (row.parameter, row.route, f"{row.error:.1e}", "yes" if row.ok else "NO")
+            for row in self.rows
+        ]
+        title = (
+            f"mode {self.mode} against vmap(grad), {self.num_samples} samples in {self.dtype}, "
+            f"tolerance {self.tolerance:.0e}"
+        )
+        lines = [title, *table([_COLUMNS, *cells])]
+        return "\n".join([*lines, *([] if self.ok else [self._what_to_do()])])
+
+    def _what_to_do(self) -> str:
+        return (
+            f'Not the same numbers: take mode="vmap" meanwhile, and report {self.report}, which '
+            f"holds the jaxpr and the routes, at {_ISSUES}"
+        )
+
+
+def verify(clip: Callable[..., Any], call: Call, together: int, plan: Plan) -> Verification:
+    """Compare a mode with the reference, both compiled, in full precision.
+
+    Args:
+      clip: from a call and a threshold to value, gradients' leaves and ClipStats.
+      call: of the samples to compare.
+      together: how many samples are clipped together.
+      plan: of the whole batch's call, for its mode and routes.
+    """
+    call = _in_widest(call)
+    with jax.default_matmul_precision("highest"):
+        losses, stack = _reference(call, together)
+        norms = np.sqrt(sum(_squares(leaf) for leaf in stack))
+        # Each sample with a weight of its own, for what is wrong to show.
+        taus = norms * np.linspace(0.25, 1.25, len(norms))
+        value, grads, stats = jax.jit(
+            lambda *both: clip(call.of(*both), lambda positions: taus[: len(positions)])
+        )(call.params, call.examples)
+    finite = np.isfinite(norms) & np.isfinite(losses)
+    weights = np.minimum(1, taus / np.where(norms > 0, norms, 1))[finite] / len(norms)
+    errors = _errors(grads, [np.tensordot(weights, leaf[finite], 1) for leaf in stack])
+    errors += _errors([np.asarray(stats.norms)[finite]], [norms[finite]])
+    errors += _errors([value], [losses[finite].mean() if finite.any() else 0])
+    tolerance = _tolerance(_jaxpr(call).jaxpr)
+    names = [(row.parameter, row.route) for row in plan.rows] + [("norms", ""), ("loss", "")]
+    rows = tuple(
+        VerificationRow(*name, error, error <= tolerance)
+        for name, error in zip(names, errors, strict=True)
+    )
+    dtype = str(jnp.result_type(*call.params))
+    result = Verification(rows, plan.mode, len(norms), dtype, tolerance)
+    if result.ok:
+        return result
+    return dataclasses.replace(result, report=_written(result, call, plan))
+
+
+def _in_widest(call: Call) -> Call:
+    """The call in float64 where x64 is on and the loss takes it, else as it is."""
+    wide = call.of(*jax.tree.map(_widened, (call.params, call.examples)))
+    try:
+        _jaxpr(wide)
+    except Exception:  # of a loss that mixes what it is given with a dtype of its own
+        return call
+    return wide
+
+
+def _jaxpr(call: Call) -> core.ClosedJaxpr:
+    return jax.make_jaxpr(call.loss)(call.params, [example[0] for example in call.examples])
+
+
+def _widened(leaf: jax.Array) -> jax.Array:
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(jnp.result_type(float)) if is_float else leaf
+
+
+def _reference(call: Call, together: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Losses and stacked gradients of samples, or of means over as many as are clipped together."""
+    leaves, examples = call.params, call.examples
+
+    def mean(leaves: list[jax.Array], examples: list[jax.Array]) -> jax.Array:
+        return jnp.mean(jax.vmap(lambda one: call.loss(leaves, one)[0])(examples))
+
+    run = jax.jit(jax.value_and_grad(mean))
+    if together == 1:
+        each = [jnp.expand_dims(example, 1) for example in examples]
+        losses, stack = jax.jit(jax.vmap(jax.value_and_grad(mean), (None, 0)))(leaves, each)
+    else:
+        starts = range(0, call.num_samples, together)
+        results = [run(leaves, [e[i : i + together] for e in examples]) for i in starts]
+        losses, stack = jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+    return np.asarray(losses, np.float64), [np.asarray(leaf, np.float64) for leaf in stack]
+
+
+def _squares(leaf: np.ndarray) -> np.ndarray:
+    return np.sum(np.square(leaf.reshape(len(leaf), -1)), axis=1)
+
+
+def _errors(got: Sequence[Any], wanted: Sequence[Any]) -> list[float]:
+    """The largest error of each array, relative to its largest entry; ∞ where one is NaN."""
+    largest = max((np.max(np.abs(want), initial=0) for want in wanted), default=0)
+
+    def error(one: Any, want: Any) -> float:
+        difference = np.max(np.abs(np.asarray(one, np.float64) - want), initial=0)
+        scale = max(np.max(np.abs(want), initial=0), _FLOOR * largest)
+        relative = difference / scale if scale else difference
+        return float(relative) if np.isfinite(relative) else math.inf
+
+    return [error(*both) for both in zip(got, wanted, strict=True)]
+
+
+def _tolerance(jaxpr: core.Jaxpr) -> float:
+    """What rounding may do to a gradient: the root of the coarsest dtype's unit, float8's whole."""
+    dtypes = _float_dtypes(jaxpr)
+    wide = [float(jnp.finfo(dtype).eps) for dtype in dtypes if not is_narrow(dtype)]
+    narrow = [float(jnp.finfo(dtype).eps) for dtype in dtypes if is_narrow(dtype)]
+    return max([*(math.sqrt(eps) for eps in wide), *narrow])
+
+
+def _float_dtypes(jaxpr: core.Jaxpr) -> set[Any]:
+    variables = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
+    dtypes: set[Any] = {aval(v).dtype for v in variables if hasattr(v.aval, "dtype")}
+    inner = (_float_dtypes(one) for eqn in jaxpr.eqns for one in core.jaxprs_in_params(eqn.params))
+    return {d for d in dtypes.union(*inner) if jnp.issubdtype(d, jnp.floating)}
+
+
+def _written(result: Verification, call: Call, plan: Plan) -> str:
+    """The path of a new file that describes an error."""
+    text = "\n\n".join([f"jax {jax.__version__}", str(result), str(plan), str(_jaxpr(call))])
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="psclip_verify_", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    return file.name
