@@ -177,7 +177,7 @@ MATRICES: dict[str, Run] = {
     "multi_dot": lambda x, y: lax.sin(jnp.linalg.multi_dot([x, y, x]) / 4),
     "nuclear norm": lambda x, y: jnp.linalg.norm(regular(x), "nuc") * y / 3,
     "pinv": lambda x, y: jnp.linalg.pinv(regular(x)) @ y,
-    "polar": lambda x, y: jsp.linalg.polar(regular(x))[0] * y,
+    "polar": lambda x, y: jsp.linalg.polar(regular(x), method="svd")[0] * y,
     "qr": lambda x, y: _signed(jnp.linalg.qr(regular(x))[0]) @ y,
     "r of qr": lambda x, y: _signed(jnp.linalg.qr(regular(x), "r")) * y / 9,
     "slogdet": lambda x, y: jnp.linalg.slogdet(regular(x))[1] * y / 2,

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tests import random_programs
 from tests.fuzz import rules
 from tests.numerics import enable_x64
-from tests.random_programs import FREE, NUM_SAMPLES, Shape, Step
+from tests.random_programs import FREE, NUM_SAMPLES, Run, Shape, Step
 
 MIXTURE = "float64"
+# Seldom of several dtypes, for errors must then be large to be seen.
+PARAMS = ("float64", "float32", "bfloat16")
 LEAST_OPERATIONS, MOST_OPERATIONS = 2, 6
 # What a rule raises that has no operands of this size.
 UNFIT = (TypeError, ValueError, IndexError, ZeroDivisionError, NotImplementedError, AssertionError)
@@ -34,6 +37,8 @@ class Draft(random_programs.Draft):
         self.rng = np.random.default_rng(seed)
         self.seed, self.mixture = seed, MIXTURE
         self.dtypes = random_programs.MIXTURES[MIXTURE]
+        if self.chance(0.1):
+            self.dtypes = self.dtypes._replace(params=PARAMS, data=PARAMS)
         self.values, self.params, self.batch = {}, {}, {}
         self.operations, self.taken = [], set()
         # Arrays without entries, in few programs, for little is left of these.
@@ -49,7 +54,10 @@ class Draft(random_programs.Draft):
         return 0 if self.chance(self.chance_of_none) else super().size()
 
     def normal(self, shape: Shape, dtype: Any) -> Any:
-        return 0.6 * super().normal(shape, dtype)
+        return (0.6 * super().normal(shape, np.float64)).astype(jnp.dtype(dtype))
+
+    def bounded(self, num_terms: int) -> Run:
+        return super().bounded(max(num_terms, 1))
 
     def mask(self) -> str:
         return self.choose(self.known("mask"))

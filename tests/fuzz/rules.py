@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tests import random_programs
 from tests.fuzz import computed_tables, lax_tables, library_tables
-from tests.fuzz.lax_tables import Run
+from tests.fuzz.lax_tables import Run, positive, real_parts
 from tests.random_programs import Step
 
 if TYPE_CHECKING:
@@ -139,6 +140,94 @@ def product(d: Draft) -> Step:
     return random_programs._drawn(d, random_programs.PRODUCTS)(d)
 
 
+def in_complex_numbers(d: Draft) -> Step:
+    x = d.data(1)
+    size = d.shape_of(x)[-1]
+    w, v = d.weight((size, 3)), d.weight((size, 3))
+    ways: dict[str, Run] = {
+        "complex weight": lambda x, w, v: jnp.abs((x + 1j * lax.cos(x)) @ lax.complex(w, v) + 2),
+        "cast weight": lambda x, w, v: jnp.abs(x.astype(complex) @ w.astype(complex) + 1j * v[0]),
+        "spectrum": lambda x, w, v: jnp.fft.irfft(
+            jnp.fft.rfft(x) @ lax.complex(w, v)[: size // 2 + 1], 4
+        ),
+        "weight's spectrum": lambda x, w, v: jnp.abs(x @ jnp.fft.fft(w, axis=0)) + x @ v,
+        "conjugate": lambda x, w, v: real_parts(x @ jnp.conj(lax.complex(w, v))),
+    }
+    name, run = d.choose([*ways.items()])
+    return Step("complex", (x, w, v), _finished(d, lambda *a: run(*a) / (1 + size)), name)
+
+
+def random_by_sample(d: Draft) -> Step:
+    """What is drawn from a key that comes with the example."""
+    x = d.any()
+    ways: dict[str, Run] = {
+        "dropout": lambda k, x: x * jax.random.bernoulli(k, 0.7, x.shape),
+        "noise": lambda k, x: x + 0.1 * jax.random.normal(k, x.shape, x.dtype),
+        "two keys": lambda k, x: x * jax.random.uniform(jax.random.split(k)[1], x.shape),
+        "permuted": lambda k, x: jax.random.permutation(k, x.ravel()),
+    }
+    name, run = d.choose([*ways.items()])
+    key = lambda i: jax.random.key(jnp.abs(i.astype(jnp.int32)))
+    return Step("random", (d.scalar_index(), x), lambda i, x: run(key(i), x), name)
+
+
+def scaled_weight(d: Draft) -> Step:
+    """A weight and one along one of its axes, its own or another."""
+    w = d.some_weight(random_programs.COMPUTED)
+    shape = d.shape_of(w)
+    axis = d.integer(0, len(shape) - 1)
+    others = tuple(a for a in range(len(shape)) if a != axis)
+    v = d.weight((shape[axis],), random_programs.COMPUTED)
+    sizes: dict[str, Run] = {
+        "sum of squares": lambda w: 0.3 + jnp.sum(w * w, others),
+        "sum of squares of a difference": lambda w: 0.3 + jnp.sum(jnp.square(w - 0.5), others),
+        "norm": lambda w: jnp.sqrt(0.2 + jnp.sum(w * w, others)),
+        "largest": lambda w: 0.3 + jnp.max(jnp.abs(w), others, initial=0),
+        "first": lambda w: positive(jnp.sum(w, others)),
+        "rounded": lambda w: lax.reduce_precision(0.3 + jnp.sum(w * w, others), 8, 7),
+        "stopped": lambda w: 0.3 + jnp.sum(w * lax.stop_gradient(w), others),
+        "one": lambda w: jnp.ones(shape[axis]),
+    }
+    size_name, size = d.choose([*sizes.items()])
+    ways: dict[str, Run] = {
+        "w v": lambda w, v: w * v,
+        "w + v": lambda w, v: w + v,
+        "w / |w|": lambda w, v: w / v,
+        "w - v": lambda w, v: w - v,
+    }
+    name, run = d.choose([*ways.items()])
+    lay = lambda v: jnp.expand_dims(v, others)
+    whole = lambda w, v: run(run(w, lay(size(w))), lay(0.5 + v * v))
+    return Step("scaled weight", (w, v), whole, f"{name} {size_name} {axis=}")
+
+
+def unusual_call(d: Draft) -> Step:
+    x = d.any()
+    ways: dict[str, Run] = {
+        "sequential_vmap": lambda x: x * _one_by_one(lax.stop_gradient(x)),
+        "platform_dependent": lambda x: lax.platform_dependent(x, cpu=lax.sin, default=lax.cos),
+        "custom_gradient": jax.custom_gradient(lambda x: (lax.sin(x), lambda dy: 0.5 * dy)),
+        "closure_convert": lambda x: jax.closure_convert(lambda y: lax.sin(x * y), x)[0](
+            x, *jax.closure_convert(lambda y: lax.sin(x * y), x)[1]
+        ),
+        "named_call": jax.named_call(lambda x: x * lax.sin(x), name="named"),
+        "linearize": lambda x: jax.linearize(lax.sin, x)[1](x),
+        "vjp": lambda x: jax.vjp(lambda x: x * lax.sin(x), x)[1](x)[0],
+        "while_loop of what is stopped": lambda x: x * lax.while_loop(
+            lambda y: jnp.sum(y * y) > 1, lambda y: y / 2, lax.stop_gradient(x)
+        ),
+        "saved by name": jax.checkpoint(
+            lambda x: lax.sin(checkpoint_name(lax.sin(x), "kept")),
+            policy=jax.checkpoint_policies.save_only_these_names("kept"),
+        ),
+    }  # fmt: skip
+    name, run = d.choose([*ways.items()])
+    return Step("unusual", (x,), run, name)
+
+
+_one_by_one = jax.custom_batching.sequential_vmap(lambda x: lax.sin(x) + 1)
+
+
 def _nested_remat(d: Draft, step: Step) -> Step:
     inner = jax.checkpoint(step.run)
     run = jax.checkpoint(lambda *inputs: lax.sin(inner(*inputs)))
@@ -203,5 +292,9 @@ RULES: dict[Rule, float] = {
     selected: 0.3,
     scan_over_indices: 0.5,
     mixture_of_experts: 0.5,
+    in_complex_numbers: 0.5,
+    random_by_sample: 0.4,
+    scaled_weight: 1.2,
+    unusual_call: 0.7,
     product: 7,
 }
