@@ -48,11 +48,6 @@ def tolerance_of(closed: Any) -> float:
     return min(max(TOLERANCE, ROUNDINGS * max(widths)), MOST)
 
 
-def _loss_jaxpr(program: Program) -> Any:
-    example = {name: array[0] for name, array in program.batch.items()}
-    return jax.make_jaxpr(program.loss)(program.params, example)
-
-
 def stacked_of(program: Program) -> Run:
     return jax.vmap(jax.value_and_grad(program.loss), in_axes=(None, 0))
 
@@ -158,7 +153,7 @@ def _checked(program: Program, clip: Run) -> tuple[dict[str, float], float]:
         errors |= {f"{mode}, {what}": error for what, error in found.items()}
     if max(errors.values()) <= TOLERANCE:
         return errors, TOLERANCE
-    tolerance = tolerance_of(_loss_jaxpr(program))
+    tolerance = tolerance_of(program.jaxpr())
     if max(errors.values()) > tolerance and not raised:
         _raise_if_ill_conditioned(program, losses, stacked, tolerance)
     return errors, tolerance

@@ -38,6 +38,10 @@ def real_parts(z: Any) -> Any:
     return jnp.real(z) + 0.5 * jnp.imag(z)
 
 
+ONE_DEVICE = jax.sharding.NamedSharding(
+    jax.sharding.Mesh(jax.devices()[:1], ("i",)), jax.sharding.PartitionSpec()
+)
+
 # Of one array of any shape.
 ELEMENTWISE: dict[str, Run] = {
     "abs": lax.abs,
@@ -76,6 +80,8 @@ ELEMENTWISE: dict[str, Run] = {
     "neg": lax.neg,
     "nextafter": lambda x: x * lax.nextafter(*map(lax.stop_gradient, (x, x + 1))),
     "not": lambda x: jnp.where(~(x > 0), x, 0.5 * x),
+    "sharding_constraint": lambda x: lax.with_sharding_constraint(x, ONE_DEVICE),
+    "dce_sink": lambda x: (lax.dce_sink(lax.sin(x)), lax.cos(x))[1],
     "optimization_barrier": lax.optimization_barrier,
     "polygamma": lambda x: lax.polygamma(jnp.ones_like(x), 1 + positive(x)),
     "reduce_precision": lambda x: lax.reduce_precision(x, 8, 23),
@@ -112,6 +118,9 @@ PAIRS: dict[str, Run] = {
     "rem": lambda x, y: lax.rem(x, positive(y)),
     "select_n": lambda x, y: lax.select(x > 0, y, x),
     "sub": lax.sub,
+    "total order": lambda x, y: jnp.where(
+        lax.le_to_p.bind(x, y) & ~lax.eq_to_p.bind(x, lax.sin(x)), x, y
+    ),
 }
 
 
@@ -163,7 +172,16 @@ ALONG: dict[str, Run] = {
     ),
     "reduce_window_max": lambda x, axis: _pooled(x, axis, lax.max, -jnp.inf),
     "reduce_window_min": lambda x, axis: _pooled(x, axis, lax.min, jnp.inf),
+    "reduce_window": lambda x, axis: x * _pooled(
+        lax.stop_gradient(x), axis, lambda a, b: lax.add(lax.mul(a, 1.0), b), 0.0
+    ),
     "reduce_window_sum": lambda x, axis: _pooled(x, axis, lax.add, 0.0),
+    "gradient of pooling": lambda x, axis: jax.grad(
+        lambda x: jnp.sum(jnp.square(_pooled(x, axis, lax.max, -jnp.inf)))
+    )(x),
+    "tangent of pooling": lambda x, axis: jax.jvp(
+        lambda x: _pooled(x, axis, lax.max, -jnp.inf), (x,), (lax.sin(x),)
+    )[1],
     "rev": lambda x, axis: lax.rev(x, (axis,)),
     "slice": lambda x, axis: lax.slice_in_dim(x, 0, None, 2, axis),
     "sort": lambda x, axis: lax.sort(x, axis),

@@ -29,6 +29,11 @@ class Program(random_programs.Program):
         taken = {name for operation in self.operations for name in operation.step.inputs}
         return [o.output for o in self.operations if o.output not in taken]
 
+    def jaxpr(self) -> Any:
+        """The loss for one example."""
+        example = {name: array[0] for name, array in self.batch.items()}
+        return jax.make_jaxpr(self.loss)(self.params, example)
+
 
 class Draft(random_programs.Draft):
     """A program that is being drawn, in which parameters are used as freely as data."""
@@ -129,11 +134,8 @@ def draw_program(seed: int) -> Program:
         return d.program()
 
 
-def equations(program: Program) -> set[str]:
-    """The names of all primitives in the jaxpr of a program's loss."""
-    with enable_x64(True):
-        example = {name: array[0] for name, array in program.batch.items()}
-        closed = jax.make_jaxpr(program.loss)(program.params, example)
+def primitives_of(closed: Any) -> set[str]:
+    """The names of all primitives in a jaxpr."""
     return {eqn.primitive.name for eqn in every_equation(closed.jaxpr)}
 
 
