@@ -7,6 +7,7 @@ is compared differs in nothing else. A finished run is one JSON file, and is not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -208,10 +209,18 @@ def _same_padding(size: int, window: int, stride: int) -> tuple[int, tuple[int, 
     return outputs, (total // 2, total - total // 2)
 
 
-def build_loss(model: nn.Module, dtype: str = "float32") -> Callable[..., Any]:
+def build_loss(
+    model: nn.Module, dtype: str = "float32", *, as_products: bool = True
+) -> Callable[..., Any]:
+    """The loss of one image, and whether its label is named; by default with few convolutions."""
+
     def loss(params: Any, image: jax.Array, label: Any) -> Any:
         params, image = jax.tree.map(lambda x: x.astype(dtype), (params, image))
-        with nn.intercept_methods(convolutions_as_products):
+        with (
+            nn.intercept_methods(convolutions_as_products)
+            if as_products
+            else contextlib.nullcontext()
+        ):
             logits = model.apply({"params": params}, image[None])[0].astype(jnp.float32)
         value = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return value, (jnp.argmax(logits) == label).astype(jnp.float32)
@@ -253,8 +262,25 @@ class Program(NamedTuple):
     accuracy: Callable[..., Any]
 
 
+def moment_rule(scale: Any) -> psc.AdaptiveThreshold:
+    return psc.moment_threshold(MOMENT, scale=scale)
+
+
 @functools.cache
-def build_program(setting: Setting, num_classes: int, image_shape: tuple[int, ...]) -> Program:
+def build_program(
+    setting: Setting,
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    automatic: Callable[[Any], psc.AdaptiveThreshold] = moment_rule,
+) -> Program:
+    """Compiles, when first called, what trains runs of one setting.
+
+    Args:
+      setting: what the runs share.
+      num_classes: number of labels.
+      image_shape: [H, W, C].
+      automatic: scale → rule of the runs whose scale is not 0.
+    """
     model = build_model("alexnet", num_classes, width=setting.width)
     loss = build_loss(model, setting.dtype)
     number = setting.num_microbatches
@@ -272,23 +298,19 @@ def build_program(setting: Setting, num_classes: int, image_shape: tuple[int, ..
         ),
     )
 
-    def rule_of(numbers: Numbers) -> psc.AdaptiveThreshold:
-        return psc.moment_threshold(MOMENT, scale=numbers.scale)
-
     def threshold_of(numbers: Numbers, state: State) -> Callable[[jax.Array], jax.Array]:
-        automatic = rule_of(numbers).threshold(state.rule)
+        following = automatic(numbers.scale).threshold(state.rule)
 
         def threshold(positions: jax.Array) -> jax.Array:
             given = numbers.threshold * positions.astype(jnp.float32) ** numbers.exponent
-            return jnp.where(numbers.scale > 0, automatic(positions), given)
+            return jnp.where(numbers.scale > 0, following(positions), given)
 
         return threshold
 
     def init(seed: jax.Array) -> State:
         params = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
         velocity = jax.tree.map(jnp.zeros_like, params)
-        rule = psc.moment_threshold(MOMENT).init()
-        return State(params, velocity, rule, jnp.int32(0))
+        return State(params, velocity, automatic(1.0).init(), jnp.int32(0))
 
     def step(
         state: State, numbers: Numbers, images: jax.Array, labels: jax.Array, total: jax.Array
@@ -304,7 +326,7 @@ def build_program(setting: Setting, num_classes: int, image_shape: tuple[int, ..
             lambda v, g: numbers.momentum * v + scale * g, state.velocity, gradient
         )
         params = jax.tree.map(lambda p, v: p - rate * v, state.params, velocity)
-        rule = rule_of(numbers).update(state.rule, stats.norms)
+        rule = automatic(numbers.scale).update(state.rule, stats.norms)
         figures = {
             "loss": value,
             "accuracy": jnp.mean(correct),
@@ -435,13 +457,18 @@ def _chunks(runs: list[Run], together: int) -> Iterator[list[Run]]:
 
 
 def train_together(
-    runs: list[Run], data: Data, num_classes: int, together: int
+    runs: list[Run],
+    data: Data,
+    num_classes: int,
+    together: int,
+    automatic: Callable[[Any], psc.AdaptiveThreshold] = moment_rule,
 ) -> list[dict[str, Any]]:
-    """Trains runs of one setting and length; the record of each."""
+    """Trains runs of one setting and length, as `build_program` does; the record of each."""
     # As many as in any other chunk, so that nothing is compiled again.
     padded = runs + [runs[-1]] * (together - len(runs))
     setting, epochs = runs[0].setting, runs[0].epochs
-    program = build_program(setting, num_classes, tuple(data.train.images.shape[1:]))
+    image_shape = tuple(data.train.images.shape[1:])
+    program = build_program(setting, num_classes, image_shape, automatic)
     own = [corrupted(data.train, NOISES[run.noise], num_classes, run.seed) for run in padded]
     examples = Example(*(jnp.asarray(np.stack(field)) for field in zip(*own, strict=True)))
     columns = zip(*(run.numbers for run in padded), strict=True)

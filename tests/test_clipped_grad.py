@@ -722,3 +722,19 @@ def test_a_float8_product_has_the_gradients_of_vmap_of_grad():
         expected = psc.clipped_grad(one, 1.0, mode="vmap")(w, x)
         for mode in MODES:
             assert_close(psc.clipped_grad(one, 1.0, mode=mode)(w, x), expected, 1e-5)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="JAX before 0.8 has no mutable references")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_may_keep_a_mutable_reference_to_itself(mode):
+    def loss(w, x):
+        ref = jax.new_ref(w)
+        ref[...] = ref[...] * 0.5
+        return jnp.sum(jnp.sin(x @ ref[...])) + jnp.sum(x @ w)
+
+    w, x = jnp.arange(6.0).reshape(2, 3) / 5, jnp.arange(8.0).reshape(4, 2) / 7
+    stack = jax.vmap(jax.grad(loss), (None, 0))(w, x)
+    f = psc.clipped_grad(loss, 1.0, mode=mode)
+    assert_close(f(w, x), clipped_mean(stack, [1.0] * 4), 1e-5)
+    (row,) = f.explain(w, x).rows
+    assert row.reason == "is in a loss with mutable references"

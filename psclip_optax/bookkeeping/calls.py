@@ -18,6 +18,7 @@ from psclip_optax.arrays import (
     float_leaves,
     is_integer,
 )
+from psclip_optax.bookkeeping.equations import effects_of_references
 
 
 class Call(NamedTuple):
@@ -239,7 +240,7 @@ def _of_debugging() -> set[Any]:
 def trace(call: Call, axis_name: Any) -> core.ClosedJaxpr:
     one = [_one_of(leaf) for leaf in call.examples]
     closed = jax.make_jaxpr(call.loss)(call.params, one)
-    refused = closed.effects - _of_debugging()
+    refused = closed.effects - _of_debugging() - effects_of_references()
     if refused:
         effects = ", ".join(map(str, refused))
         raise ValueError(

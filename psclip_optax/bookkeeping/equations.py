@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 
 CHECKPOINTS = ("checkpoint", "remat2", "remat")
 CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", *CHECKPOINTS)
 # Whose derivative is what someone wrote.
 CUSTOM_RULES = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "linear_call")
+
+
+def effects_of_references() -> set[Any]:
+    """The effects of mutable references that a function makes for itself and forgets."""
+    if not hasattr(jax, "new_ref"):  # JAX < 0.8
+        return set()
+    return jax.make_jaxpr(lambda x: jax.new_ref(x)[...])(0.0).effects
 
 
 def body_parameter(eqn: core.JaxprEqn) -> str:

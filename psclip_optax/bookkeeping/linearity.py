@@ -18,7 +18,13 @@ from jax.extend import core, source_info_util
 
 from psclip_optax import meshes
 from psclip_optax.arrays import is_narrow
-from psclip_optax.bookkeeping.equations import CALLS, CUSTOM_RULES, inner_jaxpr, scan_counts
+from psclip_optax.bookkeeping.equations import (
+    CALLS,
+    CUSTOM_RULES,
+    effects_of_references,
+    inner_jaxpr,
+    scan_counts,
+)
 from psclip_optax.bookkeeping.views import aval, run_equation
 from psclip_optax.thresholds import concrete
 
@@ -73,7 +79,7 @@ def unproven_equation(
     name = eqn.primitive.name
     if name in CUSTOM_RULES:
         return None if _is_proven(eqn, varied) else eqn
-    if _rounds(eqn):
+    if _rounds(eqn) or eqn.effects & effects_of_references():
         return eqn
     if name in CALLS:
         return unproven_rule(inner_jaxpr(eqn)[0], varied, wanted)
@@ -96,7 +102,8 @@ def described_rule(eqn: core.JaxprEqn) -> str:
     name, at = eqn.primitive.name, source_info_util.summarize(eqn.source_info)
     if name in CUSTOM_RULES:
         return f"a {name.removesuffix('_call')} whose rule is not known to be linear ({at})"
-    return f"{name}, which rounds each cotangent ({at})"
+    does = "rounds each cotangent" if _rounds(eqn) else "is not known to be linear in cotangents"
+    return f"{name}, which {does} ({at})"
 
 
 def _rounds(eqn: core.JaxprEqn) -> bool:

@@ -1,0 +1,81 @@
+"""What `benchmarks.on_gpu` writes of one card, and the lines that it prints meanwhile."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks.stacked_traffic import describe, describe_machine
+from psclip_optax.training.files import to_json, write_atomically
+
+
+def say(line: str) -> None:
+    """Prints a line at once: what buffers still hold is lost when the time is over."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+class Results(NamedTuple):
+    """The file of one card's measurements.
+
+    Attributes:
+      path: of the JSON.
+      machine: what new rows are from.
+    """
+
+    path: pathlib.Path
+    machine: dict[str, Any]
+
+    @property
+    def runs(self) -> pathlib.Path:
+        """Training runs, one a line."""
+        return self.path.with_suffix(".runs.jsonl")
+
+    def rows(self) -> list[dict[str, Any]]:
+        return read_rows(self.path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Writes the file anew with this row, which takes the place of an earlier one."""
+        others = [other for other in self.rows() if key(other) != key(row)]
+        content = to_json({"rows": [*others, row | {"machine": self.machine}]}, indent=1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, f"{content}\n".encode())
+
+
+def results_of_this_card(out: pathlib.Path) -> Results:
+    machine = describe_card()
+    card = re.sub(r"\W+", "_", machine["device"]).lower()
+    return Results(out / f"on_gpu_{card}.json", machine)
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["what"], row["name"], row["size"]
+
+
+def describe_card() -> dict[str, Any]:
+    """The machine, with its card's driver where that can be asked for."""
+    platform = jax.devices()[0].client.platform_version
+    return describe_machine() | {"driver": driver_version(), "xla_platform": platform}
+
+
+def driver_version() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    return lines[0].strip() if lines else None
+
+
+def described(machine: dict[str, Any]) -> str:
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    return describe(machine).replace(";", driver + ";", 1)
