@@ -39,12 +39,13 @@ CLEAR_EVERY = 200
 
 def tolerance_of(closed: Any) -> float:
     """The error that may come of rounding alone, by the narrowest dtype in a loss's jaxpr."""
-    widths = [2.0**-52]
+    variables, widths = list(closed.jaxpr.invars), [2.0**-52]
     for eqn in every_equation(closed.jaxpr):
+        variables += eqn.outvars
         if eqn.primitive.name == "reduce_precision":
             widths.append(2.0 ** -eqn.params["mantissa_bits"])
-        dtypes = [v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")]
-        widths += [float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    dtypes = {v.aval.dtype for v in variables if hasattr(v.aval, "dtype")}
+    widths += [float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
     return min(max(TOLERANCE, ROUNDINGS * max(widths)), MOST)
 
 

@@ -43,7 +43,7 @@ REGULARISERS: dict[str, Run] = {
     "orthogonality": lambda w: _mean(jnp.square(_matrix(w) @ _matrix(w).T - jnp.eye(w.shape[0]))),
     "nuclear": lambda w: _mean(jnp.sqrt(jnp.sum(w * w, 0) + 0.2)),
     "log barrier": lambda w: -_mean(jnp.log(positive(w))),
-    "global norm": lambda w: optax.global_norm({"w": w, "one": jnp.ones(2)}),
+    "global norm": lambda w: optax.tree.norm({"w": w, "one": jnp.ones(2)}),
     "Huber": lambda w: _mean(optax.huber_loss(w, delta=0.5)),
     "total variation": lambda w: _mean(jnp.abs(jnp.diff(w, axis=0))),
     "determinant": lambda w: jnp.linalg.slogdet(

@@ -81,7 +81,6 @@ ELEMENTWISE: dict[str, Run] = {
     "nextafter": lambda x: x * lax.nextafter(*map(lax.stop_gradient, (x, x + 1))),
     "not": lambda x: jnp.where(~(x > 0), x, 0.5 * x),
     "sharding_constraint": lambda x: lax.with_sharding_constraint(x, ONE_DEVICE),
-    "dce_sink": lambda x: (lax.dce_sink(lax.sin(x)), lax.cos(x))[1],
     "optimization_barrier": lax.optimization_barrier,
     "polygamma": lambda x: lax.polygamma(jnp.ones_like(x), 1 + positive(x)),
     "reduce_precision": lambda x: lax.reduce_precision(x, 8, 23),
@@ -159,9 +158,6 @@ ALONG: dict[str, Run] = {
     "psum of vmap": lambda x, axis: jax.vmap(
         lambda row: row - lax.pmean(row, "i"), axis, axis, axis_name="i"
     )(x),
-    "ppermute of vmap": lambda x, axis: jax.vmap(
-        lambda row: row * lax.ppermute(row, "i", [(0, 0)]), axis, axis, axis_name="i"
-    )(x),
     "reduce": lambda x, axis: lax.reduce(x, 1.0, lambda a, b: lax.add(lax.mul(a, 1.0), b), (axis,)),
     "reduce_max": lambda x, axis: jnp.max(x, axis, initial=-9.0),
     "reduce_min": lambda x, axis: jnp.min(x, axis, initial=9.0),
@@ -172,8 +168,8 @@ ALONG: dict[str, Run] = {
     ),
     "reduce_window_max": lambda x, axis: _pooled(x, axis, lax.max, -jnp.inf),
     "reduce_window_min": lambda x, axis: _pooled(x, axis, lax.min, jnp.inf),
-    "reduce_window": lambda x, axis: x * _pooled(
-        lax.stop_gradient(x), axis, lambda a, b: lax.add(lax.mul(a, 1.0), b), 0.0
+    "reduce_window": lambda x, axis: (
+        x * _pooled(lax.stop_gradient(x), axis, lambda a, b: lax.add(lax.mul(a, 1.0), b), 0.0)
     ),
     "reduce_window_sum": lambda x, axis: _pooled(x, axis, lax.add, 0.0),
     "gradient of pooling": lambda x, axis: jax.grad(

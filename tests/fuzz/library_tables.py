@@ -96,7 +96,7 @@ ALONG: dict[str, Run] = {
     "jnp.diff": lambda x, axis: jnp.diff(x, axis=axis, prepend=0.3),
     "jnp.flip": jnp.flip,
     "jnp.gradient of a pad": lambda x, axis: jnp.gradient(
-        jnp.pad(x, [(a == axis, a == axis) for a in range(x.ndim)]), axis=axis
+        jnp.pad(x, [(int(a == axis),) * 2 for a in range(x.ndim)]), axis=axis
     ),
     "jnp.insert": lambda x, axis: jnp.insert(x, 0, 0.5, axis),
     "jnp.linalg.norm": lambda x, axis: jnp.linalg.norm(1 + positive(x), axis=axis),

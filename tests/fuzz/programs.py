@@ -46,6 +46,7 @@ class Draft(random_programs.Draft):
             self.dtypes = self.dtypes._replace(params=PARAMS, data=PARAMS)
         self.values, self.params, self.batch = {}, {}, {}
         self.operations, self.taken = [], set()
+        self.wanted: str | None = None
         # Arrays without entries, in few programs, for little is left of these.
         self.chance_of_none = 0.15 if self.chance(0.08) else 0.0
         for rank in (1, 2, self.integer(0, 3)):
@@ -63,6 +64,12 @@ class Draft(random_programs.Draft):
 
     def bounded(self, num_terms: int) -> Run:
         return super().bounded(max(num_terms, 1))
+
+    def pick(self, table: dict[str, Run]) -> tuple[str, Run]:
+        """The entry of a table that is wanted, once, or any."""
+        wanted, self.wanted = self.wanted, None
+        name = wanted if wanted in table else self.choose([*table])
+        return name, table[name]
 
     def mask(self) -> str:
         return self.choose(self.known("mask"))
@@ -117,6 +124,8 @@ class Draft(random_programs.Draft):
 
 
 def _step(d: Draft) -> Step:
+    if not d.operations and d.chance(0.97):
+        return rules.in_turn(d)
     return rules.wrapped(d) if d.chance(0.45) else rules.any_rule(d)
 
 

@@ -34,56 +34,56 @@ def _finished(d: Draft, run: Run) -> Run:
 
 
 def elementwise(d: Draft) -> Step:
-    x, (name, run) = d.any(), d.choose([*ELEMENTWISE.items()])
+    x, (name, run) = d.any(), d.pick(ELEMENTWISE)
     return Step(name, (x,), _finished(d, run))
 
 
 def pair(d: Draft) -> Step:
-    x, (name, run) = d.any(), d.choose([*PAIRS.items()])
+    x, (name, run) = d.any(), d.pick(PAIRS)
     return Step(name, (x, d.like(x)), _finished(d, run))
 
 
 def along(d: Draft) -> Step:
-    x, (name, run) = d.any(1), d.choose([*ALONG.items()])
+    x, (name, run) = d.any(1), d.pick(ALONG)
     axis = d.integer(0, len(d.shape_of(x)) - 1)
     return Step(name, (x,), _finished(d, lambda x: run(x, axis)), f"{axis=}")
 
 
 def indexed(d: Draft) -> Step:
-    x, (name, run) = d.any(1), d.choose([*lax_tables.INDEXED.items()])
+    x, (name, run) = d.any(1), d.pick(lax_tables.INDEXED)
     return Step(name, (x, d.like(x), d.indices()), _finished(d, run))
 
 
 def matrices(d: Draft) -> Step:
-    x, (name, run) = d.square(), d.choose([*library_tables.MATRICES.items()])
+    x, (name, run) = d.square(), d.pick(library_tables.MATRICES)
     return Step(name, (x, d.like(x)), _finished(d, run))
 
 
 def regulariser(d: Draft) -> Step:
-    w, (name, run) = d.any_weight(1), d.choose([*computed_tables.REGULARISERS.items()])
+    w, (name, run) = d.any_weight(1), d.pick(computed_tables.REGULARISERS)
     return Step(name, (w,), run)
 
 
 def computed(d: Draft) -> Step:
-    w, (name, run) = d.some_weight(random_programs.COMPUTED), d.choose([*COMPUTED.items()])
+    w, (name, run) = d.some_weight(random_programs.COMPUTED), d.pick(COMPUTED)
     return Step(name, (w,), run)
 
 
 def difference(d: Draft) -> Step:
     v, (name, run) = (
         d.some_weight(random_programs.COMPUTED),
-        d.choose([*computed_tables.DIFFERENCES.items()]),
+        d.pick(computed_tables.DIFFERENCES),
     )
     return Step(name, (v, d.weight(d.shape_of(v), random_programs.COMPUTED)), run)
 
 
 def ruled(d: Draft) -> Step:
-    x, (name, run) = d.any(), d.choose([*computed_tables.RULES.items()])
+    x, (name, run) = d.any(), d.pick(computed_tables.RULES)
     return Step(f"rule: {name}", (x,), run)
 
 
 def cast(d: Draft) -> Step:
-    x, (name, run) = d.any(), d.choose([*computed_tables.CASTS.items()])
+    x, (name, run) = d.any(), d.pick(computed_tables.CASTS)
     return Step(f"cast: {name}", (x,), run)
 
 
@@ -235,12 +235,12 @@ def _nested_remat(d: Draft, step: Step) -> Step:
 
 
 def _ruled_within(d: Draft, step: Step) -> Step:
-    name, rule = d.choose([*computed_tables.RULES.items()])
+    name, rule = d.pick(computed_tables.RULES)
     return step._replace(name=f"{name}({step.name})", run=lambda *inputs: rule(step.run(*inputs)))
 
 
 def _cast_within(d: Draft, step: Step) -> Step:
-    name, cast = d.choose([*computed_tables.CASTS.items()])
+    name, cast = d.pick(computed_tables.CASTS)
     return step._replace(name=f"{name}({step.name})", run=lambda *inputs: cast(step.run(*inputs)))
 
 
@@ -298,3 +298,23 @@ RULES: dict[Rule, float] = {
     unusual_call: 0.7,
     product: 7,
 }
+
+# Each entry of a table is the first operation of a program in turn.
+_TABLES: tuple[tuple[Rule, dict[str, Run]], ...] = (
+    (elementwise, ELEMENTWISE),
+    (pair, PAIRS),
+    (along, ALONG),
+    (indexed, lax_tables.INDEXED),
+    (matrices, library_tables.MATRICES),
+    (regulariser, computed_tables.REGULARISERS),
+    (computed, COMPUTED),
+    (difference, computed_tables.DIFFERENCES),
+    (ruled, computed_tables.RULES),
+    (cast, computed_tables.CASTS),
+)
+ENTRIES = [(rule, name) for rule, table in _TABLES for name in table]
+
+
+def in_turn(d: Draft) -> Step:
+    rule, d.wanted = ENTRIES[d.seed % len(ENTRIES)]
+    return rule(d)
