@@ -738,3 +738,11 @@ def test_a_loss_may_keep_a_mutable_reference_to_itself(mode):
     assert_close(f(w, x), clipped_mean(stack, [1.0] * 4), 1e-5)
     (row,) = f.explain(w, x).rows
     assert row.reason == "is in a loss with mutable references"
+
+
+def test_the_plan_says_why_a_tiny_threshold_stacks_gradients():
+    plan = psc.clipped_value_and_grad(lambda w, x: jnp.dot(w, x), 1e-20).explain(
+        jnp.ones(3), jnp.ones((5, 3))
+    )
+    assert plan.mode == "vmap"
+    assert "the threshold is too small" in str(plan)

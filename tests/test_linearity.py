@@ -145,6 +145,25 @@ def test_a_rule_of_forward_derivatives_is_traced_too():
     assert is_proven(jax.nn.logsumexp, X)
 
 
+def test_rules_of_linear_calls_and_of_optimized_remat_are_traced_too():
+    def call(transpose):
+        return lambda x: jax.custom_derivatives.linear_call(lambda _, x: 2 * x, transpose, (), x)
+
+    assert is_proven(call(lambda _, c: 3 * c), X)
+    assert not is_proven(call(lambda _, c: jnp.clip(c, -1, 1)), X)
+
+    def optimized(rule):
+        @jax.custom_vjp
+        def same(x):
+            return x
+
+        same.defvjp(lambda x: (x, x), lambda x, c: (rule(x, c),), optimize_remat=True)
+        return lambda x: jnp.sin(same(x))
+
+    assert is_proven(optimized(LINEAR["scaled"]), X)
+    assert not is_proven(optimized(NOT_LINEAR["clipped"]), X)
+
+
 def test_a_rule_that_raises_is_not_proven():
     def refuse(x, c):
         raise ValueError("not now")

@@ -14,7 +14,10 @@ from jax.extend import core
 CHECKPOINTS = ("checkpoint", "remat2", "remat")
 CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", *CHECKPOINTS)
 # Whose derivative is what someone wrote.
-CUSTOM_RULES = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "linear_call")
+CUSTOM_RULES = (
+    *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "custom_jvp_call_jaxpr"),
+    *("linear_call", "custom_transpose_call", "remat_opt", "call_hi_primitive"),
+)
 
 
 def effects_of_references() -> set[Any]:

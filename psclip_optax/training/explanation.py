@@ -55,4 +55,4 @@ def explain(config: ExplainConfig) -> Plan:
         clip_at=options["clip_at"],
     )
     labels = jnp.zeros(n, jnp.int32)
-    return value_and_grad.explain(params, image, labels, *keys)  # pyright: ignore[reportFunctionMemberAccess]
+    return value_and_grad.explain(params, image, labels, *keys)

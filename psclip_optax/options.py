@@ -1,0 +1,67 @@
+"""The options of the face that takes a loss, and their checks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from psclip_optax import clipping
+from psclip_optax.arrays import is_integer
+from psclip_optax.bookkeeping.passes import MODES
+from psclip_optax.clipping import OnNonfinite
+
+Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
+ClipAt: TypeAlias = Literal["sample", "micro-batch"]
+
+
+class Options(NamedTuple):
+    """The arguments of `clipped_value_and_grad` but the loss and its threshold."""
+
+    has_aux: bool
+    in_axes: Any
+    keep_batch_dim: bool
+    microbatch_size: int | None
+    mode: Mode
+    on_nonfinite: OnNonfinite
+    axis_name: Any
+    spmd_axis_name: Any
+    memory_limit_bytes: int | None
+    clip_at: ClipAt
+
+    def num_together(self, num_samples: int) -> int:
+        """How many samples are clipped together."""
+        size = self.microbatch_size if self.clip_at == "micro-batch" else 1
+        return max(1, min(size or 1, num_samples))
+
+    def checked(self) -> Options:
+        """Refuse options that are out of range."""
+        clipping.check_on_nonfinite(self.on_nonfinite)
+        _check_mode(self.mode)
+        _check_clip_at(self.clip_at, self.microbatch_size)
+        return self._replace(
+            microbatch_size=checked_size("microbatch_size", self.microbatch_size),
+            memory_limit_bytes=checked_size("memory_limit_bytes", self.memory_limit_bytes),
+        )
+
+
+def checked_size(name: str, size: Any) -> int | None:
+    if size is None:
+        return None
+    if not is_integer(size) or size < 1:
+        raise ValueError(f"{name} is a positive int or None, got {size!r}")
+    return int(size)
+
+
+def _check_mode(mode: str) -> None:
+    known = ["auto", *MODES]
+    if mode not in known:
+        raise ValueError(f"mode is one of {', '.join(map(repr, known))}, got {mode!r}")
+
+
+def _check_clip_at(clip_at: str, microbatch_size: int | None) -> None:
+    if clip_at not in ("sample", "micro-batch"):
+        raise ValueError(f'clip_at is "sample" or "micro-batch", got {clip_at!r}')
+    if clip_at == "micro-batch" and microbatch_size is None:
+        raise ValueError(
+            'clip_at="micro-batch" needs microbatch_size, the number of samples in each; that of '
+            "the whole batch clips the batch's mean gradient"
+        )
