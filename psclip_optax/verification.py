@@ -68,6 +68,11 @@ class Verification:
         """Whether all errors are within the tolerance."""
         return all(row.ok for row in self.rows)
 
+    @property
+    def largest_error(self) -> float:
+        """The largest of all relative errors."""
+        return max(row.error for row in self.rows)
+
     def __str__(self) -> str:
         cells = [
             (row.parameter, row.route, f"{row.error:.1e}", "yes" if row.ok else "NO")
