@@ -23,6 +23,7 @@ from psclip_optax.training.configs import (
     UsageError,
     check_config,
 )
+from psclip_optax.training.encodings import spelling_out
 
 _DESCRIPTION = """Per-sample gradient clipping for JAX and Optax.
 
@@ -35,8 +36,9 @@ _COMMANDS = {
     "explain": ExplainConfig,
     "doctor": DoctorConfig,
 }
-_EXIT_WRONG, _EXIT_LOST, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 1, 2, 130
+_EXIT_WRONG, _EXIT_LOST, _EXIT_CLOSED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 1, 1, 2, 130
 _TRAIN_EXTRA = {
+    "filelock",
     "flax",
     "grain",
     "matplotlib",
@@ -56,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the command's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 1 where `doctor` found something wrong; 2 after one line on stderr that
-      says what is wrong; 130 when interrupted. A process that lost the others of its run ends at
-      once, with 1 and one line on stderr.
+      The exit status: 0; 1 where `doctor` found something wrong, or whoever reads the output has
+      closed it; 2 after one line on stderr that says what is wrong; 130 when interrupted. A process
+      that lost the others of its run ends at once, with 1 and one line on stderr.
 
     Examples:
       >>> main(["--version"])
@@ -66,11 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
       0
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments == ["--version"]:
-        print(f"psclip {__version__}")
-        return 0
+    with spelling_out():
+        return _status(arguments or ["--help"])
+
+
+def _status(arguments: list[str]) -> int:
     try:
-        return _run(arguments or ["--help"])
+        status = _run(arguments)
+        sys.stdout.flush()  # here, where it is known what a closed pipe means
+        return status
+    except BrokenPipeError:
+        # Or Python would complain at its end of what it could not write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_CLOSED
     except UsageError as error:
         print(f"psclip: error: {error}", file=sys.stderr)
         return _EXIT_USAGE
@@ -88,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"psclip {__version__}")
+        return 0
     # Told apart by hand where there is nothing to parse: it works without the extra that parses.
     config = DoctorConfig() if arguments == ["doctor"] else _parse(arguments)
     if config is None:
@@ -100,6 +113,7 @@ def _run(arguments: list[str]) -> int:
 
     from psclip_optax.training.archives import DatasetError
     from psclip_optax.training.distributed import ProcessLostError
+    from psclip_optax.training.doctor import why_no_device
 
     command = {
         CompareConfig: _compare,
@@ -111,6 +125,11 @@ def _run(arguments: list[str]) -> int:
         command(config, Console())
     except DatasetError as error:
         raise UsageError(str(error)) from error
+    except (RuntimeError, AssertionError) as error:
+        reason = why_no_device()
+        if reason is None:
+            raise
+        raise UsageError(reason) from error
     except ProcessLostError as error:
         _end_at_once(f"psclip: error: {error}")
     return 0

@@ -15,6 +15,7 @@ from jax.extend import core
 
 from psclip_optax.arrays import is_narrow
 from psclip_optax.bookkeeping.calls import Call
+from psclip_optax.bookkeeping.equations import inner_jaxprs
 from psclip_optax.bookkeeping.explain import Plan
 from psclip_optax.bookkeeping.views import aval
 from psclip_optax.table import table
@@ -66,6 +67,11 @@ class Verification:
     def ok(self) -> bool:
         """Whether all errors are within the tolerance."""
         return all(row.ok for row in self.rows)
+
+    @property
+    def largest_error(self) -> float:
+        """The largest of all relative errors."""
+        return max(row.error for row in self.rows)
 
     def __str__(self) -> str:
         cells = [
@@ -187,7 +193,7 @@ def _tolerance(jaxpr: core.Jaxpr) -> float:
 def _float_dtypes(jaxpr: core.Jaxpr) -> set[Any]:
     variables = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
     dtypes: set[Any] = {aval(v).dtype for v in variables if hasattr(v.aval, "dtype")}
-    inner = (_float_dtypes(one) for eqn in jaxpr.eqns for one in core.jaxprs_in_params(eqn.params))
+    inner = (_float_dtypes(one) for eqn in jaxpr.eqns for one in inner_jaxprs(eqn))
     return {d for d in dtypes.union(*inner) if jnp.issubdtype(d, jnp.floating)}
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 
 from psclip_optax.bookkeeping import passes
+from tests.fuzz import record
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -19,10 +20,24 @@ if jaxlib.version.__version_info__ < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
-# Compiling takes as long as it takes. On a build server a failure must be seen again by whoever
-# looks for it, elsewhere new examples are worth more.
-settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
+# Compiling takes as long as it takes. A failure must be seen again by whoever looks for it; new
+# examples come of `python -m tests.fuzz` and `python -m tests.random_programs`.
+settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+RUNNING_PROGRAMS = "running_programs"
+
+
+@pytest.fixture
+def running_programs(pytestconfig):
+    """Where a test writes which program it runs, for an abort of XLA takes the process along."""
+    return pytestconfig.cache.mkdir(RUNNING_PROGRAMS)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for what in record.left_behind(config.cache.mkdir(RUNNING_PROGRAMS)):
+        terminalreporter.write_line(f"This was running when its process died: {what}", red=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,16 +10,11 @@ what no later operation takes. `--show SEED` prints a program and, if it fails, 
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
-import json
 import math
-import multiprocessing
-import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent import futures
 from typing import Any, Literal, NamedTuple, TypeAlias
 from unittest import mock
 
@@ -28,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax
-from rich.console import Console
-from rich.table import Table
 
 import psclip_optax as psc
 from psclip_optax.bookkeeping import passes
+from tests.fuzz.command import NO_REFERENCE, Outcome, Source, main_of, shower
 from tests.numerics import clipped_mean, enable_x64, growing
 
 Kind: TypeAlias = Literal["data", "index", "weight"]
@@ -1136,41 +1130,6 @@ def draw_program(seed: int) -> Program:
 # Checks
 
 
-# How a message begins where XLA cannot run vmap(grad) either.
-NO_REFERENCE = "no reference: "
-
-
-class Outcome(NamedTuple):
-    """What came of a program.
-
-    Attributes:
-      seed: which program.
-      mixture: its dtypes.
-      operations: how many.
-      checks: how it was run.
-      ok: whether all errors are within the tolerance.
-      error: the largest relative error of a gradient's leaf, the norms and the loss; infinite for
-        what is not finite or was raised.
-      seconds: for drawing, reference and checks.
-      routes: how many parameters took which route.
-      message: which check failed, and how.
-    """
-
-    seed: int
-    mixture: str
-    operations: int
-    checks: tuple[str, ...]
-    ok: bool
-    error: float
-    seconds: float
-    routes: dict[str, int]
-    message: str = ""
-
-    @property
-    def has_reference(self) -> bool:
-        return not self.message.startswith(NO_REFERENCE)
-
-
 class Reference(NamedTuple):
     """vmap(grad)'s losses [n], stacked gradients, and norms [n]."""
 
@@ -1417,140 +1376,21 @@ def _without(program: Program, name: str) -> Program:
 # The command
 
 
-def _line(outcome: Outcome) -> str:
-    # JSON knows no infinity.
-    error = outcome.error if math.isfinite(outcome.error) else None
-    return json.dumps({**outcome._asdict(), "error": error})
-
-
-def _read_back(path: pathlib.Path) -> dict[int, Outcome]:
-    """What an earlier run wrote; a last line that was cut off is taken away."""
-    if not path.exists():
-        return {}
-    whole = path.read_text().rpartition("\n")[0]
-    path.write_text(f"{whole}\n" if whole else "")
-    outcomes = [Outcome(**json.loads(line)) for line in whole.splitlines()]
-    return {o.seed: o._replace(error=math.inf if o.error is None else o.error) for o in outcomes}
-
-
-def run_programs(seeds: Sequence[int], path: pathlib.Path) -> list[Outcome]:
-    outcomes = _read_back(path)
-    with path.open("a") as file, _Worker() as worker:
-        for seed in (seed for seed in seeds if seed not in outcomes):
-            outcomes[seed] = _outcome(seed, worker)
-            print(_line(outcomes[seed]), file=file, flush=True)
-    return [outcomes[seed] for seed in seeds]
-
-
-class _Worker(contextlib.AbstractContextManager["_Worker"]):
-    """Another process, for XLA aborts on some programs and takes its process along."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
-        self._pool = self._new()
-
-    def _new(self) -> futures.ProcessPoolExecutor:
-        return futures.ProcessPoolExecutor(1, self._context)
-
-    def __call__(self, function: Callable[[int], Any], seed: int) -> Any:
-        try:
-            return self._pool.submit(function, seed).result()
-        except futures.BrokenExecutor:
-            self._pool = self._new()
-            raise
-
-    def __exit__(self, *_: Any) -> None:
-        self._pool.shutdown()
-
-
-def _outcome(seed: int, worker: _Worker) -> Outcome:
-    try:
-        return worker(_checked, seed)
-    except futures.BrokenExecutor:
-        program = draw_program(seed)
-    try:
-        worker(_has_reference, seed)
-    except futures.BrokenExecutor:
-        message = f"{NO_REFERENCE}XLA aborts"
-    else:
-        message = "XLA aborts"
-    checks = tuple(map(str, checks_of(seed)))
-    size = len(program.operations)
-    return Outcome(seed, program.mixture, size, checks, False, math.inf, 0.0, {}, message)
-
-
 def _checked(seed: int) -> Outcome:
     if seed % CLEAR_EVERY == 0:
         jax.clear_caches()
     return check(draw_program(seed), with_routes=True)
 
 
-def _has_reference(seed: int) -> None:
+def _run_reference(seed: int) -> None:
     program = draw_program(seed)
     with enable_x64(MIXTURES[program.mixture].has_float64):
         for how in checks_of(seed):
             reference_of(program if how.jitted else shortened(program))
 
 
-def _print_tally(outcomes: Sequence[Outcome], console: Console) -> None:
-    by_mixture: dict[str, list[Outcome]] = {name: [] for name in MIXTURES}
-    for outcome in outcomes:
-        by_mixture[outcome.mixture].append(outcome)
-    columns = ("dtypes", "programs", "no reference", "operations", "failures", "largest error")
-    table = Table(*columns, "seconds each")
-    for name, drawn in [*by_mixture.items(), ("all", outcomes)]:
-        own = [outcome for outcome in drawn if outcome.has_reference]
-        if own:
-            table.add_row(
-                name,
-                str(len(own)),
-                str(len(drawn) - len(own)),
-                str(sum(o.operations for o in own)),
-                str(sum(not o.ok for o in own)),
-                f"{max(o.error for o in own):.1e}",
-                f"{sum(o.seconds for o in own) / len(own):.2f}",
-            )
-    console.print(table)
-    routes = sum((collections.Counter(o.routes) for o in outcomes), collections.Counter())
-    parameters = Table("route", "parameters")
-    for route, number in routes.most_common():
-        parameters.add_row(route, str(number))
-    console.print(parameters)
-    for outcome in outcomes:
-        if not outcome.ok and outcome.has_reference:
-            console.print(f"seed {outcome.seed}: {outcome.message}", markup=False, soft_wrap=True)
-
-
-def _show(seed: int, console: Console) -> None:
-    program = draw_program(seed)
-    outcome = check(program)
-    console.print(f"{program}\n{outcome}", markup=False, highlight=False, soft_wrap=True)
-    if not outcome.ok:
-        smaller = reduced(program, lambda smaller: not check(smaller).ok)
-        console.print(
-            f"\nSmaller: {smaller}\n{check(smaller)}", markup=False, highlight=False, soft_wrap=True
-        )
-
-
-def main(
-    count: int = 100,
-    start: int = 0,
-    out: pathlib.Path = pathlib.Path("random_programs.jsonl"),
-    show: int | None = None,
-) -> None:
-    """Runs random programs and prints a tally, or shows one.
-
-    Args:
-      count: how many programs.
-      start: the first seed.
-      out: a line for each program; those that are there already are not run again.
-      show: a seed, to print its program, and a smaller one if it fails.
-    """
-    console = Console()
-    if show is not None:
-        return _show(show, console)
-    return _print_tally(run_programs(range(start, start + count), out), console)
+SOURCE = Source(draw_program, _checked, _run_reference, shower(draw_program, check, reduced))
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main_of(SOURCE))

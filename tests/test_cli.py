@@ -166,6 +166,61 @@ def test_bad_flag_is_one_line_in_any_encoding(encoding: str):
     )
 
 
+def in_a_process(*argv: str, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "psclip_optax", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_help_is_readable_in_any_encoding(encoding: str):
+    running = in_a_process("train", "--help", PYTHONIOENCODING=encoding)
+    output, complaint = running.communicate(timeout=120)
+    assert (running.returncode, complaint) == (0, b"")
+    told = " ".join(output.decode(encoding).split())
+    assert "beta of the threshold alpha k^(1/beta) of the k-th sample" in told
+    assert "?" not in told
+
+
+@pytest.mark.parametrize("argv", [["train", "--help"], ["--version"]], ids=" ".join)
+def test_a_reader_that_is_gone_is_no_error(argv: list[str]):
+    running = in_a_process(*argv)
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.close()
+    assert running.stderr.read() == b""
+    assert running.wait(timeout=120) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "explain"])
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_platform_that_is_not_installed_is_one_line(
+    command: str, platform: str, tmp_path: pathlib.Path
+):
+    out = [] if command == "explain" else ["--out", str(tmp_path / "out")]
+    running = in_a_process(command, *out, JAX_PLATFORMS=platform)
+    _, complaint = running.communicate(timeout=300)
+    told = complaint.decode().splitlines()
+    if platform == "cuda" and running.returncode == 0:
+        pytest.skip("there is a GPU")
+    assert (running.returncode, len(told)) == (2, 1)
+    assert told[0].startswith("psclip: error: JAX finds no device: ")
+    assert platform in told[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_jax_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    def fail(config, console):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("psclip_optax.cli._explain", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["explain"])
+
+
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_unwritable_folder_is_one_line(command: str, capsys, tmp_path: pathlib.Path):
     (tmp_path / "file").write_text("")
@@ -178,6 +233,7 @@ def test_missing_dataset_is_one_line(command: str, capsys, tmp_path: pathlib.Pat
     missing = ["--dataset", "cifar10", "--data-dir", str(tmp_path / "nowhere")]
     assert main([command, *missing, "--out", str(tmp_path / "out")]) == 2
     assert_one_line_error(capsys.readouterr(), "expected cifar-10-batches-py/", "--data-dir")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "plot", "explain"])

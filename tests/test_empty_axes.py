@@ -56,6 +56,8 @@ FORMS = {
     "padded pixels": (padded, (3, 3, 3, 2), (0, 4, 3)),
     "channels": (convolved, (2, 2, 0, 2), (4, 4, 0)),
     "concatenated": (lambda w, x: jnp.concatenate([x, w]), (3,), (0,)),
+    "concatenated with a part of size 0": (lambda w, x: jnp.concatenate([2 * w, jnp.sin(w)[3:], x]), (3,), (2,)),
+    "concatenated with its own part of size 0": (lambda w, x: jnp.concatenate([w * x, w[3:], x]), (3,), (3,)),
     "both sides": (lambda w, x: x @ w @ w, (3, 3), (0, 3)),
     "computed": (lambda w, x: x @ (w / jnp.linalg.norm(w)), (3, 2), (0, 3)),
 }  # fmt: skip

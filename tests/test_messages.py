@@ -223,6 +223,30 @@ def train(folder: pathlib.Path, found: dict[str, str] | None = None, **options: 
     return runs.train(TrainConfig(out=folder, **options), Console(quiet=True))
 
 
+def held_by_another(folder: pathlib.Path):
+    with files.held_alone(folder):
+        train(folder)
+
+
+def with_a_folder_for_a_lock(folder: pathlib.Path):
+    (folder / files.LOCK).mkdir()
+    train(folder)
+
+
+def not_of_the_first_process(folder: pathlib.Path):
+    with (
+        mock.patch.object(runs, "join_processes"),
+        mock.patch.object(runs, "is_first_process", return_value=False),
+        mock.patch.object(runs, "told_by_first_process", return_value=True),
+    ):
+        train(folder, distributed=True)
+
+
+def without_a_device():
+    with mock.patch.object(jax, "devices", side_effect=AssertionError):
+        command("explain", _explain=AssertionError)
+
+
 def written(**options: Any) -> str:
     """What `psclip train` writes of its configuration."""
     return files.to_json({"config": vars(TrainConfig(**options))})
@@ -1035,10 +1059,11 @@ ROWS = [
     Row(
         lambda: step(tx=optax.sgd(0.1)),
         ValueError,
-        'gradients="per_sample" gives the optimizer stacked gradients [n, …], which one '
-        "per_sample_clip clips and averages; its state holds 0 PerSampleClipState. Write "
-        "optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
-        'psclip_optax.ps_clip_sgd(…), or gradients="mean" for any other optimizer',
+        'gradients="per_sample", which is meant where no threshold is given, has stacked '
+        "gradients [n, …] for one per_sample_clip in the optimizer, whose state holds 0 "
+        "PerSampleClipState. For any optimizer pass threshold=… to the step; or write "
+        "optax.chain(psclip_optax.per_sample_clip(threshold), …) or psclip_optax.ps_clip_sgd(…), "
+        'or gradients="mean", which clips nothing',
     ),
     Row(
         lambda: step(gradients="mean"),
@@ -1559,9 +1584,25 @@ ROWS = [
         "--validation-share: 0.9999 leaves nothing of the 1297 training images; take less",
     ),
     Row(
-        in_folder(lambda folder: files.make_writable_folder(under_a_file(folder))),
+        in_folder(lambda folder: train(under_a_file(folder))),
         UsageError,
         "--out: cannot write to ⟨folder⟩/file/below: Not a directory; choose another folder",
+    ),
+    Row(
+        in_folder(with_a_folder_for_a_lock),
+        UsageError,
+        "--out: cannot write to ⟨folder⟩: ⟨the system's words⟩; choose another folder",
+    ),
+    Row(
+        in_folder(held_by_another),
+        UsageError,
+        "--out: another psclip is writing to ⟨folder⟩; wait until it ends, or choose another "
+        "folder",
+    ),
+    Row(
+        in_folder(not_of_the_first_process),
+        UsageError,
+        "--out: the first process may not write to ⟨folder⟩, and says why",
     ),
     Row(
         lambda: writing(OSError(28, "No space left on device")),
@@ -1698,6 +1739,12 @@ ROWS = [
         "psclip: error: tyro is not installed; pip install 'psclip_optax[train]'\n",
     ),
     Row(
+        without_a_device,
+        Printed,
+        "psclip: error: JAX finds no device: expected one of ⟨platforms⟩, which this installation "
+        "of JAX has no plugin for; install it, or unset JAX_PLATFORMS\n",
+    ),
+    Row(
         lambda: command("train", _parse=KeyboardInterrupt),
         Printed,
         "psclip: interrupted\n",
@@ -1786,7 +1833,8 @@ def is_message(node: ast.AST) -> bool:
 
 # What no row provokes: (file, function, how the statement begins), and why, or the test that does.
 WITHOUT_ROW = {
-    ("cli.py", "main", "raise"): "passes on that something else is not installed",
+    ("cli.py", "_status", "raise"): "passes on that something else is not installed",
+    ("cli.py", "_run", "raise"): "passes on what is no lack of a device",
     ("cli.py", "_end_at_once", "print"): (
         "tests/training/test_distributed.py::"
         "test_a_lost_process_ends_the_run_and_one_process_goes_on_from_its_checkpoint"

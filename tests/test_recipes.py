@@ -223,6 +223,10 @@ def check_adaptive(names: Names) -> None:
     assert_close(grads, truth(names, params, x, y, threshold=threshold), 1e-4)
 
 
+def check_frozen(names: Names) -> None:
+    assert_close(names["grads"], truth(names, names["params"], names["x"]), 1e-4)
+
+
 def check_bfloat16(names: Names) -> None:
     expected = truth(names, names["params"], names["x"], names["y"])
     assert_close(names["grads"], expected, 3e-2)
@@ -270,6 +274,8 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "The same in the optimizer's state": check_injected,
     "Log thresholds and clipped shares": check_logs,
     "An adaptive threshold": check_adaptive,
+    "The trainable part alone": check_step,
+    "What a frozen leaf does to the norm": check_frozen,
     "bfloat16": check_bfloat16,
     "float16 with dynamic loss scaling": check_float16,
     "From jax_privacy": check_before_or_after,

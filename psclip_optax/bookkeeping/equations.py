@@ -5,7 +5,7 @@ Names of primitives and of their parameters change between versions; they are to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,14 @@ def inner_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
     """The jaxpr, with its constants, that an equation calls with its own inputs."""
     inner = eqn.params[body_parameter(eqn)]
     return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
+
+
+def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """Find all jaxprs among an equation's parameters, those of a tuple of branches too."""
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, core.ClosedJaxpr | core.Jaxpr):
+                yield one.jaxpr if isinstance(one, core.ClosedJaxpr) else one
 
 
 class ScanCounts(NamedTuple):

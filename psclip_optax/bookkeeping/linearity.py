@@ -23,6 +23,7 @@ from psclip_optax.bookkeeping.equations import (
     CUSTOM_RULES,
     effects_of_references,
     inner_jaxpr,
+    inner_jaxprs,
     scan_counts,
 )
 from psclip_optax.bookkeeping.views import aval, run_equation
@@ -89,7 +90,7 @@ def unproven_equation(
         first = varied[:consts], [any(varied)] * carry, varied[consts + carry :]
         inner = [flag for flags in first for flag in flags]
         return unproven_rule(body, inner, [*[True] * carry, *wanted[carry:]])
-    for jaxpr in core.jaxprs_in_params(eqn.params):
+    for jaxpr in inner_jaxprs(eqn):
         everything = [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars)
         found = unproven_rule(jaxpr, *everything)
         if found is not None:
@@ -192,7 +193,7 @@ def _of_equation(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 
 def _of_call(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
     # A custom rule is of the derivative: what is run here is the function itself.
-    (jaxpr,) = list(core.jaxprs_in_params(eqn.params))[:1] or [None]
+    jaxpr = next(inner_jaxprs(eqn), None)
     if jaxpr is None or len(jaxpr.invars) != len(inputs):
         return [_Dependence.UNKNOWN] * len(eqn.outvars)
     return _dependences(jaxpr, inputs)

@@ -301,7 +301,7 @@ class _Walk(NamedTuple):
     def meeting(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> None:
         operands = [i for i, kind in enumerate(kinds) if isinstance(kind, OfParameters)]
         weight, name = kinds[operands[0]], eqn.primitive.name
-        if _is_empty(eqn, operands if name not in self.rules else range(len(kinds))):
+        if _has_no_entries(eqn, operands, is_product=name in self.rules):
             return
         if name == "dynamic_slice" and operands == [0]:
             self.usage.to_rewrite[scope.path] = 0
@@ -363,11 +363,12 @@ def _without_gradient(kinds: Sequence[Kind]) -> Other:
     return Other.CONSTANT_OF_A_STEP if is_stepped else Other.CONSTANT
 
 
-def _is_empty(eqn: core.JaxprEqn, factors: Iterable[int]) -> bool:
-    """Whether a factor, or all that leaves, has no entries, so that there is no gradient."""
-    return not all(aval(eqn.invars[i]).size for i in factors) or not any(
-        aval(v).size for v in eqn.outvars
-    )
+def _has_no_entries(eqn: core.JaxprEqn, operands: Sequence[int], *, is_product: bool) -> bool:
+    """Whether a factor of a product, all its parameters or all that leaves have no entries."""
+    sizes = [aval(v).size for v in eqn.invars]
+    is_factor_empty = is_product and 0 in sizes
+    has_gradient = any(sizes[i] for i in operands) and any(aval(v).size for v in eqn.outvars)
+    return is_factor_empty or not has_gradient
 
 
 def _layer(kind: Kind, path: Path) -> Kind:

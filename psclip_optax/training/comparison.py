@@ -25,9 +25,10 @@ from psclip_optax.training.files import (
     COMPARISON_FIGURE,
     RUN,
     check_holds_none_of,
-    make_writable_folder,
+    held_alone,
     named_in,
     to_json,
+    writable_folder,
     write_atomically,
 )
 from psclip_optax.training.losses import classification_loss
@@ -101,11 +102,16 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
 
     Raises:
       UsageError: a number is out of range, the grids differ in size, or the folder cannot be
-        written or holds a result already.
+        written, holds a result already or is being written by another process.
       DatasetError: the dataset cannot be had.
     """
     check_config(config)
-    out = _checked_folder(config)
+    with writable_folder(config.out) as out, held_alone(out):
+        _check_folder(out, config)
+        return _compare(config, out, console)
+
+
+def _compare(config: CompareConfig, out: pathlib.Path, console: Console) -> dict[str, Any]:
     dataset = load_dataset(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
     splits = _hold_out(dataset.train, config)
     job = _prepare(config, dataset, *splits)
@@ -195,8 +201,7 @@ def best_trial(trials: list[Trial]) -> Trial:
     return max(trials, key=lambda t: (t.accuracy, -math.inf if math.isnan(t.loss) else -t.loss))
 
 
-def _checked_folder(config: CompareConfig) -> pathlib.Path:
-    out = config.out.expanduser().absolute()
+def _check_folder(out: pathlib.Path, config: CompareConfig) -> None:
     check_holds_none_of(out, RUN)
     found = named_in(out, (COMPARISON, COMPARISON_FIGURE))
     if found and not config.overwrite:
@@ -204,7 +209,6 @@ def _checked_folder(config: CompareConfig) -> pathlib.Path:
             f"--out: {out} holds a result already ({found}); choose another folder, or pass "
             "--overwrite"
         )
-    return make_writable_folder(out)
 
 
 def _hold_out(split: Split, config: CompareConfig) -> tuple[Split, Split]:

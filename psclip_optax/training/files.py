@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import filelock
 import numpy as np
 
 from psclip_optax.training.configs import UsageError
@@ -20,6 +21,7 @@ from psclip_optax.training.configs import UsageError
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 RUN = (CONFIG, METRICS, CHECKPOINTS)
+LOCK = ".lock"  # while something is written there
 # What a comparison's folder holds.
 COMPARISON, COMPARISON_FIGURE = "compare.json", "compare.png"
 
@@ -68,31 +70,85 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
-def make_writable_folder(folder: pathlib.Path) -> pathlib.Path:
+@contextlib.contextmanager
+def writable_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Makes a folder and finds out now, not after the work, whether files may be put there.
 
     Args:
-      folder: made if missing, with its parents.
+      folder: made if missing, with its parents; what was made is gone again if it stays empty.
 
-    Returns:
+    Yields:
       Its absolute path.
 
     Raises:
       UsageError: it cannot be made or written.
 
     Examples:
-      >>> make_writable_folder(pathlib.Path(tempfile.mkdtemp()) / "new").is_dir()
+      >>> with writable_folder(pathlib.Path(tempfile.mkdtemp()) / "new") as folder:
+      ...     folder.is_dir()
       True
+      >>> folder.is_dir()
+      False
     """
     folder = folder.expanduser().absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        _check_writable(folder)
+        yield folder
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # of one that is not empty, or was not made
+                path.rmdir()
+
+
+def _check_writable(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            return
     except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> UsageError:
+    return UsageError(f"--out: cannot write to {folder}: {error.strerror}; choose another folder")
+
+
+@contextlib.contextmanager
+def held_alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from writing to the same folder.
+
+    A process that dies holds nothing any more, so that its run can go on.
+
+    Args:
+      folder: it is there.
+
+    Raises:
+      UsageError: another process holds it, or it cannot be written.
+
+    Examples:
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> with held_alone(folder), held_alone(folder):
+      ...     pass
+      Traceback (most recent call last):
+      psclip_optax.training.configs.UsageError: --out: another psclip is writing to ...
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
         raise UsageError(
-            f"--out: cannot write to {folder}: {error.strerror}; choose another folder"
+            f"--out: another psclip is writing to {folder}; wait until it ends, or choose another "
+            "folder"
         ) from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # before another process could hold it
+        lock.release()
 
 
 def named_in(folder: pathlib.Path, names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from psclip_optax.training.files import (
     COMPARISON,
     CONFIG,
     METRICS,
-    make_writable_folder,
+    writable_folder,
     write_atomically,
 )
 from psclip_optax.training.metrics import read_intact_records
@@ -76,9 +76,9 @@ def plot(config: PlotConfig) -> pathlib.Path:
     """
     runs = [run for folder in config.runs for run in read_runs(folder)]
     png = to_png(draw_runs(runs))
-    out = make_writable_folder(config.out.expanduser().absolute().parent) / config.out.name
-    write_atomically(out, png)
-    return out
+    with writable_folder(config.out.expanduser().absolute().parent) as folder:
+        write_atomically(folder / config.out.name, png)
+        return folder / config.out.name
 
 
 def read_runs(folder: pathlib.Path) -> list[Run]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -9,7 +10,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -48,6 +49,7 @@ from psclip_optax.training.distributed import (
     noticing_lost_processes,
     replicate,
     shard_batch,
+    told_by_first_process,
     wait_for_all,
 )
 from psclip_optax.training.files import (
@@ -59,10 +61,11 @@ from psclip_optax.training.files import (
     RUN,
     TENSORBOARD,
     check_holds_none_of,
-    make_writable_folder,
+    held_alone,
     named_in,
     noticing_what_cannot_be_written,
     to_json,
+    writable_folder,
     write_atomically,
 )
 from psclip_optax.training.losses import classification_loss
@@ -369,22 +372,54 @@ def train(config: TrainConfig, console: Console) -> RunResult:
       How the run ended.
 
     Raises:
-      UsageError: a number is out of range, the folder cannot be written, holds a run already, or,
-        with `resume`, holds none, another one or no intact checkpoint, or the processes of a
-        distributed run did not come together.
+      UsageError: a number is out of range, the folder cannot be written, holds a run already, is
+        being written by another process, or, with `resume`, holds none, another one or no intact
+        checkpoint, or the processes of a distributed run did not come together.
       DatasetError: the dataset cannot be had.
       ProcessLostError: another process of a distributed run ended or does not answer.
     """
     check_config(config)
     if config.tensorboard:
         check_tensorboard()
-    out = make_writable_folder(config.out)
+    with writable_folder(config.out) as out:
+        return (_train_together if config.distributed else _train_alone)(config, out, console)
+
+
+def _train_alone(config: TrainConfig, out: pathlib.Path, console: Console) -> RunResult:
+    with held_alone(out):
+        _check_folder(out, config)
+        return _train(config, _dataset_of(config), out, console)
+
+
+def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) -> RunResult:
+    # What may fail comes before they meet, for the others would wait for this one.
     _check_folder(out, config)
-    dataset = load_dataset(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
-    if config.distributed:  # after what may fail, for the others would wait for this one
-        join_processes(config)
-    with noticing_lost_processes():
+    dataset = _dataset_of(config)
+    join_processes(config)
+    with noticing_lost_processes(), _held_by_first_process(out, config):
         return _train(config, dataset, out, console if is_first_process() else Console(quiet=True))
+
+
+@contextlib.contextmanager
+def _held_by_first_process(out: pathlib.Path, config: TrainConfig) -> Iterator[None]:
+    """The folder, which the first process writes to; if it may not, all of them end."""
+    refused = None
+    with contextlib.ExitStack() as held:
+        try:
+            if is_first_process():
+                held.enter_context(held_alone(out))
+                _check_folder(out, config)  # once more, for another run may have ended meanwhile
+        except UsageError as error:
+            refused = error
+        if told_by_first_process(refused is not None):
+            raise refused or UsageError(
+                f"--out: the first process may not write to {out}, and says why"
+            )
+        yield
+
+
+def _dataset_of(config: TrainConfig) -> Dataset:
+    return load_dataset(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
 
 
 def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Console) -> RunResult:

@@ -346,10 +346,11 @@ def _check_optimizer(opt_state: Any, stacked: bool) -> None:
     number = len(_clip_states(opt_state))
     if stacked and number != 1:
         raise ValueError(
-            'gradients="per_sample" gives the optimizer stacked gradients [n, …], which one '
-            f"per_sample_clip clips and averages; its state holds {number} PerSampleClipState. "
-            "Write optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
-            'psclip_optax.ps_clip_sgd(…), or gradients="mean" for any other optimizer'
+            'gradients="per_sample", which is meant where no threshold is given, has stacked '
+            "gradients [n, …] for one per_sample_clip in the optimizer, whose state holds "
+            f"{number} PerSampleClipState. For any optimizer pass threshold=… to the step; or "
+            "write optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
+            'psclip_optax.ps_clip_sgd(…), or gradients="mean", which clips nothing'
         )
     if not stacked and number:
         raise ValueError(

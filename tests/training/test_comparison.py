@@ -14,6 +14,7 @@ from rich.console import Console
 
 from psclip_optax.training.comparison import Trial, best_trial, build_grids, compare
 from psclip_optax.training.configs import CompareConfig, UsageError
+from psclip_optax.training.files import held_alone
 from psclip_optax.training.methods import Hyperparams
 
 METHODS = ["momentum", "batch-clip", "ps-clip"]
@@ -89,6 +90,11 @@ def test_output_tells_the_splits_and_the_outcome(compared):
     assert "1038 training images, corrupted; 259 to validate and 500 to test on, both" in output
     assert "came out best" in output
     assert all(label in output for label in ("momentum SGD", "batch clipping", "per-sample clip"))
+
+
+def test_a_folder_that_is_being_written_to_is_refused_at_once(tmp_path: pathlib.Path):
+    with held_alone(tmp_path), pytest.raises(UsageError, match="another psclip is writing to"):
+        run(tiny(tmp_path))
 
 
 def test_result_is_not_overwritten_unless_told(compared):

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from psclip_optax.training.files import held_alone
 from tests.training.processes import (
     SMALL,
     assert_all_succeed,
@@ -98,6 +99,17 @@ def test_a_process_that_stays_alone_says_so(tmp_path: pathlib.Path):
     assert second.returncode != 0
     assert "--distributed" in complaint or "distributed service" in complaint
     assert not (tmp_path / "config.json").exists()
+
+
+def test_all_processes_end_where_another_run_is_writing(tmp_path: pathlib.Path):
+    with held_alone(tmp_path):
+        complaints = []
+        for process in start_together(2, tmp_path):
+            complaints.append(process.communicate(timeout=120)[1])
+            assert process.returncode == 2
+    assert f"another psclip is writing to {tmp_path}" in complaints[0]
+    assert f"the first process may not write to {tmp_path}, and says why" in complaints[1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(tmp_path: pathlib.Path):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from psclip_optax.training.configs import UsageError
-from psclip_optax.training.files import make_writable_folder, to_json, write_atomically
+from psclip_optax.training.files import held_alone, to_json, writable_folder, write_atomically
 
 
 def test_crash_while_writing_keeps_what_was_there(
@@ -48,4 +50,56 @@ def test_json_keeps_numbers_exactly():
 def test_folder_under_a_file_is_refused(tmp_path: pathlib.Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=f"--out: cannot write to {tmp_path}/file/run: Not a dir"):
-        make_writable_folder(tmp_path / "file" / "run")
+        enter(writable_folder(tmp_path / "file" / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_that_stays_empty_is_gone_again_with_its_parents(tmp_path: pathlib.Path):
+    with writable_folder(tmp_path / "a" / "b"), held_alone(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="no"), writable_folder(tmp_path / "a" / "b"):
+        raise UsageError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_was_there_or_was_written_to_stays(tmp_path: pathlib.Path):
+    (tmp_path / "there").mkdir()
+    with writable_folder(tmp_path / "there"):
+        pass
+    with writable_folder(tmp_path / "new") as folder, held_alone(folder):
+        (folder / "file").write_text("")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "new", "there"]
+
+
+def test_folder_is_held_by_one(tmp_path: pathlib.Path):
+    with held_alone(tmp_path):
+        for _ in range(2):
+            with pytest.raises(UsageError, match=f"another psclip is writing to {tmp_path}; wait"):
+                enter(held_alone(tmp_path))
+    enter(held_alone(tmp_path))
+
+
+def test_folder_is_free_when_its_holder_was_killed(tmp_path: pathlib.Path):
+    script = """
+import pathlib, sys, time
+from psclip_optax.training.files import held_alone
+with held_alone(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    argv = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(UsageError, match="another psclip"):
+                enter(held_alone(tmp_path))
+        finally:
+            holder.kill()
+    enter(held_alone(tmp_path))
+
+
+def enter(context):
+    with context:
+        pass

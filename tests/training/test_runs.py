@@ -18,6 +18,7 @@ import psclip_optax as psc
 from psclip_optax.training import runs
 from psclip_optax.training.configs import TrainConfig, UsageError
 from psclip_optax.training.datasets import load_dataset
+from psclip_optax.training.files import held_alone
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.methods import Hyperparams
 from psclip_optax.training.runs import RunResult, build_task_model, build_trainer, train
@@ -251,6 +252,25 @@ def test_run_that_diverged_has_no_loss(tmp_path: pathlib.Path):
     assert records(tmp_path)[-2]["loss"] is None
     assert "loss not finite" in output
     assert result.accuracy < 0.5
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_a_run_is_writing_to_is_refused_at_once(
+    finished: RunResult, resume: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    before = files(out)
+    monkeypatch.setattr(runs, "load_dataset", lambda *_, **__: pytest.fail("not at once"))
+    with held_alone(out), pytest.raises(UsageError, match="another psclip is writing to"):
+        run(tiny(out, resume=resume))
+    assert files(out) == before
+
+
+def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path: pathlib.Path):
+    with pytest.raises(UsageError, match="--model alexnet"):
+        run(tiny(tmp_path / "new" / "run", model="alexnet"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_image_of_another_size_is_refused_before_anything_is_written(tmp_path: pathlib.Path):

@@ -628,7 +628,11 @@ def call_nnx(loss, *batch, tx=None, gradients: Any = "per_sample", has_aux=False
         ((), {}, r"got shapes \[\]"),
         ((X, Y), {"sample_mask": np.ones(3, bool)}, r"sample_mask has shape \[4\].*got bool\[3\]"),
         ((X, Y), {"positions": np.arange(1, 4)}, r"positions has shape \[4\].*got int32\[3\]"),
-        ((X, Y), {"tx": optax.sgd(0.1)}, "holds 0 PerSampleClipState. Write optax.chain"),
+        (
+            (X, Y),
+            {"tx": optax.sgd(0.1)},
+            "holds 0 PerSampleClipState. For any optimizer pass threshold=…",
+        ),
         ((X, Y), {"gradients": "mean"}, "take their first axis for samples"),
         (
             (X, Y),

@@ -19,6 +19,7 @@ from benchmarks.third_party.common import Case, Model
 
 def set_dtype() -> None:
     keras.config.set_floatx(str(jnp.zeros(()).dtype))
+    keras.config.set_dtype_policy(keras.config.floatx())
 
 
 def of_keras(inputs: Any, outputs: Any, batch: jax.Array) -> Case:
