@@ -468,7 +468,7 @@ def test_adaptive_threshold_of_tracked_norms_is_that_of_the_stacked_face(train_s
         train_step, optax.chain(psc.per_sample_clip(rule), sgd), batches
     )
     assert_relative_error(got, expected, 1e-5)
-    assert_relative_error(leaves(opt_state), leaves(clip_state)[7:], 1e-5)
+    assert_relative_error(leaves(opt_state), leaves(clip_state)[8:], 1e-5)
     scales = [float(figures.pop("threshold_scale")) for figures in metrics]
     assert scales[0] == 0
     assert len(set(scales)) == len(scales)
@@ -628,7 +628,11 @@ def call_nnx(loss, *batch, tx=None, gradients: Any = "per_sample", has_aux=False
         ((), {}, r"got shapes \[\]"),
         ((X, Y), {"sample_mask": np.ones(3, bool)}, r"sample_mask has shape \[4\].*got bool\[3\]"),
         ((X, Y), {"positions": np.arange(1, 4)}, r"positions has shape \[4\].*got int32\[3\]"),
-        ((X, Y), {"tx": optax.sgd(0.1)}, "holds 0 PerSampleClipState. For any optimizer pass threshold=…"),
+        (
+            (X, Y),
+            {"tx": optax.sgd(0.1)},
+            "holds 0 PerSampleClipState. For any optimizer pass threshold=…",
+        ),
         ((X, Y), {"gradients": "mean"}, "take their first axis for samples"),
         (
             (X, Y),
