@@ -824,6 +824,14 @@ ROWS = [
         "PerSampleClipState from its init or its last update, got a tuple",
     ),
     Row(
+        lambda: clip(wrap=lambda tx: optax.contrib.sam(tx, optax.sgd(0.1)), params=PARAMS),
+        ValueError,
+        "a state of per_sample_clip is not for sums or means, but one has made an integer of its "
+        "bool, as optax.contrib.sam around it does, whose other optimizer is given stacked "
+        "gradients: write `optax.chain(psc.per_sample_clip(…), optax.contrib.sam(…))`. "
+        + PUT_IT_FIRST,
+    ),
+    Row(
         lambda: clip({}, params=PARAMS),
         ValueError,
         "per_sample_clip expects a stack of gradients for each parameter, got a tree without "
