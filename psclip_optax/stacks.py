@@ -45,6 +45,17 @@ def refuse_masked_nodes(tree: Any) -> None:
         )
 
 
+def refuse_weighted_sum(flag: Any) -> None:
+    """Refuse a flag that arithmetic has made an integer, with the state that it is a field of."""
+    if isinstance(flag, jax.Array) and jnp.issubdtype(flag.dtype, jnp.integer):
+        raise ValueError(
+            "a state of per_sample_clip is not for sums or means, but one has made an integer of "
+            "its bool, as optax.contrib.sam around it does, whose other optimizer is given stacked "
+            "gradients: write `optax.chain(psc.per_sample_clip(…), optax.contrib.sam(…))`. "
+            + _PUT_IT_FIRST
+        )
+
+
 def check_stack(per_sample_grads: Any, sample_axis: int) -> Stack:
     named = float_leaves("per_sample_grads", per_sample_grads)
     if not named:

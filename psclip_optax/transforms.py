@@ -26,7 +26,19 @@ from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
 
 
-class PerSampleClipState(NamedTuple):
+class _Figures(NamedTuple):
+    num_updates: jax.Array  # not `count`, which in a chain is Adam's own
+    num_samples: jax.Array
+    num_clipped: jax.Array
+    num_nonfinite: jax.Array
+    mean_scale: jax.Array
+    median_norm: jax.Array
+    max_norm: jax.Array
+    all_finite: jax.Array
+    threshold_state: Any = ()
+
+
+class PerSampleClipState(_Figures):
     """Figures of the last batch, for the train loop to log, e.g. with `optax.tree.get`.
 
     Norms and the mean scale are over the samples that count and are finite; 0 when there is none.
@@ -39,17 +51,18 @@ class PerSampleClipState(NamedTuple):
       mean_scale: float, the mean of γ_k.
       median_norm: float, the median of ‖g_k‖ before clipping.
       max_norm: float, the largest ‖g_k‖ before clipping.
+      all_finite: bool, whether all samples that count were finite.
       threshold_state: the state of an adaptive threshold, for the next batch; () of any other.
     """
 
-    num_updates: jax.Array  # not `count`, which in a chain is Adam's own
-    num_samples: jax.Array
-    num_clipped: jax.Array
-    num_nonfinite: jax.Array
-    mean_scale: jax.Array
-    median_norm: jax.Array
-    max_norm: jax.Array
-    threshold_state: Any = ()
+    __slots__ = ()
+
+    def __new__(cls, *fields: Any, **named: Any) -> PerSampleClipState:
+        # JAX comes here when it rebuilds the tree. Of all dtypes only bool does not survive a
+        # weighted sum with weights 0 and 1, which is how optax.contrib.sam chooses a state.
+        state = super().__new__(cls, *fields, **named)
+        stacks.refuse_weighted_sum(state.all_finite)
+        return state
 
 
 class Batch(NamedTuple):
@@ -183,8 +196,10 @@ def _next_state(
     state: PerSampleClipState, figures: BatchFigures, threshold_state: Any
 ) -> PerSampleClipState:
     num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
-    cast = [new.astype(old.dtype) for new, old in zip(figures, state[1:-1], strict=True)]
-    return PerSampleClipState(num_updates, *cast, threshold_state=threshold_state)
+    before = state[1 : 1 + len(figures)]
+    cast = [new.astype(old.dtype) for new, old in zip(figures, before, strict=True)]
+    all_finite = figures.num_nonfinite == 0
+    return PerSampleClipState(num_updates, *cast, all_finite, threshold_state)
 
 
 def _check_sample_axis(sample_axis: Any) -> int:
@@ -263,7 +278,7 @@ def per_sample_clip(
       ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
         leaves but there are parameters, shapes do not fit the parameters, mask or positions are not
         of shape [n], the stack is summed over the devices of `axis_name`, or the transformation is
-        wrapped in `optax.masked`, `optax.MultiSteps` or the like.
+        wrapped in `optax.masked`, `optax.MultiSteps`, `optax.contrib.sam` or the like.
 
     Warns:
       UserWarning: the stack takes more memory than the devices have; while it is traced.
@@ -297,7 +312,7 @@ def per_sample_clip(
         # An array of its own for each field: a donated state may not hold one twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
         numbers = [jnp.zeros((), stacks.norm_dtype(floats)) for _ in range(3)]
-        return PerSampleClipState(*integers, *numbers, threshold_state=rule.init())
+        return PerSampleClipState(*integers, *numbers, jnp.ones((), bool), rule.init())
 
     def update(
         per_sample_grads: optax.Updates,

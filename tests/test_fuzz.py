@@ -1,10 +1,13 @@
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.fuzz import computed_tables, coverage, lax_tables, library_tables, record
-from tests.fuzz.check import check
+from tests.fuzz.check import TOLERANCE, check, tolerance_of
 from tests.fuzz.programs import draw_program
 from tests.numerics import enable_x64
 from tests.random_programs import reduced, relative_error
@@ -84,26 +87,30 @@ def test_all_that_may_be_drawn_has_a_gradient(table, operands):
 # The check itself
 
 
-# A seed whose program has a product in float64 and no cast.
-RIGHT = 0
+@functools.cache
+def exact_program():
+    """One with a product that computes in float64 alone."""
+    programs = map(draw_program, itertools.count())
+    return next(p for p in programs if " dot(" in str(p) and tolerance_of(p.jaxpr()) == TOLERANCE)
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_found(what):
-    outcome = check(draw_program(RIGHT), clip=altered(WRONG[what]))
+    outcome = check(exact_program(), clip=altered(WRONG[what]))
     assert outcome.has_reference
     assert not outcome.ok
     assert outcome.message
+    assert outcome.error > 1e-6
 
 
 def test_what_is_right_passes():
-    outcome = check(draw_program(RIGHT), clip=altered(lambda *results: results))
+    outcome = check(exact_program(), clip=altered(lambda *results: results))
     assert outcome.ok
     assert 0 <= outcome.error < 1e-8
 
 
 def test_a_failing_program_is_reduced_to_what_fails():
-    program = draw_program(RIGHT)
+    program = exact_program()
     name = program.read[0]
     smaller = reduced(program, lambda one: name in one.read)
     assert smaller.read == [name]

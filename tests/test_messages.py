@@ -149,6 +149,17 @@ def printing(params, x):
     return of_x(params, x)
 
 
+def exported_with_symbols():
+    (n,) = jax.export.symbolic_shape("n")
+    run = jax.jit(lambda x: psc.clipped_grad(of_x, 1.0)(PARAMS, x))
+    jax.export.export(run)(jax.ShapeDtypeStruct((n, 3), jnp.float32))
+
+
+def verified_with_an_axis():
+    f = psc.clipped_grad(of_x, 1.0, axis_name="i")
+    jax.vmap(lambda x: f.verify(PARAMS, x).ok, axis_name="i")(X[None])
+
+
 def four_devices(axis_type: AxisType):
     return jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
 
@@ -758,6 +769,24 @@ ROWS = [
         "is True.",
     ),
     Row(
+        lambda: exported_with_symbols(),
+        ValueError,
+        "the engine lays out its work by the number of samples, got float32[n, 3]; export with "
+        "numbers for sizes, or export psc.per_sample_clip of jax.vmap(jax.grad(loss)), which takes "
+        "symbolic ones",
+    ),
+    Row(
+        lambda: psc.clipped_grad(loss, 1.0).verify(PARAMS, X[:0], Y[:0]),
+        ValueError,
+        "verify compares samples, but the batch has none; pass one at least",
+    ),
+    Row(
+        lambda: verified_with_an_axis(),
+        ValueError,
+        "verify compares one device's samples, but axis_name names mesh axes; verify the same "
+        "function without axis_name, outside of jax.shard_map",
+    ),
+    Row(
         lambda: grad(printing, batch=(X,)),
         ValueError,
         "the loss has effects (OrderedDebug), as of io_callback, an ordered jax.debug.print or a "
@@ -822,6 +851,14 @@ ROWS = [
         TypeError,
         "per_sample_clip's update takes (per_sample_grads, state, params) with a "
         "PerSampleClipState from its init or its last update, got a tuple",
+    ),
+    Row(
+        lambda: clip(wrap=lambda tx: optax.contrib.sam(tx, optax.sgd(0.1)), params=PARAMS),
+        ValueError,
+        "a state of per_sample_clip is not for sums or means, but one has made an integer of its "
+        "bool, as optax.contrib.sam around it does, whose other optimizer is given stacked "
+        "gradients: write `optax.chain(psc.per_sample_clip(…), optax.contrib.sam(…))`. "
+        + PUT_IT_FIRST,
     ),
     Row(
         lambda: clip({}, params=PARAMS),

@@ -1,4 +1,5 @@
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,8 @@ def test_no_sample_that_counts_gives_zeros(n):
         jax.tree.map(lambda g: g * jnp.nan, stack(n)), 1.0, sample_mask=jnp.zeros(n, bool)
     )
     assert_close(updates, jax.tree.map(jnp.zeros_like, PARAMS), 0)
-    assert_close(state._replace(num_updates=0), jax.tree.map(jnp.zeros_like, state), 0)
+    assert state.all_finite
+    assert_close(state[1:-2], tuple(map(jnp.zeros_like, state[1:-2])), 0)
 
 
 # Numbers that are not finite, or at the edge of what is
@@ -499,10 +501,58 @@ def test_inside_masked_or_partition_fails_and_says_what_to_write(wrap):
         bare.update({"w": jnp.ones((3, 2)), "b": optax.MaskedNode()}, bare.init(PARAMS))
 
 
-def test_inside_apply_if_finite_fails():
-    tx = optax.apply_if_finite(optax.chain(psc.per_sample_clip(1.0), optax.sgd(0.1)), 3)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: optax.apply_if_finite(inner, 3),
+        lambda inner: optax.conditionally_transform(inner, lambda step: True),
+        lambda inner: optax.conditionally_mask(inner, lambda step: True),
+    ],
+)
+def test_inside_what_skips_updates_jax_fails(wrap):
+    tx = wrap(optax.chain(psc.per_sample_clip(1.0), optax.sgd(0.1)))
     with pytest.raises(TypeError, match=JAX_ON_BRANCHES):
         tx.update(stack(4), tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: optax.contrib.sam(inner, optax.sgd(0.1)),
+        lambda inner: optax.contrib.sam(optax.sgd(0.1), inner),
+    ],
+)
+def test_inside_sam_the_first_update_fails_and_says_what_to_write(wrap, jit):
+    tx = wrap(optax.chain(psc.per_sample_clip(1.0), optax.sgd(0.1)))
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.raises(ValueError, match=r"contrib\.sam.*" + WRITE_INSTEAD):
+        update(stack(4), tx.init(PARAMS), PARAMS)
+
+
+def test_in_front_of_sam():
+    clip_alone = psc.per_sample_clip(1.0)
+    sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05))
+    tx = optax.chain(clip_alone, sam)
+    state, sam_state = tx.init(PARAMS), sam.init(PARAMS)
+    for seed in range(2):
+        updates, state = tx.update(stack(4, seed), state, PARAMS)
+        mean, _ = clip_alone.update(stack(4, seed), clip_alone.init(PARAMS))
+        expected, sam_state = sam.update(mean, sam_state, PARAMS)
+        assert_close(updates, expected, 1e-6)
+
+
+def test_a_state_goes_through_what_trees_go_through():
+    tx = psc.per_sample_clip(1.0)
+    _, state = tx.update(stack(3), tx.init(PARAMS), PARAMS)
+    assert pickle.loads(pickle.dumps(state)) == state
+    cast = optax.tree.cast(state, jnp.bfloat16)
+    axes = jax.tree.map(lambda _: 0, state)
+    shapes = jax.eval_shape(lambda: state)
+    assert {type(tree) for tree in (cast, axes, shapes)} == {PerSampleClipState}
+    assert bool(state.all_finite)
+    grads = jax.tree.map(lambda g: g.at[0].set(jnp.nan), stack(3))
+    assert not bool(tx.update(grads, state, PARAMS)[1].all_finite)
 
 
 def test_state_keeps_its_types_over_steps():

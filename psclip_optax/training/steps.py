@@ -363,7 +363,7 @@ def _check_optimizer(opt_state: Any, stacked: bool) -> None:
 def _metrics(computed: _Computed, batch: _Batch, opt_state: Any) -> Metrics:
     states = _clip_states(opt_state)
     figures = states[0]._asdict() if states else computed.figures
-    unlogged = ("num_updates", "threshold_state")
+    unlogged = ("num_updates", "all_finite", "threshold_state")
     figures = {name: value for name, value in figures.items() if name not in unlogged}
     if figures:
         number = figures.get("num_microbatches", figures["num_samples"])

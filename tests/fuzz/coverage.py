@@ -70,8 +70,7 @@ def differentiable_primitives() -> set[str]:
 
 def met(seeds: Iterable[int]) -> set[str]:
     """The primitives in the losses of these seeds' programs."""
-    with enable_x64(True):
-        return set().union(*(primitives_of(draw_program(seed).jaxpr()) for seed in seeds))
+    return set().union(*(primitives_of(draw_program(seed).jaxpr()) for seed in seeds))
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ class Program(random_programs.Program):
     def jaxpr(self) -> Any:
         """The loss for one example."""
         example = {name: array[0] for name, array in self.batch.items()}
-        return jax.make_jaxpr(self.loss)(self.params, example)
+        with enable_x64(True):
+            return jax.make_jaxpr(self.loss)(self.params, example)
 
 
 class Draft(random_programs.Draft):
