@@ -48,7 +48,7 @@ LIBRARIES = (
     Library("jraph", ("jraph", "dm-haiku")),
     Library("e3nn_jax", ("e3nn-jax", "flax")),
     Library("distrax", ("distrax", NIGHTLY, "dm-haiku")),
-    Library("rlax", ("rlax", NIGHTLY)),
+    Library("rlax", ("rlax", NIGHTLY, "dm-haiku")),
     Library("kfac_jax", ("kfac-jax", NIGHTLY)),
     Library("dynamax", ("dynamax", NIGHTLY)),
     Library("ott", ("ott-jax", "flax")),

@@ -39,7 +39,7 @@ def errors_of(row: dict[str, Any]) -> list[float]:
 def to_markdown(records: list[dict[str, Any]]) -> str:
     lines = [line_of(record, row) for record in records for row in record["rows"]]
     lines += [
-        f"| {record['library']} | – | – | – | – | – | – | – | not installed: {record['failed']} |"
+        f"| {record['library']} | – | – | – | – | – | – | – | not tried: {record['failed']} |"
         for record in records
         if "failed" in record
     ]

@@ -47,6 +47,8 @@ def tried(library: Library, folder: pathlib.Path, time_limit_seconds: float) -> 
     )
     record["version"], record["jax"] = json.loads(done.stdout)
     rows = run_worker(python, library, folder / "rows.jsonl", time_limit_seconds)
+    if not rows:
+        record["failed"] = "its models cannot be imported"
     seconds = round(time.perf_counter() - start)
     return record | {"seconds": seconds, "date": describe_machine()["date"], "rows": rows}
 

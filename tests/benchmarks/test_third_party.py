@@ -1,5 +1,6 @@
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,16 @@ def test_a_model_that_ends_the_process_does_not_end_the_others(tmp_path):
     assert [found["outcome"] for found in rows] == ["failed", "ok"]
 
 
+def test_a_library_without_rows_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "installed", lambda *_: None)
+    monkeypatch.setattr(run, "run_worker", lambda *_: [])
+    monkeypatch.setattr(run, "VERSIONS", "print('[1, 2]')")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    found = run.tried(Library("flax", ("flax",)), tmp_path, 60)
+    assert (found["failed"], found["rows"]) == ("its models cannot be imported", [])
+
+
 def test_records_keep_the_order_of_the_libraries(tmp_path):
     kept = []
     for record in [*reversed(records()), records()[0] | {"version": "2"}]:
@@ -131,7 +142,7 @@ def test_table_has_a_line_a_model():
         "| flax 1.2 | 0.9 | MLP | 1,234 | dense 75%, direct 25% | float64 | 0e+00 | 1e-16 | ok |",
         "| flax 1.2 | 0.9 | RNN | 1,234 | dense 75%, direct 25% | float64 | 0e+00 | 5e-01 | wrong |",
         "| flax 1.2 | 0.9 | CNN | 1,234 | dense 75%, direct 25% | float64 | – | – | build fails: E: a\\|b |",
-        "| jraph | – | – | – | – | – | – | – | not installed: no such version |",
+        "| jraph | – | – | – | – | – | – | – | not tried: no such version |",
     ]
     assert report.summarise(records()) == {
         "libraries": 1,
@@ -148,4 +159,5 @@ def test_committed_results_are_complete_and_right():
     ]
     assert report.summarise(result["libraries"]) == result["summary"]
     assert result["summary"]["libraries"] >= 20
+    assert all(record["rows"] for record in result["libraries"])
     assert "wrong" not in result["summary"]["outcomes"]
