@@ -23,7 +23,7 @@ from tests.random_programs import (
 pytestmark = pytest.mark.optimized
 
 # In chunks, so that pytest-xdist spreads them.
-NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 20, 10
+NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 10, 10
 
 
 @pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
