@@ -31,5 +31,5 @@ class Energy(nn.Module):
 
 
 MODELS = {
-    "message passing": Model(lambda: of_linen(Energy(), normal(4, 3), tokens(4, 5))),
+    "message passing": Model(lambda: of_linen(Energy(), 0.3 * normal(4, 3), tokens(4, 5))),
 }
