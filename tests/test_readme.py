@@ -314,3 +314,11 @@ def test_rows_of_the_engine_are_of_the_whole_table():
     shown = lines[start : lines.index("", start)]
     assert len(shown) > 3
     assert set(shown) <= set(every)
+
+
+def test_the_models_of_other_libraries_are_as_many_as_agree():
+    found = json.loads((ROOT / "benchmarks/results/third_party.json").read_text())["summary"]
+    number, libraries = found["outcomes"]["ok"], found["libraries"]
+    assert found["outcomes"].keys() == {"ok"}
+    said = " ".join(README.split())
+    assert f"{number} tiny models of {libraries} other libraries [all agree]" in said

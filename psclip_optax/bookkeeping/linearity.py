@@ -177,10 +177,9 @@ def _is_zero(value: Any) -> bool:
 
 def _of_equation(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
     name = eqn.primitive.name
-    everywhere = len(eqn.outvars)
     if all(one in _FREE for one in inputs):
         is_zero = name in _MOVES and inputs[0] is _Dependence.ZERO
-        return [_Dependence.ZERO if is_zero else _Dependence.NONE] * everywhere
+        return [_Dependence.ZERO if is_zero else _Dependence.NONE] * len(eqn.outvars)
     if name in CALLS or name in CUSTOM_RULES:
         return _of_call(eqn, inputs)
     if name in ("cond", "scan", "while"):
@@ -194,7 +193,8 @@ def _of_equation(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 def _of_call(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
     # A custom rule is of the derivative: what is run here is the function itself.
     jaxpr = next(inner_jaxprs(eqn), None)
-    if jaxpr is None or len(jaxpr.invars) != len(inputs):
+    sizes = len(eqn.invars), len(eqn.outvars)
+    if jaxpr is None or (len(jaxpr.invars), len(jaxpr.outvars)) != sizes:
         return [_Dependence.UNKNOWN] * len(eqn.outvars)
     return _dependences(jaxpr, inputs)
 
@@ -260,9 +260,8 @@ def _all_summable(inputs: _Dependences) -> bool:
 
 def _one_of_all(inputs: _Dependences) -> bool:
     """A product: linear in each factor, of which one has the cotangent."""
-    return sorted(one in _FREE for one in inputs) == [False, *[True] * (len(inputs) - 1)] and (
-        _Dependence.LINEAR in inputs
-    )
+    is_one = inputs.count(_Dependence.LINEAR) == 1
+    return is_one and sum(one in _FREE for one in inputs) == len(inputs) - 1
 
 
 def _first(inputs: _Dependences) -> bool:
