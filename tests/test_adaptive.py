@@ -525,7 +525,7 @@ def test_positions_are_those_that_are_given():
 def test_other_thresholds_have_a_state_without_more_arrays():
     state = psc.per_sample_clip(psc.growing_threshold(1.0, 1.5)).init(jnp.zeros(3))
     assert state.threshold_state == ()
-    assert len(jax.tree.leaves(state)) == 7
+    assert len(jax.tree.leaves(state)) == 8
 
 
 def test_chain_is_scanned_and_mapped_over_seeds():

@@ -33,7 +33,7 @@ def spelling_out() -> Iterator[None]:
 
     Examples:
       >>> with spelling_out():
-      ...     "α k^(1/β) × 2 …".encode("ascii", sys.stdout.errors or "strict")
+      ...     "α k^(1/β) × 2 …".encode("ascii", "psclip_optax.spelled_out")
       b'alpha k^(1/beta) x 2 ...'
     """
     codecs.register_error(_HANDLER, _spelled_out)
