@@ -36,6 +36,8 @@ def running_programs(pytestconfig):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if not hasattr(config, "cache"):  # with -p no:cacheprovider
+        return
     for what in record.left_behind(config.cache.mkdir(RUNNING_PROGRAMS)):
         terminalreporter.write_line(f"This was running when its process died: {what}", red=True)
 
