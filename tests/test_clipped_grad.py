@@ -739,6 +739,15 @@ def test_a_loss_may_keep_a_mutable_reference_to_itself(mode):
     (row,) = f.explain(w, x).rows
     assert row.reason == "is in a loss with mutable references"
 
+    def stopped(w, x):
+        ref = jax.new_ref(jnp.sin(w))
+        ref[...] = jax.nn.relu(ref[...])
+        return jnp.sum(jnp.sin(x @ w)) * jax.lax.stop_gradient(jnp.sum(ref[...]))
+
+    stack = jax.vmap(jax.grad(stopped), (None, 0))(w, x)
+    f = jax.jit(psc.clipped_grad(stopped, 1.0, mode=mode))
+    assert_close(f(w, x), clipped_mean(stack, [1.0] * 4), 1e-5)
+
 
 def test_the_plan_says_why_a_tiny_threshold_stacks_gradients():
     plan = psc.clipped_value_and_grad(lambda w, x: jnp.dot(w, x), 1e-20).explain(

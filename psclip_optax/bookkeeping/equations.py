@@ -27,6 +27,11 @@ def effects_of_references() -> set[Any]:
     return jax.make_jaxpr(lambda x: jax.new_ref(x)[...])(0.0).effects
 
 
+def has_references(effects: Any) -> bool:
+    """Whether there are effects of mutable references among these."""
+    return bool(effects) and bool(effects & effects_of_references())
+
+
 def body_parameter(eqn: core.JaxprEqn) -> str:
     return "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
 

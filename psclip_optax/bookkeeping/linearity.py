@@ -21,7 +21,7 @@ from psclip_optax.arrays import is_narrow
 from psclip_optax.bookkeeping.equations import (
     CALLS,
     CUSTOM_RULES,
-    effects_of_references,
+    has_references,
     inner_jaxpr,
     inner_jaxprs,
     scan_counts,
@@ -62,6 +62,8 @@ def unproven_rule(
     depends = {v for v, is_varied in inputs if is_varied and has_gradient(v)}
     live = with_cotangents(jaxpr, wanted)
     for eqn in jaxpr.eqns:
+        if has_references(eqn.effects):  # which a second backward pass would have to make anew
+            return eqn
         flags = [isinstance(v, core.Var) and v in depends for v in eqn.invars]
         if not any(flags) or eqn.primitive.name == "stop_gradient":
             continue
@@ -80,7 +82,7 @@ def unproven_equation(
     name = eqn.primitive.name
     if name in CUSTOM_RULES:
         return None if _is_proven(eqn, varied) else eqn
-    if _rounds(eqn) or eqn.effects & effects_of_references():
+    if _rounds(eqn):
         return eqn
     if name in CALLS:
         return unproven_rule(inner_jaxpr(eqn)[0], varied, wanted)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from jax.extend import core
 
 from psclip_optax.bookkeeping.computed import compute, is_radial, separable_axes
-from psclip_optax.bookkeeping.equations import effects_of_references
+from psclip_optax.bookkeeping.equations import has_references
 from psclip_optax.bookkeeping.norms import conv, dense, embedding
 from psclip_optax.bookkeeping.rewrites import rewritten
 from psclip_optax.bookkeeping.sites import Computed, Escape, Site, Usage, find_usage
@@ -123,7 +123,7 @@ _Family: TypeAlias = dict[int, Computed]
 
 def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
     """A plan for the first `num_leaves` inputs of the loss for one example."""
-    if closed.effects & effects_of_references():
+    if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
         return Plans([LeafPlan(i, escape=escape) for i in range(num_leaves)], [], [], closed)
     usage = find_usage(closed, num_leaves, _RULES)
