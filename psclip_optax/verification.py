@@ -154,12 +154,12 @@ def _reference(call: Call, together: int) -> tuple[np.ndarray, list[np.ndarray]]
     def mean(leaves: list[jax.Array], examples: list[jax.Array]) -> jax.Array:
         return jnp.mean(jax.vmap(lambda one: call.loss(leaves, one)[0])(examples))
 
-    run = jax.jit(jax.value_and_grad(mean))
+    gradient = jax.value_and_grad(mean)
     if together == 1:
         each = [jnp.expand_dims(example, 1) for example in examples]
-        losses, stack = jax.jit(jax.vmap(jax.value_and_grad(mean), (None, 0)))(leaves, each)
-    else:
-        starts = range(0, call.num_samples, together)
+        losses, stack = jax.jit(jax.vmap(gradient, (None, 0)))(leaves, each)
+    else:  # one after the other, for the last may have fewer samples
+        starts, run = range(0, call.num_samples, together), jax.jit(gradient)
         results = [run(leaves, [e[i : i + together] for e in examples]) for i in starts]
         losses, stack = jax.tree.map(lambda *parts: jnp.stack(parts), *results)
     return np.asarray(losses, np.float64), [np.asarray(leaf, np.float64) for leaf in stack]
