@@ -232,6 +232,18 @@ def _one_of(leaf: jax.Array) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
+def _check_effects(effects: Any) -> None:
+    """Refuse effects but those of debugging and of a loss's own references."""
+    refused = effects - _of_debugging() - effects_of_references()
+    if refused:
+        names = ", ".join(map(str, refused))
+        raise ValueError(
+            f"the loss has effects ({names}), as of io_callback, an ordered jax.debug.print or a "
+            "collective over a mesh axis, which would happen an unknown number of times; take them "
+            "out, or return what you want to see as aux"
+        )
+
+
 def _of_debugging() -> set[Any]:
     """The effects of jax.debug, which run as they do under vmap(grad)."""
     return jax.make_jaxpr(lambda: jax.debug.callback(lambda: None))().effects
@@ -240,14 +252,8 @@ def _of_debugging() -> set[Any]:
 def trace(call: Call, axis_name: Any) -> core.ClosedJaxpr:
     one = [_one_of(leaf) for leaf in call.examples]
     closed = jax.make_jaxpr(call.loss)(call.params, one)
-    refused = closed.effects - _of_debugging() - effects_of_references()
-    if refused:
-        effects = ", ".join(map(str, refused))
-        raise ValueError(
-            f"the loss has effects ({effects}), as of io_callback, an ordered jax.debug.print or a "
-            "collective over a mesh axis, which would happen an unknown number of times; take them "
-            "out, or return what you want to see as aux"
-        )
+    if closed.effects:
+        _check_effects(closed.effects)
     _check_own_gradients(call, meshes.axes_of_type(closed.out_avals[0]), axis_name)
     return closed
 
