@@ -36,7 +36,7 @@ from benchmarks.stacked_traffic import (
     quartiles,
     time_interleaved,
 )
-from psclip_optax.bookkeeping.flops import count_flops
+from psclip_optax.engine.flops import count_flops
 from tests.models import ZOO, Model, Size, gpt
 
 Mode = Literal["plain", "one_pass", "two_pass", "vmap"]

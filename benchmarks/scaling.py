@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.engine import step
 from benchmarks.stacked_traffic import describe, describe_machine, publish
-from psclip_optax.bookkeeping.flops import count_flops
+from psclip_optax.engine.flops import count_flops
 from tests.collectives import num_bytes
 from tests.models import ZOO
 

@@ -13,16 +13,16 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes, stacks
-from psclip_optax.bookkeeping import microbatches
-from psclip_optax.bookkeeping.calls import Call, axes_of_leaves, take_apart, trace
-from psclip_optax.bookkeeping.explain import Plan, explained, explained_microbatches
-from psclip_optax.bookkeeping.linearity import described_rule
-from psclip_optax.bookkeeping.memory import estimated_bytes
-from psclip_optax.bookkeeping.passes import MODES, Problem, num_slices
-from psclip_optax.bookkeeping.plan import plan_weights
-from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
-from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
 from psclip_optax.clipping import ClipStats
+from psclip_optax.engine.analysis.linearity import described_rule
+from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
+from psclip_optax.engine.calls import Call, axes_of_leaves, take_apart, trace
+from psclip_optax.engine.explain import Plan, explained, explained_microbatches
+from psclip_optax.engine.memory import estimated_bytes
+from psclip_optax.engine.modes import microbatches
+from psclip_optax.engine.modes.passes import MODES, Problem, num_slices
+from psclip_optax.engine.modes.slices import Result, Samples, in_slices
+from psclip_optax.engine.plan import plan_weights
 from psclip_optax.options import Options
 from psclip_optax.thresholds import Threshold, concrete, least_norm
 

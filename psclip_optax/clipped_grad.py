@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 
-from psclip_optax import clipped_call, meshes, verification
-from psclip_optax.bookkeeping.calls import Call
-from psclip_optax.bookkeeping.explain import Plan
+from psclip_optax import clipped_call, meshes
 from psclip_optax.clipping import ClipStats, OnNonfinite
+from psclip_optax.engine import verify
+from psclip_optax.engine.calls import Call
+from psclip_optax.engine.explain import Plan
+from psclip_optax.engine.verify import Verification
 from psclip_optax.options import ClipAt, Mode, Options, checked_size
 from psclip_optax.thresholds import ConstantThreshold, GrowingThreshold, Threshold, as_threshold
-from psclip_optax.verification import Verification
 
 _VERIFIED_ALONE = (
     "verify compares one device's samples, but axis_name names mesh axes; verify the same function "
@@ -271,7 +272,7 @@ class ClippedValueAndGrad:
             value, grads, stats = clipped_call.clip(one, None, None, rule, own)
             return value[0] if own.has_aux else value, jax.tree.leaves(grads), stats
 
-        return verification.verify(clip, call.first(num_samples * together), together, plan)
+        return verify.verify(clip, call.first(num_samples * together), together, plan)
 
     def _compute(
         self,

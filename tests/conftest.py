@@ -6,7 +6,7 @@ import jaxlib
 import pytest
 from hypothesis import settings
 
-from psclip_optax.bookkeeping import passes
+from psclip_optax.engine.modes import passes
 from tests.fuzz import record
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.

@@ -25,7 +25,7 @@ import tyro
 from jax import lax
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping import passes
+from psclip_optax.engine.modes import passes
 from tests.fuzz.command import NO_REFERENCE, Outcome, Source, main_of, shower
 from tests.numerics import clipped_mean, enable_x64, growing
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping.statistics import warn_of_batch_statistics
+from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 from tests.models import ZOO

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from psclip_optax.bookkeeping import views
-from psclip_optax.bookkeeping.computed import is_radial, separable_axes
-from psclip_optax.bookkeeping.equations import CALLS
-from psclip_optax.bookkeeping.plan import plan_weights
+from psclip_optax.engine.analysis import views
+from psclip_optax.engine.analysis.computed import is_radial, separable_axes
+from psclip_optax.engine.analysis.equations import CALLS
+from psclip_optax.engine.plan import plan_weights
 from tests.numerics import enable_x64
 
 NUM_PROGRAMS, NUM_STEPS = 150, 6

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping import contract, passes
+from psclip_optax.engine import contract
+from psclip_optax.engine.modes import passes
 from tests.models import ZOO
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing, in_float64
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping.computed import is_radial
+from psclip_optax.engine.analysis.computed import is_radial
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 N = 5

@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping.norms import conv
-from psclip_optax.bookkeeping.sites import Site
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.routes import conv
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 WAYS = ["unfolded inputs", "unfolded cotangents", "multiplied", "gram of pixels", "gram of patches"]

@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend import core
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping.equations import ScanCounts, scan_counts
+from psclip_optax.engine.analysis.equations import ScanCounts, scan_counts
 from tests.numerics import assert_close, clipped_mean
 
 X = jnp.arange(12.0).reshape(3, 4) / 10

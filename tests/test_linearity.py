@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping.linearity import unproven_rule, with_cotangents
+from psclip_optax.engine.analysis.linearity import unproven_rule, with_cotangents
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 

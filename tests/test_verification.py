@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping import contract
+from psclip_optax.engine import contract
 from tests.numerics import enable_x64
 
 KEYS = jax.random.split(jax.random.key(0), 3)

@@ -7,8 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from psclip_optax.bookkeeping.explain import Plan
 from psclip_optax.clipped_grad import clipped_value_and_grad
+from psclip_optax.engine.explain import Plan
 from psclip_optax.training.configs import ExplainConfig, TaskConfig, check_config
 from psclip_optax.training.datasets import dataset_shape
 from psclip_optax.training.losses import classification_loss

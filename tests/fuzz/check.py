@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping import passes
+from psclip_optax.engine.modes import passes
 from tests.fuzz.command import NO_REFERENCE, Outcome, Source, shower
 from tests.fuzz.programs import Program, draw_program, every_equation
 from tests.numerics import clipped_mean, enable_x64

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import psclip_optax as psc
-from psclip_optax.bookkeeping import contract
+from psclip_optax.engine import contract
 from psclip_optax.training import doctor
 from psclip_optax.training.configs import DoctorConfig
 from psclip_optax.training.doctor import (

@@ -18,14 +18,14 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from psclip_optax.bookkeeping.equations import (
+from psclip_optax.engine.analysis.equations import (
     CALLS,
     CHECKPOINTS,
     inner_jaxpr,
     scan_counts,
 )
-from psclip_optax.bookkeeping.sites import Site, operate
-from psclip_optax.bookkeeping.views import Path, as_function, run_equation
+from psclip_optax.engine.analysis.sites import Site, operate
+from psclip_optax.engine.analysis.views import Path, as_function, run_equation
 
 Taps: TypeAlias = dict[Path, jax.Array]
 Axes: TypeAlias = dict[Path, int]

@@ -17,14 +17,14 @@ import jax
 from jax.extend import core, source_info_util
 
 from psclip_optax.arrays import is_narrow
-from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
-from psclip_optax.bookkeeping.linearity import (
+from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_counts
+from psclip_optax.engine.analysis.linearity import (
     described_rule,
     has_gradient,
     unproven_equation,
     with_cotangents,
 )
-from psclip_optax.bookkeeping.views import (
+from psclip_optax.engine.analysis.views import (
     Layer,
     Path,
     View,

@@ -17,8 +17,8 @@ from jax import lax
 from jax.extend import core
 
 from psclip_optax.arrays import promoted
-from psclip_optax.bookkeeping.sites import Site
-from psclip_optax.bookkeeping.views import aval
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
 
 
 class Form(NamedTuple):

@@ -18,7 +18,7 @@ from jax.extend import core, source_info_util
 
 from psclip_optax import meshes
 from psclip_optax.arrays import is_narrow
-from psclip_optax.bookkeeping.equations import (
+from psclip_optax.engine.analysis.equations import (
     CALLS,
     CUSTOM_RULES,
     has_references,
@@ -26,7 +26,7 @@ from psclip_optax.bookkeeping.equations import (
     inner_jaxprs,
     scan_counts,
 )
-from psclip_optax.bookkeeping.views import aval, run_equation
+from psclip_optax.engine.analysis.views import aval, run_equation
 from psclip_optax.thresholds import concrete
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psclip_optax.bookkeeping import contract
-from psclip_optax.bookkeeping.flops import count_flops
-from psclip_optax.bookkeeping.memory import entering, kept_bytes_of, leaving
-from psclip_optax.bookkeeping.plan import LeafPlan, Plans
+from psclip_optax.engine import contract
+from psclip_optax.engine.flops import count_flops
+from psclip_optax.engine.memory import entering, kept_bytes_of, leaving
+from psclip_optax.engine.plan import LeafPlan, Plans
 from psclip_optax.table import table
 
 _COLUMNS = ("parameter", "shape", "route", "sites", "extra FLOPs", "extra bytes", "reason")

@@ -14,10 +14,10 @@ import numpy as np
 from jax.extend import core
 
 from psclip_optax.arrays import is_narrow
-from psclip_optax.bookkeeping.calls import Call
-from psclip_optax.bookkeeping.equations import inner_jaxprs
-from psclip_optax.bookkeeping.explain import Plan
-from psclip_optax.bookkeeping.views import aval
+from psclip_optax.engine.analysis.equations import inner_jaxprs
+from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.calls import Call
+from psclip_optax.engine.explain import Plan
 from psclip_optax.table import table
 
 _COLUMNS = ("parameter", "route", "largest error", "ok")
@@ -32,7 +32,7 @@ class VerificationRow:
 
     Attributes:
       parameter: its path in the tree of parameters; "norms" or "loss" for what else is compared.
-      route: which its gradient takes, as in [`psclip_optax.bookkeeping.explain.PlanRow`][].
+      route: which its gradient takes, as in [`psclip_optax.engine.explain.PlanRow`][].
       error: the largest difference of an entry, relative to the leaf's largest entry.
       ok: whether that is within the tolerance.
     """

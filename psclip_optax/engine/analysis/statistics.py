@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jax.extend import core, source_info_util
 
-from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
-from psclip_optax.bookkeeping.views import aval
+from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_counts
+from psclip_optax.engine.analysis.views import aval
 
 
 class FromExample(NamedTuple):

@@ -12,13 +12,13 @@ from jax import lax
 from jax.extend import core
 
 from psclip_optax import clipping, meshes, stacks, transforms
-from psclip_optax.bookkeeping import contract, taps
-from psclip_optax.bookkeeping.computed import compute
-from psclip_optax.bookkeeping.linearity import unproven_rule
-from psclip_optax.bookkeeping.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
-from psclip_optax.bookkeeping.plan import LeafPlan, Plans
-from psclip_optax.bookkeeping.slices import Result, Samples, in_slices
 from psclip_optax.clipping import OnNonfinite
+from psclip_optax.engine import contract, taps
+from psclip_optax.engine.analysis.computed import compute
+from psclip_optax.engine.analysis.linearity import unproven_rule
+from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
+from psclip_optax.engine.modes.slices import Result, Samples, in_slices
+from psclip_optax.engine.plan import LeafPlan, Plans
 from psclip_optax.thresholds import concrete
 
 # What one pass may keep, relative to what a plain gradient saves, of a batch that is not sliced.

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from psclip_optax.arrays import promoted
-from psclip_optax.bookkeeping.norms import conv, dense, embedding
-from psclip_optax.bookkeeping.plan import Group, LeafPlan, leaving_axes, route_of
-from psclip_optax.bookkeeping.sites import Site, of_parameter, operate, viewed
-from psclip_optax.bookkeeping.taps import Taps
+from psclip_optax.engine.analysis.sites import Site, of_parameter, operate, viewed
+from psclip_optax.engine.plan import Group, LeafPlan, leaving_axes, route_of
+from psclip_optax.engine.routes import conv, dense, embedding
+from psclip_optax.engine.taps import Taps
 
 # How many entries of what enters and leaves the sites of a weight norms are taken of at a time.
 _MOST_AT_ONCE = 2**22

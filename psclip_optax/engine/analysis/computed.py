@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from psclip_optax.bookkeeping.equations import CALLS, inner_jaxpr, scan_counts
-from psclip_optax.bookkeeping.sites import Computed
-from psclip_optax.bookkeeping.views import Path, aval, run_equation
+from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_counts
+from psclip_optax.engine.analysis.sites import Computed
+from psclip_optax.engine.analysis.views import Path, aval, run_equation
 
 _UNKNOWN: Any = object()
 

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from psclip_optax.bookkeeping.norms import dense
-from psclip_optax.bookkeeping.sites import Site
-from psclip_optax.bookkeeping.views import aval
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.routes import dense
 
 # What it costs to write an entry, in multiply-adds of a product of matrices.
 _MULTIPLY_ADDS_PER_ENTRY = 32

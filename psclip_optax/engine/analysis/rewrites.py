@@ -21,9 +21,9 @@ from jax.extend import core
 
 from psclip_optax import meshes
 from psclip_optax.arrays import is_narrow
-from psclip_optax.bookkeeping.equations import body_parameter
-from psclip_optax.bookkeeping.sites import Kind, OfParameters, Usage
-from psclip_optax.bookkeeping.views import Path, aval, run_equation
+from psclip_optax.engine.analysis.equations import body_parameter
+from psclip_optax.engine.analysis.sites import Kind, OfParameters, Usage
+from psclip_optax.engine.analysis.views import Path, aval, run_equation
 
 _Read: TypeAlias = Callable[[Any], Any]
 

@@ -10,9 +10,9 @@ import jax
 from jax.extend import core
 
 from psclip_optax import meshes
-from psclip_optax.bookkeeping.plan import LeafPlan, Plans
-from psclip_optax.bookkeeping.sites import Site
-from psclip_optax.bookkeeping.views import aval
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.plan import LeafPlan, Plans
 
 # A number of samples that is the size of no other axis.
 _MARK = 7919

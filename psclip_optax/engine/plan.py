@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jax.extend import core
 
-from psclip_optax.bookkeeping.computed import compute, is_radial, separable_axes
-from psclip_optax.bookkeeping.equations import has_references
-from psclip_optax.bookkeeping.norms import conv, dense, embedding
-from psclip_optax.bookkeeping.rewrites import rewritten
-from psclip_optax.bookkeeping.sites import Computed, Escape, Site, Usage, find_usage
-from psclip_optax.bookkeeping.views import are_disjoint, aval
+from psclip_optax.engine.analysis.computed import compute, is_radial, separable_axes
+from psclip_optax.engine.analysis.equations import has_references
+from psclip_optax.engine.analysis.rewrites import rewritten
+from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage, find_usage
+from psclip_optax.engine.analysis.views import are_disjoint, aval
+from psclip_optax.engine.routes import conv, dense, embedding
 
 RouteName: TypeAlias = Literal["direct", "dense", "conv", "embedding", "tied"]
 

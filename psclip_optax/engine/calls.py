@@ -18,7 +18,7 @@ from psclip_optax.arrays import (
     float_leaves,
     is_integer,
 )
-from psclip_optax.bookkeeping.equations import effects_of_references
+from psclip_optax.engine.analysis.equations import effects_of_references
 
 
 class Call(NamedTuple):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from psclip_optax.bookkeeping.norms import dense
-from psclip_optax.bookkeeping.sites import Site
-from psclip_optax.bookkeeping.views import aval
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.routes import dense
 
 # Up to here comparing all pairs of rows is faster than sorting them.
 _LARGEST_GRAM = 256

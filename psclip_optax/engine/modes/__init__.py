@@ -1,0 +1,1 @@
+"""The ways to one batch's gradient: a module for each mode."""
