@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import psclip_optax as psc
-from psclip_optax.engine import contract
 from psclip_optax.engine.modes import passes
+from psclip_optax.engine.routes import route
 from tests.models import ZOO
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing, in_float64
 
@@ -587,7 +587,7 @@ def test_explain_counts_every_layer_of_a_scan_and_every_part_of_a_batch(monkeypa
 
     once = flops("gpt_tied")
     assert flops("gpt_scanned") == pytest.approx(once, rel=0.01)
-    monkeypatch.setattr(contract, "_MOST_AT_ONCE", 1)
+    monkeypatch.setattr(route, "_MOST_AT_ONCE", 1)
     assert flops("gpt_tied") == pytest.approx(once, rel=0.05)
 
 

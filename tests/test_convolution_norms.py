@@ -9,8 +9,13 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
+from psclip_optax.engine import parts
 from psclip_optax.engine.analysis.sites import Site
-from psclip_optax.engine.routes import conv
+from psclip_optax.engine.analysis.views import View
+from psclip_optax.engine.routes.convolution import route as conv
+from psclip_optax.engine.routes.convolution.geometry import window
+from psclip_optax.engine.routes.convolution.route import CONVOLUTION
+from psclip_optax.engine.routes.convolution.ways import ways as ways_of
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 WAYS = ["unfolded inputs", "unfolded cotangents", "multiplied", "gram of pixels", "gram of patches"]
@@ -104,13 +109,17 @@ CASES = {
 def site_of(case):
     w, x = case.arguments(1)
     (eqn,) = jax.make_jaxpr(case)(x[0], w).eqns
-    return Site((0,), eqn, 1, None, (), ())  # pyright: ignore
+    return site_at(eqn)
+
+
+def site_at(eqn, path=(0,)):
+    return Site(path, eqn, 1, CONVOLUTION, View(0, (), (), ()), (), ())
 
 
 def sides_of(site, case, n):
     """What enters, and random cotangents of what leaves."""
     _, x = case.arguments(n)
-    return x, jax.random.normal(jax.random.key(2), (n, *site.y_aval.shape))
+    return x, jax.random.normal(jax.random.key(2), (n, *site.leaving.aval.shape))
 
 
 def expected(case, x, dy):
@@ -121,13 +130,13 @@ def expected(case, x, dy):
 
 def squared_norms(site, x, dy):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return conv.squared_norms(conv.pixels(site, x, dy), conv.window(site), dtype)
+    return CONVOLUTION.squared_norms([site], {site.path: (x,)}, {site.path: dy}, dtype)
 
 
 def by_each_way(site, x, dy):
     """Norms by the name of the way, with the cost of the others out of reach."""
     norms = {}
-    all_ways = conv.ways
+    all_ways = ways_of
     for name in WAYS:
         with pytest.MonkeyPatch.context() as patch:
             chosen = lambda *shapes, name=name: {name: all_ways(*shapes)[name]}
@@ -185,7 +194,8 @@ def test_a_few_samples_at_a_time(name, monkeypatch):
         site = site_of(case)
         for n, num_chunks in [(6, 2), (6, 6), (7, 3), (11, 5)]:
             x, dy = sides_of(site, case, n)
-            monkeypatch.setattr(conv, "_num_chunks", lambda *_, k=num_chunks: k)
+            monkeypatch.setattr(parts, "number_of_parts", lambda *_, k=num_chunks: k)
+            monkeypatch.setattr(jax, "device_count", lambda: 1)
             norms = jax.jit(lambda x, dy: squared_norms(site, x, dy))
             assert "scan" in str(jax.make_jaxpr(norms)(x, dy))
             assert_close(norms(x, dy), expected(case, x, dy), 1e-10)
@@ -194,14 +204,14 @@ def test_a_few_samples_at_a_time(name, monkeypatch):
 @pytest.mark.parametrize("n", [1, 7, 32, 97, 100])
 @pytest.mark.parametrize("caches", [0, 1, 5, 1000])
 def test_as_few_chunks_as_fit_a_cache(n, caches):
-    number = conv._num_chunks(n, caches * conv._CHUNK_BYTES_ON_CPU)
+    number = parts.number_of_parts(n, caches, may_overlap=True)
     assert min(max(1, caches), n) <= number <= min(max(1, 2 * caches), n)
     if n in (32, 100):
         assert n % number == 0
 
 
 def test_samples_are_seen_through_vmap(monkeypatch):
-    monkeypatch.setattr(conv, "_CHUNK_BYTES_ON_CPU", 1)
+    monkeypatch.setattr(conv, "_BYTES_AT_ONCE_ON_CPU", 1)
     case = CASES["3×3"]
     site = site_of(case)
     x, dy = sides_of(site, case, 6)
@@ -231,8 +241,10 @@ def test_gradients_of_sites_that_share_a_kernel_add_up():
     with enable_x64(True):
         site = site_of(case)
         x, dy = sides_of(site, case, 6)
-        pair = [conv.pixels(site, x[i::2], dy[i::2]) for i in range(2)]
-        norms = conv.squared_norms(conv.joined(pair), conv.window(site), x.dtype)
+        pair = [site_at(site.eqn, (i,)) for i in range(2)]
+        entered = {(i,): (x[i::2],) for i in range(2)}
+        leaving = {(i,): dy[i::2] for i in range(2)}
+        norms = CONVOLUTION.squared_norms(pair, entered, leaving, x.dtype)
         several = case._replace(images=2)
         images = (jnp.concatenate([side[0::2], side[1::2]], axis=1) for side in (x, dy))
         assert_close(norms, expected(several, *images), 1e-10)
@@ -282,5 +294,5 @@ def test_the_way_that_costs_least(name):
         for i, a in enumerate(jax.eval_shape(lambda: case.arguments(1)))
     )
     (eqn,) = jax.make_jaxpr(case)(image, kernel).eqns
-    ways = conv.ways(conv.window(Site((0,), eqn, 1, None, (), ())), *case.channels)  # pyright: ignore
+    ways = ways_of(window(site_at(eqn)), *case.channels)
     assert min(ways, key=lambda name: ways[name].cost) == wanted

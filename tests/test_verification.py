@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
-from psclip_optax.engine import contract
+from psclip_optax.engine import norms
 from tests.numerics import enable_x64
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -78,8 +78,8 @@ def test_aux_and_samples_that_are_not_finite():
 
 
 def test_what_is_wrong_is_found_and_described(monkeypatch):
-    right = contract.squared_norms
-    monkeypatch.setattr(contract, "squared_norms", lambda *args: 1.05 * right(*args))
+    right = norms.squared_norms
+    monkeypatch.setattr(norms, "squared_norms", lambda *args: 1.05 * right(*args))
     result = verify(mode="one_pass")
     assert not result.ok
     rows = {row.parameter: row for row in result.rows}

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psclip_optax.engine import contract
+from psclip_optax.engine import norms
 from psclip_optax.engine.flops import count_flops
 from psclip_optax.engine.memory import entering, kept_bytes_of, leaving
 from psclip_optax.engine.plan import LeafPlan, Plans
@@ -142,7 +142,7 @@ def _row(
     own = [other for other in through if first[other.weight] == plan.weight]
     kinds = {plan.weight: leaf} | {weight: one.aval for weight, one in computed.items()}
     both = [plan, *own]
-    routes = dict.fromkeys(group.route for p in [plan, *through] for group in p.groups)
+    routes = dict.fromkeys(group.route.name for p in [plan, *through] for group in p.groups)
     return PlanRow(
         parameter=path,
         shape=_described(leaf),
@@ -178,13 +178,17 @@ def _flops(plan: LeafPlan, kind: Any, num_samples: int, dtype: Any) -> float:
         return 2.0 * num_samples * kind.size if plan.is_used else 0.0
     both = entering(plan, num_samples), leaving(plan, num_samples)
 
-    def norms(x: Any, dy: Any) -> Any:
-        return contract.squared_norms(plan, x, dy, dtype)
+    def squared_norms(x: Any, dy: Any) -> Any:
+        return norms.squared_norms(plan, x, dy, dtype)
 
     def gradients(x: Any, dy: Any) -> Any:
-        return contract.weighted_sum(plan, kind, x, dy, jnp.ones(num_samples, dtype))
+        return norms.weighted_sum(plan, kind, x, dy, jnp.ones(num_samples, dtype))
 
     if plan.is_radial:
-        return count_flops(norms, both)
-    made = {"own": [norms], "separable": [norms, gradients], "none": [gradients]}[plan.norm]
+        return count_flops(squared_norms, both)
+    made = {
+        "own": [squared_norms],
+        "separable": [squared_norms, gradients],
+        "none": [gradients],
+    }[plan.norm]
     return sum(count_flops(function, both) for function in made)

@@ -60,7 +60,7 @@ def estimated_bytes(
     kinds = [*leaves, *(one.aval for one in plans.computed)]
     sites = [site for plan in plans.all for site in plan.sites]
     # What enters several sites is held once.
-    entered = {site.eqn.invars[1 - site.operand]: site for site in sites}
+    entered = {atom: site for site in sites for atom in site.entering}
     saved = _saved_bytes(closed, len(leaves), num_samples)
     is_rewritten = plans.closed is not closed
     return Bytes(
@@ -100,17 +100,17 @@ def kept_bytes_of(plan: LeafPlan, kind: Any, num_samples: int) -> int:
     return times * _bytes(leaving(plan, num_samples).values())
 
 
-def entering(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:
+def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     """What enters each site of a batch."""
     return {
-        site.path: batched(site, aval(site.eqn.invars[1 - site.operand]), num_samples)
+        site.path: tuple(batched(site, aval(atom), num_samples) for atom in site.entering)
         for site in plan.sites
     }
 
 
 def leaving(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:
     """What leaves each site of a batch."""
-    return {site.path: batched(site, site.y_aval, num_samples) for site in plan.sites}
+    return {site.path: batched(site, aval(site.leaving), num_samples) for site in plan.sites}
 
 
 def batched(site: Site, shaped: Any, num_samples: int) -> jax.ShapeDtypeStruct:

@@ -13,48 +13,15 @@ from psclip_optax.engine.analysis.equations import has_references
 from psclip_optax.engine.analysis.rewrites import rewritten
 from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage, find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
-from psclip_optax.engine.routes import conv, dense, embedding
-
-RouteName: TypeAlias = Literal["direct", "dense", "conv", "embedding", "tied"]
-
-_ROUTES: dict[str, RouteName] = {
-    "dot_general": "dense",
-    "conv_general_dilated": "conv",
-    "gather": "embedding",
-}
-_RULES = {
-    "dot_general": dense.supports,
-    "conv_general_dilated": conv.supports,
-    "gather": embedding.supports,
-}
-_LEAVING = {
-    "dot_general": dense.leaving_axes,
-    "conv_general_dilated": conv.leaving_axes,
-}
-
-
-def route_of(site: Site) -> RouteName:
-    """The route of a site alone."""
-    return _ROUTES[site.eqn.primitive.name]
-
-
-def _with_primitive(sites: Sequence[Site], name: str) -> tuple[Site, ...]:
-    return tuple(site for site in sites if site.eqn.primitive.name == name)
+from psclip_optax.engine.routes import route_of, route_of_all
+from psclip_optax.engine.routes.route import Route
 
 
 class Group(NamedTuple):
     """Sites of one parameter whose gradients overlap, and the route to the norm of their sum."""
 
-    route: RouteName
+    route: Route
     sites: tuple[Site, ...]
-
-    @property
-    def gathers(self) -> tuple[Site, ...]:
-        return _with_primitive(self.sites, "gather")
-
-    @property
-    def products(self) -> tuple[Site, ...]:
-        return _with_primitive(self.sites, "dot_general")
 
 
 class LeafPlan(NamedTuple):
@@ -126,10 +93,10 @@ def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
     if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
         return Plans([LeafPlan(i, escape=escape) for i in range(num_leaves)], [], [], closed)
-    usage = find_usage(closed, num_leaves, _RULES)
+    usage = find_usage(closed, num_leaves, route_of)
     apart = rewritten(closed, usage)
     if apart is not closed:
-        closed, usage = apart, find_usage(apart, num_leaves, _RULES)
+        closed, usage = apart, find_usage(apart, num_leaves, route_of)
     avals = [aval(variable) for variable in closed.jaxpr.invars[:num_leaves]]
     plans = Plans([_plan_weight(i, kind, usage) for i, kind in enumerate(avals)], [], [], closed)
     for family in _families(usage):
@@ -223,10 +190,10 @@ def _separable(
 
 def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
     """The axes of what leaves a site that are these of the weight; None if one is none of them."""
-    rule = _LEAVING.get(site.eqn.primitive.name)
-    if rule is None or site.view.frame:
+    if site.view.frame:
         return None
-    of_frame = {site.view.axes[own]: leaving for own, leaving in rule(site).items()}
+    of_site = site.route.leaving_axes(site)
+    of_frame = {site.view.axes[own]: leaving for own, leaving in of_site.items()}
     return [of_frame[a] for a in axes] if all(a in of_frame for a in axes) else None
 
 
@@ -240,7 +207,7 @@ def _plan_weight(weight: int, kind: Any, usage: Usage) -> LeafPlan:
     frames: dict[Any, list[Site]] = {}
     for site in sites:
         frames.setdefault(site.view.frame, []).append(site)
-    groups = [_group(members) for members in frames.values()]
+    groups = [_group(tuple(members)) for members in frames.values()]
     apart = all(
         are_disjoint(one[0].view, other[0].view)
         for i, one in enumerate(frames.values())
@@ -262,24 +229,11 @@ def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
     Inside a scan they would be accumulated step by step, which is slower than one product; and
     for convolutions automatic differentiation makes slow grouped ones.
     """
-    if any(site.eqn.primitive.name != "dot_general" or not all(site.layered) for site in sites):
+    if not all(site.route.may_be_small and all(site.layered) for site in sites):
         return False
-    return parameter.size <= sum(math.prod(site.scans) * site.y_aval.size for site in sites)
+    return parameter.size <= sum(math.prod(site.scans) * aval(site.leaving).size for site in sites)
 
 
-def _group(sites: list[Site]) -> Group | None:
-    names = {site.eqn.primitive.name for site in sites}
-    gathers, products = (_with_primitive(sites, name) for name in ("gather", "dot_general"))
-    if len({embedding.row_axis(site) for site in gathers}) > 1:
-        return None
-    forms = [dense.form(site) for site in products]
-    if not all(dense.may_join(forms[0], form) for form in forms):
-        return None
-    if names == {"gather", "dot_general"} and _is_tied(forms[0], gathers[0]):
-        return Group("tied", (*gathers, *products))
-    alike = names != {"conv_general_dilated"} or all(conv.may_join(sites[0], s) for s in sites)
-    return Group(route_of(sites[0]), tuple(sites)) if len(names) == 1 and alike else None
-
-
-def _is_tied(form: dense.Form, gather: Site) -> bool:
-    return not form.blocks and (embedding.row_axis(gather),) in (form.left, form.right)
+def _group(sites: tuple[Site, ...]) -> Group | None:
+    route = route_of_all(sites)
+    return None if route is None else Group(route, sites)

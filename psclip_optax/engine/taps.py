@@ -9,6 +9,7 @@ control flow stay.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -25,13 +26,13 @@ from psclip_optax.engine.analysis.equations import (
     scan_counts,
 )
 from psclip_optax.engine.analysis.sites import Site, operate
-from psclip_optax.engine.analysis.views import Path, as_function, run_equation
+from psclip_optax.engine.analysis.views import Path, as_function, aval, run_equation
 
 Taps: TypeAlias = dict[Path, jax.Array]
 Axes: TypeAlias = dict[Path, int]
 Side: TypeAlias = Literal["entering", "leaving"]
-Kept: TypeAlias = dict[tuple[Path, Side], jax.Array]
-SquaredNorm: TypeAlias = Callable[[Site, jax.Array, jax.Array], jax.Array]
+Kept: TypeAlias = dict[tuple[Path, Side], tuple[jax.Array, ...]]
+SquaredNorm: TypeAlias = Callable[[Site, tuple[jax.Array, ...], jax.Array], jax.Array]
 
 
 class Action(NamedTuple):
@@ -42,22 +43,22 @@ class Action(NamedTuple):
       zero: the array of zeros whose cotangent is wanted, with an axis for each scan around it.
       num_scans: how many.
       keeps: which of x ("entering") and y ("leaving") are kept.
-      run: from W, x and the zero of one step to y.
+      run: from the zero, W and x of one step to y.
     """
 
     operand: int
     zero: jax.Array
     num_scans: int
     keeps: tuple[Side, ...]
-    run: Callable[[Any, Any, jax.Array], Any]
+    run: Callable[..., Any]
 
 
 def tap(site: Site, *, keeps_y: bool = False) -> Action:
     """Keeps what enters a site, maybe y too, and makes the cotangent of what leaves it known."""
     keeps: tuple[Side, ...] = ("entering", "leaving") if keeps_y else ("entering",)
-    op = operate(site)
-    zero = jnp.zeros((*site.scans, *site.y_aval.shape), site.y_aval.dtype)
-    return Action(site.operand, zero, len(site.scans), keeps, lambda w, x, zero: op(w, x) + zero)
+    op, y = operate(site), aval(site.leaving)
+    zero = jnp.zeros((*site.scans, *y.shape), y.dtype)
+    return Action(site.operand, zero, len(site.scans), keeps, lambda zero, *wx: op(*wx) + zero)
 
 
 def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
@@ -71,32 +72,43 @@ def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
     op, one_step = operate(site), site._replace(scans=(), layered=())
 
     @jax.custom_vjp
-    def run(w: Any, x: Any, zero: jax.Array) -> Any:
+    def run(zero: jax.Array, w: Any, *x: Any) -> Any:
         del zero
-        return op(w, x)
+        return op(w, *x)
 
-    def forward(w: Any, x: Any, zero: jax.Array) -> Any:
+    def forward(zero: jax.Array, w: Any, *x: Any) -> Any:
         del zero
-        return op(w, x), (w, x)
+        return op(w, *x), (w, x)
 
     def backward(entered: Any, dy: jax.Array) -> Any:
         w, x = entered
         # W is a constant of the derivative that is taken, so that no one reads its cotangent.
-        return (
-            jnp.zeros_like(w),
-            _cotangent(lambda x: op(w, x), x, dy),
-            squared_norm(one_step, x, dy),
-        )
+        cotangents = _cotangents(functools.partial(op, w), x, dy)
+        return (squared_norm(one_step, x, dy), jnp.zeros_like(w), *cotangents)
 
     run.defvjp(forward, backward)
     zero = jnp.zeros(site.scans, dtype)
     return Action(site.operand, zero, len(site.scans), (), run)
 
 
-def _cotangent(function: Callable[[Any], Any], x: Any, dy: jax.Array) -> Any:
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return np.zeros(x.shape, jax.dtypes.float0)
-    return jax.vjp(function, x)[1](dy)[0]
+def _as_array(value: Any) -> jax.Array:
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def _cotangents(
+    function: Callable[..., Any], entered: Sequence[Any], dy: jax.Array
+) -> Sequence[Any]:
+    """The cotangents of what entered, none of integers."""
+    chosen = [i for i, x in enumerate(entered) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def of_chosen(*values: Any) -> Any:
+        given = dict(zip(chosen, values, strict=True))
+        return function(*(given.get(i, x) for i, x in enumerate(entered)))
+
+    pulled = jax.vjp(of_chosen, *(entered[i] for i in chosen))[1](dy)
+    found = dict(zip(chosen, pulled, strict=True))
+    zeros = [np.zeros(x.shape, jax.dtypes.float0) for x in entered]
+    return [found.get(i, zero) for i, zero in enumerate(zeros)]
 
 
 def run_with(
@@ -189,9 +201,9 @@ class _Runner(NamedTuple):
         if path not in taps:
             return _NESTED[eqn.primitive.name](self, eqn, inputs, taps, path)
         action = self.actions[path]
-        w, x = inputs[action.operand], inputs[1 - action.operand]
-        y = action.run(w, x, taps[path])
-        sides: dict[Side, Any] = {"entering": x, "leaving": y}
+        w, x = inputs[action.operand], [x for i, x in enumerate(inputs) if i != action.operand]
+        y = action.run(taps[path], w, *x)
+        sides: dict[Side, Any] = {"entering": tuple(map(_as_array, x)), "leaving": (y,)}
         return [y], {(path, side): sides[side] for side in action.keeps}
 
     def computed(self, eqn: core.JaxprEqn, inputs: list[Any], given: dict[int, Any]) -> list[Any]:
@@ -250,17 +262,17 @@ class _Shared:
     """What enters several sites at once, as queries, keys and values do, is kept once."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[Path, Side], int] = {}
+        self._places: dict[tuple[Path, Side], list[int]] = {}
 
     def once(self, kept: Kept) -> list[jax.Array]:
-        once: dict[int, jax.Array] = {}
-        for place, array in kept.items():
-            once.setdefault(id(array), array)
-            self._places[place] = list(once).index(id(array))
+        once = {id(array): array for arrays in kept.values() for array in arrays}
+        order = {identity: i for i, identity in enumerate(once)}
+        for place, arrays in kept.items():
+            self._places[place] = [order[id(array)] for array in arrays]
         return list(once.values())
 
     def of_all(self, once: list[jax.Array]) -> Kept:
-        return {place: once[i] for place, i in self._places.items()}
+        return {place: tuple(once[i] for i in own) for place, own in self._places.items()}
 
 
 _Nested = Callable[[_Runner, core.JaxprEqn, list[Any], Taps, Path], tuple[list[Any], Kept]]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import psclip_optax as psc
-from psclip_optax.engine import contract
+from psclip_optax.engine import norms
 from psclip_optax.training import doctor
 from psclip_optax.training.configs import DoctorConfig
 from psclip_optax.training.doctor import (
@@ -45,8 +45,8 @@ def test_all_is_looked_at(tmp_path: pathlib.Path):
 
 @pytest.mark.parametrize("factor", [1.05, jnp.nan])
 def test_wrong_numbers_are_found_and_shown(monkeypatch: pytest.MonkeyPatch, factor: float):
-    right = contract.squared_norms
-    monkeypatch.setattr(contract, "squared_norms", lambda *args: factor * right(*args))
+    right = norms.squared_norms
+    monkeypatch.setattr(norms, "squared_norms", lambda *args: factor * right(*args))
     numbers, plan = check_numbers()
     assert numbers.verdict == "wrong"
     assert "NO" in numbers.text

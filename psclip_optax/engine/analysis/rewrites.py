@@ -22,6 +22,7 @@ from jax.extend import core
 from psclip_optax import meshes
 from psclip_optax.arrays import is_narrow
 from psclip_optax.engine.analysis.equations import body_parameter
+from psclip_optax.engine.analysis.operations import convolution_leaving, product_axes
 from psclip_optax.engine.analysis.sites import Kind, OfParameters, Usage
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 
@@ -173,20 +174,13 @@ def _inputs(expanded: Expanded) -> list[core.Var]:
 
 
 def _of_product(eqn: core.JaxprEqn, operand: int) -> _Use:
-    contracted, blocks = eqn.params["dimension_numbers"]
-    w, x = operand, 1 - operand
-    free = [
-        [axis for axis in range(aval(atom).ndim) if axis not in (*contracted[i], *blocks[i])]
-        for i, atom in enumerate(eqn.invars)
-    ]
-    starts = (len(blocks[0]), len(blocks[0]) + len(free[0]))
-    leaving = [{axis: starts[i] + j for j, axis in enumerate(own)} for i, own in enumerate(free)]
-    of_blocks = {axis: i for i, axis in enumerate(blocks[w])}
-    pairs = dict(zip(contracted[w], contracted[x], strict=True))
-    product = _Product(eqn.invars[x], pairs, leaving[x], eqn.params["precision"])
+    axes, precision = product_axes(eqn, operand), eqn.params["precision"]
+    pairs = dict(zip(axes.w_contracted, axes.x_contracted, strict=True))
+    leaving_of_x = dict(zip(axes.x_free, axes.y_x_free, strict=True))
+    product = _Product(eqn.invars[1 - operand], pairs, leaving_of_x, precision)
     # In two products a sum in a wider dtype would be rounded between them.
-    product = product if not of_blocks and _have_one_dtype(eqn) else None
-    return _Use(_applied(eqn, operand), of_blocks | leaving[w], product, _ndim(eqn))
+    product = product if not axes.w_blocks and _have_one_dtype(eqn) else None
+    return _Use(_applied(eqn, operand), axes.leaving, product, _ndim(eqn))
 
 
 def _have_one_dtype(eqn: core.JaxprEqn) -> bool:
@@ -194,8 +188,7 @@ def _have_one_dtype(eqn: core.JaxprEqn) -> bool:
 
 
 def _of_convolution(eqn: core.JaxprEqn, operand: int) -> _Use:
-    dims = eqn.params["dimension_numbers"]
-    return _Use(_applied(eqn, operand), {dims.rhs_spec[0]: dims.out_spec[1]}, None, _ndim(eqn))
+    return _Use(_applied(eqn, operand), convolution_leaving(eqn), None, _ndim(eqn))
 
 
 def _ndim(eqn: core.JaxprEqn) -> int:

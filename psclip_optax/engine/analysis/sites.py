@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 from jax.extend import core, source_info_util
@@ -29,12 +29,15 @@ from psclip_optax.engine.analysis.views import (
     Path,
     View,
     after,
-    as_function,
     aval,
     layer_of,
+    run_equation,
     segments,
     views_after,
 )
+
+if TYPE_CHECKING:
+    from psclip_optax.engine.routes.route import Route
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Site(NamedTuple):
       path: the equation's index in its jaxpr, after those of the equations that hold the jaxpr.
       eqn: the equation.
       operand: which of its inputs is W.
+      route: which it would take by itself.
       view: what W is of which parameter.
       scans: the lengths of the scans around it, outermost first.
       layered: for each of them, whether W is another layer in each of its steps.
@@ -108,6 +112,7 @@ class Site(NamedTuple):
     path: Path
     eqn: core.JaxprEqn
     operand: int
+    route: Route
     view: View
     scans: tuple[int, ...]
     layered: tuple[bool, ...]
@@ -124,8 +129,13 @@ class Site(NamedTuple):
         return layered, [axis for axis in range(len(self.scans)) if axis not in layered]
 
     @property
-    def y_aval(self) -> Any:
-        return aval(self.eqn.outvars[0])
+    def entering(self) -> list[Any]:
+        """What meets W: the equation's other inputs."""
+        return [atom for i, atom in enumerate(self.eqn.invars) if i != self.operand]
+
+    @property
+    def leaving(self) -> core.Var:
+        return self.eqn.outvars[0]
 
 
 class Escape(NamedTuple):
@@ -202,17 +212,17 @@ class _Scope(NamedTuple):
     scans: tuple[tuple[Path, int], ...]
 
 
-SiteRule: TypeAlias = Callable[[core.JaxprEqn, int], bool]
+RouteOf: TypeAlias = Callable[[core.JaxprEqn, int], "Route | None"]
 
 
-def find_usage(closed: core.ClosedJaxpr, num_leaves: int, rules: dict[str, SiteRule]) -> Usage:
+def find_usage(closed: core.ClosedJaxpr, num_leaves: int, route_of: RouteOf) -> Usage:
     """What becomes of the first `num_leaves` inputs of a loss, the others being one example.
 
     Args:
       closed: the loss for one example; its first output is the loss.
       num_leaves: how many of its inputs are parameters.
-      rules: for each primitive with fast routes, whether it has one for an equation whose
-        operand of that index is the parameter.
+      route_of: the route of an equation whose operand of that index is the parameter, if there is
+        one.
 
     Returns:
       Every site, and the weights that escape. A weight may have both.
@@ -222,7 +232,7 @@ def find_usage(closed: core.ClosedJaxpr, num_leaves: int, rules: dict[str, SiteR
         _weight(i, frozenset([i]), aval(v).ndim) for i, v in enumerate(jaxpr.invars[:num_leaves])
     ]
     kinds += [Other.DATA] * (len(jaxpr.invars) - num_leaves)
-    walk = _Walk(usage, rules)
+    walk = _Walk(usage, route_of)
     # The loss comes first; aux has no cotangent.
     wanted = [i == 0 for i in range(len(jaxpr.outvars))]
     out = walk.jaxpr(jaxpr, kinds, _Scope((), ()), wanted)
@@ -236,7 +246,7 @@ def _weight(weight: int, leaves: frozenset[int], ndim: int) -> OfParameters:
 
 class _Walk(NamedTuple):
     usage: Usage
-    rules: dict[str, SiteRule]
+    route_of: RouteOf
 
     def jaxpr(
         self, jaxpr: core.Jaxpr, kinds: Sequence[Kind], scope: _Scope, wanted: Sequence[bool]
@@ -301,13 +311,13 @@ class _Walk(NamedTuple):
     def meeting(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> None:
         operands = [i for i, kind in enumerate(kinds) if isinstance(kind, OfParameters)]
         weight, name = kinds[operands[0]], eqn.primitive.name
-        if _has_no_entries(eqn, operands, is_product=name in self.rules):
+        route = self.route_of(eqn, operands[0]) if len(operands) == 1 else None
+        if _has_no_entries(eqn, operands, is_product=route is not None):
             return
         if name == "dynamic_slice" and operands == [0]:
             self.usage.to_rewrite[scope.path] = 0
-        rule = self.rules.get(name)
         is_rounded = any(is_narrow(aval(v).dtype) for v in eqn.outvars)
-        if len(operands) > 1 or rule is None or is_rounded or not rule(eqn, operands[0]):
+        if route is None or is_rounded:
             self.usage.escape(kinds, f"enters {name}", eqn)
             return
         if not isinstance(weight, OfParameters):
@@ -328,6 +338,7 @@ class _Walk(NamedTuple):
                 path=scope.path,
                 eqn=eqn,
                 operand=operands[0],
+                route=route,
                 view=view,
                 scans=tuple(length for _, length in scope.scans),
                 layered=tuple(path in layers for path, _ in scope.scans),
@@ -380,19 +391,23 @@ def _layer(kind: Kind, path: Path) -> Kind:
     return OfParameters(kind.leaves, view, True, kind.weights)
 
 
-def operate(site: Site) -> Callable[[Any, Any], Any]:
-    """The site's operation (W, x) -> y, for one step of the scans around it."""
-    w, x = site.eqn.invars[site.operand], site.eqn.invars[1 - site.operand]
-    run = as_function([site.eqn], [w, x], site.eqn.outvars)
-    return lambda w, x: run(w, x)[0]
+def operate(site: Site) -> Callable[..., Any]:
+    """The site's operation (W, *x) -> y, for one step of the scans around it."""
+
+    def run(w: Any, *entered: Any) -> Any:
+        inputs = [*entered[: site.operand], w, *entered[site.operand :]]
+        (y,) = run_equation(site.eqn, inputs)
+        return y
+
+    return run
 
 
-def of_parameter(site: Site, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """From function(W, x) of one step to one of the parameter and the x of all scans' steps."""
+def of_parameter(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
+    """From function(W, *x) of one step to one of the parameter and the x of all scans' steps."""
     *outer, last = segments(site.view)
-    whole = after(last, function)
+    whole, axes = after(last, function), (0,) * len(site.entering)
     for is_layered in reversed(site.layered):
-        whole = jax.vmap(whole, in_axes=(0 if is_layered else None, 0))
+        whole = jax.vmap(whole, in_axes=(0 if is_layered else None, *axes))
         whole = after(outer.pop(), whole) if is_layered else whole
     return whole
 
@@ -400,7 +415,7 @@ def of_parameter(site: Site, function: Callable[[Any, Any], Any]) -> Callable[[A
 def viewed(site: Site) -> Callable[[Any], Any]:
     """From the parameter to W, with an axis in front for each scan of which it is the layers."""
     *outer, last = segments(site.view)
-    whole = after(last, lambda w, _: w)
+    whole = after(last, lambda w: w)
     for steps in reversed(outer):
-        whole = after(steps, jax.vmap(whole, in_axes=(0, None)))
-    return lambda parameter: whole(parameter, None)
+        whole = after(steps, jax.vmap(whole))
+    return whole

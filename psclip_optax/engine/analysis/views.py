@@ -213,10 +213,10 @@ def segments(view: View) -> list[list[Equation]]:
     return segments
 
 
-def after(steps: list[Equation], function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    def whole(value: Any, x: Any) -> Any:
+def after(steps: list[Equation], function: Callable[..., Any]) -> Callable[..., Any]:
+    def whole(value: Any, *entered: Any) -> Any:
         for step in steps:
             (value,) = as_function([step.eqn], step.eqn.invars, [step.output])(value)
-        return function(value, x)
+        return function(value, *entered)
 
     return whole

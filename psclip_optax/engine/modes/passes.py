@@ -13,12 +13,14 @@ from jax.extend import core
 
 from psclip_optax import clipping, meshes, stacks, transforms
 from psclip_optax.clipping import OnNonfinite
-from psclip_optax.engine import contract, taps
+from psclip_optax.engine import norms as norms_of
+from psclip_optax.engine import taps
 from psclip_optax.engine.analysis.computed import compute
 from psclip_optax.engine.analysis.linearity import unproven_rule
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.engine.modes.slices import Result, Samples, in_slices
 from psclip_optax.engine.plan import LeafPlan, Plans
+from psclip_optax.engine.routes.route import Entered
 from psclip_optax.thresholds import concrete
 
 # What one pass may keep, relative to what a plain gradient saves, of a batch that is not sliced.
@@ -52,7 +54,7 @@ class Problem(NamedTuple):
     @property
     def has_convolutions(self) -> bool:
         sites = (site for plan in self.plans.all for site in plan.sites)
-        return any(site.eqn.primitive.name == "conv_general_dilated" for site in sites)
+        return any(site.route.is_slow_in_loops for site in sites)
 
     def unproven_rule(self) -> core.JaxprEqn | None:
         """Find what keeps the backward pass from being proven linear in the losses' cotangents."""
@@ -89,11 +91,11 @@ def _one_pass(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
             return stacks.weighted_sum(stacked[plan.weight], 0, of_samples)
         if not plan.groups:
             return jnp.zeros_like(weight)
-        return contract.weighted_sum(plan, weight, entered, seen.cotangents, of_samples)
+        return norms_of.weighted_sum(plan, weight, entered, seen.cotangents, of_samples)
 
     sums = {plan.weight: contracted(plan) for plan in plans}
     pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])
-    sums = [contract.added(sums[leaf], pulled.get(leaf)) for leaf in range(len(leaves))]
+    sums = [norms_of.added(sums[leaf], pulled.get(leaf)) for leaf in range(len(leaves))]
     return Result(sums, seen.outs, norms, scales, finite)
 
 
@@ -155,7 +157,7 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
     probed = [plan for plan in plans if _may_be_probed(plan)]
     others = [plan for plan in plans if not _may_be_probed(plan)]
     weights, pull_back = _weights(problem, leaves)
-    norm = functools.partial(contract.site_squared_norm, dtype=problem.dtype)
+    norm = functools.partial(norms_of.site_squared_norm, dtype=problem.dtype)
     actions = {
         site.path: taps.tap(site, keeps_y=plan.is_radial) for plan in others for site in plan.sites
     }
@@ -242,10 +244,10 @@ def changed_if_any(
 
 def _without_dropped(
     seen: _Seen, axes: taps.Axes, dropped: jax.Array, kept: jax.Array
-) -> tuple[dict[int, jax.Array], taps.Taps]:
+) -> tuple[dict[int, jax.Array], Entered]:
     """Stacked gradients and what enters sites, 0 for dropped samples: weight 0 keeps no NaN out."""
 
-    def zeroed(both: tuple[dict[int, jax.Array], taps.Taps], kept: jax.Array) -> Any:
+    def zeroed(both: tuple[dict[int, jax.Array], Entered], kept: jax.Array) -> Any:
         def where_kept(array: jax.Array, axis: int) -> jax.Array:
             flags = kept.reshape(-1, *[1] * (array.ndim - 1 - axis))
             return jnp.where(flags, array, jnp.zeros((), array.dtype))
@@ -253,7 +255,10 @@ def _without_dropped(
         stacked, entered = both
         return (
             {weight: where_kept(array, 0) for weight, array in stacked.items()},
-            {path: where_kept(array, axes[path]) for path, array in entered.items()},
+            {
+                path: tuple(where_kept(array, axes[path]) for array in arrays)
+                for path, arrays in entered.items()
+            },
         )
 
     return changed_if_any(dropped, zeroed, (seen.stacked, seen.entered), kept)
@@ -335,7 +340,7 @@ class _Seen(NamedTuple):
     stacked: dict[int, jax.Array]
     cotangents: taps.Taps
     outs: list[jax.Array]
-    entered: taps.Taps
+    entered: Entered
     left: taps.Taps
 
 
@@ -368,10 +373,8 @@ def _tapped(
     axes_kept = {(path, side): axes[path] for path in actions for side in actions[path].keeps}
     run = problem.over_samples(grad, out_axes=((0, axes), (0, axes_kept)))
     (stacked, cotangents), (outs_, kept) = run(direct, zeros, samples.examples)
-    entered, left = (
-        {path: array for (path, own), array in kept.items() if own == side}
-        for side in ("entering", "leaving")
-    )
+    entered = {path: arrays for (path, side), arrays in kept.items() if side == "entering"}
+    left = {path: y for (path, side), (y, *_) in kept.items() if side == "leaving"}
     return _Seen(stacked, cotangents, outs_, entered, left)
 
 
@@ -386,12 +389,12 @@ def _squared_norms(
     own = [plan for plan in plans if plan.norm == "own"]
     squares = _stacked_squares([seen.stacked[p.weight] for p in own if p.is_direct], problem.dtype)
     for plan in (plan for plan in own if plan.groups):
-        squares += contract.squared_norms(plan, seen.entered, seen.cotangents, problem.dtype)
+        squares += norms_of.squared_norms(plan, seen.entered, seen.cotangents, problem.dtype)
     for plan in (plan for plan in plans if plan.norm == "separable"):
         squares += _separable_squares(problem, plan, pull_back, weights, seen)
     pulled = [plan for plan in plans if plan.norm == "pulled back"]
     if pulled:
-        squares += contract.pulled_back_squared_norms(
+        squares += norms_of.pulled_back_squared_norms(
             pull_back,
             pulled,
             [(plan, weights[plan.weight]) for plan in problem.plans.others],
@@ -417,7 +420,7 @@ def _separable_squares(
         ]
         return pull_back(cotangents)[plan.weight]
 
-    return contract.separable_squared_norms(
+    return norms_of.separable_squared_norms(
         plan,
         weights[plan.weight],
         seen.entered,

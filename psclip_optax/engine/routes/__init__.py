@@ -1,5 +1,29 @@
-"""Norms of per-sample gradients of one parameter, from what enters and leaves its sites.
+"""The routes: each a way to the norms of per-sample gradients of one weight, without the gradients.
 
-A module for each primitive, with the same functions: `supports` tells whether an equation is one,
-the others bring arrays into a form in which the axes of every such equation lie alike.
+A route is a file with a subclass of `route.Route`, and has its place in this register.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax.extend import core
+
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.routes.convolution.route import CONVOLUTION
+from psclip_optax.engine.routes.dense import DENSE
+from psclip_optax.engine.routes.embedding import EMBEDDING
+from psclip_optax.engine.routes.route import Route
+from psclip_optax.engine.routes.tied import TIED
+
+ROUTES: tuple[Route, ...] = (DENSE, CONVOLUTION, EMBEDDING, TIED)
+
+
+def route_of(eqn: core.JaxprEqn, operand: int) -> Route | None:
+    """Find the route of an equation whose operand of that index is the weight."""
+    return next((route for route in ROUTES if route.takes(eqn, operand)), None)
+
+
+def route_of_all(sites: Sequence[Site]) -> Route | None:
+    """Find the route of sites in one frame, whose gradients overlap."""
+    return next((route for route in ROUTES if route.joins(sites)), None)

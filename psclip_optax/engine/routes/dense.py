@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,10 @@ from jax import lax
 from jax.extend import core
 
 from psclip_optax.arrays import promoted
-from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.operations import ProductAxes, product_axes
+from psclip_optax.engine.analysis.sites import Site, viewed
 from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route
 
 
 class Form(NamedTuple):
@@ -36,54 +38,49 @@ class Factors(NamedTuple):
     right: jax.Array
 
 
-def supports(eqn: core.JaxprEqn, operand: int) -> bool:
-    del eqn, operand
-    return True
+class Dense(Route):
+    """Norms of products from both factors of a gradient, or from the gradient itself."""
+
+    name = "dense"
+    may_be_small = True
+
+    def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
+        del operand
+        return eqn.primitive.name == "dot_general"
+
+    def joins(self, sites: Sequence[Site]) -> bool:
+        if any(site.route is not self for site in sites):
+            return False
+        forms = [form(site) for site in sites]
+        return all(_may_join(forms[0], other) for other in forms)
+
+    def leaving_axes(self, site: Site) -> dict[int, int]:
+        return product_axes(site.eqn, site.operand).leaving
+
+    def squared_norms_of_part(
+        self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
+    ) -> jax.Array:
+        return squared_norms(factors(sites, entered, cotangents), dtype)
+
+    def weighted_sum(
+        self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
+    ) -> tuple[Callable[[Any], Any], jax.Array]:
+        (x,) = entered
+        if _is_explicit(x):  # the product's type would have to say how it is sharded
+            return super().weighted_sum(site, entered, weighted)
+        return viewed(site), _summed_gradient(site, x, weighted)
 
 
-class _Axes(NamedTuple):
-    """Axes of W, x and y in one order: blocks, contracted, free in x, free in W."""
-
-    w_blocks: list[int]
-    x_blocks: list[int]
-    y_blocks: list[int]
-    w_contracted: list[int]
-    x_contracted: list[int]
-    x_free: list[int]
-    y_x_free: list[int]
-    w_free: list[int]
-    y_w_free: list[int]
+DENSE = Dense()
 
 
-def _axes(site: Site) -> _Axes:
-    contracted, blocks = site.eqn.params["dimension_numbers"]
-    w, x = site.operand, 1 - site.operand
-    by_frame = site.view.axes.__getitem__
-    w_contracted, x_contracted = _sorted_together(by_frame, contracted[w], contracted[x])
-    w_blocks, x_blocks, y_blocks = _sorted_together(
-        by_frame, blocks[w], blocks[x], range(len(blocks[w]))
-    )
-    x_free = _others(aval(site.eqn.invars[x]).ndim, contracted[x], blocks[x])
-    w_free = _others(aval(site.eqn.invars[w]).ndim, contracted[w], blocks[w])
-    first = len(blocks[w])
-    in_y = {x: x_free, w: w_free}
-    second = first + len(in_y[0])
-    starts = {0: first, 1: second}
-    y_x_free = [starts[x] + i for i in range(len(x_free))]
-    y_w_free = [starts[w] + i for i in range(len(w_free))]
-    w_free, y_w_free = _sorted_together(by_frame, w_free, y_w_free)
-    return _Axes(
-        w_blocks, x_blocks, y_blocks, w_contracted, x_contracted, x_free, y_x_free, w_free, y_w_free
-    )
+def _is_explicit(array: jax.Array) -> bool:
+    mesh = jax.typeof(array).sharding.mesh
+    return not mesh.empty and bool(mesh.explicit_axes)
 
 
-def _sorted_together(key: Any, first: Sequence[int], *others: Sequence[int]) -> list[list[int]]:
-    order = sorted(range(len(first)), key=lambda i: key(first[i]))
-    return [[axes[i] for i in order] for axes in (first, *others)]
-
-
-def _others(ndim: int, *taken: Sequence[int]) -> list[int]:
-    return [axis for axis in range(ndim) if not any(axis in axes for axes in taken)]
+def _axes(site: Site) -> ProductAxes:
+    return product_axes(site.eqn, site.operand).sorted_by(site.view.axes)
 
 
 def form(site: Site) -> Form:
@@ -92,14 +89,14 @@ def form(site: Site) -> Form:
     return Form(in_frame(axes.w_blocks), in_frame(axes.w_contracted), in_frame(axes.w_free))
 
 
-def leaving_axes(site: Site) -> dict[int, int]:
-    """For each axis of W that is one of y, which."""
-    axes = _axes(site)
-    own, leaving = [*axes.w_blocks, *axes.w_free], [*axes.y_blocks, *axes.y_w_free]
-    return dict(zip(own, leaving, strict=True))
+def factors(sites: Sequence[Site], entered: Entered, cotangents: Cotangents) -> Factors:
+    """Make both factors of the sum of the gradients at sites that join."""
+    like = form(sites[0])
+    parts = [_factors(site, *entered[site.path], cotangents[site.path], like) for site in sites]
+    return _joined(parts)
 
 
-def factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
+def _factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
     """Both factors, in the order of `like`, which may take this site's left for its right."""
     axes = _axes(site)
     layered, steps = site.scan_axes
@@ -125,7 +122,7 @@ def _arranged(array: jax.Array, *groups: list[int]) -> jax.Array:
     return array.transpose([*itertools.chain(*groups)]).reshape(shape)
 
 
-def summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
+def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
     """Σ_k G_k with respect to W, [layers…, *W], by one product over samples, steps and rows.
 
     Automatic differentiation makes the same product the other way around, (dyᵀ x)ᵀ, before which
@@ -159,12 +156,12 @@ def summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
     return total.transpose([*range(len(layers)), *places])
 
 
-def may_join(one: Form, other: Form) -> bool:
+def _may_join(one: Form, other: Form) -> bool:
     """Whether the gradients of two sites in one frame are sums of the same products."""
     return one.blocks == other.blocks and {one.left, one.right} == {other.left, other.right}
 
 
-def joined(parts: Sequence[Factors]) -> Factors:
+def _joined(parts: Sequence[Factors]) -> Factors:
     """The factors of the sum of several sites' gradients: theirs, one behind the other."""
     if len(parts) == 1:
         return parts[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.extend import core
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.routes import dense
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples_first
 
 # Up to here comparing all pairs of rows is faster than sorting them.
 _LARGEST_GRAM = 256
@@ -29,15 +31,34 @@ class Rows(NamedTuple):
     cotangents: jax.Array
 
 
-def supports(eqn: core.JaxprEqn, operand: int) -> bool:
-    dims = eqn.params["dimension_numbers"]
-    if operand != 0 or dims.operand_batching_dims:
-        return False
-    indexed = _indexed(eqn)
-    if len(indexed) != 1 or indexed[0] not in dims.start_index_map:
-        return False
-    is_row = eqn.params["slice_sizes"][indexed[0]] == 1
-    return is_row and set(dims.collapsed_slice_dims) <= set(indexed)
+class Embedding(Route):
+    """Norms of gathered rows from the cotangents of those with equal index."""
+
+    name = "embedding"
+
+    def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
+        if eqn.primitive.name != "gather" or operand != 0:
+            return False
+        dims = eqn.params["dimension_numbers"]
+        indexed = _indexed(eqn)
+        if dims.operand_batching_dims or len(indexed) != 1:
+            return False
+        is_row = eqn.params["slice_sizes"][indexed[0]] == 1
+        is_told = indexed[0] in dims.start_index_map
+        return is_row and is_told and set(dims.collapsed_slice_dims) <= set(indexed)
+
+    def joins(self, sites: Sequence[Site]) -> bool:
+        if any(site.route is not self for site in sites):
+            return False
+        return len({row_axis(site) for site in sites}) == 1
+
+    def squared_norms_of_part(
+        self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
+    ) -> jax.Array:
+        return squared_norms(rows(sites, entered, cotangents), dtype)
+
+
+EMBEDDING = Embedding()
 
 
 def _indexed(eqn: core.JaxprEqn) -> list[int]:
@@ -52,7 +73,20 @@ def row_axis(site: Site) -> int:
     return site.view.axes[_indexed(site.eqn)[0]]
 
 
-def rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
+def rows(sites: Sequence[Site], entered: Entered, cotangents: Cotangents) -> Rows:
+    """Take the rows of sites that join, one behind the other."""
+    parts = [
+        _rows(
+            site,
+            samples_first(site, *entered[site.path]),
+            samples_first(site, cotangents[site.path]),
+        )
+        for site in sites
+    ]
+    return _joined(parts)
+
+
+def _rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
     offset = 1 + len(site.scans)
     layered, steps = ([1 + axis for axis in axes] for axes in site.scan_axes)
     dims = site.eqn.params["dimension_numbers"]
@@ -88,7 +122,7 @@ def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
     return Rows(jnp.where(is_inside, own, 0), jnp.where(is_inside[..., None], cotangents, 0))
 
 
-def joined(parts: list[Rows]) -> Rows:
+def _joined(parts: list[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
     return Rows(
@@ -119,17 +153,3 @@ def _sum_by_index(indices: jax.Array, cotangents: jax.Array) -> jax.Array:
     return jax.ops.segment_sum(
         cotangents[order], jnp.cumsum(is_new), num_segments=len(indices), indices_are_sorted=True
     )
-
-
-def twice_inner_products(
-    rows: Rows, over_rows: jax.Array, over_columns: jax.Array, dtype: Any
-) -> jax.Array:
-    """2 ⟨G, H⟩ for each sample with H = over_rowsᵀ over_columns, [n, B, S, V] and [n, B, S, q].
-
-    As an embedding tied to the output layer has it: Σ_s Σ_t over_rows[s, id_t] (over_columns_s ·
-    dE_t).
-    """
-    over, taken = (side.reshape(-1, *side.shape[2:]) for side in (over_columns, rows.cotangents))
-    products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)
-    at_indices = jnp.take_along_axis(over_rows, rows.indices[:, :, None, :], axis=3)
-    return 2 * jnp.sum(products * at_indices.astype(dtype), axis=(1, 2, 3))

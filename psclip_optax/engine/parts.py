@@ -1,0 +1,78 @@
+"""Samples in parts, one after the other: what is made on the way takes the memory of one part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def in_parts(
+    function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, at_least: float
+) -> jax.Array:
+    """Make a function's result [n] in at least so many parts, if the samples can be so parted.
+
+    A part has every so many-th sample, as many of each device as of the others: consecutive ones of
+    samples that devices share would have to move.
+
+    Args:
+      function: of trees of arrays, to one number for each sample.
+      trees: of the arrays.
+      axes: of the samples in each of them.
+      num_samples: n.
+      at_least: how many parts.
+    """
+    devices = jax.device_count() if num_samples % jax.device_count() == 0 else 1
+    num_parts = number_of_parts(num_samples // devices, at_least / devices, devices == 1)
+    if num_parts == 1:
+        return function(trees)
+    if num_samples % num_parts:
+        return _in_overlapping_parts(function, trees, axes, num_samples, num_parts)
+
+    def part(i: jax.Array) -> jax.Array:
+        return function(
+            jax.tree.map(lambda array, axis: _strided(array, axis, i, num_parts), trees, axes)
+        )
+
+    return lax.map(part, jnp.arange(num_parts)).T.reshape(num_samples)
+
+
+def number_of_parts(num_samples: int, at_least: float, may_overlap: bool) -> int:
+    """Choose how many parts; as many as divide the samples, where there is no need for far more."""
+    wanted = min(num_samples, max(1, math.ceil(at_least)))
+    most = 2 * wanted if may_overlap else num_samples + 1
+    return next((number for number in range(wanted, most) if num_samples % number == 0), wanted)
+
+
+def _strided(array: jax.Array, axis: int, i: jax.Array, num_parts: int) -> jax.Array:
+    # XLA's CPU backend copies the whole batch if it is reshaped outside of the loop, and if there
+    # are axes of size 1, among which it chooses another order.
+    before = [size for size in array.shape[:axis] if size > 1]
+    behind = [size for size in array.shape[axis + 1 :] if size > 1]
+    size = array.shape[axis] // num_parts
+    parted = array.reshape(*before, size, num_parts, *behind)
+    part = lax.dynamic_index_in_dim(parted, i, len(before) + 1, keepdims=False)
+    return part.reshape(*array.shape[:axis], size, *array.shape[axis + 1 :])
+
+
+def _in_overlapping_parts(
+    function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, num_parts: int
+) -> jax.Array:
+    """The same where the parts do not divide the samples: the last one begins where it fits."""
+    size = -(-num_samples // num_parts)
+    num_parts = -(-num_samples // size)
+
+    def part(start: jax.Array) -> jax.Array:
+        return function(
+            jax.tree.map(
+                lambda array, axis: lax.dynamic_slice_in_dim(array, start, size, axis), trees, axes
+            )
+        )
+
+    norms = lax.map(part, jnp.minimum(jnp.arange(num_parts) * size, num_samples - size))
+    last = norms[-1, (num_parts - 1) * size - (num_samples - size) :]
+    return jnp.concatenate([norms[:-1].reshape(-1), last])

@@ -1,0 +1,1 @@
+"""Convolutions: geometry, layouts, and the ways to the norms of their gradients."""

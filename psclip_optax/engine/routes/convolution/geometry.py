@@ -1,0 +1,139 @@
+"""Which outputs of a convolution read which inputs through which entries of its kernel."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
+
+
+class Axis(NamedTuple):
+    """How an axis of the output reads one of the input.
+
+    Through the kernel's k, output p reads input (p · stride + shifts[k]) / dilation; where there is
+    none, a zero.
+    """
+
+    inputs: int
+    outputs: int
+    shifts: tuple[int, ...]
+    stride: int
+    dilation: int
+
+    @property
+    def turned(self) -> Axis:
+        """The same pairs of an input and an output, as if the input read the output."""
+        shifts = tuple(-shift for shift in self.shifts)
+        return Axis(self.outputs, self.inputs, shifts, self.dilation, self.stride)
+
+
+class Reads(NamedTuple):
+    """Some outputs, and the entries of the kernel through which they read inputs.
+
+    The outputs first, first + every, … read, through the kernel's k, the inputs from starts[k] on,
+    a step apart. Through other entries they read but the zeros between dilated inputs.
+    """
+
+    first: int
+    every: int
+    length: int
+    step: int
+    starts: dict[int, int]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        starts = self.starts.values()
+        return min(starts), max(starts) + (self.length - 1) * self.step + 1
+
+    @property
+    def phases(self) -> list[tuple[int, Reads]]:
+        """The same in parts, which read the inputs phase, phase + step, … one after the other."""
+        parts: dict[int, dict[int, int]] = {}
+        for k, start in self.starts.items():
+            parts.setdefault(start % self.step, {})[k] = start // self.step
+        return [(phase, self._replace(step=1, starts=starts)) for phase, starts in parts.items()]
+
+
+def window(site: Site) -> list[Axis]:
+    """The spatial axes."""
+    params, dims = site.eqn.params, site.eqn.params["dimension_numbers"]
+    x, kernel, y = (aval(atom).shape for atom in (*site.eqn.invars, *site.eqn.outvars))
+    return [
+        Axis(
+            inputs=x[dims.lhs_spec[2 + i]],
+            outputs=y[dims.out_spec[2 + i]],
+            shifts=tuple(
+                k * params["rhs_dilation"][i] - low for k in range(kernel[dims.rhs_spec[2 + i]])
+            ),
+            stride=params["window_strides"][i],
+            dilation=params["lhs_dilation"][i],
+        )
+        for i, (low, _) in enumerate(params["padding"])
+    ]
+
+
+def reads_of(axis: Axis) -> list[Reads]:
+    common = math.gcd(axis.stride, axis.dilation)
+    every, step = axis.dilation // common, axis.stride // common
+    reads = []
+    for first in range(min(every, axis.outputs)):
+        places = {k: first * axis.stride + shift for k, shift in enumerate(axis.shifts)}
+        starts = {k: at // axis.dilation for k, at in places.items() if at % axis.dilation == 0}
+        if starts:
+            reads.append(Reads(first, every, -(-(axis.outputs - first) // every), step, starts))
+    return reads
+
+
+def reads_of_all(axes: Sequence[Axis]) -> Iterator[tuple[Reads, ...]]:
+    return itertools.product(*map(reads_of, axes))
+
+
+def offsets(reads: Sequence[Reads]) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(own.starts for own in reads))
+
+
+def is_read_whole(axis: Axis) -> bool:
+    read = (
+        range(start, start + reads.length * reads.step, reads.step)
+        for reads in reads_of(axis)
+        for start in reads.starts.values()
+    )
+    return set(range(axis.inputs)) <= set(itertools.chain(*read))
+
+
+def cut(array: jax.Array, axis: int, start: int, count: int, step: int) -> jax.Array:
+    return lax.slice_in_dim(array, start, start + (count - 1) * step + 1, step, axis)
+
+
+def readers(array: jax.Array, first_axis: int, reads: Sequence[Reads]) -> jax.Array:
+    for axis, own in enumerate(reads, first_axis):
+        array = cut(array, axis, own.first, own.length, own.every)
+    return array
+
+
+def padded(
+    array: jax.Array, first_axis: int, reads: Sequence[Reads]
+) -> tuple[jax.Array, list[Reads]]:
+    """All that is read and nothing else, with its zeros, and how that is read."""
+    config, moved = [(0, 0, 0)] * array.ndim, []
+    for axis, own in enumerate(reads, first_axis):
+        low, high = own.extent
+        config[axis] = (-low, high - array.shape[axis], 0)
+        moved.append(own._replace(starts={k: start - low for k, start in own.starts.items()}))
+    return lax.pad(array, jnp.zeros((), array.dtype), config), moved
+
+
+def read(
+    array: jax.Array, first_axis: int, reads: Sequence[Reads], offset: Sequence[int]
+) -> jax.Array:
+    for axis, (own, k) in enumerate(zip(reads, offset, strict=True), first_axis):
+        array = cut(array, axis, own.starts[k], own.length, own.step)
+    return array

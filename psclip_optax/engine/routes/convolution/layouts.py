@@ -1,0 +1,108 @@
+"""What enters and leaves convolutions, with the axes of all of them in one order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
+
+
+class Pixels(NamedTuple):
+    """What entered sites that share a kernel, and the cotangents of what left: [n, scans…, …]."""
+
+    sites: tuple[Site, ...]
+    inputs: tuple[jax.Array, ...]
+    cotangents: tuple[jax.Array, ...]
+
+
+class Side(NamedTuple):
+    """What entered a site, or the cotangents of what left it, and which of its axes are what.
+
+    A block is a group of channels in one layer; steps that share a kernel are as many images.
+    """
+
+    array: jax.Array
+    samples: list[int]
+    blocks: list[int]
+    channels: list[int]
+    images: list[int]
+    spatial: list[list[int]]
+
+    def arranged(self, *groups: list[int]) -> jax.Array:
+        """Transposed, with the axes of each group as one."""
+        shape = [math.prod(self.array.shape[axis] for axis in group) for group in groups]
+        return self.array.transpose([*itertools.chain(*groups)]).reshape(shape)
+
+
+def _side(site: Site, array: jax.Array, spec: Sequence[int]) -> Side:
+    """With the channels of a group on an axis of their own."""
+    offset, groups = 1 + len(site.scans), site.eqn.params["feature_group_count"]
+    image, channel, *spatial = (offset + axis for axis in spec)
+    layered, steps = ([1 + axis for axis in axes] for axes in site.scan_axes)
+    shape = array.shape
+    split = (groups, shape[channel] // groups)
+    behind = lambda axis: axis + (axis > channel)  # noqa: E731
+    return Side(
+        array=array.reshape(*shape[:channel], *split, *shape[channel + 1 :]),
+        samples=[0],
+        blocks=[*layered, channel],
+        channels=[channel + 1],
+        images=[*steps, behind(image)],
+        spatial=[[behind(axis)] for axis in spatial],
+    )
+
+
+def sides(pixels: Pixels) -> tuple[list[Side], list[Side]]:
+    dims = pixels.sites[0].eqn.params["dimension_numbers"]
+    entering = map(_side, pixels.sites, pixels.inputs, itertools.repeat(dims.lhs_spec))
+    leaving = map(_side, pixels.sites, pixels.cotangents, itertools.repeat(dims.out_spec))
+    return list(entering), list(leaving)
+
+
+def channels_first(sides: Sequence[Side]) -> jax.Array:
+    """[samples · blocks, channels, images, *spatial]."""
+    return jnp.concatenate(
+        [s.arranged(s.samples + s.blocks, s.channels, s.images, *s.spatial) for s in sides], axis=2
+    )
+
+
+def channels_last(sides: Sequence[Side]) -> jax.Array:
+    """[samples · blocks, images, *spatial, channels]."""
+    return jnp.concatenate(
+        [s.arranged(s.samples + s.blocks, s.images, *s.spatial, s.channels) for s in sides], axis=1
+    )
+
+
+def blocks_last(sides: Sequence[Side]) -> jax.Array:
+    """[samples, images, *spatial, channels, blocks]."""
+    return jnp.concatenate(
+        [s.arranged(s.samples, s.images, *s.spatial, s.channels, s.blocks) for s in sides], axis=1
+    )
+
+
+class BlockSizes(NamedTuple):
+    """How large a site is: channels of a block, how many blocks, and images of each."""
+
+    num_in: int
+    num_out: int
+    number: int
+    images: int
+
+
+def block_sizes(site: Site) -> BlockSizes:
+    dims, groups = site.eqn.params["dimension_numbers"], site.eqn.params["feature_group_count"]
+    layered, steps = site.scan_axes
+    x, y = aval(site.eqn.invars[0]).shape, site.leaving.aval.shape
+    return BlockSizes(
+        num_in=x[dims.lhs_spec[1]] // groups,
+        num_out=y[dims.out_spec[1]] // groups,
+        number=groups * math.prod(site.scans[axis] for axis in layered),
+        images=x[dims.lhs_spec[0]] * math.prod(site.scans[axis] for axis in steps),
+    )

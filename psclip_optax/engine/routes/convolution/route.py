@@ -1,0 +1,117 @@
+"""conv_general_dilated: sample k's gradient is, at each offset of the kernel, X_offsetᵀ dY.
+
+X_offset is what the kernel's entry at that offset has read, once for each pixel of the output.
+There are several ways to ‖G_k‖², of which the one that costs least at a site's shapes is taken:
+
+- unfolded: G_k from products of shifted copies of one side, input or cotangents, with the other;
+- multiplied: G_k entry by entry, summed, where a group has too few channels for products;
+- Gram of pixels: ‖G_k‖² = Σ_offsets Σ (X_offset X_offsetᵀ) ∘ (dY dYᵀ), and the Gram matrices of all
+  X_offset are parts of one, that of the input's pixels: it is made once and summed over shifts;
+- Gram of patches: the same from the X_offset themselves, where few pixels leave.
+
+Shifted copies and Gram matrices are many times as large as the input, so a few samples are taken
+at a time: that needs little memory, and on a CPU it is faster too while it stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from psclip_optax.engine.analysis.operations import convolution_leaving
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.routes.convolution.geometry import Axis, window
+from psclip_optax.engine.routes.convolution.layouts import Pixels, block_sizes, sides
+from psclip_optax.engine.routes.convolution.ways import Way, ways
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples_first
+
+# What a few samples may take: what a CPU's cache holds, and elsewhere, where every step of a loop
+# costs, more.
+_BYTES_AT_ONCE_ON_CPU = 2**22
+_BYTES_AT_ONCE = 2**26
+_MOST_PARTS = 16
+
+
+class Convolution(Route):
+    """Norms of convolutions by the way that costs least."""
+
+    name = "conv"
+    is_slow_in_loops = True
+
+    def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
+        if eqn.primitive.name != "conv_general_dilated" or operand != 1:
+            return False
+        return eqn.params["batch_group_count"] == 1
+
+    def joins(self, sites: Sequence[Site]) -> bool:
+        return all(site.route is self and _read_alike(sites[0], site) for site in sites)
+
+    def leaving_axes(self, site: Site) -> dict[int, int]:
+        return convolution_leaving(site.eqn)
+
+    def squared_norms(
+        self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
+    ) -> jax.Array:
+        every = super().squared_norms
+        if cotangents[sites[0].path].shape[sites[0].sample_axis] > 1:
+            return every(sites, entered, cotangents, dtype)
+
+        # A single one is what a loss under `vmap` sees: the samples are those it maps over.
+        @jax.custom_batching.custom_vmap
+        def of_one(entered: Entered, cotangents: Cotangents) -> jax.Array:
+            return every(sites, entered, cotangents, dtype)
+
+        @of_one.def_vmap
+        def of_many(size: int, is_batched: Any, *sides: Any) -> tuple[jax.Array, bool]:
+            def whole(axis: int, array: jax.Array, batched: bool) -> jax.Array:
+                many = array if batched else jnp.broadcast_to(array, (size, *array.shape))
+                return jnp.moveaxis(jnp.squeeze(many, axis + 1), 0, axis)
+
+            axes = {site.path: site.sample_axis for site in sites}
+            axes_of_sides = {path: (axis,) for path, axis in axes.items()}, axes
+            every_sample = jax.tree.map(whole, axes_of_sides, sides, tuple(is_batched))
+            return every(sites, *every_sample, dtype)[:, None], True
+
+        return of_one(entered, cotangents)
+
+    def squared_norms_of_part(
+        self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
+    ) -> jax.Array:
+        way, axes = _way(sites)
+        inputs = tuple(samples_first(site, *entered[site.path]) for site in sites)
+        leaving = tuple(samples_first(site, cotangents[site.path]) for site in sites)
+        return way.squared_norms(*sides(Pixels(tuple(sites), inputs, leaving)), axes, dtype)
+
+    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> float:
+        way, _ = _way(sites)
+        entries = num_samples * block_sizes(sites[0]).number * way.entries
+        num_bytes = entries * jnp.dtype(dtype).itemsize
+        if jax.default_backend() == "cpu":
+            return num_bytes / _BYTES_AT_ONCE_ON_CPU
+        return min(num_bytes / _BYTES_AT_ONCE, _MOST_PARTS)
+
+
+CONVOLUTION = Convolution()
+
+
+def _read_alike(one: Site, other: Site) -> bool:
+    """Whether two sites in one frame read it alike, as a network does that sees two images."""
+    return (
+        one.view.axes == other.view.axes
+        and str(one.eqn.params) == str(other.eqn.params)
+        and aval(one.eqn.invars[0]).shape == aval(other.eqn.invars[0]).shape
+    )
+
+
+def _way(sites: Sequence[Site]) -> tuple[Way, list[Axis]]:
+    """Choose the way that costs least, with the axes that it goes over: images first."""
+    sizes = [block_sizes(site) for site in sites]
+    images = sum(size.images for size in sizes)
+    axes = [Axis(images, images, (0,), 1, 1), *window(sites[0])]
+    by_name = ways(axes, sizes[0].num_in, sizes[0].num_out)
+    return min(by_name.values(), key=lambda way: way.cost), axes

@@ -1,0 +1,105 @@
+"""What every route has: how it tells its sites, makes norms and sums, and what that costs."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from psclip_optax.engine.analysis.sites import Site, of_parameter, operate
+from psclip_optax.engine.analysis.views import Path
+from psclip_optax.engine.parts import in_parts
+
+# What enters each site, and the cotangents of what leaves it: [scans…, n, …].
+Entered = dict[Path, tuple[jax.Array, ...]]
+Cotangents = dict[Path, jax.Array]
+
+# How many entries of what enters and leaves are taken at a time.
+_MOST_AT_ONCE = 2**22
+
+
+class Route(abc.ABC):
+    """A way to the norms and the weighted sum of per-sample gradients at sites of one weight.
+
+    Attributes:
+      name: as `explain` prints it.
+      may_be_small: whether gradients made by automatic differentiation cost no more, where all of
+        them are as small as what leaves.
+      is_slow_in_loops: whether XLA's CPU backend runs the operation far slower inside a loop.
+    """
+
+    name: str
+    may_be_small = False
+    is_slow_in_loops = False
+
+    @abc.abstractmethod
+    def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
+        """Whether an equation is a site by itself, the weight being its operand of that index."""
+
+    @abc.abstractmethod
+    def joins(self, sites: Sequence[Site]) -> bool:
+        """Whether it has the norm of the sum of the gradients at sites in one frame."""
+
+    def leaving_axes(self, site: Site) -> dict[int, int]:
+        """For each axis of W that is one of y, which."""
+        del site
+        return {}
+
+    def squared_norms(
+        self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
+    ) -> jax.Array:
+        """Return ‖G_k‖² of the sum of the sites' gradients for each sample, [n]."""
+        axes = {site.path: site.sample_axis for site in sites}
+        axes_of_entered = {path: (axis,) * len(entered[path]) for path, axis in axes.items()}
+        num_samples = cotangents[sites[0].path].shape[sites[0].sample_axis]
+        return in_parts(
+            lambda sides: self.squared_norms_of_part(sites, *sides, dtype),
+            ({path: entered[path] for path in axes}, {path: cotangents[path] for path in axes}),
+            (axes_of_entered, axes),
+            num_samples,
+            self.least_parts(sites, num_samples, dtype),
+        )
+
+    @abc.abstractmethod
+    def squared_norms_of_part(
+        self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
+    ) -> jax.Array:
+        """Return the same of so few samples that what is made on the way may lie in memory."""
+
+    def weighted_sum(
+        self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
+    ) -> tuple[Callable[[Any], Any], jax.Array]:
+        """Return a function linear in the parameter, and the cotangent of what it gives.
+
+        The gradient is the function's transpose of the cotangent: here of the operation itself over
+        all samples, which is what a plain backward pass does.
+
+        Args:
+          site: where the parameter enters.
+          entered: what enters beside it, [scans…, n, …].
+          weighted: the cotangents of what leaves, each times its sample's weight.
+        """
+        return lambda parameter: over_samples(site)(parameter, *entered), weighted
+
+    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> float:
+        """Say in how many parts the samples go at least: what is made on the way costs memory."""
+        del dtype
+        kinds = [(site, atom.aval) for site in sites for atom in (*site.entering, site.leaving)]
+        entries = sum(math.prod(site.scans) * kind.size for site, kind in kinds)
+        return num_samples * entries / _MOST_AT_ONCE
+
+
+def over_samples(site: Site) -> Callable[..., jax.Array]:
+    """From the parameter and what enters, [scans…, n, …], to what leaves the site, alike."""
+    axis = site.sample_axis
+    axes = (axis,) * len(site.entering)
+    return jax.vmap(of_parameter(site, operate(site)), in_axes=(None, *axes), out_axes=axis)
+
+
+def samples_first(site: Site, array: jax.Array) -> jax.Array:
+    return jnp.moveaxis(array, site.sample_axis, 0)

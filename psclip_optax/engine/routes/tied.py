@@ -1,0 +1,73 @@
+"""An embedding tied to the output layer: G of the look-ups, H of the product, ‖G + H‖².
+
+‖G + H‖² = ‖G‖² + ‖H‖² + 2 ⟨G, H⟩, and the inner product needs H at the rows that were taken alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.routes import dense, embedding
+from psclip_optax.engine.routes.dense import DENSE
+from psclip_optax.engine.routes.embedding import EMBEDDING
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route
+
+
+class Tied(Route):
+    """Norms of the sum of look-ups and products of one table."""
+
+    name = "tied"
+
+    def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
+        del eqn, operand
+        return False  # it is of several equations
+
+    def joins(self, sites: Sequence[Site]) -> bool:
+        gathers, products = _of(sites, EMBEDDING), _of(sites, DENSE)
+        if not gathers or not products or len(gathers) + len(products) < len(sites):
+            return False
+        if not EMBEDDING.joins(gathers) or not DENSE.joins(products):
+            return False
+        form = dense.form(products[0])
+        rows = (embedding.row_axis(gathers[0]),)
+        return not form.blocks and rows in (form.left, form.right)
+
+    def squared_norms_of_part(
+        self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
+    ) -> jax.Array:
+        gathers, products = _of(sites, EMBEDDING), _of(sites, DENSE)
+        taken = embedding.rows(gathers, entered, cotangents)
+        factors = dense.factors(products, entered, cotangents)
+        left, right = dense.by_sample(factors)
+        is_left = dense.form(products[0]).left == (embedding.row_axis(gathers[0]),)
+        over_rows, over_columns = (left, right) if is_left else (right, left)
+        crossed = _twice_inner_products(taken, over_rows, over_columns, dtype)
+        own = dense.squared_norms(factors, dtype) + embedding.squared_norms(taken, dtype)
+        return jnp.maximum(own + crossed, 0)
+
+
+TIED = Tied()
+
+
+def _of(sites: Sequence[Site], route: Route) -> list[Site]:
+    return [site for site in sites if site.route is route]
+
+
+def _twice_inner_products(
+    rows: embedding.Rows, over_rows: jax.Array, over_columns: jax.Array, dtype: Any
+) -> jax.Array:
+    """2 ⟨G, H⟩ for each sample with H = over_rowsᵀ over_columns, [n, B, S, V] and [n, B, S, q].
+
+    As an embedding tied to the output layer has it: Σ_s Σ_t over_rows[s, id_t] (over_columns_s ·
+    dE_t).
+    """
+    over, taken = (side.reshape(-1, *side.shape[2:]) for side in (over_columns, rows.cotangents))
+    products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)
+    at_indices = jnp.take_along_axis(over_rows, rows.indices[:, :, None, :], axis=3)
+    return 2 * jnp.sum(products * at_indices.astype(dtype), axis=(1, 2, 3))
