@@ -19,9 +19,10 @@ from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
 from psclip_optax.engine.calls import Call, axes_of_leaves, take_apart, trace
 from psclip_optax.engine.explain import Plan, explained, explained_microbatches
 from psclip_optax.engine.memory import estimated_bytes
-from psclip_optax.engine.modes import microbatches
-from psclip_optax.engine.modes.passes import MODES, Problem, num_slices
+from psclip_optax.engine.modes import MODES, micro_batches
+from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples, in_slices
+from psclip_optax.engine.modes.two_pass import num_slices
 from psclip_optax.engine.plan import plan_weights
 from psclip_optax.options import Options
 from psclip_optax.thresholds import Threshold, concrete, least_norm
@@ -103,14 +104,14 @@ def _samples(
     if options.axis_name is not None:
         number = lax.psum(number, options.axis_name)
     shares = jnp.broadcast_to(1 / jnp.maximum(number, 1).astype(dtype), (n,))
-    units = microbatches.counting(counts, together)
+    units = micro_batches.counting(counts, together)
     unit_mask = None if mask is None else units
     if positions is not None:
         positions = clipping.check_positions(positions, units.size)
     taus = clipping.batch_thresholds(
         threshold, units.size, dtype, unit_mask, positions, options.axis_name
     )
-    taus = microbatches.of_each_sample(taus, together, n)
+    taus = micro_batches.of_each_sample(taus, together, n)
     return Samples(call.examples, taus, shares, counts)
 
 
@@ -145,7 +146,7 @@ def _run(
         return functools.partial(mode, problem, call.params)
     is_padded = is_masked or call.num_samples % options.num_together(call.num_samples) != 0
     return functools.partial(
-        microbatches.clip_microbatch, problem, call.params, is_padded=is_padded
+        micro_batches.clip_microbatch, problem, call.params, is_padded=is_padded
     )
 
 
@@ -169,9 +170,9 @@ def _packed(
 ) -> tuple[Any, Any, ClipStats]:
     losses, *aux = result.outs
     together = options.num_together(counts.size)
-    units = microbatches.counting(counts, together)
+    units = micro_batches.counting(counts, together)
     stats = clipping.clip_stats(result.norms, result.scales, units, result.finite)
-    finite = microbatches.of_each_sample(result.finite, together, counts.size)
+    finite = micro_batches.of_each_sample(result.finite, together, counts.size)
     averaged = counts & finite if options.on_nonfinite == "drop" else counts
     total_loss = jnp.sum(jnp.where(averaged, losses, 0), dtype=stacks.norm_dtype([losses]))
     totals = result.sums, total_loss, jnp.sum(averaged), (stats.num_clipped, stats.num_nonfinite)

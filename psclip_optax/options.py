@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from psclip_optax import clipping
 from psclip_optax.arrays import is_integer
 from psclip_optax.clipping import OnNonfinite
-from psclip_optax.engine.modes.passes import MODES
+from psclip_optax.engine.modes import MODES
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAt: TypeAlias = Literal["sample", "micro-batch"]

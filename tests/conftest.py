@@ -6,7 +6,7 @@ import jaxlib
 import pytest
 from hypothesis import settings
 
-from psclip_optax.engine.modes import passes
+from psclip_optax.engine.modes import two_pass
 from tests.fuzz import record
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
@@ -62,5 +62,5 @@ def few_optimizations(request):
 def two_passes_even_where_slices_would_do(request, monkeypatch):
     """So that small models test them; but not in tests marked `as_is`."""
     if "as_is" not in request.keywords:
-        monkeypatch.setattr(passes, "MOST_SLICES", 0)
-        monkeypatch.setattr(passes, "MOST_KEPT", math.inf)
+        monkeypatch.setattr(two_pass, "MOST_SLICES", 0)
+        monkeypatch.setattr(two_pass, "MOST_KEPT", math.inf)

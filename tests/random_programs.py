@@ -25,7 +25,7 @@ import tyro
 from jax import lax
 
 import psclip_optax as psc
-from psclip_optax.engine.modes import passes
+from psclip_optax.engine.modes import two_pass
 from tests.fuzz.command import NO_REFERENCE, Outcome, Source, main_of, shower
 from tests.numerics import clipped_mean, enable_x64, growing
 
@@ -1303,7 +1303,7 @@ def check(
     mixture, checks = MIXTURES[program.mixture], checks_of(program.seed)
     errors, routes = {}, {}
     # Two passes even where slices would do, as in all programs as small as these.
-    two_passes = mock.patch.multiple(passes, MOST_SLICES=0, MOST_KEPT=math.inf)
+    two_passes = mock.patch.multiple(two_pass, MOST_SLICES=0, MOST_KEPT=math.inf)
     with enable_x64(mixture.has_float64), warnings.catch_warnings(), two_passes:
         # What is random may look like batch statistics of one sample.
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")

@@ -22,7 +22,9 @@ from jax.extend import core
 from psclip_optax.engine.analysis.equations import (
     CALLS,
     CHECKPOINTS,
+    checkpointed,
     inner_jaxpr,
+    parted,
     scan_counts,
 )
 from psclip_optax.engine.analysis.sites import Site, operate
@@ -226,10 +228,7 @@ class _Runner(NamedTuple):
             outs, kept = self.call(eqn, inputs, taps, path)
             return outs, shared.once(kept)
 
-        flags: Any = eqn.params["prevent_cse"]
-        flags = flags if isinstance(flags, bool) else (list(flags), True)  # one for each input
-        checkpointed = jax.checkpoint(call, policy=eqn.params["policy"], prevent_cse=flags)
-        outs, once = checkpointed(inputs, taps)
+        outs, once = checkpointed(eqn, call)(inputs, taps)
         return outs, shared.of_all(once)
 
     def scan(
@@ -237,8 +236,7 @@ class _Runner(NamedTuple):
     ) -> tuple[list[Any], Kept]:
         params, (body, body_consts) = eqn.params, inner_jaxpr(eqn)
         num_consts, num_carry = scan_counts(eqn)
-        consts = inputs[:num_consts]
-        init, xs = inputs[num_consts:][:num_carry], inputs[num_consts:][num_carry:]
+        consts, init, xs = parted(inputs, num_consts, num_carry)
         shared = _Shared()
 
         def step(carry: list[Any], xs_and_taps: tuple[list[Any], Taps]) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import psclip_optax as psc
-from psclip_optax.engine.modes import passes
+from psclip_optax.engine.modes import two_pass
 from tests.fuzz.command import NO_REFERENCE, Outcome, Source, shower
 from tests.fuzz.programs import Program, draw_program, every_equation
 from tests.numerics import clipped_mean, enable_x64
@@ -115,7 +115,7 @@ def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
     """Compares what `clip` gives in all modes with the reference."""
     started = time.perf_counter()
     # Two passes even where slices would do, as in all programs as small as these.
-    two_passes = mock.patch.multiple(passes, MOST_SLICES=0, MOST_KEPT=math.inf)
+    two_passes = mock.patch.multiple(two_pass, MOST_SLICES=0, MOST_KEPT=math.inf)
     with enable_x64(True), warnings.catch_warnings(), two_passes:
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")
         try:

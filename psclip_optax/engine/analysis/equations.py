@@ -5,8 +5,8 @@ Names of primitives and of their parameters change between versions; they are to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.extend import core
@@ -68,3 +68,32 @@ def scan_counts(eqn: core.JaxprEqn) -> ScanCounts:
 def _num_unchanged(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     pairs = zip(outside, inside, strict=True)
     return sum(outer.aval.ndim == inner.aval.ndim for outer, inner in pairs)
+
+
+_Value = TypeVar("_Value")
+
+
+def parted(
+    values: Sequence[_Value], num_first: int, num_second: int
+) -> tuple[Sequence[_Value], Sequence[_Value], Sequence[_Value]]:
+    """Part what belongs to a scan's inputs: constants, carry, and what it runs over."""
+    second = num_first + num_second
+    return values[:num_first], values[num_first:second], values[second:]
+
+
+def checkpointed(eqn: core.JaxprEqn, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Checkpoint a function of a list of an equation's inputs, and more, as the equation does."""
+    flags: Any = eqn.params["prevent_cse"]
+    flags = flags if isinstance(flags, bool) else (list(flags), True)  # one for each input
+    return jax.checkpoint(function, policy=eqn.params["policy"], prevent_cse=flags)
+
+
+def needed_equations(jaxpr: core.Jaxpr, outputs: Iterable[Any]) -> list[core.JaxprEqn]:
+    """Find the equations that variables are made by, in order."""
+    wanted, needed = {v for v in outputs if isinstance(v, core.Var)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if wanted.isdisjoint(eqn.outvars):
+            continue
+        wanted.update(v for v in eqn.invars if isinstance(v, core.Var))
+        needed.append(eqn)
+    return needed[::-1]

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from psclip_optax.engine.modes.passes import Problem, changed_if_any
+from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples
+from psclip_optax.engine.modes.weighing import changed_if_any
 from psclip_optax.transforms import clipped_alone
 
 

@@ -1,0 +1,70 @@
+"""One forward and one backward pass, keeping what enters and leaves each site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax import stacks
+from psclip_optax.engine import norms as norms_of
+from psclip_optax.engine import taps
+from psclip_optax.engine.modes.problem import Problem
+from psclip_optax.engine.modes.slices import Result, Samples
+from psclip_optax.engine.modes.tapped import Seen, all_weights, squared_norms, tapped
+from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
+from psclip_optax.engine.plan import LeafPlan
+from psclip_optax.engine.routes.route import Entered
+
+
+def run(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+    """One forward and one backward pass, keeping what enters and leaves each site."""
+    plans = problem.plans.all
+    weights, pull_back = all_weights(problem, leaves)
+    actions = {
+        site.path: taps.tap(site, keeps_y=plan.is_radial) for plan in plans for site in plan.sites
+    }
+    seen = tapped(problem, leaves, weights, samples, actions)
+    squares = squared_norms(problem, plans, pull_back, weights, seen)
+    norms, scales, finite, kept = weigh(problem, samples, seen.outs[0], squares)
+
+    of_samples = weights_of_sum(samples, norms, scales)
+    axes = {site.path: site.sample_axis for plan in plans for site in plan.sites}
+    stacked, entered = _without_dropped(seen, axes, ~finite & ~kept, kept)
+
+    def contracted(plan: LeafPlan) -> jax.Array:
+        weight = weights[plan.weight]
+        if plan.is_direct:
+            return stacks.weighted_sum(stacked[plan.weight], 0, of_samples)
+        if not plan.groups:
+            return jnp.zeros_like(weight)
+        return norms_of.weighted_sum(plan, weight, entered, seen.cotangents, of_samples)
+
+    sums = {plan.weight: contracted(plan) for plan in plans}
+    pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])
+    sums = [norms_of.added(sums[leaf], pulled.get(leaf)) for leaf in range(len(leaves))]
+    return Result(sums, seen.outs, norms, scales, finite)
+
+
+def _without_dropped(
+    seen: Seen, axes: taps.Axes, dropped: jax.Array, kept: jax.Array
+) -> tuple[dict[int, jax.Array], Entered]:
+    """Stacked gradients and what enters sites, 0 for dropped samples: weight 0 keeps no NaN out."""
+
+    def zeroed(both: tuple[dict[int, jax.Array], Entered], kept: jax.Array) -> Any:
+        def where_kept(array: jax.Array, axis: int) -> jax.Array:
+            flags = kept.reshape(-1, *[1] * (array.ndim - 1 - axis))
+            return jnp.where(flags, array, jnp.zeros((), array.dtype))
+
+        stacked, entered = both
+        return (
+            {weight: where_kept(array, 0) for weight, array in stacked.items()},
+            {
+                path: tuple(where_kept(array, axes[path]) for array in arrays)
+                for path, arrays in entered.items()
+            },
+        )
+
+    return changed_if_any(dropped, zeroed, (seen.stacked, seen.entered), kept)

@@ -1,0 +1,58 @@
+"""A traced loss, and what all modes ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from psclip_optax.clipping import OnNonfinite
+from psclip_optax.engine.analysis.linearity import unproven_rule
+from psclip_optax.engine.plan import Plans
+
+
+class Problem(NamedTuple):
+    """A traced loss, and what its parameters' gradients take.
+
+    Attributes:
+      closed: the loss for one example, from the parameters' and the example's leaves.
+      plans: for each parameter, and for weights that are computed from them.
+      on_nonfinite: "drop" or "propagate".
+      dtype: of norms and scales.
+      axis_name: of the mesh axes that the batch is sharded over, under shard_map.
+      spmd_axis_name: of the axis of samples, for constraints inside the loss.
+    """
+
+    closed: core.ClosedJaxpr
+    plans: Plans
+    on_nonfinite: OnNonfinite
+    dtype: Any
+    axis_name: Any
+    spmd_axis_name: Any
+
+    @property
+    def has_convolutions(self) -> bool:
+        sites = (site for plan in self.plans.all for site in plan.sites)
+        return any(site.route.is_slow_in_loops for site in sites)
+
+    def unproven_rule(self) -> core.JaxprEqn | None:
+        """Find what keeps the backward pass from being proven linear in the losses' cotangents."""
+        jaxpr, num_leaves = self.closed.jaxpr, self.plans.num_leaves
+        varied = [i < num_leaves for i in range(len(jaxpr.invars))]
+        return unproven_rule(jaxpr, varied, [i == 0 for i in range(len(jaxpr.outvars))])
+
+    def over_samples(self, function: Callable[..., Any], out_axes: Any = 0) -> Callable[..., Any]:
+        in_axes, name = (None, None, 0), self.spmd_axis_name
+        return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, spmd_axis_name=name)
+
+
+def outs_of(closed: core.ClosedJaxpr) -> Callable[..., tuple[jax.Array, list[jax.Array]]]:
+    run = core.jaxpr_as_fun(closed)
+
+    def outs(leaves: Sequence[Any], _: None, example: list[jax.Array]) -> Any:
+        outs = run(*leaves, *example)
+        return outs[0], outs
+
+    return outs

@@ -1,0 +1,149 @@
+"""One forward and one backward pass with taps at the sites, and the norms from what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax import meshes, stacks
+from psclip_optax.engine import norms, taps
+from psclip_optax.engine.analysis.computed import compute
+from psclip_optax.engine.modes.problem import Problem
+from psclip_optax.engine.modes.slices import Samples
+from psclip_optax.engine.plan import LeafPlan
+from psclip_optax.engine.routes.route import Entered
+
+PullBack: TypeAlias = Callable[[list[jax.Array]], dict[int, jax.Array]]
+
+
+def all_weights(problem: Problem, leaves: Sequence[Any]) -> tuple[dict[int, Any], PullBack]:
+    """All weights, and from gradients of the computed ones to those of the parameters."""
+    weights: dict[int, Any] = dict(enumerate(leaves))
+    others = [plan.weight for plan in problem.plans.others]
+    if not others:
+        return weights, lambda _: {}
+    computed, pull_back = jax.vjp(
+        compute(problem.plans.closed, problem.plans.computed), list(leaves)
+    )
+    weights.update(zip(others, computed, strict=True))
+
+    def pulled(gradients: list[jax.Array]) -> dict[int, jax.Array]:
+        alike = [g.astype(c.dtype) for g, c in zip(gradients, computed, strict=True)]
+        return dict(enumerate(pull_back(alike)[0]))
+
+    return weights, pulled
+
+
+class Seen(NamedTuple):
+    """What one forward and one backward pass show of each sample.
+
+    Attributes:
+      stacked: gradients of the weights without sites.
+      cotangents: those of each action's zeros.
+      outs: what the loss returns.
+      entered: what entered the sites whose actions keep it.
+      left: what left them, alike.
+    """
+
+    stacked: dict[int, jax.Array]
+    cotangents: taps.Taps
+    outs: list[jax.Array]
+    entered: Entered
+    left: taps.Taps
+
+
+def tapped(
+    problem: Problem,
+    leaves: Sequence[Any],
+    weights: dict[int, Any],
+    samples: Samples,
+    actions: dict[Any, taps.Action],
+) -> Seen:
+    plans = problem.plans
+    direct = {plan.weight: weights[plan.weight] for plan in plans.all if plan.is_direct}
+    places = {
+        plan.weight: (one.path, one.output)
+        for plan, one in zip(plans.others, plans.computed, strict=True)
+    }
+
+    def outs(direct: dict[int, Any], zeros: taps.Taps, example: list[jax.Array]) -> Any:
+        inputs = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
+        given = {place: direct.get(i, weights[i]) for i, place in places.items()}
+        outs, kept = taps.run_with(plans.closed, [*inputs, *example], zeros, actions, given)
+        return outs[0], (outs, kept)
+
+    grad = jax.grad(outs, argnums=(0, 1), has_aux=True)
+    # Cotangents are each device's own, as the loss is.
+    axes_of_loss = meshes.axes_of_type(problem.closed.out_avals[0])
+    zeros = {path: meshes.varying(a.zero, axes_of_loss) for path, a in actions.items()}
+    # Samples behind the steps of scans, as they run, so that nothing need be transposed.
+    axes = {path: action.num_scans for path, action in actions.items()}
+    axes_kept = {(path, side): axes[path] for path in actions for side in actions[path].keeps}
+    run = problem.over_samples(grad, out_axes=((0, axes), (0, axes_kept)))
+    (stacked, cotangents), (outs_, kept) = run(direct, zeros, samples.examples)
+    entered = {path: arrays for (path, side), arrays in kept.items() if side == "entering"}
+    left = {path: y for (path, side), (y, *_) in kept.items() if side == "leaving"}
+    return Seen(stacked, cotangents, outs_, entered, left)
+
+
+def squared_norms(
+    problem: Problem,
+    plans: Sequence[LeafPlan],
+    pull_back: PullBack,
+    weights: dict[int, Any],
+    seen: Seen,
+) -> Any:
+    """‖g_k‖² over the parameters of these plans, [n]."""
+    own = [plan for plan in plans if plan.norm == "own"]
+    squares = _stacked_squares([seen.stacked[p.weight] for p in own if p.is_direct], problem.dtype)
+    for plan in (plan for plan in own if plan.groups):
+        squares += norms.squared_norms(plan, seen.entered, seen.cotangents, problem.dtype)
+    for plan in (plan for plan in plans if plan.norm == "separable"):
+        squares += _separable_squares(problem, plan, pull_back, weights, seen)
+    pulled = [plan for plan in plans if plan.norm == "pulled back"]
+    if pulled:
+        squares += norms.pulled_back_squared_norms(
+            pull_back,
+            pulled,
+            [(plan, weights[plan.weight]) for plan in problem.plans.others],
+            seen.stacked,
+            seen.entered,
+            seen.cotangents,
+            problem.dtype,
+        )
+    return squares
+
+
+def _separable_squares(
+    problem: Problem,
+    plan: LeafPlan,
+    pull_back: PullBack,
+    weights: dict[int, Any],
+    seen: Seen,
+) -> jax.Array:
+    def slope(through: int) -> jax.Array:
+        cotangents = [
+            (jnp.ones_like if other.weight == through else jnp.zeros_like)(weights[other.weight])
+            for other in problem.plans.others
+        ]
+        return pull_back(cotangents)[plan.weight]
+
+    return norms.separable_squared_norms(
+        plan,
+        weights[plan.weight],
+        seen.entered,
+        seen.left,
+        seen.cotangents,
+        [slope(weight) for weight in plan.through],
+        [seen.stacked[weight] for weight in plan.through],
+        problem.dtype,
+    )
+
+
+def _stacked_squares(stacked: Sequence[jax.Array], dtype: Any) -> Any:
+    if not stacked:
+        return jnp.zeros((), dtype)
+    return stacks.squared_norms(stacks.Stack(list(stacked), (0,) * len(stacked)), dtype)

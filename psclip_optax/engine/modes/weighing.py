@@ -1,0 +1,64 @@
+"""From norms to the weights of a sum, and how samples that are not finite are kept out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from psclip_optax import clipping
+from psclip_optax.engine.modes.problem import Problem
+from psclip_optax.engine.modes.slices import Samples
+from psclip_optax.thresholds import concrete
+
+_Values = TypeVar("_Values")
+
+
+def weigh(
+    problem: Problem, samples: Samples, losses: jax.Array, squares: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Norms, scales (0 for what is not kept), which samples are finite, and which are kept."""
+    # No number of samples is in it where no parameter reaches the loss.
+    norms = clipping.norms_of(jnp.broadcast_to(squares, losses.shape))
+    is_told = jnp.isfinite(norms) & ~clipping.may_exceed(norms, samples.taus)
+    finite = is_told & jnp.isfinite(losses)
+    kept = samples.counts & finite if problem.on_nonfinite == "drop" else samples.counts
+    scales = clipping.clip_scales(norms, samples.taus)
+    scales = jnp.where(is_told, scales, jnp.nan)
+    return norms, jnp.where(kept, scales, 0), finite, kept
+
+
+def weights_of_sum(samples: Samples, norms: jax.Array, scales: jax.Array) -> jax.Array:
+    """γ_k / N; 0 at τ_k = 0, also where a norm that is not 0 has underflowed."""
+    return jnp.where((samples.taus > 0) | (norms > 0), scales * samples.shares, 0)
+
+
+def changed_if_any(
+    flags: jax.Array, change: Callable[..., _Values], values: _Values, *operands: Any
+) -> _Values:
+    """change(values, *operands) where any flag is set, else the values as they are."""
+    any_flag = clipping.any_of(lax.stop_gradient(flags))
+    known = concrete(any_flag)
+    if known is not None:  # un-jitted: a loop would be compiled, anew in each call
+        return change(values, *operands) if known else values
+
+    # A loop of no step or one and not a branch, which would hold the values twice: a loop changes
+    # them where they are.
+    @jax.custom_jvp
+    def changed(flag: jax.Array, values: _Values, operands: tuple[Any, ...]) -> _Values:
+        def once(state: tuple[jax.Array, _Values]) -> tuple[jax.Array, _Values]:
+            return jnp.zeros_like(flag), change(state[1], *operands)
+
+        return lax.while_loop(lambda state: state[0], once, (flag, values))[1]
+
+    @changed.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        def branch(flag: jax.Array, values: _Values, operands: tuple[Any, ...]) -> _Values:
+            return lax.cond(flag, lambda: change(values, *operands), lambda: values)
+
+        return jax.jvp(branch, primals, tangents)
+
+    return changed(any_flag, values, operands)
