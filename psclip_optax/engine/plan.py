@@ -10,6 +10,7 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.computed import compute, is_radial, separable_axes
 from psclip_optax.engine.analysis.equations import has_references
+from psclip_optax.engine.analysis.normal_form import normal_form
 from psclip_optax.engine.analysis.rewrites import rewritten
 from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage, find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
@@ -93,6 +94,7 @@ def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
     if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
         return Plans([LeafPlan(i, escape=escape) for i in range(num_leaves)], [], [], closed)
+    closed = normal_form(closed, num_leaves)
     usage = find_usage(closed, num_leaves, route_of)
     apart = rewritten(closed, usage)
     if apart is not closed:

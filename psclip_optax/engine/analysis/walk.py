@@ -1,0 +1,43 @@
+"""Follow what is known of variables through a jaxpr, one equation after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jax.extend import core
+
+from psclip_optax.engine.analysis.views import Path
+
+Known = TypeVar("Known")
+
+
+def walk(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Known],
+    inputs: Sequence[Known],
+    literal: Callable[[Any], Known],
+    equation: Callable[[core.JaxprEqn, list[Known], Path], Sequence[Known]],
+    path: Path = (),
+) -> list[Known]:
+    """Tell what is known of a jaxpr's outputs.
+
+    Args:
+      jaxpr: what to walk through.
+      consts: what is known of its constants.
+      inputs: what is known of its inputs.
+      literal: from a literal's value to what is known of it.
+      equation: from an equation, what is known of its inputs and its path to the same of its
+        outputs.
+      path: of the equation that holds the jaxpr.
+    """
+    known: dict[Any, Known] = dict(zip(jaxpr.constvars, consts, strict=True))
+    known.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Known:
+        return literal(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        outs = equation(eqn, [read(atom) for atom in eqn.invars], (*path, i))
+        known.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]

@@ -1,0 +1,192 @@
+"""Losses whose parameters meet data only after the loss is brought into another form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import psclip_optax as psc
+from tests.numerics import assert_close, enable_x64
+
+L, D, N, T = 4, 6, 5, 3
+
+
+def block(w, x):
+    return x + jnp.tanh(x @ w)
+
+
+def over_indices(indices, index=lambda i: i, **options):
+    def net(p, x):
+        step = lambda x, i: (block(p["w"][index(i)], x), None)
+        return lax.scan(step, x, indices, **options)[0]
+
+    return net
+
+
+def by_counter(first, index):
+    def net(p, x):
+        step = lambda both, _: ((both[0] + first, block(p["w"][index(both[0])], both[1])), None)
+        return lax.scan(step, (jnp.int32(0), x), None, length=L)[0][1]
+
+    return net
+
+
+def in_a_checkpoint(p, x):
+    step = jax.checkpoint(lambda x, i: (block(p["w"][i], x), None))
+    return lax.scan(step, x, jnp.arange(L))[0]
+
+
+def along_the_last_axis(p, x):
+    w = jnp.moveaxis(p["w"], 0, 2)
+    take = functools.partial(lax.dynamic_index_in_dim, w, axis=2, keepdims=False)
+    return lax.scan(lambda x, i: (block(take(i), x), None), x, jnp.arange(L))[0]
+
+
+def nested(p, x):
+    def outer(x, i):
+        inner = lambda x, j: (block(p["w"][2 * i + j], x), None)
+        return lax.scan(inner, block(p["w"][i], x), jnp.arange(2))[0], None
+
+    return lax.scan(outer, x, jnp.arange(2))[0]
+
+
+def nested_by_the_inner_index(p, x):
+    def outer(x, _):
+        return lax.scan(lambda x, j: (block(p["w"][j], x), None), x, jnp.arange(L))[0], None
+
+    return lax.scan(outer, x, None, length=2)[0]
+
+
+def beside_layers(p, x):
+    step = lambda x, both: (block(both[0], x) @ p["w"][both[1]], None)
+    return lax.scan(step, x, (p["v"], jnp.arange(L)))[0]
+
+
+def two_at_a_time(p, x):
+    step = lambda x, i: (block(p["w"][i], x) @ p["w"][i + 1], None)
+    return lax.scan(step, x, jnp.arange(L - 1))[0]
+
+
+def choice(p, x):
+    return lax.cond(x[0, 0] > 0, block, lambda w, x: x, p["w"][0], x)
+
+
+def choice_of_three(p, x):
+    index = jnp.int32(3 * x[0, 0])  # outside of 0 to 2 as well
+    return lax.switch(index, [lambda x, i=i: block(p["w"][i], x) for i in range(3)], x)
+
+
+def choice_in_a_scan(p, x):
+    step = lambda x, w: (lax.cond(x[0, 0] > 0, block, lambda w, x: x @ w, w, x), None)
+    return lax.scan(step, x, p["w"])[0]
+
+
+def choice_in_a_checkpoint(p, x):
+    return jax.checkpoint(choice)(p, x)
+
+
+def choice_by_step(p, x):
+    def step(x, both):
+        w, i = both
+        return lax.cond(i % 2 == 0, block, lambda w, x: x @ w, w, x), None
+
+    return lax.scan(step, x, (p["w"], jnp.arange(L)))[0]
+
+
+def choice_within_a_choice(p, x):
+    inner = lambda w, x: lax.cond(x[1, 0] > 0, block, lambda w, x: x @ w, w, x)
+    return lax.cond(x[0, 0] > 0, inner, lambda w, x: x, p["w"][0], x)
+
+
+def choice_that_shares_a_parameter(p, x):
+    return choice(p, x) @ p["w"][0]
+
+
+FAST = {
+    "by index": over_indices(jnp.arange(L)),
+    "by index, reversed": over_indices(jnp.arange(L), reverse=True),
+    "by index, unrolled": over_indices(jnp.arange(L), unroll=2),
+    "by index from the last": over_indices(jnp.arange(L), lambda i: L - 1 - i),
+    "by negative index": over_indices(jnp.arange(L), lambda i: i - L),
+    "every second": over_indices(jnp.arange(0, L, 2)),
+    "from the second on": over_indices(jnp.arange(1, L)),
+    "one": over_indices(jnp.arange(1)),
+    "by indices of their own": over_indices(jnp.array([2, 1, 0])),
+    "by counter": by_counter(1, lambda i: i),
+    "by counter that counts by two": by_counter(2, lambda i: i // 2),
+    "fori_loop": lambda p, x: lax.fori_loop(0, L, lambda i, x: block(p["w"][i], x), x),
+    "fori_loop from one": lambda p, x: lax.fori_loop(1, L, lambda i, x: block(p["w"][i], x), x),
+    "in a checkpoint": in_a_checkpoint,
+    "nested by the inner index": nested_by_the_inner_index,
+    "beside layers": beside_layers,
+    "choice": choice,
+    "choice of three": choice_of_three,
+    "choice in a scan": choice_in_a_scan,
+    "choice in a checkpoint": choice_in_a_checkpoint,
+    "choice within a choice": choice_within_a_choice,
+    "choice that shares a parameter": choice_that_shares_a_parameter,
+}
+EXACT = {
+    "by index, repeated": over_indices(jnp.arange(2 * L), lambda i: i // 2),
+    "by index that is held inside": over_indices(jnp.arange(L + 2)),
+    "by indices in no order": over_indices(jnp.array([2, 0, 1])),
+    "along the last axis": along_the_last_axis,
+    "nested": nested,
+    "two at a time": two_at_a_time,
+    "choice by step": choice_by_step,
+    "no step": over_indices(jnp.arange(0)),
+}
+
+
+def loss_of(net):
+    return lambda p, x: jnp.mean(jnp.square(net(p, x) - 1))
+
+
+def arguments():
+    *keys, last = jax.random.split(jax.random.key(0), 3)
+    p = {name: jax.random.normal(key, (L, D, D)) / 3 for name, key in zip("wv", keys, strict=True)}
+    return p, jax.random.normal(last, (N, T, D))
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", [*FAST, *EXACT])
+def test_gradients_are_those_of_vmap_of_grad(name, mode):
+    with enable_x64(True):
+        p, x = arguments()
+        loss = loss_of((FAST | EXACT)[name])
+        run = lambda mode: psc.clipped_value_and_grad(loss, 0.05, mode=mode, return_stats=True)
+        assert_close(jax.jit(run(mode))(p, x), jax.jit(run("vmap"))(p, x), 1e-12)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_no_gradient_is_stacked(name):
+    p, x = arguments()
+    p = jax.tree.map(lambda w: jnp.tile(w, (1, 8, 8)), p)
+    x = jnp.tile(x, (1, 1, 8))
+    plan = psc.clipped_value_and_grad(loss_of(FAST[name]), 0.05).explain(p, x)
+    assert plan.rows[-1].route == "dense", plan
+
+
+TABLES = {
+    "slice": lambda table: table[:T],
+    "slice from an index": lambda table: lax.dynamic_slice_in_dim(table, 2, T),
+    "rows at positions": lambda table: table[jnp.arange(T)],
+    "take": lambda table: jnp.take(table, jnp.arange(T), axis=0),
+    "every second row": lambda table: table[jnp.arange(0, 2 * T, 2)],
+    "a batch axis": lambda table: table[None, :T][0],
+}
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", TABLES)
+def test_of_a_table_of_positions_only_what_is_added_is_stacked(name, mode):
+    loss = lambda p, x: jnp.sum(jnp.sin(x + TABLES[name](p["w"])))
+    with enable_x64(True):
+        p = {"w": jax.random.normal(jax.random.key(1), (512, D))}
+        x = jax.random.normal(jax.random.key(2), (N, T, D))
+        f = psc.clipped_value_and_grad(loss, 0.5, mode=mode, return_stats=True)
+        wanted = psc.clipped_value_and_grad(loss, 0.5, mode="vmap", return_stats=True)(p, x)
+        assert_close(f(p, x), wanted, 1e-12)
+    assert f.explain(p, x).rows[0].extra_bytes <= N * T * D * 8
