@@ -1,0 +1,32 @@
+"""How heavy is the gradient noise: tail index, scale, and thresholds from them.
+
+The clipped mean is made for norms whose tail is a power law, P(‖g‖ > x) ~ x^{-a}: moments of an
+order below the tail index a are finite, those above it are not. Everything here looks at concrete
+norms, in NumPy float64 on the host, outside of `jax.jit`: estimates of a tail need sorting, choices
+that depend on the data, and more samples than one batch may have.
+
+The interval of an index holds sampling noise *and* the bias that comes from a tail that is a power
+law only far out; `python -m benchmarks.tail_index` measures how often it holds the truth.
+"""
+
+from psclip_optax.tails.hill import HillEstimate, HillPlot, choose_k, hill_estimator, hill_plot
+from psclip_optax.tails.index import TailIndex, Verdict, tail_index
+from psclip_optax.tails.norms import MIN_NORMS
+from psclip_optax.tails.scale import MomentScale, moment_scale
+from psclip_optax.tails.suggestion import SuggestedThreshold, suggest_threshold
+
+__all__ = [
+    "MIN_NORMS",
+    "HillEstimate",
+    "HillPlot",
+    "MomentScale",
+    "SuggestedThreshold",
+    "TailIndex",
+    "Verdict",
+    "choose_k",
+    "hill_estimator",
+    "hill_plot",
+    "moment_scale",
+    "suggest_threshold",
+    "tail_index",
+]

@@ -1,0 +1,172 @@
+"""The tail index, and whether the tail is a power law at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from psclip_optax.tails.hill import choose_k_of
+from psclip_optax.tails.intervals import around, quantile_despite_bias
+from psclip_optax.tails.norms import as_norms, mean_spacing, spacings_of_upper_half, without_zeros
+from psclip_optax.tails.printing import table, with_interval
+
+Verdict: TypeAlias = Literal["heavy", "light", "undecided"]
+
+_BIAS_IN_STANDARD_ERRORS = 0.5
+# "Substantial" evidence is a likelihood ratio of about 3 (Kass and Raftery 1995).
+_SUBSTANTIAL_EVIDENCE = math.log(3)
+# Of log-normal tails; those that decay as exp(-x^c) have -1.
+_LIGHTEST_POWER = -0.5
+_REASONS: dict[Verdict, str] = {
+    "heavy": "a power law is more likely than a light tail",
+    "light": "no finite index; a light tail is more likely than a power law",
+    "undecided": "a light tail is about as likely as a power law",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TailIndex:
+    """How heavy a tail is; `print` shows it in words.
+
+    Attributes:
+      index: the tail index a; ∞ where the tail is light.
+      lower: lower end of its interval.
+      upper: upper end; ∞ where the tail is light.
+      k: how many of the largest norms Hill's estimator took.
+      num_norms: how many norms there were.
+      confidence: of the interval.
+      verdict: "heavy", "light", or "undecided" where both fit and the index holds if it is heavy.
+      log_likelihood_ratio: of a power law to a light tail.
+    """
+
+    index: float
+    lower: float
+    upper: float
+    k: int
+    num_norms: int
+    confidence: float
+    verdict: Verdict
+    log_likelihood_ratio: float
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the tail decays faster than any power, as of Gaussians and log-normals."""
+        return self.verdict == "light"
+
+    def __str__(self) -> str:
+        return table(tail_rows(self))
+
+
+def tail_index(norms: Any, *, confidence: float = 0.95) -> TailIndex:
+    """How heavy the tail is: index, interval, and whether it is a power law at all.
+
+    Index and interval are Hill's with the k of `choose_k`; the interval allows for a bias of half a
+    standard error, as intervals of fixed length for biased estimates do. Whether there is a power
+    law is decided by likelihood: the mean of the normalised log-spacings of the upper half of the
+    norms is constant far out in a power law, up to a term linear in j / n, and falls as
+    a power -1/2 or less of log(n / j) in a light tail: as of log-normals, Gaussians, exponentials
+    and Weibull laws. Where either is three times as likely as the other, that is the verdict.
+
+    A light mixture of very different scales can pass for heavy, and with few samples a log-normal
+    for a power law or a power law of index 2 or 3 for a light tail.
+
+    Args:
+      norms: as of `hill_estimator`, e.g. `ClipStats.norms` of one or more batches, without those
+        of padding; norms before clipping.
+      confidence: of the two-sided interval, in (0, 1).
+
+    Returns:
+      The index with its interval and verdict; of a light tail the index is ∞, and its interval
+      runs from the least index that these norms speak for to ∞.
+
+    Raises:
+      TypeError: norms are traced or not real.
+      ValueError: norms of another shape, too few, negative, not finite or, the largest, all equal;
+        confidence out of range.
+
+    Examples:
+      >>> import numpy as np
+      >>> import psclip_optax as psc
+      >>> norms = np.linspace(0, 1, 5000, endpoint=False)[1:] ** (-1 / 1.5)  # of tail index 1.5
+      >>> print(psc.tails.tail_index(norms))
+      tail of     4,999 norms
+      verdict     heavy: a power law is more likely than a light tail (log-likelihood ratio ...)
+      tail index  1.52 (95%: 1.32 to 1.74), Hill's estimator on the top k = 249
+
+    References:
+      Armstrong and Kolesár, Simple and Honest Confidence Intervals in Nonparametric Regression,
+      Quantitative Economics 11(1), 2020 (critical values that allow for bias).
+
+      Feuerverger and Hall, Estimating a Tail Exponent by Modelling Departure from a Pareto
+      Distribution, Annals of Statistics 27(2), 1999 (log-spacings of a power law).
+
+      Gardes, Girard and Guillou, Weibull Tail-Distributions Revisited, Journal of Statistical
+      Planning and Inference 141(1), 2011 (log-spacings of light tails; log-normals lie half way).
+    """
+    return tail_index_of(as_norms(norms), confidence)
+
+
+def tail_index_of(norms: np.ndarray, confidence: float) -> TailIndex:
+    spacings = spacings_of_upper_half(norms)
+    k = choose_k_of(spacings)
+    index = 1 / mean_spacing(spacings, k)
+    critical = quantile_despite_bias(confidence, _BIAS_IN_STANDARD_ERRORS)
+    lower, upper = map(float, around(index, k, critical))
+    ratio = _heavy_to_light(spacings, len(without_zeros(norms)))
+    verdict = _verdict(ratio)
+    if verdict == "light":
+        index = upper = math.inf
+    return TailIndex(index, lower, upper, k, len(norms), confidence, verdict, ratio)
+
+
+def _verdict(heavy_to_light: float) -> Verdict:
+    if abs(heavy_to_light) < _SUBSTANTIAL_EVIDENCE:
+        return "undecided"
+    return "heavy" if heavy_to_light > 0 else "light"
+
+
+def _heavy_to_light(spacings: np.ndarray, num_norms: int) -> float:
+    """The log-likelihood ratio of a power law to a light tail, two parameters each."""
+    j = np.arange(1, len(spacings) + 1)
+    relative = spacings / spacings.mean()
+    heavy = _log_likelihood(relative, j / (len(j) + 1))
+    light = _log_likelihood(relative, np.log(np.log(num_norms / (j - 0.5))), _LIGHTEST_POWER)
+    return heavy - light
+
+
+def _log_likelihood(
+    values: np.ndarray, covariate: np.ndarray, largest_slope: float = math.inf
+) -> float:
+    """Of exponential values whose log-mean is linear in a covariate, at its maximum."""
+    centred = covariate - covariate.mean()
+    slope = min(_slope(values, centred), largest_slope)
+    # Of a given slope the most likely intercept is known.
+    log_means = slope * centred + math.log(np.mean(values * np.exp(-slope * centred)))
+    return -float(np.sum(log_means + values * np.exp(-log_means)))
+
+
+def _slope(values: np.ndarray, centred: np.ndarray) -> float:
+    """The most likely one, by Fisher scoring, whose steps are cut while they are long."""
+    intercept = math.log(values.mean())
+    slope = 0.0
+    for _ in range(50):
+        residuals = values * np.exp(-intercept - slope * centred) - 1
+        steps = np.array([residuals.mean(), centred @ residuals / (centred @ centred)])
+        steps /= max(1.0, np.abs(steps).max())
+        intercept, slope = np.array([intercept, slope]) + steps
+        if np.abs(steps).max() < 1e-9:
+            break
+    return float(slope)
+
+
+def tail_rows(tail: TailIndex) -> list[tuple[str, str]]:
+    reason = f"{_REASONS[tail.verdict]} (log-likelihood ratio {tail.log_likelihood_ratio:.1f})"
+    interval = with_interval(tail.index, tail.lower, tail.upper, tail.confidence)
+    return [
+        ("tail of", f"{tail.num_norms:,} norms"),
+        ("verdict", f"{tail.verdict}: {reason}"),
+        ("tail index", f"{interval}, Hill's estimator on the top k = {tail.k}"),
+    ]
