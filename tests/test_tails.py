@@ -161,6 +161,28 @@ def test_power_laws_are_not_called_light(name):
     assert np.mean([result.is_light for result in results]) <= 0.1
 
 
+def largest_log_likelihood(values: np.ndarray, covariate: np.ndarray, largest_slope=None) -> float:
+    """Of exponential values whose log-mean is linear in a covariate, over both coefficients."""
+
+    def loss(coefficients):
+        log_means = coefficients[0] + coefficients[1] * (covariate - covariate.mean())
+        return np.mean(log_means + values * np.exp(-log_means))
+
+    bounds = [(None, None), (None, largest_slope)]
+    return -len(values) * optimize.minimize(loss, [0.0, -1.0], bounds=bounds, tol=1e-12).fun
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 9])
+def test_the_ratio_is_of_the_largest_likelihoods_of_rounded_norms_too(decimals):
+    norms = sample("Pareto 1.5", 3000, seed=1).round(decimals)
+    j = np.arange(1, 1501)
+    spacings = -j * np.diff(np.log(np.sort(norms)[: -len(j) - 2 : -1]))
+    spacings /= spacings.mean()
+    heavy = largest_log_likelihood(spacings, j / 1501)
+    light = largest_log_likelihood(spacings, np.log(np.log(3000 / (j - 0.5))), -0.5)
+    assert tails.tail_index(norms).log_likelihood_ratio == pytest.approx(heavy - light, rel=1e-4)
+
+
 def test_a_bounded_law_is_light():
     assert tails.tail_index(np.random.default_rng(0).uniform(size=2000)).is_light
 

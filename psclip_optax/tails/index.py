@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import scipy
 
 from psclip_optax.tails.hill import choose_k_of
 from psclip_optax.tails.intervals import around, quantile_despite_bias
@@ -20,6 +21,8 @@ _BIAS_IN_STANDARD_ERRORS = 0.5
 _SUBSTANTIAL_EVIDENCE = math.log(3)
 # Of log-normal tails; those that decay as exp(-x^c) have -1.
 _LIGHTEST_POWER = -0.5
+# Where all but a few of the norms are equal, the likelihood has no maximum without a bound.
+_STEEPEST = 50.0
 _REASONS: dict[Verdict, str] = {
     "heavy": "a power law is more likely than a light tail",
     "light": "no finite index; a light tail is more likely than a power law",
@@ -140,26 +143,15 @@ def _heavy_to_light(spacings: np.ndarray, num_norms: int) -> float:
 def _log_likelihood(
     values: np.ndarray, covariate: np.ndarray, largest_slope: float = math.inf
 ) -> float:
-    """Of exponential values whose log-mean is linear in a covariate, at its maximum."""
+    """Maximises that of exponential values whose log-mean is linear in a covariate."""
     centred = covariate - covariate.mean()
-    slope = min(_slope(values, centred), largest_slope)
-    # Of a given slope the most likely intercept is known.
-    log_means = slope * centred + math.log(np.mean(values * np.exp(-slope * centred)))
-    return -float(np.sum(log_means + values * np.exp(-log_means)))
 
+    def intercept(slope: float) -> float:
+        """Finds the most likely one of a slope: convex, and least at the most likely slope."""
+        return math.log(np.mean(values * np.exp(-slope * centred)))
 
-def _slope(values: np.ndarray, centred: np.ndarray) -> float:
-    """The most likely one, by Fisher scoring, whose steps are cut while they are long."""
-    intercept = math.log(values.mean())
-    slope = 0.0
-    for _ in range(50):
-        residuals = values * np.exp(-intercept - slope * centred) - 1
-        steps = np.array([residuals.mean(), centred @ residuals / (centred @ centred)])
-        steps /= max(1.0, np.abs(steps).max())
-        intercept, slope = np.array([intercept, slope]) + steps
-        if np.abs(steps).max() < 1e-9:
-            break
-    return float(slope)
+    best = scipy.optimize.minimize_scalar(intercept, bounds=(-_STEEPEST, _STEEPEST)).x
+    return -len(values) * (1 + intercept(min(best, largest_slope)))
 
 
 def tail_rows(tail: TailIndex) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 import numpy as np
+import scipy  # as a whole: its parts load at their first use, not with psclip_optax
 
 from psclip_optax.thresholds import check_number
 
@@ -17,17 +18,15 @@ def around(index: Any, k: Any, critical: float) -> tuple[Any, Any]:
 
 
 def normal_quantile(confidence: float) -> float:
-    check_number("psc.tails", "confidence", confidence, lowest=0, highest=1, open_ends=(True, True))
+    _check_confidence(confidence)
     return statistics.NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def quantile_despite_bias(confidence: float, bias: float) -> float:
-    """The c with P(|Z + bias| ≤ c) = confidence, Z standard normal."""
-    cdf = statistics.NormalDist().cdf
-    low = normal_quantile(confidence)
-    high = low + bias
-    for _ in range(60):
-        middle = (low + high) / 2
-        covers = cdf(middle - bias) - cdf(-middle - bias) >= confidence
-        low, high = (low, middle) if covers else (middle, high)
-    return high
+    """Finds the c with P(|Z + bias| ≤ c) = confidence, Z standard normal."""
+    _check_confidence(confidence)
+    return float(scipy.stats.foldnorm.ppf(confidence, bias))
+
+
+def _check_confidence(confidence: float) -> None:
+    check_number("psc.tails", "confidence", confidence, lowest=0, highest=1, open_ends=(True, True))
