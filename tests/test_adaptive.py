@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -247,10 +248,6 @@ def test_min_norm_averages_the_minima(decay):
 # What all of them have in common
 
 
-def assert_same_bits(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
 @ALL_RULES
 def test_before_any_norm_it_is_the_initial_one(rule):
     assert not taus(rule, rule.init()).any()
@@ -280,7 +277,7 @@ def test_batch_of_which_nothing_counts_leaves_the_state(rule, seen):
         (jnp.array([1.0, jnp.inf]), jnp.array([False, True])),
         (jnp.zeros(0), None),
     ]:
-        assert_same_bits(rule.update(before, norms, mask), before)
+        chex.assert_trees_all_equal(rule.update(before, norms, mask), before)
 
 
 @ALL_RULES
@@ -563,7 +560,7 @@ def test_restored_in_the_midst_it_goes_on_with_the_same_bits(tmp_path: pathlib.P
         checkpointer.save(tmp_path / "midst", midst)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "midst", start)
-    assert_same_bits(run(restored, batches[3:]), expected)
+    chex.assert_trees_all_equal(run(restored, batches[3:]), expected)
 
 
 # On many devices

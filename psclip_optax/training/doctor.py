@@ -23,7 +23,7 @@ from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_gra
 from psclip_optax.training.configs import DoctorConfig
 
 NEWEST_TESTED_JAX = "0.11.2"
-_CORE = ("jax", "jaxlib", "optax", "chex", "scipy", "numpy")
+_CORE = ("jax", "jaxlib", "optax", "scipy", "numpy")
 _NUM_SAMPLES = 8
 _MODES = ("one_pass", "two_pass")
 _ROUTES = {"convolution": "conv", "embedding": "embedding", "kernel": "dense"}

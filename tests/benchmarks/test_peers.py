@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -90,14 +91,14 @@ def test_inputs_survive_their_file(tmp_path):
     loaded = Inputs.load(tmp_path / "inputs.npz")
     assert loaded[:3] == inputs[:3]
     assert loaded.num_samples == 3
-    jax.tree.map(np.testing.assert_array_equal, loaded[3:], inputs[3:])
+    chex.assert_trees_all_equal(loaded[3:], inputs[3:])
     assert loaded.params["position"].dtype == np.float32
 
 
 def test_named_arrays_are_a_tree():
     named = {"a/b": np.ones(2), "c": np.zeros(3)}
     assert set(traverse_util.flatten_dict(as_tree(named), sep="/")) == set(named)
-    jax.tree.map(np.testing.assert_array_equal, as_names(as_tree(named)), named)
+    chex.assert_trees_all_equal(as_names(as_tree(named)), named)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6, 0.1])

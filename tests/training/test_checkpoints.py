@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,15 +43,8 @@ def restore(folder: pathlib.Path):
 
 
 def assert_same_bits(actual: TrainState, expected: TrainState):
-    assert jax.tree.structure(actual.opt_state) == jax.tree.structure(expected.opt_state)
-    for part in ("step", "params", "opt_state"):
-        for got, want in zip(
-            jax.tree.leaves(getattr(actual, part)),
-            jax.tree.leaves(getattr(expected, part)),
-            strict=True,
-        ):
-            assert got.dtype == want.dtype
-            np.testing.assert_array_equal(got, want)
+    parts = [(state.step, state.params, state.opt_state) for state in (actual, expected)]
+    chex.assert_trees_all_equal(*parts, strict=True)
 
 
 def flip_a_bit(folder: pathlib.Path):

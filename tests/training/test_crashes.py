@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-import numpy as np
+import chex
 import pytest
 
 from tests.training.processes import assert_all_succeed, command, final_state, records, start
@@ -76,8 +76,7 @@ def wait_for_a_new_line(out: pathlib.Path, process: subprocess.Popen[str]) -> No
 
 def assert_same(out: pathlib.Path, expected: pathlib.Path) -> None:
     assert records(out) == records(expected)
-    for got, want in zip(final_state(out), final_state(expected), strict=True):
-        np.testing.assert_array_equal(got, want)
+    chex.assert_trees_all_equal(final_state(out), final_state(expected))
 
 
 # Disks

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import time
 
+import chex
 import numpy as np
 import pytest
 
@@ -33,8 +34,7 @@ def alone(tmp_path_factory) -> pathlib.Path:
 
 def assert_same_run(out: pathlib.Path, expected: pathlib.Path):
     # Sums over processes have another order: equal but for rounding.
-    for got, want in zip(final_state(out), final_state(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(final_state(out), final_state(expected), rtol=1e-4, atol=1e-6)
     got, want = records(out), records(expected)
     assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in want]
     for a, b in zip(got, want, strict=True):

@@ -4,6 +4,7 @@ import itertools
 import threading
 from typing import Any
 
+import chex
 import grain
 import numpy as np
 import pytest
@@ -48,12 +49,6 @@ def order(num_examples: int, batch_size: int = 8, **options: Any) -> np.ndarray:
     return np.concatenate(indices)[:num_examples]
 
 
-def assert_same(first: Batch, second: Batch):
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        np.testing.assert_array_equal(value, second[key], strict=True)
-
-
 def test_batches_hold_what_they_say():
     batch = batch_at(5)
     index = batch["index"]
@@ -73,7 +68,7 @@ def test_float_images_are_normalised_and_left_alone():
     images = to_unit_scale(SPLIT.images)
     kept = images.copy()
     batch = batch_at(3, split=Split(images, SPLIT.labels), augment=True)
-    assert_same(batch, batch_at(3, augment=True))
+    chex.assert_trees_all_equal(batch, batch_at(3, augment=True), strict=True)
     np.testing.assert_array_equal(images, kept)
 
 
@@ -106,8 +101,8 @@ def test_batch_is_a_function_of_seed_and_step(step: int, seed: int, augment: boo
     dataset = make_batches(seed=seed, augment=augment)
     first = element(dataset, step)
     element(dataset, step + 1)
-    assert_same(element(dataset, step), first)
-    assert_same(batch_at(step, seed=seed, augment=augment), first)
+    chex.assert_trees_all_equal(element(dataset, step), first, strict=True)
+    chex.assert_trees_all_equal(batch_at(step, seed=seed, augment=augment), first, strict=True)
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -120,13 +115,13 @@ def test_process_slices_make_the_global_batch(process_count: int, augment: bool)
         ]
         assert all(len(part["index"]) == 8 // process_count for part in slices)
         union = {key: np.concatenate([part[key] for part in slices]) for key in slices[0]}
-        assert_same(union, batch_at(step, augment=augment))
+        chex.assert_trees_all_equal(union, batch_at(step, augment=augment), strict=True)
 
 
 def test_augmentation_changes_images_alone():
     plain, augmented = batch_at(4), batch_at(4, augment=True)
     assert np.any(plain.pop("image") != augmented.pop("image"))
-    assert_same(plain, augmented)
+    chex.assert_trees_all_equal(plain, augmented, strict=True)
 
 
 def crops(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
@@ -166,7 +161,7 @@ def test_iterate_resumes_anywhere(start_step: int):
     steps = list(iterate(dataset, start_step, 12))
     assert [step for step, _ in steps] == list(range(start_step, start_step + 12))
     for step, batch in steps:
-        assert_same(batch, batch_at(step, augment=True))
+        chex.assert_trees_all_equal(batch, batch_at(step, augment=True), strict=True)
 
 
 def test_iterate_reads_ahead():

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -67,9 +68,8 @@ def files(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
 
 def assert_same_run(actual: RunResult, expected: RunResult):
     assert without_seconds(actual.out) == without_seconds(expected.out)
-    got, want = (jax.tree.leaves((r.state.params, r.state.opt_state)) for r in (actual, expected))
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_array_equal(a, b)
+    states = [(result.state.params, result.state.opt_state) for result in (actual, expected)]
+    chex.assert_trees_all_equal(*states)
     assert (actual.accuracy, actual.loss) == (expected.accuracy, expected.loss)
 
 
@@ -323,8 +323,7 @@ def test_clipping_at_the_micro_batch_is_accumulate_clipped(tmp_path: pathlib.Pat
         )
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    for got, want in zip(params_of(result), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(params_of(result), jax.tree.leaves(params), rtol=1e-4, atol=1e-6)
     train_record = records(tmp_path)[0]
     assert train_record["num_microbatches"] == 4
     assert train_record["num_samples"] == 16

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -379,8 +380,7 @@ def test_nnx_trains_what_wrt_selects():
     features = jnp.tanh(model.hidden(jnp.asarray(x)))
     norms_of_head = 2 * jnp.abs(model(x) - y) * jnp.sqrt(1 + jnp.sum(features**2, axis=1))
     metrics = nnx_train_step(nnx_loss)(model, optimizer, x, y)
-    for old, new in zip(hidden, leaves(nnx.state(model.hidden)), strict=True):
-        np.testing.assert_array_equal(old, new)
+    chex.assert_trees_all_equal(hidden, leaves(nnx.state(model.hidden)))
     assert not np.allclose(before[0], leaves(nnx.state(model.head))[0])
     np.testing.assert_allclose(metrics["max_norm"], norms_of_head.max(), rtol=1e-5)
 
