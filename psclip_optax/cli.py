@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import operator
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -59,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0; 1 where `doctor` found something wrong, or whoever reads the output has
-      closed it; 2 after one line on stderr that says what is wrong; 130 when interrupted. A process
-      that lost the others of its run ends at once, with 1 and one line on stderr.
+      closed it; 2 after one line on stderr that says what is wrong, or Tyro's words where flags
+      cannot be read; 130 when interrupted. A process that lost the others of its run ends at once,
+      with 1 and one line on stderr.
 
     Examples:
       >>> main(["--version"])
@@ -102,9 +100,10 @@ def _run(arguments: list[str]) -> int:
         print(f"psclip {__version__}")
         return 0
     # Told apart by hand where there is nothing to parse: it works without the extra that parses.
-    config = DoctorConfig() if arguments == ["doctor"] else _parse(arguments)
-    if config is None:
-        return 0
+    try:
+        config = DoctorConfig() if arguments == ["doctor"] else _parse(arguments)
+    except SystemExit as stop:  # Tyro has printed help, or what is wrong
+        return int(stop.code or 0)
     check_config(config)
     if isinstance(config, DoctorConfig):
         return _doctor(config)
@@ -141,41 +140,17 @@ def _end_at_once(message: str) -> NoReturn:
     os._exit(_EXIT_LOST)
 
 
-def _parse(arguments: list[str]) -> Config | None:
-    """The configuration; None where help was asked for and printed."""
+def _parse(arguments: list[str]) -> Config:
+    """Reads the configuration; exits once help, or what is wrong, is printed."""
     import tyro
 
-    if arguments[0] not in _COMMANDS and not arguments[0].startswith("-"):
-        raise UsageError(
-            f"expected a command, one of {', '.join(_COMMANDS)}, got {arguments[0]!r} (see psclip "
-            "--help)"
-        )
     # What has no default, the folders to plot, is told without a flag.
     subcommands = [
         Annotated[config, tyro.conf.subcommand(name), tyro.conf.PositionalRequiredArgs]
         for name, config in _COMMANDS.items()
     ]
     commands: Any = functools.reduce(operator.or_, subcommands)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(commands, prog="psclip", description=_DESCRIPTION, args=arguments)
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        command = f"{arguments[0]} " if arguments[0] in _COMMANDS else ""
-        raise UsageError(
-            f"{_in_one_line(complaint.getvalue())} (see psclip {command}--help)"
-        ) from stop
-
-
-def _in_one_line(complaint: str) -> str:
-    """What Tyro says between its first two rules, without the box and the colours around it."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", complaint)
-    # The rules are of hyphens where the output's encoding has no better.
-    _, told, *_ = [*re.split(r"^.*──.*$|^[ -]*-[ -]*$", plain, flags=re.MULTILINE), plain]
-    message = " ".join(told.replace("│", " ").split())
-    return message[:1].lower() + message[1:]
+    return tyro.cli(commands, prog="psclip", description=_DESCRIPTION, args=arguments)
 
 
 def _compare(config: Any, console: Any) -> None:

@@ -1739,22 +1739,6 @@ ROWS = [
     ),
     # The command
     Row(
-        lambda: command("trian"),
-        Printed,
-        "psclip: error: expected a command, one of compare, train, plot, explain, doctor, got "
-        "'trian' (see psclip --help)\n",
-    ),
-    Row(
-        lambda: command("train", "--foo", "1"),
-        Printed,
-        "psclip: error: ⟨Tyro's words⟩ (see psclip train --help)\n",
-    ),
-    Row(
-        lambda: command("train", "--lr", "x"),
-        Printed,
-        "psclip: error: ⟨Tyro's words⟩ (see psclip train --help)\n",
-    ),
-    Row(
         lambda: command("train", "--lr", "0"),
         Printed,
         "psclip: error: --lr: expected a finite number above 0, got 0.0\n",
