@@ -62,7 +62,7 @@ class HillPlot:
 
 
 def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstimate:
-    r"""Hill's estimate of the tail index from a given number of the largest norms.
+    r"""Estimates the tail index by Hill from a given number of the largest norms.
 
     $$\hat a = \Big( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \Big)^{-1}$$
 
@@ -109,7 +109,7 @@ def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstim
 
 
 def hill_plot(norms: Any, *, confidence: float = 0.95) -> HillPlot:
-    """Hill's estimate for every number of order statistics up to half of the norms.
+    """Estimates the tail index by Hill for every k up to half of the norms.
 
     A power law shows as a level stretch that begins at small k; there is no index to read off
     where the curve keeps falling to the left or has no level.
@@ -145,7 +145,7 @@ def hill_plot(norms: Any, *, confidence: float = 0.95) -> HillPlot:
 
 
 def choose_k(norms: Any) -> int:
-    """How many of the largest norms to estimate a tail index from.
+    """Chooses how many of the largest norms to estimate a tail index from.
 
     Among the k largest norms of a power law the normalised log-spacings j log(X_(j) / X_(j+1)),
     j = 1, …, k, are independent and alike. Guillou and Hall's diagnostic is the standardised trend
@@ -186,7 +186,7 @@ def choose_k_of(spacings: np.ndarray) -> int:
 
 
 def _squared_trends(spacings: np.ndarray) -> np.ndarray:
-    """T_k², the squared standardised slope of the first k spacings, for each k; χ²_1 if level."""
+    """Computes T_k², the squared standardised slope of the first k spacings; χ²_1 if level."""
     k = np.arange(1, len(spacings) + 1)
     slopes = np.cumsum(k * spacings) - (k + 1) / 2 * np.cumsum(spacings)
     variances = k * (k**2 - 1.0) / 12 * _hill_means(spacings) ** 2

@@ -56,7 +56,7 @@ class TailIndex:
 
     @property
     def is_light(self) -> bool:
-        """Whether the tail decays faster than any power, as of Gaussians and log-normals."""
+        """Tells whether the tail decays faster than any power, as of Gaussians and log-normals."""
         return self.verdict == "light"
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class TailIndex:
 
 
 def tail_index(norms: Any, *, confidence: float = 0.95) -> TailIndex:
-    """How heavy the tail is: index, interval, and whether it is a power law at all.
+    """Measures how heavy the tail is: index, interval, and whether it is a power law at all.
 
     Index and interval are Hill's with the k of `choose_k`; the interval allows for a bias of half a
     standard error, as intervals of fixed length for biased estimates do. Whether there is a power
@@ -132,7 +132,7 @@ def _verdict(heavy_to_light: float) -> Verdict:
 
 
 def _heavy_to_light(spacings: np.ndarray, num_norms: int) -> float:
-    """The log-likelihood ratio of a power law to a light tail, two parameters each."""
+    """Takes the log-likelihood ratio of a power law to a light tail, two parameters each."""
     j = np.arange(1, len(spacings) + 1)
     relative = spacings / spacings.mean()
     heavy = _log_likelihood(relative, j / (len(j) + 1))
@@ -143,7 +143,7 @@ def _heavy_to_light(spacings: np.ndarray, num_norms: int) -> float:
 def _log_likelihood(
     values: np.ndarray, covariate: np.ndarray, largest_slope: float = math.inf
 ) -> float:
-    """Maximises that of exponential values whose log-mean is linear in a covariate."""
+    """Maximises the likelihood of exponential values whose log-mean is linear in a covariate."""
     centred = covariate - covariate.mean()
 
     def intercept(slope: float) -> float:

@@ -12,7 +12,7 @@ from psclip_optax.thresholds import check_number
 
 
 def around(index: Any, k: Any, critical: float) -> tuple[Any, Any]:
-    """Its interval: log â is about normal, of variance 1 / k."""
+    """Puts an interval around an index: log â is about normal, of variance 1 / k."""
     factor = np.exp(critical / np.sqrt(k))
     return index / factor, index * factor
 

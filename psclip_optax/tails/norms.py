@@ -58,7 +58,7 @@ def without_zeros(norms: np.ndarray) -> np.ndarray:
 
 
 def log_spacings(positive: np.ndarray, k: int) -> np.ndarray:
-    """The first k of j log(X_(j) / X_(j+1)): exponential and of mean 1 / a in a power law."""
+    """Takes the first k of j log(X_(j) / X_(j+1)): exponential and of mean 1 / a in a power law."""
     largest = np.sort(np.log(np.partition(positive, -k - 1)[-k - 1 :]))[::-1]
     return np.arange(1, k + 1) * -np.diff(largest)
 

@@ -40,7 +40,7 @@ class MomentScale:
 
 
 def moment_scale(norms: Any, p: float, *, confidence: float = 0.95) -> MomentScale:
-    r"""The raw-moment scale $\hat\sigma = (\frac1n \sum_k \|g_k\|^p)^{1/p}$.
+    r"""Measures the raw-moment scale $\hat\sigma = (\frac1n \sum_k \|g_k\|^p)^{1/p}$.
 
     Its interval is the central limit theorem's where the tail is light or the index's interval lies
     above 2p, so that ‖g‖^p has a variance. Else that theorem, and resampling likewise, misses the

@@ -29,28 +29,28 @@ class SuggestedThreshold:
 
     @property
     def alpha(self) -> float:
-        """α = σ̂(p), in the units of the norms."""
+        """Gives α = σ̂(p), in the units of the norms."""
         return self.scale.value
 
     @property
     def alpha_interval(self) -> tuple[float, float]:
-        """Of σ(p) at this p."""
+        """Gives the interval of σ(p) at this p."""
         return self.scale.lower, self.scale.upper
 
     @property
     def beta(self) -> float:
-        """β = p, in [1, 2]."""
+        """Gives β = p, in [1, 2]."""
         return self.scale.p
 
     @property
     def beta_interval(self) -> tuple[float, float]:
-        """What β would be at either end of the index's interval."""
+        """Gives β at either end of the index's interval."""
         tail = self.tail
         return _order_below(tail.lower, tail.k), _order_below(tail.upper, tail.k)
 
     @property
     def threshold(self) -> GrowingThreshold:
-        """`psc.growing_threshold(alpha, beta)`."""
+        """Builds `psc.growing_threshold(alpha, beta)`."""
         return GrowingThreshold(self.alpha, self.beta)
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class SuggestedThreshold:
 
 
 def suggest_threshold(norms: Any, *, confidence: float = 0.95) -> SuggestedThreshold:
-    """α and β for `psc.growing_threshold` from the norms of per-sample gradients.
+    """Suggests α and β for `psc.growing_threshold` from the norms of per-sample gradients.
 
     β = p is a little under the tail index, by a tenth or by a standard error of it, whichever is
     more, and in [1, 2]; α = σ̂(p) of the raw moment, so that a large mean gradient raises it. A
