@@ -189,4 +189,160 @@ def test_of_a_table_of_positions_only_what_is_added_is_stacked(name, mode):
         f = psc.clipped_value_and_grad(loss, 0.5, mode=mode, return_stats=True)
         wanted = psc.clipped_value_and_grad(loss, 0.5, mode="vmap", return_stats=True)(p, x)
         assert_close(f(p, x), wanted, 1e-12)
-    assert f.explain(p, x).rows[0].extra_bytes <= N * T * D * 8
+        assert f.explain(p, x).rows[0].extra_bytes <= N * T * D * 8
+
+
+@jax.custom_vjp
+def rounded(w):
+    return jnp.round(4 * w) / 4
+
+
+rounded.defvjp(lambda w: (rounded(w), None), lambda _, g: (g,))
+
+
+@jax.custom_jvp
+def clipped_to_one(w):
+    return jnp.clip(w, -1, 1)
+
+
+clipped_to_one.defjvp(lambda w, t: (clipped_to_one(*w), *t))
+
+
+@jax.custom_vjp
+def doubled_backwards(w):
+    return w
+
+
+doubled_backwards.defvjp(lambda w: (w, None), lambda _, g: (2 * g,))
+
+
+def straight_through(w):
+    scale = jnp.max(jnp.abs(w), axis=0) / 127
+    return w + lax.stop_gradient(jnp.round(w / scale) * scale - w)
+
+
+def spectral_norm(w):
+    direction = jnp.ones(w.shape[1]) / w.shape[1] ** 0.5
+    for _ in range(2):
+        direction = w @ direction
+        direction = lax.stop_gradient(direction / jnp.linalg.norm(direction))
+    return w / jnp.linalg.norm(w @ direction)
+
+
+def low_rank(w, v):
+    return w + 0.5 * (v[:, :2] @ v[:2])
+
+
+def decomposed(w, v):
+    whole = lax.stop_gradient(w) + v[:, :2] @ v[:2]
+    return v[0] * whole / jnp.linalg.norm(whole, axis=0)
+
+
+def barrier_with_data(w, x):
+    return lax.optimization_barrier((w, x))[0]
+
+
+WEIGHTS = {
+    "weight norm": lambda w, v, x: v[0] * w / jnp.linalg.norm(w, axis=0),
+    "weight norm of rows": lambda w, v, x: w / jnp.linalg.norm(w, axis=1, keepdims=True),
+    "straight-through": lambda w, v, x: straight_through(w),
+    "a constant on the left": lambda w, v, x: jnp.ones((D, D)) + w,
+    "less a constant": lambda w, v, x: w - jnp.ones((D, D)),
+    "a constant less it": lambda w, v, x: jnp.ones((D, D)) - w,
+    "barrier": lambda w, v, x: lax.optimization_barrier(w),
+    "barrier with data": lambda w, v, x: barrier_with_data(w, x),
+    "computed of a barrier with data": lambda w, v, x: jnp.tanh(barrier_with_data(w, x)),
+    "custom_vjp": lambda w, v, x: rounded(w),
+    "custom_jvp": lambda w, v, x: clipped_to_one(w),
+    "custom_vjp that doubles": lambda w, v, x: doubled_backwards(w),
+    "custom_vjp in jit": lambda w, v, x: jax.jit(rounded)(w),
+    "weight norm of what is rounded": lambda w, v, x: rounded(w) / jnp.linalg.norm(w, axis=0),
+    "spectral norm": lambda w, v, x: spectral_norm(w),
+    "softmax": lambda w, v, x: jax.nn.softmax(w, axis=0),
+    "low rank": lambda w, v, x: low_rank(w, v),
+    "decomposed": lambda w, v, x: decomposed(w, v),
+    "scale": lambda w, v, x: w * jax.nn.softplus(v[0]),
+    "tanh": lambda w, v, x: jnp.tanh(w),
+    "a part and the whole": lambda w, v, x: w.at[0].add(jnp.tanh(w[1])),
+    "view of what is computed": lambda w, v, x: jnp.tanh(w).T,
+    "both": lambda w, v, x: jnp.where(w > 0, w, v),
+}
+
+
+def in_scan(make):
+    def net(p, x):
+        step = lambda x, both: (block(make(*both, x), x), None)
+        return lax.scan(step, x, (p["w"], p["v"]))[0]
+
+    return net
+
+
+def in_nested_scan(make):
+    def net(p, x):
+        layers = jax.tree.map(lambda w: w.reshape(2, 2, D, D), (p["w"], p["v"]))
+        step = jax.checkpoint(jax.jit(lambda x, both: (block(make(*both, x), x), None)))
+        outer = lambda x, own: (lax.scan(step, x, own)[0], None)
+        return lax.scan(outer, x, layers)[0]
+
+    return net
+
+
+def in_steps_that_share(make):
+    def net(p, x):
+        step = lambda x, c: (c * block(make(p["w"][0], p["v"][0], x), x), None)
+        return lax.scan(step, x, jnp.arange(1.0, 4.0))[0]
+
+    return net
+
+
+def unrolled(make):
+    def net(p, x):
+        for i in range(L):
+            x = block(make(p["w"][i], p["v"][i], x), x)
+        return x
+
+    return net
+
+
+def twice(make):
+    def net(p, x):
+        x = block(make(p["w"][0], p["v"][0], x), x)
+        return block(p["w"][0], block(make(p["w"][0], p["v"][1], x), x))
+
+    return net
+
+
+NETS = {
+    "one_pass": [in_nested_scan, in_steps_that_share, unrolled, twice],
+    "two_pass": [in_scan, unrolled],
+}
+
+
+@pytest.mark.parametrize("mode", NETS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_are_computed_anywhere(name, mode):
+    with enable_x64(True):
+        p, x = arguments()
+        losses = [loss_of(net(WEIGHTS[name])) for net in NETS[mode]]
+        run = lambda mode: [
+            psc.clipped_value_and_grad(loss, 0.05, mode=mode, return_stats=True) for loss in losses
+        ]
+        all_of = lambda mode: jax.jit(lambda p, x: [f(p, x) for f in run(mode)])
+        assert_close(all_of(mode)(p, x), all_of("vmap")(p, x), 1e-12)
+
+
+IN_SCAN_FAST = [
+    *("weight norm", "straight-through", "barrier", "custom_vjp", "custom_jvp", "spectral norm"),
+    *("low rank", "scale", "a constant on the left", "less a constant", "barrier with data"),
+]
+
+
+@pytest.mark.parametrize("net", [in_scan, unrolled])
+@pytest.mark.parametrize("name", IN_SCAN_FAST)
+def test_weights_that_are_computed_in_steps_have_a_route(name, net):
+    with enable_x64(True):
+        p, x = arguments()
+        plan = psc.clipped_value_and_grad(loss_of(net(WEIGHTS[name])), 0.05).explain(p, x[:, :1])
+    row = plan.rows[-1]
+    assert row.route == "dense", plan
+    assert "pulled back" not in row.reason, plan

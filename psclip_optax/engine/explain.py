@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from psclip_optax.engine import norms
+from psclip_optax.engine.analysis.computed import compute
 from psclip_optax.engine.flops import count_flops
 from psclip_optax.engine.memory import entering, kept_bytes_of, leaving
 from psclip_optax.engine.plan import LeafPlan, Plans
@@ -104,9 +107,13 @@ def explained(
 ) -> Plan:
     """The plan of a call, from what was planned for each weight."""
     paths = jax.tree_util.tree_leaves_with_path(params)
+    costs = _Costs(plans, num_samples, dtype)
+    by_leaf: dict[int, list[LeafPlan]] = {}
+    for plan, leaf in zip(plans.leaves, plans.pieces.leaf_of, strict=True):
+        by_leaf.setdefault(leaf, []).append(plan)
     rows = [
-        _row(plans, plan, jax.tree_util.keystr(path), jnp.asarray(leaf), num_samples, dtype)
-        for plan, (path, leaf) in zip(plans.leaves, paths, strict=True)
+        _row(costs, by_leaf[i], jax.tree_util.keystr(path), jnp.asarray(leaf))
+        for i, (path, leaf) in enumerate(paths)
     ]
     return Plan(tuple(rows), mode, num_samples, num_slices, note)
 
@@ -132,33 +139,105 @@ def _described(leaf: Any) -> str:
     return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
 
 
-def _row(
-    plans: Plans, plan: LeafPlan, path: str, leaf: jax.Array, num_samples: int, dtype: Any
-) -> PlanRow:
-    # What is computed from several parameters is accounted to the first.
-    first = {weight: p.weight for p in reversed(plans.leaves) for weight in p.through}
-    computed = dict(zip([p.weight for p in plans.others], plans.computed, strict=True))
-    through = [other for other in plans.others if other.weight in plan.through]
-    own = [other for other in through if first[other.weight] == plan.weight]
-    kinds = {plan.weight: leaf} | {weight: one.aval for weight, one in computed.items()}
-    both = [plan, *own]
-    routes = dict.fromkeys(group.route.name for p in [plan, *through] for group in p.groups)
+def _row(costs: _Costs, pieces: Sequence[LeafPlan], path: str, leaf: jax.Array) -> PlanRow:
+    through = [other for plan in pieces for other in costs.through(plan)]
+    both = [*pieces, *(other for plan in pieces for other in costs.accounted_to(plan))]
+    routes = dict.fromkeys(group.route.name for p in [*pieces, *through] for group in p.groups)
+    reasons = [reason for plan in pieces for reason in costs.reasons(plan)]
     return PlanRow(
         parameter=path,
         shape=_described(leaf),
         route=", ".join(routes) or "direct",
-        num_sites=sum(len(p.sites) for p in [plan, *through]),
-        extra_flops=sum(_flops(p, kinds[p.weight], num_samples, dtype) for p in both),
-        extra_bytes=sum(kept_bytes_of(p, kinds[p.weight], num_samples) for p in both),
-        reason="; ".join([_reason(plan), *(_reason_computed(plan, p) for p in through)]).strip(
-            "; "
-        ),
+        num_sites=sum(len(p.sites) for p in [*pieces, *through]),
+        extra_flops=sum(map(costs.flops, both)),
+        extra_bytes=sum(map(costs.kept_bytes, both)),
+        reason="; ".join(dict.fromkeys(reason for reason in reasons if reason)),
     )
 
 
-def _reason_computed(plan: LeafPlan, other: LeafPlan) -> str:
-    how = {"none": "joined to", "separable": "scales", "pulled back": "pulled back from"}
-    return f"{how[plan.norm]} what {_reason(other)}"
+class _Costs(NamedTuple):
+    """What the plans of all weights cost, for so many samples."""
+
+    plans: Plans
+    num_samples: int
+    dtype: Any
+
+    def through(self, plan: LeafPlan) -> list[LeafPlan]:
+        return [other for other in self.plans.others if other.weight in plan.through]
+
+    def accounted_to(self, plan: LeafPlan) -> list[LeafPlan]:
+        """Those of the weights computed from several parameters: of the first."""
+        first = {weight: p.weight for p in reversed(self.plans.leaves) for weight in p.through}
+        return [other for other in self.through(plan) if first[other.weight] == plan.weight]
+
+    def reasons(self, plan: LeafPlan) -> list[str]:
+        how = {"none": "joined to", "separable": "scales", "pulled back": "pulled back from"}
+        computed = [f"{how[plan.norm]} what {_reason(other)}" for other in self.through(plan)]
+        return [_reason(plan), *computed]
+
+    def kind(self, plan: LeafPlan) -> Any:
+        kinds = zip(self.plans.all, self.plans.avals, strict=True)
+        return next(kind for one, kind in kinds if one.weight == plan.weight)
+
+    def kept_bytes(self, plan: LeafPlan) -> int:
+        return kept_bytes_of(plan, self.kind(plan), self.num_samples)
+
+    def flops(self, plan: LeafPlan) -> float:
+        if plan.norm == "pulled back":
+            return self._flops_of_pulling_back(plan)
+        kind = self.kind(plan)
+        if not plan.groups:
+            return 2.0 * self.num_samples * kind.size if plan.is_used else 0.0
+        both = entering(plan, self.num_samples), leaving(plan, self.num_samples)
+
+        def squared_norms(x: Any, dy: Any) -> Any:
+            return norms.squared_norms(plan, x, dy, self.dtype)
+
+        def gradients(x: Any, dy: Any) -> Any:
+            weights = jnp.ones(self.num_samples, self.dtype)
+            return norms.weighted_sum(plan, kind, x, dy, weights)
+
+        if plan.is_radial:
+            return count_flops(squared_norms, both)
+        made = {
+            "own": [squared_norms],
+            "separable": [squared_norms, gradients],
+            "none": [gradients],
+        }[plan.norm]
+        return sum(count_flops(function, both) for function in made)
+
+    def _flops_of_pulling_back(self, plan: LeafPlan) -> float:
+        """The operations for the share of one parameter in the norms, gradients made on the way."""
+        needed = [plan, *self.through(plan)]
+        stacks = {
+            one.weight: jax.ShapeDtypeStruct(
+                (self.num_samples, *self.kind(one).shape), self.kind(one).dtype
+            )
+            for one in needed
+            if one.is_direct
+        }
+        enters = [entering(one, self.num_samples) for one in needed]
+        leaves = [leaving(one, self.num_samples) for one in needed]
+        num_leaves = self.plans.num_leaves
+
+        def squared_norms(parameters: Any, stacked: Any, x: Any, dy: Any) -> Any:
+            values = compute(self.plans.closed, self.plans.computed)
+            _, pull_back = jax.vjp(values, parameters)
+            return norms.pulled_back_squared_norms(
+                lambda cotangents: dict(enumerate(pull_back(cotangents)[0])),
+                [(plan, self.kind(plan))],
+                [(other, self.kind(other)) for other in self.plans.others],
+                stacked,
+                x,
+                dy,
+                self.dtype,
+            )
+
+        parameters = [
+            jax.ShapeDtypeStruct(kind.shape, kind.dtype) for kind in self.plans.avals[:num_leaves]
+        ]
+        sides = (dict(collections.ChainMap(*side)) for side in (enters, leaves))
+        return count_flops(squared_norms, (parameters, stacks, *sides))
 
 
 def _reason(plan: LeafPlan) -> str:
@@ -171,24 +250,3 @@ def _reason(plan: LeafPlan) -> str:
         return "no larger than what leaves its sites"
     source = f" at {plan.escape.source}" if plan.escape.source else ""
     return plan.escape.reason + source
-
-
-def _flops(plan: LeafPlan, kind: Any, num_samples: int, dtype: Any) -> float:
-    if not plan.groups:
-        return 2.0 * num_samples * kind.size if plan.is_used else 0.0
-    both = entering(plan, num_samples), leaving(plan, num_samples)
-
-    def squared_norms(x: Any, dy: Any) -> Any:
-        return norms.squared_norms(plan, x, dy, dtype)
-
-    def gradients(x: Any, dy: Any) -> Any:
-        return norms.weighted_sum(plan, kind, x, dy, jnp.ones(num_samples, dtype))
-
-    if plan.is_radial:
-        return count_flops(squared_norms, both)
-    made = {
-        "own": [squared_norms],
-        "separable": [squared_norms, gradients],
-        "none": [gradients],
-    }[plan.norm]
-    return sum(count_flops(function, both) for function in made)

@@ -57,7 +57,6 @@ def estimated_bytes(
       leaves: the parameters.
       num_samples: in the batch.
     """
-    kinds = [*leaves, *(one.aval for one in plans.computed)]
     sites = [site for plan in plans.all for site in plan.sites]
     # What enters several sites is held once.
     entered = {atom: site for site in sites for atom in site.entering}
@@ -65,11 +64,11 @@ def estimated_bytes(
     is_rewritten = plans.closed is not closed
     return Bytes(
         saved,
-        _saved_bytes(plans.closed, len(leaves), num_samples) if is_rewritten else saved,
+        _saved_bytes(plans.closed, plans.num_leaves, num_samples) if is_rewritten else saved,
         _bytes(batched(site, aval(x), num_samples) for x, site in entered.items()),
         {
             plan.weight: kept_bytes_of(plan, kind, num_samples)
-            for plan, kind in zip(plans.all, kinds, strict=True)
+            for plan, kind in zip(plans.all, plans.avals, strict=True)
         },
     )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from psclip_optax.arrays import promoted
 from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.parts import in_parts
 from psclip_optax.engine.plan import LeafPlan, leaving_axes
 from psclip_optax.engine.routes.route import Cotangents, Entered, over_samples
@@ -101,7 +102,7 @@ def _scaled_product(
 ) -> jax.Array:
     """⟨G_k, D ⊙ c_k⟩ = ⟨dy_k ⊙ c_k, y_k⟩ with y = op(D, x), as it is scaled where D is."""
     sample = site.sample_axis
-    places = [sample, *(sample + 1 + axis for axis in leaving_axes(site, axes) or ())]
+    places = [sample, *(leaving_axes(site, axes) or ())]
     c = c.transpose(sorted(range(len(places)), key=places.__getitem__))
     others = [axis for axis in range(y.ndim) if axis not in places]
     c = jnp.expand_dims(c, others)
@@ -112,7 +113,7 @@ def _scaled_product(
 
 def pulled_back_squared_norms(
     pull_back: Callable[[list[jax.Array]], dict[int, jax.Array]],
-    leaves: Sequence[LeafPlan],
+    leaves: Sequence[tuple[LeafPlan, Any]],
     others: Sequence[tuple[LeafPlan, Any]],
     stacked: dict[int, jax.Array],
     entered: Entered,
@@ -125,17 +126,17 @@ def pulled_back_squared_norms(
 
     Args:
       pull_back: from gradients with respect to all computed weights to those of all parameters.
-      leaves: the plans of these parameters.
+      leaves: the plans, shapes and dtypes of these parameters.
       others: the plans, shapes and dtypes of all computed weights.
       stacked: gradients of each sample by automatic differentiation.
       entered: what entered each site, [scans…, n, …].
       cotangents: those of what left each site, [scans…, n, …].
       dtype: of the result, in which sums are accumulated.
     """
-    needed = {weight for plan in leaves for weight in plan.through}
-    chosen = [plan for plan, _ in others if plan.weight in needed]
+    needed = {weight for plan, _ in leaves for weight in plan.through}
+    chosen = [*(plan for plan, _ in leaves), *(p for p, _ in others if p.weight in needed)]
     axes = {site.path: site.sample_axis for plan in chosen for site in plan.sites}
-    direct = [plan.weight for plan in [*leaves, *chosen] if plan.is_direct]
+    direct = [plan.weight for plan in chosen if plan.is_direct]
 
     def squared_norm(sample: tuple[dict[int, jax.Array], Entered, Cotangents]) -> jax.Array:
         own, x, dy = sample
@@ -143,15 +144,19 @@ def pulled_back_squared_norms(
         dy = {path: jnp.expand_dims(dy[path], axis) for path, axis in axes.items()}
         one = jnp.ones(1, dtype)
 
-        def gradient(plan: LeafPlan, kind: Any) -> jax.Array:
-            if plan.weight not in needed:
-                return jnp.zeros(kind.shape, kind.dtype)
+        def gradient(plan: LeafPlan, kind: Any) -> jax.Array | None:
             if plan.is_direct:
                 return own[plan.weight]
-            return weighted_sum(plan, kind, x, dy, one)
+            return weighted_sum(plan, kind, x, dy, one) if plan.groups else None
 
-        pulled = pull_back([gradient(plan, kind) for plan, kind in others])
-        totals = [added(pulled[plan.weight], own.get(plan.weight)) for plan in leaves]
+        zeros = [jnp.zeros(kind.shape, kind.dtype) for _, kind in others]
+        pulled = pull_back(
+            [
+                zero if plan.weight not in needed else added(zero, gradient(plan, kind))
+                for (plan, kind), zero in zip(others, zeros, strict=True)
+            ]
+        )
+        totals = [added(pulled[plan.weight], gradient(plan, kind)) for plan, kind in leaves]
         return sum((jnp.sum(jnp.square(t.astype(dtype))) for t in totals), jnp.zeros((), dtype))
 
     samples = (
@@ -162,7 +167,8 @@ def pulled_back_squared_norms(
         },
         {path: jnp.moveaxis(cotangents[path], axis, 0) for path, axis in axes.items()},
     )
-    num_entries = sum(kind.size for plan, kind in others if plan.weight in needed)
+    num_entries = sum(kind.size for _, kind in [*leaves, *others])
+    num_entries += _num_made(pull_back, [kind for _, kind in others])
     num_samples = len(jax.tree.leaves(samples)[0])
     return in_parts(
         jax.vmap(squared_norm),
@@ -171,6 +177,13 @@ def pulled_back_squared_norms(
         num_samples,
         num_samples * num_entries / _MOST_PULLED_BACK,
     )
+
+
+def _num_made(function: Callable[[list[Any]], Any], arguments: list[Any]) -> int:
+    """How many entries all arrays have that a function makes."""
+    kinds = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in arguments]
+    jaxpr = jax.make_jaxpr(function)(kinds).jaxpr
+    return sum(aval(v).size for eqn in jaxpr.eqns for v in eqn.outvars)
 
 
 def site_squared_norm(

@@ -10,7 +10,9 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.computed import compute, is_radial, separable_axes
 from psclip_optax.engine.analysis.equations import has_references
+from psclip_optax.engine.analysis.hoisting import hoisted
 from psclip_optax.engine.analysis.normal_form import normal_form
+from psclip_optax.engine.analysis.pieces import Pieces, in_pieces
 from psclip_optax.engine.analysis.rewrites import rewritten
 from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage, find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
@@ -66,16 +68,25 @@ class Plans(NamedTuple):
     """How all per-sample gradients are treated.
 
     Attributes:
-      leaves: a plan for each parameter.
+      leaves: a plan for each piece of a parameter.
       others: one for each weight that is computed from parameters and treated as a weight.
       computed: these weights.
-      closed: the loss for one example, rewritten so that few weights are computed.
+      closed: the loss for one example, rewritten so that few weights are computed. Its first inputs
+        are the parameters' pieces.
+      pieces: in which parameters are taken.
     """
 
     leaves: list[LeafPlan]
     others: list[LeafPlan]
     computed: list[Computed]
     closed: core.ClosedJaxpr
+    pieces: Pieces
+
+    @property
+    def avals(self) -> list[Any]:
+        """The shapes and dtypes of all weights."""
+        own = [aval(variable) for variable in self.closed.jaxpr.invars[: self.num_leaves]]
+        return [*own, *(one.aval for one in self.computed)]
 
     @property
     def num_leaves(self) -> int:
@@ -93,17 +104,28 @@ def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
     """A plan for the first `num_leaves` inputs of the loss for one example."""
     if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
-        return Plans([LeafPlan(i, escape=escape) for i in range(num_leaves)], [], [], closed)
+        leaves = [LeafPlan(i, escape=escape) for i in range(num_leaves)]
+        return Plans(leaves, [], [], closed, Pieces((None,) * num_leaves))
     closed = normal_form(closed, num_leaves)
     usage = find_usage(closed, num_leaves, route_of)
-    apart = rewritten(closed, usage)
-    if apart is not closed:
-        closed, usage = apart, find_usage(apart, num_leaves, route_of)
+    for improved in (rewritten, _hoisted):
+        better = improved(closed, usage)
+        if better is not closed:
+            closed, usage = better, find_usage(better, num_leaves, route_of)
+    closed, pieces = in_pieces(closed, usage)
+    if any(pieces.boxes):
+        num_leaves = len(pieces.leaf_of)
+        usage = find_usage(closed, num_leaves, route_of)
     avals = [aval(variable) for variable in closed.jaxpr.invars[:num_leaves]]
-    plans = Plans([_plan_weight(i, kind, usage) for i, kind in enumerate(avals)], [], [], closed)
+    leaves = [_plan_weight(i, kind, usage) for i, kind in enumerate(avals)]
+    plans = Plans(leaves, [], [], closed, pieces)
     for family in _families(usage):
         _add_family(plans, family, usage, avals)
     return plans
+
+
+def _hoisted(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
+    return hoisted(closed, usage.num_leaves) if usage.is_computed_in_steps else closed
 
 
 def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any]) -> None:
@@ -126,9 +148,10 @@ def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any
         elif axes is not None:
             functions = [compute(plans.closed, [family[weight]]) for weight in through]
             radial = all(is_radial(f, avals, plan.weight, axes[0]) for f in functions)
+            radial = radial and not any(site.view.is_shifted for site in plan.sites)
             plan = plan._replace(norm="separable", axes=axes, is_radial=radial)
         else:
-            plan = plan._replace(norm="pulled back", groups=())
+            plan = plan._replace(norm="pulled back")
         plans.leaves[plan.weight] = plan
     plans.others.extend(plan._replace(norm="own" if is_joined else "none") for plan in others)
     plans.computed.extend(family.values())
@@ -191,12 +214,18 @@ def _separable(
 
 
 def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
-    """The axes of what leaves a site that are these of the weight; None if one is none of them."""
-    if site.view.frame:
+    """The axes of what leaves a site, [scans…, n, …], that are these of the weight.
+
+    None if one of them is none of those, or if that is not known.
+    """
+    layered, _ = site.scan_axes
+    layers = [step for step in site.view.frame if step[1:2] == ("layer",)]
+    if len(layers) < len(site.view.frame) or len(layers) != len(layered):
         return None
-    of_site = site.route.leaving_axes(site)
-    of_frame = {site.view.axes[own]: leaving for own, leaving in of_site.items()}
-    return [of_frame[a] for a in axes] if all(a in of_frame for a in axes) else None
+    in_y = dict(enumerate(layered))
+    for own, leaving in site.route.leaving_axes(site).items():
+        in_y[len(layered) + site.view.axes[own]] = site.sample_axis + 1 + leaving
+    return [in_y[axis] for axis in axes] if all(axis in in_y for axis in axes) else None
 
 
 def _plan_weight(weight: int, kind: Any, usage: Usage) -> LeafPlan:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_counts
+from psclip_optax.engine.analysis.operations import product_axes
 from psclip_optax.engine.analysis.sites import Computed
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 
@@ -73,6 +74,8 @@ def _equation(
         return _run_known(jaxpr, consts, inputs, path, found)
     if not any(value is _UNKNOWN for value in inputs) and not eqn.effects:
         return run_equation(eqn, inputs)
+    if eqn.primitive.name == "optimization_barrier":
+        return inputs
     if eqn.primitive.name == "scan":
         # What its steps share may be computed from, though its data are unknown.
         jaxpr, consts = inner_jaxpr(eqn)
@@ -119,13 +122,15 @@ def separable_axes(
     }
     for eqn in jaxpr.eqns:
         depends = [v for v in eqn.invars if not isinstance(v, core.Literal) and v in spreads]
-        if not depends:
+        if not depends or eqn.primitive.name == "stop_gradient":
             continue
         rule = _SPREAD_RULES.get(eqn.primitive.name)
         known = [(v, spreads[v]) for v in depends]
         out = None if rule is None or None in [s for _, s in known] else rule(eqn, known)
         spreads.update(dict.fromkeys(eqn.outvars, out))
     out = jaxpr.outvars[0]
+    if aval(out).size == 1:  # one number, whatever of
+        return ()
     spread = None if isinstance(out, core.Literal) else spreads.get(out)
     if spread is None:
         return None
@@ -238,10 +243,24 @@ def _reshaped(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
     return _spread([next(over) if size > 1 else None for size in after], spread.separable)
 
 
+def _multiplied(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
+    found: list[list[int | None]] = []
+    for operand, variable in enumerate(eqn.invars):
+        for spread in (spread for own, spread in known if own is variable):
+            axes: list[int | None] = [None] * aval(eqn.outvars[0]).ndim
+            for own, to in product_axes(eqn, operand).leaving.items():
+                axes[to] = spread.axes[own]
+            found.append(axes)
+            break
+    separable = frozenset.intersection(*(spread.separable for _, spread in known))
+    shared = [axes[0] if len(set(axes)) == 1 else None for axes in zip(*found, strict=True)]
+    return _spread(shared, separable)
+
+
 _ELEMENTWISE = (
     *("abs", "add", "add_any", "cbrt", "clamp", "convert_element_type", "copy", "cos", "div"),
     *("erf", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min"),
-    *("mul", "neg", "pow", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient"),
+    *("mul", "neg", "pow", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
     *("sub", "tanh"),
 )
 _SPREAD_RULES: dict[str, Callable[[Any, _Known], _Spread | None]] = {
@@ -249,5 +268,6 @@ _SPREAD_RULES: dict[str, Callable[[Any, _Known], _Spread | None]] = {
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"), _reduced),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshaped),
     "broadcast_in_dim": _broadcast,
+    "dot_general": _multiplied,
     "transpose": _transposed,
 }

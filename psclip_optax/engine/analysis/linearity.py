@@ -27,6 +27,7 @@ from psclip_optax.engine.analysis.equations import (
     scan_counts,
 )
 from psclip_optax.engine.analysis.views import aval, run_equation
+from psclip_optax.engine.analysis.walk import walk
 from psclip_optax.thresholds import concrete
 
 
@@ -116,8 +117,40 @@ def _rounds(eqn: core.JaxprEqn) -> bool:
     return any(is_narrow(aval(v).dtype) for v in (*eqn.invars, *eqn.outvars))
 
 
+def passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
+    """Tell whether the backward pass of one equation gives this input its one cotangent as it is.
+
+    As straight-through estimators do, of what they round.
+    """
+    backward = _backward(eqn, [i == which for i in range(len(eqn.invars))])
+    if backward is None:
+        return False
+    jaxpr = backward.jaxpr
+    inputs = [v is jaxpr.invars[0] for v in jaxpr.invars]
+
+    def equation(eqn: core.JaxprEqn, inputs: list[bool], path: Any) -> list[bool]:
+        if eqn.primitive.name in CALLS:
+            return walk(inner_jaxpr(eqn)[0], (), inputs, lambda _: False, equation, path)
+        is_same = eqn.primitive.name in ("copy", "copy_p", "convert_element_type")
+        return [inputs[0] and is_same and not _rounds(eqn)] * len(eqn.outvars)
+
+    consts = [False] * len(backward.consts)
+    return all(walk(jaxpr, consts, inputs, lambda _: False, equation))
+
+
 def _is_proven(eqn: core.JaxprEqn, varied: Sequence[bool]) -> bool:
     """Whether the backward pass of one equation is proven linear in the cotangents."""
+    closed = _backward(eqn, varied)
+    if closed is None:
+        return False
+    num_cotangents = len(closed.jaxpr.invars) - len(eqn.invars)
+    flags = [_Dependence.LINEAR] * num_cotangents + [_Dependence.NONE] * len(eqn.invars)
+    outs = _dependences(closed.jaxpr, flags)
+    return all(one in (_Dependence.LINEAR, _Dependence.ZERO) for one in outs)
+
+
+def _backward(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr | None:
+    """Trace the backward pass of one equation, from cotangents and inputs to the cotangents."""
     kinds = [meshes.shape_of_type(aval(v)) for v in (*eqn.invars, *eqn.outvars)]
     inputs, outputs = kinds[: len(eqn.invars)], kinds[len(eqn.invars) :]
     flags = zip(eqn.invars, varied, strict=True)
@@ -133,12 +166,9 @@ def _is_proven(eqn: core.JaxprEqn, varied: Sequence[bool]) -> bool:
         return jax.vjp(run, [inputs[i] for i in chosen])[1](cotangents)
 
     try:
-        closed = jax.make_jaxpr(backward)([outputs[i] for i in reached], inputs)
+        return jax.make_jaxpr(backward)([outputs[i] for i in reached], inputs)
     except Exception:  # of the user's rule, which says so itself when it is called
-        return False
-    flags = [_Dependence.LINEAR] * len(reached) + [_Dependence.NONE] * len(inputs)
-    outs = _dependences(closed.jaxpr, flags)
-    return all(one in (_Dependence.LINEAR, _Dependence.ZERO) for one in outs)
+        return None
 
 
 # How each variable of a backward pass depends on its cotangents

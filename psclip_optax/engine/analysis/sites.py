@@ -17,10 +17,11 @@ import jax
 from jax.extend import core, source_info_util
 
 from psclip_optax.arrays import is_narrow
-from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_counts
+from psclip_optax.engine.analysis.equations import CALLS, CUSTOM_RULES, inner_jaxpr, scan_counts
 from psclip_optax.engine.analysis.linearity import (
     described_rule,
     has_gradient,
+    passes_cotangent_on,
     unproven_equation,
     with_cotangents,
 )
@@ -157,6 +158,7 @@ class Usage:
       to_rewrite: the paths of equations that may have a better form, as they are linear in a weight
         that is computed or take a slice where data tell, and which operand is the weight.
       kinds: what each variable is, by the path of the equation that holds its jaxpr.
+      is_computed_in_steps: whether data meet what steps of a scan compute from parameters.
     """
 
     num_leaves: int
@@ -165,6 +167,7 @@ class Usage:
     escapes: dict[int, Escape] = dataclasses.field(default_factory=dict)
     to_rewrite: dict[Path, int] = dataclasses.field(default_factory=dict)
     kinds: dict[Path, dict[core.Var, Kind]] = dataclasses.field(default_factory=dict)
+    is_computed_in_steps: bool = False
 
     def escape(self, kinds: Iterable[Kind], reason: str, eqn: core.JaxprEqn | None) -> None:
         source = "" if eqn is None else source_info_util.summarize(eqn.source_info)
@@ -277,6 +280,8 @@ class _Walk(NamedTuple):
             return [_without_gradient(kinds)] * len(eqn.outvars)
         if eqn.primitive.name in CALLS:
             return self.jaxpr(inner_jaxpr(eqn)[0], kinds, scope, wanted)
+        if eqn.primitive.name == "optimization_barrier":
+            return kinds
         if Other.DATA not in kinds:
             return self.of_parameters(eqn, kinds, parameters, scope)
         if eqn.primitive.name == "scan":
@@ -291,11 +296,12 @@ class _Walk(NamedTuple):
         parameters: list[OfParameters],
         scope: _Scope,
     ) -> Sequence[Kind]:
-        views = views_after(eqn, parameters[0].view) if len(parameters) == 1 else None
-        if views:
-            return [dataclasses.replace(parameters[0], view=view) for view in views]
-        leaves = frozenset().union(*(kind.leaves for kind in parameters))
         is_stepped = Other.CONSTANT_OF_A_STEP in kinds or any(k.is_stepped for k in parameters)
+        views = _views(eqn, kinds) if len(parameters) == 1 else None
+        if views:
+            own = dataclasses.replace(parameters[0], is_stepped=is_stepped)
+            return [dataclasses.replace(own, view=view) for view in views]
+        leaves = frozenset().union(*(kind.leaves for kind in parameters))
         if is_stepped:
             weights = frozenset().union(*(kind.weights for kind in parameters))
             computed, constant = OfParameters(leaves, None, True, weights), Other.CONSTANT_OF_A_STEP
@@ -310,6 +316,8 @@ class _Walk(NamedTuple):
 
     def meeting(self, eqn: core.JaxprEqn, kinds: list[Kind], scope: _Scope) -> None:
         operands = [i for i, kind in enumerate(kinds) if isinstance(kind, OfParameters)]
+        if any(isinstance(kind, OfParameters) and kind.view is None for kind in kinds):
+            self.usage.is_computed_in_steps = True
         weight, name = kinds[operands[0]], eqn.primitive.name
         route = self.route_of(eqn, operands[0]) if len(operands) == 1 else None
         if _has_no_entries(eqn, operands, is_product=route is not None):
@@ -361,6 +369,28 @@ class _Walk(NamedTuple):
         outs = self.jaxpr(body, inner, inner_scope, wanted)
         self.usage.escape(outs, "leaves a scan as it is", eqn)
         return [Other.DATA] * len(eqn.outvars)
+
+
+def _views(eqn: core.JaxprEqn, kinds: Sequence[Kind]) -> list[View] | None:
+    """The views that the outputs of an equation on one parameter are, if they are."""
+    ((which, kind),) = [(i, k) for i, k in enumerate(kinds) if isinstance(k, OfParameters)]
+    if kind.view is None:
+        return None
+    views = views_after(eqn, kind.view)
+    if views is None and _passes_cotangent_on(eqn, which):
+        views = [dataclasses.replace(kind.view, is_shifted=True)]
+    return views
+
+
+def _passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
+    """Whether the cotangent of the one output is that of this input, as of w + constant."""
+    outs = [aval(v) for v in eqn.outvars if has_gradient(v)]
+    own = aval(eqn.invars[which])
+    if len(eqn.outvars) != 1 or len(outs) != 1 or outs[0].shape != own.shape:
+        return False
+    if eqn.primitive.name in CUSTOM_RULES:
+        return passes_cotangent_on(eqn, which)
+    return eqn.primitive.name in ("add", "add_any") or (eqn.primitive.name == "sub" and which == 0)
 
 
 def _without_gradient(kinds: Sequence[Kind]) -> Other:

@@ -52,6 +52,7 @@ class View:
       frame: the same without transpositions, as values that compare equal where the entries agree.
       axes: for each axis of the variable, the axis of the frame that it is.
       is_repeated: whether entries of the weight come several times.
+      is_shifted: whether something without a gradient is added.
     """
 
     weight: int
@@ -59,6 +60,7 @@ class View:
     frame: tuple[Any, ...]
     axes: tuple[int, ...]
     is_repeated: bool = False
+    is_shifted: bool = False
 
 
 def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
@@ -67,6 +69,11 @@ def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
         return None
     rule = _VIEW_RULES.get(eqn.primitive.name)
     return None if rule is None else rule(eqn, view)
+
+
+def is_view(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation moves entries, and so makes a view of a view."""
+    return len(eqn.invars) == 1 and eqn.primitive.name in _VIEW_RULES
 
 
 def _moved(eqn: core.JaxprEqn, view: View, axes: tuple[int, ...]) -> list[View]:
@@ -78,7 +85,8 @@ def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> V
     """A view whose axes are no longer those of the frame, so that it begins a new one."""
     frame = (*view.frame, (view.axes, *what))
     steps = (*view.steps, Equation(eqn, output))
-    return View(view.weight, steps, frame, tuple(range(aval(output).ndim)), view.is_repeated)
+    axes = tuple(range(aval(output).ndim))
+    return dataclasses.replace(view, steps=steps, frame=frame, axes=axes)
 
 
 def _cast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
@@ -183,7 +191,7 @@ def layer_of(view: View, path: Path) -> View | None:
         return None
     axes = tuple(axis - 1 for axis in view.axes[1:])
     frame = (*view.frame, ((), "layer", path))
-    return View(view.weight, (*view.steps, Layer(path)), frame, axes, view.is_repeated)
+    return dataclasses.replace(view, steps=(*view.steps, Layer(path)), frame=frame, axes=axes)
 
 
 def as_function(

@@ -21,7 +21,8 @@ from psclip_optax.engine.routes.route import Entered
 
 def run(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """One forward and one backward pass, keeping what enters and leaves each site."""
-    plans = problem.plans.all
+    plans, params = problem.plans.all, leaves
+    leaves = problem.plans.pieces.of(params)
     weights, pull_back = all_weights(problem, leaves)
     actions = {
         site.path: taps.tap(site, keeps_y=plan.is_radial) for plan in plans for site in plan.sites
@@ -45,6 +46,7 @@ def run(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     sums = {plan.weight: contracted(plan) for plan in plans}
     pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])
     sums = [norms_of.added(sums[leaf], pulled.get(leaf)) for leaf in range(len(leaves))]
+    sums = problem.plans.pieces.together(sums, params)
     return Result(sums, seen.outs, norms, scales, finite)
 
 

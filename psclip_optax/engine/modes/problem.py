@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 
     def unproven_rule(self) -> core.JaxprEqn | None:
         """Find what keeps the backward pass from being proven linear in the losses' cotangents."""
-        jaxpr, num_leaves = self.closed.jaxpr, self.plans.num_leaves
+        jaxpr, num_leaves = self.plans.closed.jaxpr, self.plans.num_leaves
         varied = [i < num_leaves for i in range(len(jaxpr.invars))]
         return unproven_rule(jaxpr, varied, [i == 0 for i in range(len(jaxpr.outvars))])
 

@@ -107,7 +107,7 @@ def squared_norms(
     if pulled:
         squares += norms.pulled_back_squared_norms(
             pull_back,
-            pulled,
+            [(plan, weights[plan.weight]) for plan in pulled],
             [(plan, weights[plan.weight]) for plan in problem.plans.others],
             seen.stacked,
             seen.entered,

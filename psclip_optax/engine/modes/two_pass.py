@@ -79,7 +79,8 @@ def _may_be_shared(num_samples: int) -> bool:
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """One forward pass and two backward: for the norms, then for the weighted sum."""
-    plans = problem.plans.all
+    plans, params = problem.plans.all, leaves
+    leaves = problem.plans.pieces.of(params)
     probed = [plan for plan in plans if _may_be_probed(plan)]
     others = [plan for plan in plans if not _may_be_probed(plan)]
     weights, pull_back = all_weights(problem, leaves)
@@ -98,6 +99,7 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
 
     of_samples, bad = weights_of_sum(samples, norms, scales), ~finite & ~kept
     sums = _backward(problem, list(leaves), samples.examples, of_samples, kept, bad)
+    sums = problem.plans.pieces.together(sums, params)
     return Result(sums, seen.outs, norms, scales, finite)
 
 

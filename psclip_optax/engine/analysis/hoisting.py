@@ -1,0 +1,213 @@
+"""Compute weights of a scan's steps before the scan: what depends on parameters alone, for all.
+
+A weight that is computed anew in each step (a scale for each layer, a quantised kernel) could only
+be differentiated through step by step, for each sample. Computed before, for all steps at once, it
+is a layer of a computed weight, which has the routes that computed weights have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core
+
+from psclip_optax import meshes
+from psclip_optax.engine.analysis.equations import (
+    CALLS,
+    CHECKPOINTS,
+    checkpointed,
+    inner_jaxpr,
+    needed_equations,
+    parted,
+    scan_counts,
+)
+from psclip_optax.engine.analysis.linearity import has_gradient
+from psclip_optax.engine.analysis.views import as_function, aval, is_view, run_equation
+from psclip_optax.engine.analysis.walk import walk
+
+
+class _Known(NamedTuple):
+    """What is known of a variable.
+
+    Attributes:
+      is_fixed: whether it is the same for all samples, as parameters and constants are.
+      is_parameter: whether a cotangent of it goes on to parameters.
+      is_made: whether it is computed, and not a view of a parameter.
+      is_stepped: whether it is another in each step.
+    """
+
+    is_fixed: bool
+    is_parameter: bool = False
+    is_made: bool = False
+    is_stepped: bool = False
+
+
+_CONSTANT, _DATA = _Known(True), _Known(False)
+_PARAMETER = _Known(True, True)
+
+
+def hoisted(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
+    """Trace a loss anew with what its scans' steps compute from parameters before the scans.
+
+    Args:
+      closed: the loss for one example.
+      num_leaves: how many of its inputs are parameters; the others are the example.
+    """
+    known = [_PARAMETER] * num_leaves + [_DATA] * (len(closed.jaxpr.invars) - num_leaves)
+    return _retraced(closed, known)
+
+
+def _retraced(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> core.ClosedJaxpr:
+    def run(*inputs: Any) -> list[Any]:
+        return _run(closed.jaxpr, closed.consts, inputs, known)[0]
+
+    kinds = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
+    return jax.make_jaxpr(run)(*kinds)
+
+
+def _run(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], known: Sequence[_Known]
+) -> tuple[list[Any], list[_Known]]:
+    """Trace a jaxpr anew, with what is known of its variables."""
+    values = zip(inputs, known, strict=True)
+    outs = walk(
+        jaxpr,
+        [(one, _CONSTANT) for one in consts],
+        list(values),
+        lambda value: (value, _CONSTANT),
+        lambda eqn, own, _: _equation(eqn, own),
+    )
+    return [value for value, _ in outs], [one for _, one in outs]
+
+
+def _equation(
+    eqn: core.JaxprEqn, inputs: Sequence[tuple[Any, _Known]]
+) -> Sequence[tuple[Any, _Known]]:
+    values, known = [value for value, _ in inputs], [one for _, one in inputs]
+    outs_known = _after(eqn, known)
+    name = eqn.primitive.name
+    if _DATA not in outs_known or not any(one.is_parameter for one in known):
+        return list(zip(run_equation(eqn, values), outs_known, strict=True))
+    if name in CALLS and name not in CHECKPOINTS:
+        outs, own = _run(*inner_jaxpr(eqn), values, known)
+        return list(zip(outs, own, strict=True))
+    rule = {"scan": _scan, **dict.fromkeys(CHECKPOINTS, _checkpoint)}.get(name)
+    outs = run_equation(eqn, values) if rule is None else rule(eqn, values, known)
+    return list(zip(outs, outs_known, strict=True))
+
+
+def _after(eqn: core.JaxprEqn, known: Sequence[_Known]) -> list[_Known]:
+    """What is known of an equation's outputs."""
+    if not all(one.is_fixed for one in known) or eqn.effects:
+        return [_DATA] * len(eqn.outvars)
+    has_parameter = any(one.is_parameter for one in known)
+    is_parameter = has_parameter and eqn.primitive.name != "stop_gradient"
+    is_made = is_parameter and (not is_view(eqn) or any(one.is_made for one in known))
+    is_stepped = any(one.is_stepped for one in known)
+    return [
+        _Known(True, is_parameter and has_gradient(v), is_made and has_gradient(v), is_stepped)
+        for v in eqn.outvars
+    ]
+
+
+class _Parts(NamedTuple):
+    """A jaxpr in two parts, of which the first is of parameters alone.
+
+    Attributes:
+      inputs: of the jaxpr, which the first part reads.
+      first: from them to what it makes.
+      second: from that and all inputs to the outputs.
+      num_made: how many variables are handed over.
+    """
+
+    inputs: list[int]
+    first: Callable[..., list[Any]]
+    second: Callable[..., list[Any]]
+    num_made: int
+
+
+def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | None:
+    """Part a jaxpr, if it computes of parameters alone what data meet."""
+    jaxpr = closed.jaxpr
+    made = _frontier(jaxpr, known)
+    if not made or jaxpr.constvars:
+        return None
+    first = needed_equations(jaxpr, made)
+    read = {v for eqn in first for v in eqn.invars if isinstance(v, core.Var)}
+    inputs = [i for i, v in enumerate(jaxpr.invars) if v in read]
+    rest = [eqn for eqn in jaxpr.eqns if not set(made).issuperset(eqn.outvars)]
+    second = jaxpr.replace(invars=[*made, *jaxpr.invars], eqns=_without_unread(rest, jaxpr))
+    return _Parts(
+        inputs=inputs,
+        first=as_function(first, [jaxpr.invars[i] for i in inputs], made),
+        second=core.jaxpr_as_fun(core.ClosedJaxpr(second, ())),
+        num_made=len(made),
+    )
+
+
+def _frontier(jaxpr: core.Jaxpr, known: Sequence[_Known]) -> list[core.Var]:
+    """The variables made of parameters alone that data meet, maybe through views."""
+    of = dict(zip(jaxpr.invars, known, strict=True))
+    read = lambda v: _CONSTANT if isinstance(v, core.Literal) else of.get(v, _CONSTANT)  # noqa: E731
+    for eqn in jaxpr.eqns:
+        of.update(zip(eqn.outvars, _after(eqn, [*map(read, eqn.invars)]), strict=True))
+    met = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+    frontier: dict[core.Var, None] = {}
+    for eqn in reversed(jaxpr.eqns):
+        reached = [v for v in eqn.outvars if v in met and of[v].is_made]
+        if not all(of[v].is_fixed for v in eqn.outvars) or (reached and is_view(eqn)):
+            met.update(v for v in eqn.invars if isinstance(v, core.Var))
+        elif reached and all(of[v].is_stepped for v in eqn.outvars):
+            frontier.update(dict.fromkeys(eqn.outvars))
+    return list(frontier)
+
+
+def _without_unread(eqns: Sequence[core.JaxprEqn], jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    needed = needed_equations(jaxpr.replace(eqns=list(eqns)), jaxpr.outvars)
+    kept = {id(eqn) for eqn in needed}
+    return [eqn for eqn in eqns if id(eqn) in kept or eqn.effects]
+
+
+def _scan(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) -> list[Any]:
+    num_consts, num_carry = scan_counts(eqn)
+    consts, init, xs = parted(values, num_consts, num_carry)
+    known_consts, _, known_xs = parted(known, num_consts, num_carry)
+    within = [one._replace(is_stepped=False) for one in known_consts]
+    within += [_DATA] * num_carry
+    within += [one._replace(is_stepped=one.is_fixed) for one in known_xs]
+    body = _retraced(core.ClosedJaxpr(*inner_jaxpr(eqn)), within)
+    parts = _in_parts(body, within)
+    extra: list[Any] = []
+    if parts is not None:
+        axes = [0 if within[i].is_stepped else None for i in parts.inputs]
+        own = [values[i] for i in parts.inputs]
+        extra = jax.vmap(parts.first, in_axes=axes)(*own)
+    run = core.jaxpr_as_fun(body) if parts is None else parts.second
+
+    def step(carry: list[Any], both: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+        made, own = both
+        outs = run(*made, *consts, *carry, *own)
+        return outs[:num_carry], outs[num_carry:]
+
+    carry, ys = lax.scan(
+        step,
+        list(init),
+        (extra, list(xs)),
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+def _checkpoint(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) -> list[Any]:
+    body = _retraced(core.ClosedJaxpr(*inner_jaxpr(eqn)), known)
+    parts = _in_parts(body, known)
+    if parts is None:
+        run, extra = core.jaxpr_as_fun(body), []
+    else:
+        run, extra = parts.second, parts.first(*(values[i] for i in parts.inputs))
+    return checkpointed(eqn, lambda made, own: run(*made, *own))(extra, list(values))

@@ -1,0 +1,163 @@
+"""Take a parameter that enters through slices that do not overlap as so many parameters.
+
+Layers in one array, taken by number, or the first rows of a table of positions: what becomes of one
+slice is then told apart from what becomes of the others, and what no slice takes costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from psclip_optax import meshes
+from psclip_optax.arrays import promoted
+from psclip_optax.engine.analysis.sites import Usage
+from psclip_optax.engine.analysis.views import aval, run_equation
+from psclip_optax.engine.analysis.walk import walk
+
+# First index, end and step along each axis.
+Box: TypeAlias = tuple[tuple[int, int, int], ...]
+
+
+class Pieces(NamedTuple):
+    """Which pieces each parameter is taken in; None where it is taken whole."""
+
+    boxes: tuple[tuple[Box, ...] | None, ...]
+
+    @property
+    def leaf_of(self) -> list[int]:
+        """For each piece, which parameter it is of."""
+        return [leaf for leaf, own in enumerate(self.boxes) for _ in own or (None,)]
+
+    def of(self, leaves: Sequence[Any]) -> list[Any]:
+        """Cut the parameters into their pieces."""
+        return [
+            leaf if box is None else _cut(leaf, box)
+            for leaf, own in zip(leaves, self.boxes, strict=True)
+            for box in own or (None,)
+        ]
+
+    def together(self, pieces: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+        """Put what belongs to pieces together, 0 where there are none."""
+        rest = iter(pieces)
+        return [
+            next(rest) if own is None else _filled(leaf, own, [next(rest) for _ in own])
+            for leaf, own in zip(leaves, self.boxes, strict=True)
+        ]
+
+
+def _cut(leaf: Any, box: Box) -> jax.Array:
+    return lax.squeeze(lax.slice(leaf, *zip(*box, strict=True)), _of_one(box))
+
+
+def _of_one(box: Box) -> tuple[int, ...]:
+    return tuple(axis for axis, (start, stop, _) in enumerate(box) if stop - start == 1)
+
+
+def _filled(leaf: Any, boxes: Sequence[Box], pieces: Sequence[jax.Array]) -> jax.Array:
+    whole = jnp.zeros(leaf.shape, promoted(*(piece.dtype for piece in pieces)))
+    whole = meshes.varying(whole, meshes.axes_of(pieces[0]))
+    for box, piece in zip(boxes, pieces, strict=True):
+        own = jnp.expand_dims(piece.astype(whole.dtype), _of_one(box))
+        whole = _with_box(whole, box, own)
+    return whole
+
+
+def _with_box(whole: jax.Array, box: Box, piece: jax.Array) -> jax.Array:
+    if all(step == 1 for *_, step in box):
+        return lax.dynamic_update_slice(whole, piece, [start for start, *_ in box])
+    return whole.at[tuple(slice(*along) for along in box)].set(piece)
+
+
+def in_pieces(closed: core.ClosedJaxpr, usage: Usage) -> tuple[core.ClosedJaxpr, Pieces]:
+    """Trace a loss anew as one of pieces, where that tells apart what becomes of them.
+
+    Args:
+      closed: the loss for one example.
+      usage: what becomes of the parameters in it.
+    """
+    wanted = _without_route(usage)
+    leaves = range(usage.num_leaves)
+    boxes = tuple(_boxes(closed.jaxpr, leaf) if leaf in wanted else None for leaf in leaves)
+    pieces = Pieces(boxes)
+    if not any(boxes):
+        return closed, pieces
+    num_pieces = len(pieces.leaf_of)
+
+    def run(*inputs: Any) -> list[Any]:
+        rest = iter(inputs[:num_pieces])
+        given = [
+            next(rest) if own is None else {box: next(rest) for box in own} for own in pieces.boxes
+        ]
+        values = [*given, *inputs[num_pieces:]]
+        outs = walk(closed.jaxpr, closed.consts, values, lambda value: value, _equation)
+        return [*map(_whole, outs)]
+
+    kinds = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
+    cut = jax.eval_shape(pieces.of, kinds[: usage.num_leaves])
+    return jax.make_jaxpr(run)(*cut, *kinds[usage.num_leaves :]), pieces
+
+
+def _equation(eqn: core.JaxprEqn, inputs: list[Any], path: Any) -> Sequence[Any]:
+    del path
+    first = inputs[0] if inputs else None
+    if isinstance(first, dict):
+        box = _box(eqn)
+        return [_Taken(first[box], _of_one(box or ()))]
+    is_reshaped = eqn.primitive.name in ("squeeze", "reshape")
+    if is_reshaped and isinstance(first, _Taken) and _has_shape_of(eqn, first.piece):
+        return [first.piece]
+    return run_equation(eqn, [*map(_whole, inputs)])
+
+
+class _Taken(NamedTuple):
+    """A slice that was taken, without its axes of size 1."""
+
+    piece: Any
+    axes: tuple[int, ...]
+
+
+def _has_shape_of(eqn: core.JaxprEqn, piece: Any) -> bool:
+    return aval(eqn.outvars[0]).shape == piece.shape
+
+
+def _whole(value: Any) -> Any:
+    return jnp.expand_dims(value.piece, value.axes) if isinstance(value, _Taken) else value
+
+
+def _without_route(usage: Usage) -> set[int]:
+    """The parameters that escape, or from which weights are computed that meet data."""
+    meet_data = usage.escapes.keys() | {site.view.weight for site in usage.sites}
+    computed = [one for i, one in enumerate(usage.computed, usage.num_leaves) if i in meet_data]
+    return set(usage.escapes) | {leaf for one in computed for leaf in one.leaves}
+
+
+def _boxes(jaxpr: core.Jaxpr, leaf: int) -> tuple[Box, ...] | None:
+    """The slices that a parameter enters through, if it enters through nothing else."""
+    variable = jaxpr.invars[leaf]
+    readers = [eqn for eqn in jaxpr.eqns if any(v is variable for v in eqn.invars)]
+    found = dict.fromkeys(_box(eqn) for eqn in readers)
+    boxes = tuple(box for box in found if box is not None)
+    if not boxes or None in found or any(v is variable for v in jaxpr.outvars):
+        return None
+    pairs = itertools.combinations(boxes, 2)
+    return boxes if all(_are_apart(*pair) for pair in pairs) else None
+
+
+def _box(eqn: core.JaxprEqn) -> Box | None:
+    if eqn.primitive.name != "slice":
+        return None
+    params = eqn.params
+    steps = params["strides"] or (1,) * len(params["start_indices"])
+    return tuple(zip(params["start_indices"], params["limit_indices"], steps, strict=True))
+
+
+def _are_apart(one: Box, other: Box) -> bool:
+    both = zip(one, other, strict=True)
+    return any(stop <= first or last <= start for (start, stop, _), (first, last, _) in both)
