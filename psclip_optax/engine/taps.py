@@ -27,7 +27,7 @@ from psclip_optax.engine.analysis.equations import (
     parted,
     scan_counts,
 )
-from psclip_optax.engine.analysis.sites import Site, operate
+from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import Path, as_function, aval, run_equation
 
 Taps: TypeAlias = dict[Path, jax.Array]
@@ -58,7 +58,7 @@ class Action(NamedTuple):
 def tap(site: Site, *, keeps_y: bool = False) -> Action:
     """Keeps what enters a site, maybe y too, and makes the cotangent of what leaves it known."""
     keeps: tuple[Side, ...] = ("entering", "leaving") if keeps_y else ("entering",)
-    op, y = operate(site), aval(site.leaving)
+    op, y = site.route.operation(site), aval(site.leaving)
     zero = jnp.zeros((*site.scans, *y.shape), y.dtype)
     return Action(site.operand, zero, len(site.scans), keeps, lambda zero, *wx: op(*wx) + zero)
 
@@ -71,7 +71,7 @@ def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
       squared_norm: (site, x, dy) of one step, without a sample axis, to a scalar.
       dtype: of that scalar.
     """
-    op, one_step = operate(site), site._replace(scans=(), layered=())
+    op, one_step = site.route.operation(site), site._replace(scans=(), layered=())
 
     @jax.custom_vjp
     def run(zero: jax.Array, w: Any, *x: Any) -> Any:

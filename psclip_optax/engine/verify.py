@@ -18,6 +18,7 @@ from psclip_optax.engine.analysis.equations import inner_jaxprs
 from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.calls import Call
 from psclip_optax.engine.explain import Plan
+from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP
 from psclip_optax.table import table
 
 _COLUMNS = ("parameter", "route", "largest error", "ok")
@@ -151,18 +152,26 @@ def _reference(call: Call, together: int) -> tuple[np.ndarray, list[np.ndarray]]
     """Losses and stacked gradients of samples, or of means over as many as are clipped together."""
     leaves, examples = call.params, call.examples
 
-    def mean(leaves: list[jax.Array], examples: list[jax.Array]) -> jax.Array:
-        return jnp.mean(jax.vmap(lambda one: call.loss(leaves, one)[0])(examples))
+    def loss(leaves: list[jax.Array], example: list[jax.Array]) -> jax.Array:
+        return call.loss(leaves, example)[0]
 
-    gradient = jax.value_and_grad(mean)
+    def mean(leaves: list[jax.Array], examples: list[jax.Array]) -> jax.Array:
+        return jnp.mean(jax.vmap(loss, (None, 0))(leaves, examples))
+
     if together == 1:
-        each = [jnp.expand_dims(example, 1) for example in examples]
-        losses, stack = jax.jit(jax.vmap(gradient, (None, 0)))(leaves, each)
+        losses, stack = _of_each(jax.value_and_grad(loss), leaves, examples)
     else:  # one after the other, for the last may have fewer samples
-        starts, run = range(0, call.num_samples, together), jax.jit(gradient)
+        starts, run = range(0, call.num_samples, together), jax.jit(jax.value_and_grad(mean))
         results = [run(leaves, [e[i : i + together] for e in examples]) for i in starts]
         losses, stack = jax.tree.map(lambda *parts: jnp.stack(parts), *results)
     return np.asarray(losses, np.float64), [np.asarray(leaf, np.float64) for leaf in stack]
+
+
+def _of_each(gradient: Callable[..., Any], leaves: list[Any], each: list[Any]) -> Any:
+    try:
+        return jax.jit(jax.vmap(gradient, (None, 0)))(leaves, each)
+    except NO_GRADIENT_OF_VMAP:  # as of ragged_dot: one after the other
+        return jax.lax.map(lambda own: gradient(leaves, own), each)
 
 
 def _squares(leaf: np.ndarray) -> np.ndarray:

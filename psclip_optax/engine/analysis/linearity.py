@@ -122,7 +122,7 @@ def passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
 
     As straight-through estimators do, of what they round.
     """
-    backward = _backward(eqn, [i == which for i in range(len(eqn.invars))])
+    backward = backward_of(eqn, [i == which for i in range(len(eqn.invars))])
     if backward is None:
         return False
     jaxpr = backward.jaxpr
@@ -140,7 +140,7 @@ def passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
 
 def _is_proven(eqn: core.JaxprEqn, varied: Sequence[bool]) -> bool:
     """Whether the backward pass of one equation is proven linear in the cotangents."""
-    closed = _backward(eqn, varied)
+    closed = backward_of(eqn, varied)
     if closed is None:
         return False
     num_cotangents = len(closed.jaxpr.invars) - len(eqn.invars)
@@ -149,7 +149,7 @@ def _is_proven(eqn: core.JaxprEqn, varied: Sequence[bool]) -> bool:
     return all(one in (_Dependence.LINEAR, _Dependence.ZERO) for one in outs)
 
 
-def _backward(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr | None:
+def backward_of(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr | None:
     """Trace the backward pass of one equation, from cotangents and inputs to the cotangents."""
     kinds = [meshes.shape_of_type(aval(v)) for v in (*eqn.invars, *eqn.outvars)]
     inputs, outputs = kinds[: len(eqn.invars)], kinds[len(eqn.invars) :]
@@ -172,6 +172,19 @@ def _backward(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr | 
 
 
 # How each variable of a backward pass depends on its cotangents
+
+
+def linear_in(jaxpr: core.Jaxpr, is_cotangent: Sequence[bool]) -> list[bool | None]:
+    """Tell of each output whether it is linear in some inputs; None where it has none of them."""
+    flags = [_Dependence.LINEAR if own else _Dependence.NONE for own in is_cotangent]
+    known = {_Dependence.NONE: None, _Dependence.LINEAR: True}
+    return [known.get(one, False) for one in _dependences(jaxpr, flags)]
+
+
+def moves_entries(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation keeps each entry of its one input, maybe with the other sign."""
+    is_move = eqn.primitive.name in _KEEPS and len(eqn.invars) == 1 and has_gradient(eqn.invars[0])
+    return is_move and has_gradient(eqn.outvars[0]) and not _rounds(eqn)
 
 
 class _Dependence(enum.Enum):
@@ -316,6 +329,10 @@ def _first_and_third(inputs: _Dependences) -> bool:
     return _all_summable([inputs[0], inputs[2]]) and inputs[1] in _FREE
 
 
+_KEEPS = (
+    *("convert_element_type", "copy", "copy_p", "expand_dims", "neg", "reshape", "rev"),
+    *("squeeze", "transpose"),
+)
 # What moves entries: of zeros it makes zeros.
 _MOVES = (
     *("broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "neg", "reshape"),

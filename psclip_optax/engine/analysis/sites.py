@@ -32,7 +32,6 @@ from psclip_optax.engine.analysis.views import (
     after,
     aval,
     layer_of,
-    run_equation,
     segments,
     views_after,
 )
@@ -419,17 +418,6 @@ def _layer(kind: Kind, path: Path) -> Kind:
         return kind
     view = kind.view and layer_of(kind.view, path)
     return OfParameters(kind.leaves, view, True, kind.weights)
-
-
-def operate(site: Site) -> Callable[..., Any]:
-    """The site's operation (W, *x) -> y, for one step of the scans around it."""
-
-    def run(w: Any, *entered: Any) -> Any:
-        inputs = [*entered[: site.operand], w, *entered[site.operand :]]
-        (y,) = run_equation(site.eqn, inputs)
-        return y
-
-    return run
 
 
 def of_parameter(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
 from jax.extend import core
 
-from psclip_optax.engine.analysis.views import Path
+from psclip_optax import meshes
+from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr
+from psclip_optax.engine.analysis.views import Path, run_equation
 
 Known = TypeVar("Known")
 
@@ -41,3 +44,18 @@ def walk(
         outs = equation(eqn, [read(atom) for atom in eqn.invars], (*path, i))
         known.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def inlined(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Trace a jaxpr anew without calls in it."""
+
+    def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Any) -> Sequence[Any]:
+        if eqn.primitive.name in CALLS:
+            jaxpr, consts = inner_jaxpr(eqn)
+            return walk(jaxpr, consts, inputs, lambda value: value, equation, path)
+        return run_equation(eqn, inputs)
+
+    def run(*inputs: Any) -> list[Any]:
+        return walk(closed.jaxpr, closed.consts, inputs, lambda value: value, equation)
+
+    return jax.make_jaxpr(run)(*(meshes.shape_of_type(v.aval) for v in closed.jaxpr.invars))

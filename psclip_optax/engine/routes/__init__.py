@@ -11,12 +11,14 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.routes.convolution.route import CONVOLUTION
+from psclip_optax.engine.routes.custom import CUSTOM
 from psclip_optax.engine.routes.dense import DENSE
 from psclip_optax.engine.routes.embedding import EMBEDDING
+from psclip_optax.engine.routes.ragged import RAGGED
 from psclip_optax.engine.routes.route import Route
 from psclip_optax.engine.routes.tied import TIED
 
-ROUTES: tuple[Route, ...] = (DENSE, CONVOLUTION, EMBEDDING, TIED)
+ROUTES: tuple[Route, ...] = (DENSE, CONVOLUTION, EMBEDDING, TIED, RAGGED, CUSTOM)
 
 
 def route_of(eqn: core.JaxprEqn, operand: int) -> Route | None:

@@ -102,8 +102,8 @@ def _factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
     layered, steps = site.scan_axes
 
     def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
-        blocks, rows, columns = _behind_samples(site, own)
-        return _arranged(array, layered, [site.sample_axis], blocks, steps + rows, columns)
+        blocks, rows, columns = behind_samples(site, own)
+        return in_groups(array, layered, [site.sample_axis], blocks, steps + rows, columns)
 
     entering = arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)
     leaving = arranged(dy, axes.y_blocks, axes.y_x_free, axes.y_w_free)
@@ -111,12 +111,12 @@ def _factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
     return Factors(leaving, entering) if is_swapped else Factors(entering, leaving)
 
 
-def _behind_samples(site: Site, groups: Sequence[list[int]]) -> list[list[int]]:
+def behind_samples(site: Site, groups: Sequence[list[int]]) -> list[list[int]]:
     """Axes of one step of one sample as those of all: behind the scans' and the samples'."""
     return [[site.sample_axis + 1 + axis for axis in group] for group in groups]
 
 
-def _arranged(array: jax.Array, *groups: list[int]) -> jax.Array:
+def in_groups(array: jax.Array, *groups: list[int]) -> jax.Array:
     """The array with one axis for all axes of each group."""
     shape = [math.prod(array.shape[axis] for axis in group) for group in groups]
     return array.transpose([*itertools.chain(*groups)]).reshape(shape)
@@ -133,10 +133,10 @@ def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
     dtype = promoted(x.dtype, dy.dtype)
 
     def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
-        blocks, rows, columns = _behind_samples(site, own)
+        blocks, rows, columns = behind_samples(site, own)
         # Not as one axis: of samples that are sharded, behind steps, it would gather them all.
         apart = [[axis] for axis in (*steps, site.sample_axis)]
-        return _arranged(array.astype(dtype), layered + blocks, *apart, rows, columns)
+        return in_groups(array.astype(dtype), layered + blocks, *apart, rows, columns)
 
     sides = [
         (axes.w_contracted, arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)),

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from psclip_optax.engine.analysis.sites import Site, of_parameter, operate
-from psclip_optax.engine.analysis.views import Path
+from psclip_optax.engine.analysis.sites import Site, of_parameter
+from psclip_optax.engine.analysis.views import Path, run_equation
 from psclip_optax.engine.parts import in_parts
 
 # What enters each site, and the cotangents of what leaves it: [scans…, n, …].
@@ -44,6 +44,15 @@ class Route(abc.ABC):
     @abc.abstractmethod
     def joins(self, sites: Sequence[Site]) -> bool:
         """Whether it has the norm of the sum of the gradients at sites in one frame."""
+
+    def operation(self, site: Site) -> Callable[..., Any]:
+        """Return the operation (W, *entering) -> y, for one step of the scans around it."""
+
+        def run(w: Any, *entered: Any) -> Any:
+            (y,) = run_equation(site.eqn, [*entered[: site.operand], w, *entered[site.operand :]])
+            return y
+
+        return run
 
     def leaving_axes(self, site: Site) -> dict[int, int]:
         """For each axis of W that is one of y, which."""
@@ -98,7 +107,9 @@ def over_samples(site: Site) -> Callable[..., jax.Array]:
     """From the parameter and what enters, [scans…, n, …], to what leaves the site, alike."""
     axis = site.sample_axis
     axes = (axis,) * len(site.entering)
-    return jax.vmap(of_parameter(site, operate(site)), in_axes=(None, *axes), out_axes=axis)
+    return jax.vmap(
+        of_parameter(site, site.route.operation(site)), in_axes=(None, *axes), out_axes=axis
+    )
 
 
 def samples_first(site: Site, array: jax.Array) -> jax.Array:
