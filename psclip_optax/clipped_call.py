@@ -19,7 +19,7 @@ from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
 from psclip_optax.engine.calls import Call, axes_of_leaves, take_apart, trace
 from psclip_optax.engine.explain import Plan, explained, explained_microbatches
 from psclip_optax.engine.memory import estimated_bytes
-from psclip_optax.engine.modes import MODES, micro_batches
+from psclip_optax.engine.modes import MODES, micro_batches, one_pass
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples, in_slices
 from psclip_optax.engine.modes.two_pass import num_slices
@@ -57,14 +57,18 @@ def explain(call: Call, params: Any, rule: Threshold, options: Options) -> Plan:
         problem.dtype,
         mode=mode,
         num_slices=num_slices(problem, call.params, num_samples) if is_two_pass else 1,
-        note=_note(problem, mode, options),
+        note=_note(problem, call, mode, num_samples, options),
     )
 
 
-def _note(problem: Problem, mode: str, options: Options) -> str:
+def _note(problem: Problem, call: Call, mode: str, num_samples: int, options: Options) -> str:
     """Say what keeps a call from the mode that it would take otherwise."""
     if mode == "vmap" and options.mode != "vmap":
         return "stacked gradients, for the threshold is too small to hold a sum of squares against"
+    if mode == "one_pass":
+        number = one_pass.samples_at_a_time(problem, call.params, num_samples)
+        at_a_time = "for parameters without a route have a stack of gradients"
+        return "" if number is None else f"{number} samples at a time, {at_a_time}"
     rule = problem.unproven_rule() if mode == "two_pass" else None
     if rule is None:
         return ""

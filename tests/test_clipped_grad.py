@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import psclip_optax as psc
-from psclip_optax.engine.modes import one_pass, two_pass
+from psclip_optax.engine.modes import one_pass, slices, two_pass
 from psclip_optax.engine.routes import route
 from tests.models import ZOO
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing, in_float64
@@ -574,7 +574,7 @@ def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypat
 )
 def test_slices_leave_each_device_as_many_samples(num_devices, num_samples, numbers, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: num_devices)
-    assert two_pass._even_slices(range(1, 9), num_samples) == numbers
+    assert slices.even_slices(range(1, 9), num_samples) == numbers
 
 
 def test_explain_counts_every_layer_of_a_scan_and_every_part_of_a_batch(monkeypatch):

@@ -65,7 +65,7 @@ def estimated_bytes(
     return Bytes(
         saved,
         _saved_bytes(plans.closed, plans.num_leaves, num_samples) if is_rewritten else saved,
-        _bytes(batched(site, aval(x), num_samples) for x, site in entered.items()),
+        num_bytes(batched(site, aval(x), num_samples) for x, site in entered.items()),
         {
             plan.weight: kept_bytes_of(plan, kind, num_samples)
             for plan, kind in zip(plans.all, plans.avals, strict=True)
@@ -88,7 +88,7 @@ def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) ->
     except NO_GRADIENT_OF_VMAP:
         return None
     of_samples = [array for array in saved if _MARK in array.shape]
-    return _bytes(of_samples) * num_samples // _MARK
+    return num_bytes(of_samples) * num_samples // _MARK
 
 
 def kept_bytes_of(plan: LeafPlan, kind: Any, num_samples: int) -> int:
@@ -96,7 +96,7 @@ def kept_bytes_of(plan: LeafPlan, kind: Any, num_samples: int) -> int:
         return num_samples * kind.size * kind.dtype.itemsize
     # A separable norm takes what leaves the sites as well, of the parameter or of the slope.
     times = 2 if plan.norm == "separable" else 1
-    return times * _bytes(leaving(plan, num_samples).values())
+    return times * num_bytes(leaving(plan, num_samples).values())
 
 
 def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -116,5 +116,5 @@ def batched(site: Site, shaped: Any, num_samples: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*site.scans, num_samples, *shaped.shape), shaped.dtype)
 
 
-def _bytes(arrays: Iterable[Any]) -> int:
+def num_bytes(arrays: Iterable[Any]) -> int:
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)

@@ -222,8 +222,11 @@ def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
     layers = [step for step in site.view.frame if step[1:2] == ("layer",)]
     if len(layers) < len(site.view.frame) or len(layers) != len(layered):
         return None
+    of_site = site.route.leaving_axes(site)
+    if of_site is None:
+        return None
     in_y = dict(enumerate(layered))
-    for own, leaving in site.route.leaving_axes(site).items():
+    for own, leaving in of_site.items():
         in_y[len(layered) + site.view.axes[own]] = site.sample_axis + 1 + leaving
     return [in_y[axis] for axis in axes] if all(axis in in_y for axis in axes) else None
 

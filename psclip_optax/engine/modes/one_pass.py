@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,47 @@ import jax.numpy as jnp
 from psclip_optax import stacks
 from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
+from psclip_optax.engine.memory import estimated_bytes, num_bytes
 from psclip_optax.engine.modes.problem import Problem
-from psclip_optax.engine.modes.slices import Result, Samples
+from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_slices
 from psclip_optax.engine.modes.tapped import Seen, all_weights, squared_norms, tapped
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
 from psclip_optax.engine.plan import LeafPlan
 from psclip_optax.engine.routes.route import Entered
 
+# Stacked gradients of parameters without a route may take so many times what a plain gradient does.
+_MOST_STACKED = 2
+# Of what is smaller no one has to care.
+_FEW_BYTES = 2**24
+
 
 def run(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+    """One pass over all samples; over some at a time where their gradients have to be stacked."""
+    return in_slices(
+        functools.partial(_of_slice, problem, leaves),
+        samples,
+        samples_at_a_time(problem, leaves, samples.taus.size),
+        has_convolutions=problem.has_convolutions,
+    )
+
+
+def samples_at_a_time(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
+    """Say of how many samples gradients are stacked, for parameters without a route; None: all."""
+    plans = problem.plans
+    kinds = zip(plans.all, plans.avals, strict=True)
+    escaping = [kind for plan, kind in kinds if plan.is_direct and plan.escape is not None]
+    stacked = num_samples * num_bytes(escaping)
+    if stacked <= _FEW_BYTES or problem.axis_name is not None:
+        return None
+    plain = estimated_bytes(problem.closed, plans, leaves, num_samples).saved or 0
+    most = max(_FEW_BYTES, _MOST_STACKED * (plain + num_bytes(leaves)))
+    wanted = min(num_samples, -(-stacked // most))
+    numbers = even_slices(range(1, num_samples + 1), num_samples)
+    number = next((number for number in numbers if number >= wanted), numbers[-1])
+    return None if number == 1 else -(-num_samples // number)
+
+
+def _of_slice(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """One forward and one backward pass, keeping what enters and leaves each site."""
     plans, params = problem.plans.all, leaves
     leaves = problem.plans.pieces.of(params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -134,3 +134,14 @@ def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:
     total = sum((total.ravel()[0] for total in sums if total.size), jnp.zeros(()))
     never = (total > 0) & (total < 0)
     return i + never.astype(i.dtype)
+
+
+def even_slices(numbers: Iterable[int], num_samples: int) -> list[int]:
+    """Those numbers of slices that leave samples where they are, should devices share them."""
+    if not may_be_shared(num_samples):
+        return [number for number in numbers if number <= num_samples]
+    return [number for number in numbers if num_samples % (number * jax.device_count()) == 0]
+
+
+def may_be_shared(num_samples: int) -> bool:
+    return jax.device_count() > 1 and num_samples % jax.device_count() == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from psclip_optax.engine import taps
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.engine.modes import one_pass
 from psclip_optax.engine.modes.problem import Problem, outs_of
-from psclip_optax.engine.modes.slices import Result, Samples, in_slices
+from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_slices, may_be_shared
 from psclip_optax.engine.modes.tapped import all_weights, squared_norms, tapped
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
 from psclip_optax.engine.plan import LeafPlan
@@ -56,25 +56,14 @@ def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int
     most_kept = MOST_KEPT * estimate.saved
     fits = sum(estimate.kept.values()) <= most_kept
     wanted = 1 if fits else max(1, -(-estimate.of_one_pass // max(estimate.saved, 1)))
-    few = _even_slices(range(wanted, MOST_SLICES + 1), num_samples)
+    few = even_slices(range(wanted, MOST_SLICES + 1), num_samples)
     # Devices that share the batch would sum up each slice's gradient.
-    if few and (few[0] == 1 or not _may_be_shared(num_samples)):
+    if few and (few[0] == 1 or not may_be_shared(num_samples)):
         return few[0]
     would_keep = sum(estimate.kept[weight] for weight in others)
     if is_linear and would_keep <= most_kept:
         return None
-    return few[0] if few else _even_slices(range(1, wanted + 1), num_samples)[-1]
-
-
-def _even_slices(numbers: Iterable[int], num_samples: int) -> list[int]:
-    """Those numbers of slices that leave samples where they are, should devices share them."""
-    if not _may_be_shared(num_samples):
-        return [number for number in numbers if number <= num_samples]
-    return [number for number in numbers if num_samples % (number * jax.device_count()) == 0]
-
-
-def _may_be_shared(num_samples: int) -> bool:
-    return jax.device_count() > 1 and num_samples % jax.device_count() == 0
+    return few[0] if few else even_slices(range(1, wanted + 1), num_samples)[-1]
 
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:

@@ -51,6 +51,10 @@ class Custom(Route):
     def joins(self, sites: Sequence[Site]) -> bool:
         return len(sites) == 1 and sites[0].route is self
 
+    def leaving_axes(self, site: Site) -> dict[int, int] | None:
+        del site
+        return None
+
     def squared_norms_of_part(
         self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
     ) -> jax.Array:

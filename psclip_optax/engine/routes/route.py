@@ -54,8 +54,8 @@ class Route(abc.ABC):
 
         return run
 
-    def leaving_axes(self, site: Site) -> dict[int, int]:
-        """For each axis of W that is one of y, which."""
+    def leaving_axes(self, site: Site) -> dict[int, int] | None:
+        """For each axis of W that is one of y, which; None if the gradient is not y's transpose."""
         del site
         return {}
 

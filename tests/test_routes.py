@@ -1,0 +1,212 @@
+"""Routes of operations that few models have: mixtures of experts, layers with rules of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import psclip_optax as psc
+from tests.numerics import assert_close, enable_x64
+
+N, T, D, Q, E = 6, 8, 4, 5, 3
+
+
+def clipped_one_by_one(loss, p, x, tau):
+    """The formula itself, for what `vmap` has no gradient of."""
+    losses, grads = zip(*[jax.jit(jax.value_and_grad(loss))(p, one) for one in x], strict=True)
+    squares = [sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(g)) for g in grads]
+    norms = jnp.sqrt(jnp.array(squares))
+    scales = jnp.minimum(1, tau / norms)
+    summed = jax.tree.map(lambda *g: jnp.tensordot(scales, jnp.stack(g), 1) / len(x), *grads)
+    return jnp.mean(jnp.array(losses)), summed, norms
+
+
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = {"r": (D, E), "v": (2, E, Q, D), "w": (2, E, D, Q), "k": (2, D, D)}
+    p = {n: jax.random.normal(key, s) for key, (n, s) in zip(keys, shapes.items(), strict=False)}
+    return p, jax.random.normal(keys[4], (N, T, D))
+
+
+# Mixtures of experts
+
+
+def experts(x, r, w, v):
+    chosen = jnp.argmax(x @ r, axis=-1)
+    order = jnp.argsort(chosen)
+    sizes = jnp.bincount(chosen, length=E)
+    y = lax.ragged_dot(jnp.tanh(lax.ragged_dot(x[order], w, sizes)), v, sizes)
+    gates = jnp.take_along_axis(jax.nn.softmax(x @ r), chosen[:, None], axis=-1)
+    return x + jnp.zeros_like(x).at[order].set(y) * gates
+
+
+def scanned_experts(p, x):
+    step = lambda x, own: (experts(x, p["r"], *own), None)
+    return lax.scan(jax.checkpoint(step), x, (p["w"], p["v"]))[0]
+
+
+def shared_experts(p, x):
+    step = lambda x, _: (experts(x, p["r"], p["w"][0], p["v"][0]), None)
+    return lax.scan(step, x, None, length=2)[0]
+
+
+def rows_without_expert(p, x):
+    return x @ p["k"][0] + lax.ragged_dot(x, p["w"][0], jnp.array([2, 0, 3]))[:, :D]
+
+
+def cast_experts(p, x):
+    w, v = (w[0].astype(jnp.float32).swapaxes(1, 2).swapaxes(1, 2) for w in (p["w"], p["v"]))
+    return experts(x.astype(jnp.float32), p["r"].astype(jnp.float32), w, v)
+
+
+EXPERTS = {
+    "one layer": lambda p, x: experts(x, p["r"], p["w"][0], p["v"][0]),
+    "scanned": scanned_experts,
+    "shared by steps": shared_experts,
+    "rows without expert": rows_without_expert,
+    "in float32": cast_experts,
+    "one expert": lambda p, x: lax.ragged_dot(x, p["w"][0, :1], jnp.array([T])),
+}
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name, mode):
+    loss = lambda p, x: jnp.sum(jnp.sin(EXPERTS[name](p, x))).astype(float)
+    with enable_x64(True):
+        p, x = arguments()
+        f = psc.clipped_value_and_grad(loss, 2.0, mode=mode, return_stats=True)
+        value, grads, stats = jax.jit(f)(p, x)
+        wanted = clipped_one_by_one(loss, p, x, 2.0)
+        tolerance = 1e-5 if "float32" in name else 1e-12
+        assert_close((value, grads, stats.norms), wanted, tolerance)
+        rows = [row for row in f.explain(p, x).rows if row.parameter in ("['v']", "['w']")]
+        assert {row.route for row in rows if "reach" not in row.reason} == {"ragged"}
+        assert f.verify(p, x).ok
+
+
+def test_experts_over_seeds_and_with_masked_samples():
+    loss = lambda p, x: jnp.sum(jnp.sin(scanned_experts(p, x)))
+    with enable_x64(True):
+        p, x = arguments()
+        f = psc.clipped_grad(loss, 2.0)
+        both = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), p)
+        of_seeds = jax.jit(jax.vmap(f, (0, None)))(both, x)
+        for i in range(2):
+            one = jax.tree.map(lambda leaf, i=i: leaf[i], both)
+            assert_close(jax.tree.map(lambda g, i=i: g[i], of_seeds), f(one, x), 1e-12)
+        mask = jnp.arange(N) % 2 == 0
+        masked = jax.jit(f)(p, jnp.where(mask[:, None, None], x, jnp.nan), sample_mask=mask)
+        assert_close(masked, f(p, x[::2]), 1e-12)
+
+
+# Rules of the user's
+
+
+def ruled(forward, backward):
+    """A layer with a custom_vjp of its own."""
+    layer = jax.custom_vjp(forward)
+    layer.defvjp(lambda *inputs: (forward(*inputs), inputs), lambda saved, g: backward(*saved, g))
+    return layer
+
+
+def quantised(w):
+    scale = jnp.max(jnp.abs(w), axis=0) / 127
+    return jnp.round(w / scale) * scale
+
+
+linear = ruled(lambda x, w: x @ w, lambda x, w, g: (g @ w.T, x.T @ g))
+linear_of_transposed = ruled(lambda x, w: x @ w.T, lambda x, w, g: (g @ w, g.T @ x))
+fake_quantised = ruled(lambda x, w: x @ quantised(w), lambda x, w, g: (g @ w.T, x.T @ g))
+activated = ruled(
+    lambda x, w: jnp.tanh(x) @ w,
+    lambda x, w, g: ((g @ w.T) * (1 - jnp.tanh(x) ** 2), (jnp.tanh(x).T @ (3 * g)).astype(w.dtype)),
+)
+by_heads = ruled(
+    lambda x, w: jnp.einsum("htd,hdq->htq", x, w),
+    lambda x, w, g: (jnp.einsum("htq,hdq->htd", g, w), jnp.einsum("htd,htq->hdq", x, g)),
+)
+sided = ruled(lambda w, x: x @ w, lambda w, x, g: (jnp.einsum("td,tq->dq", x, g), g @ w.T))
+# Of these nothing is claimed.
+gated_by_weight = ruled(lambda x, w: x @ w, lambda x, w, g: (g @ w.T, (x.T @ g) * (w > 0)))
+clipped_backwards = ruled(
+    lambda x, w: x @ w, lambda x, w, g: (g @ w.T, x.T @ jnp.clip(g, -0.1, 0.1))
+)
+noisy = ruled(lambda x, w: x @ w, lambda x, w, g: (g @ w.T, x.T @ g + 0.01))
+uses_weight = ruled(lambda x, w: x @ w, lambda x, w, g: (g @ w.T, x.T @ (g * jnp.sum(w))))
+
+
+@jax.custom_jvp
+def tangent_of_its_own(x, w):
+    return x @ w
+
+
+@tangent_of_its_own.defjvp
+def _(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return x @ w, 2 * (dx @ w) + x @ dw
+
+
+def layers(layer):
+    return lambda p, x: layer(jnp.tanh(layer(x, p["k"][0])), p["k"][1])
+
+
+def scanned(layer):
+    step = lambda x, w: (x + jnp.tanh(layer(x, w)), None)
+    return lambda p, x: lax.scan(jax.checkpoint(step), x, p["k"])[0]
+
+
+def recurrent(layer):
+    return lambda p, x: lax.scan(
+        lambda x, _: (jnp.tanh(layer(x, p["k"][0])), None), x, None, length=3
+    )[0]
+
+
+RULED = {
+    "linear": layers(linear),
+    "linear, scanned": scanned(linear),
+    "linear, recurrent": recurrent(linear),
+    "of the transposed": layers(linear_of_transposed),
+    "of the transposed, scanned": scanned(lambda x, w: linear_of_transposed(x, w.T)),
+    "fake quantised": layers(fake_quantised),
+    "activated": scanned(activated),
+    "by heads": lambda p, x: by_heads(x.reshape(2, T // 2, D), p["k"]),
+    "weight first": layers(lambda x, w: sided(w, x)),
+    "in jit": layers(jax.jit(linear)),
+    "custom_jvp": layers(tangent_of_its_own),
+}
+NOT_CLAIMED = {
+    "gated by the weight": layers(gated_by_weight),
+    "clipped": layers(clipped_backwards),
+    "clipped, scanned": scanned(clipped_backwards),
+    "noisy": layers(noisy),
+    "uses the weight": layers(uses_weight),
+    "twice": lambda p, x: linear(jnp.tanh(linear(x, p["k"][0])), p["k"][0]),
+    "and a number of it": lambda p, x: activated(x, p["k"][0]) + jnp.sum(p["k"][0]),
+    "and used otherwise": lambda p, x: linear(x, p["k"][0]) + x @ jnp.tanh(p["k"][0]),
+}
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", [*RULED, *NOT_CLAIMED])
+def test_rules_of_the_users(name, mode):
+    net = (RULED | NOT_CLAIMED)[name]
+    loss = lambda p, x: jnp.sum(jnp.sin(net(p, x)))
+    with enable_x64(True):
+        p, x = arguments()
+        p = {"k": p["k"]}
+        run = lambda mode: psc.clipped_value_and_grad(loss, 2.0, mode=mode, return_stats=True)
+        assert_close(jax.jit(run(mode))(p, x), jax.jit(run("vmap"))(p, x), 1e-12)
+        routes = {row.route for row in run(mode).explain(p, x).rows}
+        assert routes == {"custom"} or name not in RULED
+
+
+def test_a_rule_that_is_not_known_does_not_stack_all_samples():
+    loss = lambda w, x: jnp.sum(jnp.square(clipped_backwards(x, w)))
+    w, x = jnp.ones((512, 512)), jnp.asarray(np.random.default_rng(0).normal(size=(64, 1, 512)))
+    f = psc.clipped_grad(loss, 1.0, mode="one_pass")
+    compiled = jax.jit(f).lower(w, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * len(x) * w.nbytes
+    assert "samples at a time" in str(f.explain(w, x))
+    assert_close(f(w, x), psc.clipped_grad(loss, 1.0, mode="vmap")(w, x), 1e-5)
