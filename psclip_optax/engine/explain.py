@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -216,8 +215,10 @@ class _Costs(NamedTuple):
             for one in needed
             if one.is_direct
         }
-        enters = [entering(one, self.num_samples) for one in needed]
-        leaves = [leaving(one, self.num_samples) for one in needed]
+        entered, left = {}, {}
+        for one in needed:
+            entered |= entering(one, self.num_samples)
+            left |= leaving(one, self.num_samples)
         num_leaves = self.plans.num_leaves
 
         def squared_norms(parameters: Any, stacked: Any, x: Any, dy: Any) -> Any:
@@ -236,8 +237,7 @@ class _Costs(NamedTuple):
         parameters = [
             jax.ShapeDtypeStruct(kind.shape, kind.dtype) for kind in self.plans.avals[:num_leaves]
         ]
-        sides = (dict(collections.ChainMap(*side)) for side in (enters, leaves))
-        return count_flops(squared_norms, (parameters, stacks, *sides))
+        return count_flops(squared_norms, (parameters, stacks, entered, left))
 
 
 def _reason(plan: LeafPlan) -> str:

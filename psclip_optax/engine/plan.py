@@ -14,7 +14,8 @@ from psclip_optax.engine.analysis.hoisting import hoisted
 from psclip_optax.engine.analysis.normal_form import normal_form
 from psclip_optax.engine.analysis.pieces import Pieces, in_pieces
 from psclip_optax.engine.analysis.rewrites import rewritten
-from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage, find_usage
+from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage
+from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
 from psclip_optax.engine.routes import route_of, route_of_all
 from psclip_optax.engine.routes.route import Route

@@ -247,8 +247,8 @@ class _Runner(NamedTuple):
 
         carry, (ys, once) = lax.scan(
             step,
-            init,
-            (xs, taps),
+            list(init),
+            (list(xs), taps),
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],

@@ -21,7 +21,7 @@ from psclip_optax.arrays import array_leaves, described
 from psclip_optax.clipped_grad import ClipAt, Mode, check_loss, clipped_value_and_grad
 from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
 from psclip_optax.engine.calls import value_and_aux
-from psclip_optax.engine.modes.microbatches import counting
+from psclip_optax.engine.modes.micro_batches import counting
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
 from psclip_optax.transforms import PerSampleClipState
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -22,8 +22,11 @@ from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_coun
 from psclip_optax.engine.analysis.operations import product_axes
 from psclip_optax.engine.analysis.sites import Computed
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
+from psclip_optax.engine.analysis.walk import walk
 
 _UNKNOWN: Any = object()
+# What does not depend on the parameter that is asked about.
+_FREE: Any = object()
 
 
 def compute(
@@ -53,17 +56,13 @@ def _run_known(
     found: dict[tuple[Path, int], Any],
 ) -> list[Any]:
     """Runs the equations whose inputs are known; the others' outputs are unknown."""
-    values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, inputs, strict=True))
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+    def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> Sequence[Any]:
+        outs = _equation(eqn, inputs, path, found)
+        found.update({(path, output): value for output, value in enumerate(outs)})
+        return outs
 
-    for i, eqn in enumerate(jaxpr.eqns):
-        outs = _equation(eqn, [read(atom) for atom in eqn.invars], (*path, i), found)
-        values.update(zip(eqn.outvars, outs, strict=True))
-        found.update({((*path, i), output): value for output, value in enumerate(outs)})
-    return [read(atom) for atom in jaxpr.outvars]
+    return walk(jaxpr, consts, inputs, lambda value: value, equation, path)
 
 
 def _equation(
@@ -115,29 +114,34 @@ def separable_axes(
       has other axes, so that not every entry depends on the parameter's entries there alone.
     """
     jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
+    if aval(jaxpr.outvars[0]).size == 1:  # one number, whatever of
+        return ()
     shape = aval(jaxpr.invars[which]).shape
     whole = tuple(axis if size > 1 else None for axis, size in enumerate(shape))
-    spreads: dict[core.Var, _Spread | None] = {
-        jaxpr.invars[which]: _Spread(whole, frozenset(axis for axis in whole if axis is not None))
-    }
-    for eqn in jaxpr.eqns:
-        depends = [v for v in eqn.invars if not isinstance(v, core.Literal) and v in spreads]
-        if not depends or eqn.primitive.name == "stop_gradient":
-            continue
-        rule = _SPREAD_RULES.get(eqn.primitive.name)
-        known = [(v, spreads[v]) for v in depends]
-        out = None if rule is None or None in [s for _, s in known] else rule(eqn, known)
-        spreads.update(dict.fromkeys(eqn.outvars, out))
-    out = jaxpr.outvars[0]
-    if aval(out).size == 1:  # one number, whatever of
-        return ()
-    spread = None if isinstance(out, core.Literal) else spreads.get(out)
-    if spread is None:
+    own = _Spread(whole, frozenset(axis for axis in whole if axis is not None))
+    inputs = [own if i == which else _FREE for i in range(len(jaxpr.invars))]
+    (spread,) = walk(jaxpr, _free(jaxpr), inputs, lambda _: _FREE, _spread_after)
+    if not isinstance(spread, _Spread):
         return None
+    out = jaxpr.outvars[0]
     over = [a for a, size in zip(spread.axes, aval(out).shape, strict=True) if size > 1]
     axes = tuple(axis for axis in over if axis is not None)
     is_over_them = len(axes) == len(over) and set(axes) == spread.separable
     return axes if is_over_them else None
+
+
+def _free(jaxpr: core.Jaxpr) -> list[Any]:
+    return [_FREE] * len(jaxpr.constvars)
+
+
+def _spread_after(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> list[Any]:
+    del path
+    known = [(v, own) for v, own in zip(eqn.invars, inputs, strict=True) if own is not _FREE]
+    if not known or eqn.primitive.name == "stop_gradient":
+        return [_FREE] * len(eqn.outvars)
+    rule = _SPREAD_RULES.get(eqn.primitive.name)
+    is_known = rule is not None and all(own is not None for _, own in known)
+    return [rule(eqn, dict(known).items()) if rule and is_known else None] * len(eqn.outvars)
 
 
 class _Power(enum.Enum):
@@ -163,15 +167,16 @@ def is_radial(
       axes: of that parameter.
     """
     jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
-    powers: dict[core.Var, _Power | None] = {jaxpr.invars[which]: _Power.ENTRIES}
     others = tuple(a for a in range(aval(jaxpr.invars[which]).ndim) if a not in axes)
-    for eqn in jaxpr.eqns:
-        inputs = [v for v in eqn.invars if not isinstance(v, core.Literal) and v in powers]
-        if not inputs:
-            continue
-        power = _power(eqn, {powers[v] for v in inputs}, others)
-        powers.update(dict.fromkeys(eqn.outvars, power))
-    return all(powers.get(v, _Power.SUMS) is _Power.SUMS for v in jaxpr.outvars)
+
+    def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> list[Any]:
+        del path
+        depends = [own for own in inputs if own is not _FREE]
+        return [_power(eqn, set(depends), others) if depends else _FREE] * len(eqn.outvars)
+
+    inputs = [_Power.ENTRIES if i == which else _FREE for i in range(len(jaxpr.invars))]
+    outs = walk(jaxpr, _free(jaxpr), inputs, lambda _: _FREE, equation)
+    return all(out is _FREE or out is _Power.SUMS for out in outs)
 
 
 def _power(
@@ -195,7 +200,7 @@ def _power(
     return _Power.SQUARES if is_square else None
 
 
-_Known: TypeAlias = Sequence[tuple[Any, Any]]
+_Known: TypeAlias = Collection[tuple[Any, Any]]
 
 
 def _spread(axes: Sequence[int | None], separable: frozenset[int]) -> _Spread:

@@ -203,16 +203,12 @@ _SUMMABLE = (_Dependence.ZERO, _Dependence.LINEAR)
 
 def _dependences(jaxpr: core.Jaxpr, inputs: Sequence[_Dependence]) -> _Dependences:
     """Tell what the outputs are from what the inputs are."""
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    consts = [_Dependence.NONE] * len(jaxpr.constvars)
+    return walk(jaxpr, consts, inputs, _of_literal, lambda eqn, own, _: _of_equation(eqn, own))
 
-    def read(atom: Any) -> _Dependence:
-        if isinstance(atom, core.Literal):
-            return _Dependence.ZERO if _is_zero(atom.val) else _Dependence.NONE
-        return known.get(atom, _Dependence.NONE)
 
-    for eqn in jaxpr.eqns:
-        known.update(zip(eqn.outvars, _of_equation(eqn, [*map(read, eqn.invars)]), strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+def _of_literal(value: Any) -> _Dependence:
+    return _Dependence.ZERO if _is_zero(value) else _Dependence.NONE
 
 
 def _is_zero(value: Any) -> bool:

@@ -10,7 +10,6 @@ What is not known for certain stays as it is.
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,43 +27,21 @@ from psclip_optax.engine.analysis.equations import (
     checkpointed,
     inner_jaxpr,
     inner_jaxprs,
-    needed_equations,
     parted,
     scan_counts,
 )
-from psclip_optax.engine.analysis.views import Path, as_function, aval, run_equation
+from psclip_optax.engine.analysis.followed import (
+    Source,
+    Value,
+    as_it_is,
+    carry_within,
+    const_within,
+    constant,
+    layer_within,
+    with_traced,
+)
+from psclip_optax.engine.analysis.views import Path, aval
 from psclip_optax.engine.analysis.walk import walk
-from psclip_optax.thresholds import concrete
-
-# Indices are followed up to this size.
-_MOST_FOLLOWED = 2**14
-
-
-class _Source(enum.Enum):
-    """What a value depends on; of what depends on both, data."""
-
-    CONSTANTS = enum.auto()
-    PARAMETERS = enum.auto()
-    DATA = enum.auto()
-
-
-class _Value(NamedTuple):
-    """A value of the new trace.
-
-    Attributes:
-      traced: it.
-      source: what it depends on.
-      number: what it is, if that is known: an array, with an axis in front for the steps of the
-        scan around it if `is_stepped`.
-      is_stepped: whether it is another in each step.
-      const: of which of the scan's constants it is the whole.
-    """
-
-    traced: Any
-    source: _Source
-    number: Any = None
-    is_stepped: bool = False
-    const: int | None = None
 
 
 class _Layers(NamedTuple):
@@ -86,11 +63,11 @@ def normal_form(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
     """
     if closed.effects or not _has_occasion(closed.jaxpr):
         return closed
-    sources = [_Source.PARAMETERS] * num_leaves
-    sources += [_Source.DATA] * (len(closed.jaxpr.invars) - num_leaves)
+    sources = [Source.PARAMETERS] * num_leaves
+    sources += [Source.DATA] * (len(closed.jaxpr.invars) - num_leaves)
 
     def run(*inputs: Any) -> list[Any]:
-        values = [_Value(*both) for both in zip(inputs, sources, strict=True)]
+        values = [Value(*both) for both in zip(inputs, sources, strict=True)]
         outs = _Tracer(None, {}).jaxpr(closed.jaxpr, closed.consts, values)
         return [out.traced for out in outs]
 
@@ -121,40 +98,40 @@ class _Tracer(NamedTuple):
         self,
         jaxpr: core.Jaxpr,
         consts: Sequence[Any],
-        inputs: Sequence[_Value],
+        inputs: Sequence[Value],
         path: Path = (),
-    ) -> list[_Value]:
-        return walk(jaxpr, [*map(_constant, consts)], inputs, _constant, self.eqn, path)
+    ) -> list[Value]:
+        return walk(jaxpr, [*map(constant, consts)], inputs, constant, self.eqn, path)
 
-    def eqn(self, eqn: core.JaxprEqn, inputs: list[_Value], path: Path) -> Sequence[_Value]:
+    def eqn(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value]:
         rule = _RULES.get(eqn.primitive.name)
         outs = None
-        if rule is not None and any(value.source is _Source.PARAMETERS for value in inputs):
+        if rule is not None and any(value.source is Source.PARAMETERS for value in inputs):
             outs = rule(self, eqn, inputs, path)
-        return _as_it_is(eqn, inputs) if outs is None else outs
+        return as_it_is(eqn, inputs) if outs is None else outs
 
-    def call(self, eqn: core.JaxprEqn, inputs: list[_Value], path: Path) -> Sequence[_Value] | None:
+    def call(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value] | None:
         jaxpr, consts = inner_jaxpr(eqn)
         return self.jaxpr(jaxpr, consts, inputs, path) if _has_occasion(jaxpr) else None
 
     def checkpoint(
-        self, eqn: core.JaxprEqn, inputs: list[_Value], path: Path
-    ) -> Sequence[_Value] | None:
+        self, eqn: core.JaxprEqn, inputs: list[Value], path: Path
+    ) -> Sequence[Value] | None:
         if not _has_occasion(inner_jaxpr(eqn)[0]):
             return None
-        sources: list[_Source] = []
+        sources: list[Source] = []
 
         def call(traced: list[Any]) -> list[Any]:
-            outs = self.call(eqn, _with_traced(inputs, traced), path) or ()
+            outs = self.call(eqn, with_traced(inputs, traced), path) or ()
             sources[:] = [out.source for out in outs]
             return [out.traced for out in outs]
 
         outs = checkpointed(eqn, call)([value.traced for value in inputs])
-        return [_Value(*both) for both in zip(outs, sources, strict=True)]
+        return [Value(*both) for both in zip(outs, sources, strict=True)]
 
-    def cond(self, eqn: core.JaxprEqn, inputs: list[_Value], path: Path) -> Sequence[_Value] | None:
+    def cond(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value] | None:
         index, *operands = inputs
-        if index.source is not _Source.DATA or eqn.effects:
+        if index.source is not Source.DATA or eqn.effects:
             return None
         branches = eqn.params["branches"]
         results = [
@@ -164,15 +141,15 @@ class _Tracer(NamedTuple):
         is_last = index.traced > 0
         which = is_last if len(branches) == 2 else jnp.clip(index.traced, 0, len(branches) - 1)
         return [
-            _Value(lax.select_n(which, *(out.traced for out in outs)), _Source.DATA)
+            Value(lax.select_n(which, *(out.traced for out in outs)), Source.DATA)
             for outs in zip(*results, strict=True)
         ]
 
     def dynamic_slice(
-        self, eqn: core.JaxprEqn, inputs: list[_Value], path: Path
-    ) -> Sequence[_Value] | None:
+        self, eqn: core.JaxprEqn, inputs: list[Value], path: Path
+    ) -> Sequence[Value] | None:
         if path in self.given:
-            return [_Value(self.given[path], _Source.PARAMETERS)]
+            return [Value(self.given[path], Source.PARAMETERS)]
         operand, *starts = inputs
         known = [start for start in starts if start.number is not None]
         if len(known) < len(starts):
@@ -187,33 +164,32 @@ class _Tracer(NamedTuple):
             return None
         stops = np.add(first, sizes)
         out = lax.slice(operand.traced, [*map(int, first)], [*map(int, stops)])
-        return [_Value(out, _Source.PARAMETERS)]
+        return [Value(out, Source.PARAMETERS)]
 
-    def gather(
-        self, eqn: core.JaxprEqn, inputs: list[_Value], path: Path
-    ) -> Sequence[_Value] | None:
+    def gather(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value] | None:
         del path
         operand, indices = inputs
-        is_known = indices.number is not None and not indices.is_stepped
-        rows = _rows(eqn, indices.number) if is_known else None
+        if indices.number is None or indices.is_stepped:
+            return None
+        rows = _rows(eqn, indices.number)
         if rows is None:
             return None
         out = lax.slice_in_dim(operand.traced, rows.start, rows.stop, rows.step)
-        return [_Value(out.reshape(aval(eqn.outvars[0]).shape), _Source.PARAMETERS)]
+        return [Value(out.reshape(aval(eqn.outvars[0]).shape), Source.PARAMETERS)]
 
-    def scan(self, eqn: core.JaxprEqn, inputs: list[_Value], path: Path) -> Sequence[_Value] | None:
+    def scan(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value] | None:
         del path
         body = inner_jaxpr(eqn)[0]
         if not eqn.params["length"] or not _has_occasion(body):
             return None
         num_consts, num_carry = scan_counts(eqn)
         consts, init, xs = parted(inputs, num_consts, num_carry)
-        within = [*map(_const_within, consts, range(num_consts)), *_carry_within(eqn, inputs)]
-        within += map(_layer_within, xs)
+        within = [*map(const_within, consts, range(num_consts)), *carry_within(eqn, inputs)]
+        within += map(layer_within, xs)
 
         def step(tracer: _Tracer, carry: list[Any], own: list[Any]) -> Any:
             traced = [*(value.traced for value in consts), *carry, *own]
-            outs = tracer.jaxpr(*inner_jaxpr(eqn), _with_traced(within, traced))
+            outs = tracer.jaxpr(*inner_jaxpr(eqn), with_traced(within, traced))
             traced = [out.traced for out in outs]
             return traced[:num_carry], traced[num_carry:]
 
@@ -237,7 +213,7 @@ class _Tracer(NamedTuple):
             reverse=eqn.params["reverse"],
             unroll=eqn.params["unroll"],
         )
-        return [_Value(out, _Source.DATA) for out in [*carry, *ys]]
+        return [Value(out, Source.DATA) for out in [*carry, *ys]]
 
 
 _RULES = {
@@ -248,119 +224,6 @@ _RULES = {
     "gather": _Tracer.gather,
     "scan": _Tracer.scan,
 }
-
-
-def _as_it_is(eqn: core.JaxprEqn, inputs: Sequence[_Value]) -> Sequence[_Value]:
-    source = max([value.source for value in inputs], key=_order, default=_Source.CONSTANTS)
-    traced = run_equation(eqn, [value.traced for value in inputs])
-    numbers, is_stepped = _numbers(eqn, inputs), any(value.is_stepped for value in inputs)
-    return [_Value(out, source, n, is_stepped) for out, n in zip(traced, numbers, strict=True)]
-
-
-def _order(source: _Source) -> int:
-    return source.value
-
-
-def _constant(value: Any) -> _Value:
-    known = concrete(value)
-    return _Value(value, _Source.CONSTANTS, known if known is None or _is_index(known) else None)
-
-
-def _with_traced(values: Sequence[_Value], traced: Sequence[Any]) -> list[_Value]:
-    return [value._replace(traced=one) for value, one in zip(values, traced, strict=True)]
-
-
-# Indices
-
-
-def _is_index(kind: Any) -> bool:
-    is_whole = jnp.issubdtype(kind.dtype, jnp.integer) or kind.dtype == bool
-    return is_whole and kind.size <= _MOST_FOLLOWED
-
-
-def _numbers(eqn: core.JaxprEqn, inputs: Sequence[_Value]) -> Sequence[Any]:
-    """What an equation's outputs are, of those that are indices."""
-    is_known = all(value.number is not None for value in inputs) and not eqn.effects
-    if not is_known or not all(_is_index(aval(v)) for v in eqn.outvars):
-        return [None] * len(eqn.outvars)
-    function: Any = functools.partial(_run, eqn)
-    axes = [0 if value.is_stepped else None for value in inputs]
-    with jax.ensure_compile_time_eval():
-        if 0 in axes:
-            function = jax.vmap(function, in_axes=axes)
-        return [np.asarray(out) for out in function(*(value.number for value in inputs))]
-
-
-def _run(eqn: core.JaxprEqn, *inputs: Any) -> list[Any]:
-    return run_equation(eqn, inputs)
-
-
-def _const_within(value: _Value, const: int) -> _Value:
-    return (_forgotten(value) if value.is_stepped else value)._replace(const=const)
-
-
-def _layer_within(value: _Value) -> _Value:
-    return _forgotten(value) if value.is_stepped else value._replace(is_stepped=True)
-
-
-def _forgotten(value: _Value) -> _Value:
-    """The value without its number: that of each step of the scan further out."""
-    return _Value(value.traced, value.source)
-
-
-def _carry_within(eqn: core.JaxprEqn, inputs: Sequence[_Value]) -> list[_Value]:
-    """The carry of a scan: data, or counters whose number in each step is known."""
-    body, consts = inner_jaxpr(eqn)
-    num_consts, num_carry = scan_counts(eqn)
-    is_known = [value.number is not None and not value.is_stepped for value in inputs]
-    is_known = is_known if not consts else [False] * len(inputs)
-    carry = range(num_consts, num_consts + num_carry)
-    while True:
-        told = walk(body, (), is_known, lambda _: True, lambda e, own, _: _told(e, own))
-        lost = [i for i in carry if is_known[i] and not told[i - num_consts]]
-        if not lost:
-            break
-        for i in lost:
-            is_known[i] = False
-    counters = [i for i in carry if is_known[i]]
-    sequences = _sequences(eqn, inputs, is_known, counters)
-    data = _Value(None, _Source.DATA)
-    by_index = dict(zip(counters, sequences, strict=True))
-    return [
-        _Value(None, _Source.CONSTANTS, by_index[i], True) if i in by_index else data for i in carry
-    ]
-
-
-def _told(eqn: core.JaxprEqn, inputs: list[bool]) -> list[bool]:
-    is_told = all(inputs) and not eqn.effects and all(_is_index(aval(v)) for v in eqn.outvars)
-    return [is_told] * len(eqn.outvars)
-
-
-def _sequences(
-    eqn: core.JaxprEqn, inputs: Sequence[_Value], is_known: list[bool], counters: list[int]
-) -> list[np.ndarray]:
-    """The numbers that counters are in each step, in the order of what the scan runs over."""
-    if not counters:
-        return []
-    body, _ = inner_jaxpr(eqn)
-    num_consts, num_carry = scan_counts(eqn)
-    known = [i for i in range(len(inputs)) if is_known[i]]
-    outputs = [body.outvars[i - num_consts] for i in counters]
-    needed = needed_equations(body, outputs)
-    step = as_function(needed, [body.invars[i] for i in known], outputs)
-    now = {i: inputs[i].number for i in known}
-    steps = range(eqn.params["length"])
-    sequence: list[list[Any]] = []
-    with jax.ensure_compile_time_eval():
-        for at in reversed(steps) if eqn.params["reverse"] else steps:
-            sequence.append([now[i] for i in counters])
-            own = [now[i][at] if i >= num_consts + num_carry else now[i] for i in known]
-            now |= dict(zip(counters, step(*own), strict=True))
-    ordered = reversed(sequence) if eqn.params["reverse"] else sequence
-    return [np.stack(numbers) for numbers in zip(*ordered, strict=True)]
-
-
-# Layers and rows
 
 
 def _layers(

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 from jax.extend import core, source_info_util
 
 from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_counts
-from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.analysis.views import Path, aval
+from psclip_optax.engine.analysis.walk import walk
 
 
 class FromExample(NamedTuple):
@@ -93,16 +94,12 @@ class _Walk(NamedTuple):
         return self.known[jaxpr, kinds]
 
     def eqns(self, jaxpr: core.Jaxpr, kinds: tuple[Kind, ...]) -> list[Kind]:
-        of: dict[Any, Kind] = dict(zip(jaxpr.invars, kinds, strict=True))
+        consts = [None] * len(jaxpr.constvars)
+        return walk(jaxpr, consts, kinds, lambda _: None, self.any_eqn)
 
-        def read(atom: Any) -> Kind:
-            return None if isinstance(atom, core.Literal) else of.get(atom)
-
-        for eqn in jaxpr.eqns:
-            inputs = tuple(read(atom) for atom in eqn.invars)
-            if any(inputs):
-                of.update(zip(eqn.outvars, self.eqn(eqn, inputs), strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+    def any_eqn(self, eqn: core.JaxprEqn, kinds: Sequence[Kind], path: Path) -> Sequence[Kind]:
+        del path
+        return self.eqn(eqn, tuple(kinds)) if any(kinds) else [None] * len(eqn.outvars)
 
     def eqn(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
         # The derivative of a broadcast is a sum: that of a user's own `grad` is no statistic.

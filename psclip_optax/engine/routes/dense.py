@@ -92,7 +92,7 @@ def form(site: Site) -> Form:
 def factors(sites: Sequence[Site], entered: Entered, cotangents: Cotangents) -> Factors:
     """Make both factors of the sum of the gradients at sites that join."""
     like = form(sites[0])
-    parts = [_factors(site, *entered[site.path], cotangents[site.path], like) for site in sites]
+    parts = [_factors(site, entered[site.path][0], cotangents[site.path], like) for site in sites]
     return _joined(parts)
 
 

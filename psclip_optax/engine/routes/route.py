@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site, of_parameter
-from psclip_optax.engine.analysis.views import Path, run_equation
+from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.parts import in_parts
 
 # What enters each site, and the cotangents of what leaves it: [scans…, n, …].
@@ -67,7 +67,7 @@ class Route(abc.ABC):
         axes_of_entered = {path: (axis,) * len(entered[path]) for path, axis in axes.items()}
         num_samples = cotangents[sites[0].path].shape[sites[0].sample_axis]
         return in_parts(
-            lambda sides: self.squared_norms_of_part(sites, *sides, dtype),
+            lambda sides: self.squared_norms_of_part(sites, sides[0], sides[1], dtype),
             ({path: entered[path] for path in axes}, {path: cotangents[path] for path in axes}),
             (axes_of_entered, axes),
             num_samples,
@@ -98,7 +98,7 @@ class Route(abc.ABC):
     def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> float:
         """Say in how many parts the samples go at least: what is made on the way costs memory."""
         del dtype
-        kinds = [(site, atom.aval) for site in sites for atom in (*site.entering, site.leaving)]
+        kinds = [(s, aval(atom)) for s in sites for atom in (*s.entering, s.leaving)]
         entries = sum(math.prod(site.scans) * kind.size for site, kind in kinds)
         return num_samples * entries / _MOST_AT_ONCE
 

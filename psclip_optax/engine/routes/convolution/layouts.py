@@ -99,7 +99,7 @@ class BlockSizes(NamedTuple):
 def block_sizes(site: Site) -> BlockSizes:
     dims, groups = site.eqn.params["dimension_numbers"], site.eqn.params["feature_group_count"]
     layered, steps = site.scan_axes
-    x, y = aval(site.eqn.invars[0]).shape, site.leaving.aval.shape
+    x, y = aval(site.eqn.invars[0]).shape, aval(site.leaving).shape
     return BlockSizes(
         num_in=x[dims.lhs_spec[1]] // groups,
         num_out=y[dims.out_spec[1]] // groups,

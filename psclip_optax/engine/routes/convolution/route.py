@@ -75,7 +75,7 @@ class Convolution(Route):
             axes = {site.path: site.sample_axis for site in sites}
             axes_of_sides = {path: (axis,) for path, axis in axes.items()}, axes
             every_sample = jax.tree.map(whole, axes_of_sides, sides, tuple(is_batched))
-            return every(sites, *every_sample, dtype)[:, None], True
+            return every(sites, every_sample[0], every_sample[1], dtype)[:, None], True
 
         return of_one(entered, cotangents)
 

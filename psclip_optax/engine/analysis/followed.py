@@ -1,0 +1,155 @@
+"""Values of a new trace, with what they depend on, and which index they are where that is known."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from psclip_optax.engine.analysis.equations import inner_jaxpr, needed_equations, scan_counts
+from psclip_optax.engine.analysis.views import as_function, aval, run_equation
+from psclip_optax.engine.analysis.walk import walk
+from psclip_optax.thresholds import concrete
+
+# Indices are followed up to this size.
+_MOST_FOLLOWED = 2**14
+
+
+class Source(enum.Enum):
+    """What a value depends on; of what depends on both, data."""
+
+    CONSTANTS = enum.auto()
+    PARAMETERS = enum.auto()
+    DATA = enum.auto()
+
+
+class Value(NamedTuple):
+    """A value of the new trace.
+
+    Attributes:
+      traced: it.
+      source: what it depends on.
+      number: what it is, if that is known: an array, with an axis in front for the steps of the
+        scan around it if `is_stepped`.
+      is_stepped: whether it is another in each step.
+      const: of which of the scan's constants it is the whole.
+    """
+
+    traced: Any
+    source: Source
+    number: Any = None
+    is_stepped: bool = False
+    const: int | None = None
+
+
+def as_it_is(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Value]:
+    source = max([value.source for value in inputs], key=_order, default=Source.CONSTANTS)
+    traced = run_equation(eqn, [value.traced for value in inputs])
+    numbers, is_stepped = _numbers(eqn, inputs), any(value.is_stepped for value in inputs)
+    return [Value(out, source, n, is_stepped) for out, n in zip(traced, numbers, strict=True)]
+
+
+def _order(source: Source) -> int:
+    return source.value
+
+
+def constant(value: Any) -> Value:
+    known = concrete(value)
+    return Value(value, Source.CONSTANTS, known if known is None or _is_index(known) else None)
+
+
+def with_traced(values: Sequence[Value], traced: Sequence[Any]) -> list[Value]:
+    return [value._replace(traced=one) for value, one in zip(values, traced, strict=True)]
+
+
+def _is_index(kind: Any) -> bool:
+    is_whole = jnp.issubdtype(kind.dtype, jnp.integer) or kind.dtype == bool
+    return is_whole and kind.size <= _MOST_FOLLOWED
+
+
+def _numbers(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Any]:
+    """What an equation's outputs are, of those that are indices."""
+    is_known = all(value.number is not None for value in inputs) and not eqn.effects
+    if not is_known or not all(_is_index(aval(v)) for v in eqn.outvars):
+        return [None] * len(eqn.outvars)
+    function: Any = functools.partial(_run, eqn)
+    axes = [0 if value.is_stepped else None for value in inputs]
+    with jax.ensure_compile_time_eval():
+        if 0 in axes:
+            function = jax.vmap(function, in_axes=axes)
+        return [np.asarray(out) for out in function(*(value.number for value in inputs))]
+
+
+def _run(eqn: core.JaxprEqn, *inputs: Any) -> list[Any]:
+    return run_equation(eqn, inputs)
+
+
+def const_within(value: Value, const: int) -> Value:
+    return (_forgotten(value) if value.is_stepped else value)._replace(const=const)
+
+
+def layer_within(value: Value) -> Value:
+    return _forgotten(value) if value.is_stepped else value._replace(is_stepped=True)
+
+
+def _forgotten(value: Value) -> Value:
+    """The value without its number: that of each step of the scan further out."""
+    return Value(value.traced, value.source)
+
+
+def carry_within(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
+    """The carry of a scan: data, or counters whose number in each step is known."""
+    body, consts = inner_jaxpr(eqn)
+    num_consts, num_carry = scan_counts(eqn)
+    is_known = [value.number is not None and not value.is_stepped for value in inputs]
+    is_known = is_known if not consts else [False] * len(inputs)
+    carry = range(num_consts, num_consts + num_carry)
+    while True:
+        told = walk(body, (), is_known, lambda _: True, lambda e, own, _: _told(e, own))
+        lost = [i for i in carry if is_known[i] and not told[i - num_consts]]
+        if not lost:
+            break
+        for i in lost:
+            is_known[i] = False
+    counters = [i for i in carry if is_known[i]]
+    sequences = _sequences(eqn, inputs, is_known, counters)
+    data = Value(None, Source.DATA)
+    by_index = dict(zip(counters, sequences, strict=True))
+    return [
+        Value(None, Source.CONSTANTS, by_index[i], True) if i in by_index else data for i in carry
+    ]
+
+
+def _told(eqn: core.JaxprEqn, inputs: list[bool]) -> list[bool]:
+    is_told = all(inputs) and not eqn.effects and all(_is_index(aval(v)) for v in eqn.outvars)
+    return [is_told] * len(eqn.outvars)
+
+
+def _sequences(
+    eqn: core.JaxprEqn, inputs: Sequence[Value], is_known: list[bool], counters: list[int]
+) -> list[np.ndarray]:
+    """The numbers that counters are in each step, in the order of what the scan runs over."""
+    if not counters:
+        return []
+    body, _ = inner_jaxpr(eqn)
+    num_consts, num_carry = scan_counts(eqn)
+    known = [i for i in range(len(inputs)) if is_known[i]]
+    outputs = [body.outvars[i - num_consts] for i in counters]
+    needed = needed_equations(body, outputs)
+    step = as_function(needed, [body.invars[i] for i in known], outputs)
+    now = {i: inputs[i].number for i in known}
+    steps = range(eqn.params["length"])
+    sequence: list[list[Any]] = []
+    with jax.ensure_compile_time_eval():
+        for at in reversed(steps) if eqn.params["reverse"] else steps:
+            sequence.append([now[i] for i in counters])
+            own = [now[i][at] if i >= num_consts + num_carry else now[i] for i in known]
+            now |= dict(zip(counters, step(*own), strict=True))
+    ordered = reversed(sequence) if eqn.params["reverse"] else sequence
+    return [np.stack(numbers) for numbers in zip(*ordered, strict=True)]
