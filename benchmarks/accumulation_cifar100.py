@@ -1,11 +1,11 @@
 """Clip micro-batches before they are accumulated, after, or not at all?
 
-    python -m benchmarks.accumulation_cifar100 --data-dir FOLDER --runs FOLDER
+    python -m benchmarks.accumulation_cifar100 --data-dir FOLDER --runs FILE
 
 AlexNet on CIFAR-100, 4 and 16 micro-batches of 32 samples in a step, every way to clip tuned with
 as many trials, six or eight, of half the length, and tested with other seeds. Every finished run is
-a JSON file under --runs; the same command goes on where it was stopped. Prints a table and writes
-it to benchmarks/results as accumulation_cifar100.json and .png.
+a line of --runs; the same command goes on where it was stopped. Prints a table and writes it to
+benchmarks/results as accumulation_cifar100.json and .png.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BETA = 2.0
 METHODS = ("not clipped", "clipped after", "clipped before")
 COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
 RATES = (0.006, 0.02, 0.06)
-DEFAULTS = Options(RESULTS / "accumulation_cifar100_runs")
+DEFAULTS = Options(RESULTS / "accumulation_cifar100.runs.jsonl")
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
     "clipping before to each other way are paired by seed, with 95% intervals (Student's t). Time: "
@@ -196,8 +196,7 @@ def main(
     rows = [run_cell(noise, number, train) for noise in noises for number in microbatches]
     steps = {
         str(number): timed_once(
-            options.runs / f"steps-width_{options.width:g}-microbatches_{number}.json",
-            functools.partial(time_steps, number, train),
+            train, functools.partial(time_steps, number, train), microbatches=number
         )
         for number in microbatches
     }

@@ -1,11 +1,11 @@
 """Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
 
-    python -m benchmarks.alexnet_cifar100 --data-dir FOLDER --runs FOLDER
+    python -m benchmarks.alexnet_cifar100 --data-dir FOLDER --runs FILE
 
 Six methods, each with 12 trials on 45,000 training images, the best of which by the accuracy on the
-other 5,000 is trained again from five seeds and tested. Every finished run is a JSON file under
---runs; the same command goes on where it was stopped. Prints tables and writes them to
-benchmarks/results as alexnet_cifar100.json and .png.
+other 5,000 is trained again from five seeds and tested. Every finished run is a line of --runs; the
+same command goes on where it was stopped. Prints tables and writes them to benchmarks/results as
+alexnet_cifar100.json and .png.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ BETA = 2.0
 FAILED = 0.015  # chance is 0.01
 WATCHED = ("momentum", "per-sample, growing")  # whose gradient norms' tails are estimated
 DEFAULTS = Options(
-    RESULTS / "alexnet_cifar100_runs",
+    RESULTS / "alexnet_cifar100.runs.jsonl",
     width=0.5,
     epochs=28,
     seeds=5,
@@ -502,10 +502,7 @@ def main(
         for noise in noises
     }
     tested = in_one_go(tests, train)
-    steps = timed_once(
-        options.runs / f"steps-width_{options.width:g}-batch_{batch_size}.json",
-        lambda: time_steps(batch_size, train),
-    )
+    steps = timed_once(train, lambda: time_steps(batch_size, train), batch_size=batch_size)
     result = {
         "machine": tested[noises[0]][0]["machine"],
         "note": NOTE,

@@ -1,11 +1,11 @@
 """Where does per-sample clipping win, and where does it not?
 
-    python -m benchmarks.clipping_map --data-dir FOLDER --runs FOLDER
+    python -m benchmarks.clipping_map --data-dir FOLDER --runs FILE
 
 AlexNet on CIFAR-100 around one setting, of which batch size, momentum, noise and length change. In
 each cell three methods get as many trials, six or eight, of half the length, and the winners three
-more seeds. Every finished run is a JSON file under --runs; the same command goes on where it was
-stopped. Prints a table and writes it to benchmarks/results as clipping_map.json and .png.
+more seeds. Every finished run is a line of --runs; the same command goes on where it was stopped.
+Prints a table and writes it to benchmarks/results as clipping_map.json and .png.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from benchmarks.tuned import (
 BETA = 2.0
 METHODS = ("no clipping", "batch clipping", "per-sample, growing")
 COLOURS: dict[str, str] = dict(zip(METHODS[:2], ("#000000", "#D55E00"), strict=True))
-DEFAULTS = Options(RESULTS / "clipping_map_runs")
+DEFAULTS = Options(RESULTS / "clipping_map.runs.jsonl")
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences of "
     "per-sample clipping to each other method are paired by seed, with 95% intervals (Student's t)."

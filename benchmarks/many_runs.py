@@ -2,7 +2,7 @@
 
 Every method of the comparisons is one set of numbers of the same program: plain SGD clips at ∞, a
 constant threshold grows with exponent 0. So runs of all methods are mapped over together, and what
-is compared differs in nothing else. A finished run is one JSON file, and is not run again.
+is compared differs in nothing else. A finished run is kept, and is not run again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,10 +24,11 @@ from jax import lax
 from rich.console import Console
 
 import psclip_optax as psc
+from benchmarks.runs_cache import RunsCache
 from benchmarks.stacked_traffic import describe_machine
 from psclip_optax.training.corruptions import with_label_noise, with_student_t_pixels
 from psclip_optax.training.datasets import Dataset, Split, train_validation_split
-from psclip_optax.training.files import to_json, write_atomically
+from psclip_optax.training.files import to_json
 from psclip_optax.training.models import build_model
 
 PADDING = 4  # pixels that a random crop may shift an image by
@@ -131,12 +130,12 @@ class Run(NamedTuple):
     def described(self) -> dict[str, Any]:
         """As JSON holds it; ∞ is null there."""
         setting = dataclasses.asdict(self.setting)
-        return self._asdict() | {"numbers": self.numbers._asdict(), "setting": setting}
+        return as_json(self._asdict() | {"numbers": self.numbers._asdict(), "setting": setting})
 
-    def file_name(self) -> str:
-        digest = hashlib.sha256(to_json(self.described()).encode()).hexdigest()[:12]
-        words = (self.stage, self.noise, self.method, f"seed {self.seed}", digest)
-        return "-".join(word.replace(" ", "_").replace("%", "") for word in words) + ".json"
+
+def as_json(value: Any) -> Any:
+    """Gives what a reader of this value's JSON has: NaN and ∞ are None there."""
+    return json.loads(to_json(value))
 
 
 class State(NamedTuple):
@@ -404,7 +403,7 @@ def run_all(
     data: Data,
     num_classes: int,
     *,
-    folder: pathlib.Path,
+    cache: RunsCache,
     together: int,
     console: Console,
     seconds: float = float("inf"),
@@ -415,7 +414,7 @@ def run_all(
       runs: what to train.
       data: on what.
       num_classes: number of labels.
-      folder: of the finished runs.
+      cache: of the finished runs.
       together: how many are trained at once.
       console: where progress is shown.
       seconds: no chunk is begun after so much time.
@@ -423,27 +422,26 @@ def run_all(
     Raises:
       TimeoutError: the time is over before all runs are finished.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    pending = [run for run in runs if not (folder / run.file_name()).exists()]
+    pending = [run for run in runs if run.described() not in cache]
     start = time.perf_counter()
     for chunk in _chunks(pending, together):
         if time.perf_counter() - start > seconds:
             raise TimeoutError(f"{seconds:.0f} s are over; repeat the command to go on")
         began = time.perf_counter()
-        for run, record in zip(
+        for run, found in zip(
             chunk, train_together(chunk, data, num_classes, together), strict=True
         ):
-            norms = record.pop("norms")
+            norms = found.pop("norms")
             if run.watches_tails:
-                record["tails"] = {epoch: tail_figures(own) for epoch, own in norms.items()}
-            write_atomically(folder / run.file_name(), to_json(record).encode())
+                found["tails"] = {epoch: tail_figures(own) for epoch, own in norms.items()}
+            cache.add(run.described(), as_json(found))
         elapsed = time.perf_counter() - began
         epochs = sum(run.epochs for run in chunk)
         console.print(
             f"{len(chunk)} runs of {chunk[0].stage}, {chunk[0].noise}: {elapsed:.1f} s, "
             f"{elapsed / epochs:.3f} s an epoch"
         )
-    return [json.loads((folder / run.file_name()).read_text()) for run in runs]
+    return [run.described() | cache[run.described()] for run in runs]
 
 
 def _chunks(runs: list[Run], together: int) -> Iterator[list[Run]]:
@@ -463,7 +461,7 @@ def train_together(
     together: int,
     automatic: Callable[[Any], psc.AdaptiveThreshold] = moment_rule,
 ) -> list[dict[str, Any]]:
-    """Trains runs of one setting and length, as `build_program` does; the record of each."""
+    """Trains runs of one setting and length, as `build_program` does; what each one gave."""
     # As many as in any other chunk, so that nothing is compiled again.
     padded = runs + [runs[-1]] * (together - len(runs))
     setting, epochs = runs[0].setting, runs[0].epochs
@@ -490,8 +488,8 @@ def train_together(
     seconds = (time.perf_counter() - start) / len(runs)
     machine = describe_machine()
     return [
-        run.described() | _record(curves, place) | {"seconds": seconds, "machine": machine}
-        for place, run in enumerate(runs)
+        _record(curves, place) | {"seconds": seconds, "machine": machine}
+        for place in range(len(runs))
     ]
 
 

@@ -8,7 +8,6 @@ seeds and tested. All runs of a chunk are one program, with the images on the de
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -21,8 +20,18 @@ from jax import lax
 
 import psclip_optax as psc
 from benchmarks.accumulation import mean_loss
-from benchmarks.many_runs import Data, Numbers, Run, Setting, build_loss, load_data, train_together
+from benchmarks.many_runs import (
+    Data,
+    Numbers,
+    Run,
+    Setting,
+    as_json,
+    build_loss,
+    load_data,
+    train_together,
+)
 from benchmarks.on_gpu_results import Results, say
+from benchmarks.runs_cache import RunsCache
 from benchmarks.stacked_traffic import Case, quartiles, time_interleaved
 from benchmarks.tuned import (
     batch_clipping_grid,
@@ -37,7 +46,6 @@ from benchmarks.tuned import (
     tune_and_test,
 )
 from psclip_optax.training.datasets import Dataset, Split
-from psclip_optax.training.files import to_json, write_atomically
 from psclip_optax.training.models import build_model
 
 # What is asked first comes first, for the time may end before the list does.
@@ -142,17 +150,17 @@ def random_images() -> Dataset:
 
 @dataclasses.dataclass
 class Trainer:
-    """Trains runs on one data set, and keeps their records in a file.
+    """Trains runs on one data set, and keeps what they gave.
 
     Attributes:
-      path: of the file, a line a run.
+      cache: of the finished runs.
       data: on what.
       num_classes: number of labels.
       plan: how many at once, and until when.
       seconds_of_epoch: of the last chunk, to foresee whether another one fits.
     """
 
-    path: pathlib.Path
+    cache: RunsCache
     data: Data
     num_classes: int
     plan: Plan
@@ -164,29 +172,22 @@ class Trainer:
         Raises:
           TimeoutError: the time is over before all are finished.
         """
-        finished = self.finished()
-        pending = [run for run in runs if run.file_name() not in finished]
+        pending = [run for run in runs if self.described(run) not in self.cache]
         together = self.plan.together
         for first in range(0, len(pending), together):
             self.train(pending[first : first + together])
-        finished = self.finished()
-        return [finished[run.file_name()] for run in runs]
+        return [self.described(run) | self.cache[self.described(run)] for run in runs]
 
     def train(self, chunk: list[Run]) -> None:
         start, epochs = time.perf_counter(), chunk[0].epochs
         if start + epochs * self.seconds_of_epoch > self.plan.end:
             raise TimeoutError
-        records = train_together(
-            chunk, self.data, self.num_classes, self.plan.together, median_rule
-        )
+        found = train_together(chunk, self.data, self.num_classes, self.plan.together, median_rule)
         self.seconds_of_epoch = (time.perf_counter() - start) / epochs
-        lines = [
-            to_json(record | {"name": run.file_name(), "images": self.images(), "norms": None})
-            for run, record in zip(chunk, records, strict=True)
-        ]
-        earlier = self.path.read_text().splitlines() if self.path.exists() else []
-        write_atomically(self.path, "".join(f"{line}\n" for line in [*earlier, *lines]).encode())
-        best = max(map(test_accuracy, records))
+        for run, own in zip(chunk, found, strict=True):
+            del own["norms"]  # of every sample
+            self.cache.add(self.described(run), as_json(own))
+        best = max(map(test_accuracy, found))
         say(
             f"  {chunk[0].stage}, {len(chunk)} runs: {self.seconds_of_epoch:.2f} s an epoch, "
             f"at best {100 * best:.1f} % right"
@@ -197,13 +198,8 @@ class Trainer:
             name: len(getattr(self.data, name).images) for name in ("train", "validation", "test")
         }
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        records = [record for record in read_runs(self.path) if record["images"] == self.images()]
-        return {record["name"]: record for record in records}
-
-
-def read_runs(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def described(self, run: Run) -> dict[str, Any]:
+        return run.described() | {"images": self.images()}
 
 
 def train_all(results: Results, plan: Plan) -> None:
@@ -211,7 +207,7 @@ def train_all(results: Results, plan: Plan) -> None:
     dataset = random_images() if plan.tiny else read_parts(plan.data_dir)
     add_steps(results, plan, dataset.num_classes, dataset.image_shape)
     data = load_data(dataset, len(dataset.train.labels) // 10)
-    trainer = Trainer(results.runs, data, dataset.num_classes, plan)
+    trainer = Trainer(RunsCache(results.runs), data, dataset.num_classes, plan)
     say(f"training on {trainer.images()}")
     try:
         for epochs in plan.epochs:
@@ -328,7 +324,7 @@ def to_markdown(rows: list[dict[str, Any]], path: pathlib.Path) -> str:
     """The tuned methods at each length, and what a step of each costs."""
     steps = next((row["ways"] for row in rows if row["what"] == "step"), {})
     groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for record in read_runs(path):
+    for record in RunsCache(path).records():
         groups.setdefault((record["epochs"], record["images"]["train"]), []).append(record)
     table = [
         ["epochs", "train images", "method", "chosen", "at an edge", "seeds", "test accuracy, %"]

@@ -1,12 +1,12 @@
 """How much does the threshold matter, and how is it to be chosen?
 
-    python -m benchmarks.threshold_sweep --data-dir FOLDER --runs FOLDER
+    python -m benchmarks.threshold_sweep --data-dir FOLDER --runs FILE
 
 AlexNet on CIFAR-100 under growing thresholds τ_k = α √k from one that clips everything to one that
 clips next to nothing, and under none. Each α is tuned alone, over four learning rates by runs of
-half the length, and its winner tested with other seeds. Every finished run is a JSON file under
---runs; the same command goes on where it was stopped. Prints a table and writes it to
-benchmarks/results as threshold_sweep.json and .png.
+half the length, and its winner tested with other seeds. Every finished run is a line of --runs; the
+same command goes on where it was stopped. Prints a table and writes it to benchmarks/results as
+threshold_sweep.json and .png.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BETA = 2.0
 RATES = (0.006, 0.02, 0.06, 0.2)
 ALPHAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 UNCLIPPED = "no clipping"
-DEFAULTS = Options(RESULTS / "threshold_sweep_runs")
+DEFAULTS = Options(RESULTS / "threshold_sweep.runs.jsonl")
 NOTE = (
     "Test accuracy in %, mean ± standard error over seeds that chose nothing; differences to no "
     "clipping are paired by seed, with 95% intervals (Student's t). Share: of the samples of the "

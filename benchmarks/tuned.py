@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,10 +15,10 @@ from matplotlib.ticker import NullLocator
 from rich.console import Console
 from scipy import stats
 
-from benchmarks.many_runs import Data, Numbers, Run, Setting, load_data, run_all
+from benchmarks.many_runs import Data, Numbers, Run, Setting, as_json, load_data, run_all
+from benchmarks.runs_cache import RunsCache
 from benchmarks.stacked_traffic import describe_machine
 from psclip_optax.training.datasets import Dataset, Split, load_dataset
-from psclip_optax.training.files import to_json, write_atomically
 from psclip_optax.training.summary import estimate
 
 # About the norm of a sample's and of a batch's gradient in the first epochs. Learning rates of
@@ -34,7 +33,7 @@ class Options:
     """What all comparisons on CIFAR-100 have as options.
 
     Attributes:
-      runs: folder of the finished runs; by default of those that the results are from, so that
+      runs: file of the finished runs; by default of those that the results are from, so that
         nothing is trained again.
       data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
       out: folder for the table as JSON, and the figure.
@@ -77,6 +76,7 @@ class Trainer(NamedTuple):
     num_classes: int
     image_size: int
     options: Options
+    cache: RunsCache
 
     def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
         options = self.options
@@ -84,7 +84,7 @@ class Trainer(NamedTuple):
             runs,
             self.data,
             self.num_classes,
-            folder=options.runs,
+            cache=self.cache,
             together=options.together,
             console=Console(),
             seconds=options.seconds,
@@ -98,7 +98,8 @@ def build_trainer(options: Options) -> Trainer:
     else:
         dataset, num_validation = load_dataset("cifar100", data_dir=options.data_dir), 5_000
     data = load_data(dataset, num_validation)
-    return Trainer(data, dataset.num_classes, dataset.image_shape[0], options)
+    image_size, cache = dataset.image_shape[0], RunsCache(options.runs)
+    return Trainer(data, dataset.num_classes, image_size, options, cache)
 
 
 def growing_grid(
@@ -229,12 +230,12 @@ def run_length(stage: str, epochs: int) -> int:
     return -(-epochs // 2) if stage == "tune" else epochs
 
 
-def timed_once(path: pathlib.Path, measure: Callable[[], Any]) -> dict[str, Any]:
+def timed_once(train: Trainer, measure: Callable[[], Any], **step: int) -> dict[str, Any]:
     """Times of steps, kept beside the runs, for they belong to the machine that trained them."""
-    if not path.exists():
-        steps = {"machine": describe_machine(), "ways": measure()}
-        write_atomically(path, to_json(steps, indent=1).encode())
-    return json.loads(path.read_text())
+    return train.cache.once(
+        {"steps": "alexnet", "width": train.options.width, **step},
+        lambda: as_json({"machine": describe_machine(), "ways": measure()}),
+    )
 
 
 def draw_differences(

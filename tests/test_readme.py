@@ -16,8 +16,9 @@ import tomllib
 
 import pytest
 
-from benchmarks import alexnet_cifar100, engine, summary, tuned
+from benchmarks import accumulation_cifar100, alexnet_cifar100, engine, summary, tuned
 from benchmarks.peers import report
+from benchmarks.runs_cache import RunsCache
 from tests import snippets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -212,8 +213,8 @@ def test_results_on_cifar_are_those_of_the_committed_measurement():
     engine_ratio, stacked_ratio = (ways[way]["ratio_quartiles"][1] for way in ("engine", "vmap"))
     assert f"takes {engine_ratio:.2f} times as long as a plain one" in said
     assert f"stacks gradients {stacked_ratio:.2f} times" in said
-    runs = ROOT / "benchmarks/results/alexnet_cifar100_runs"
-    wide = json.loads((runs / "steps-width_1-batch_128.json").read_text())["ways"]
+    runs = RunsCache(alexnet_cifar100.DEFAULTS.runs)
+    wide = runs[{"steps": "alexnet", "width": 1.0, "batch_size": 128}]["ways"]
     assert wide["plain"]["seconds_quartiles"][1] == pytest.approx(0.9e-3, abs=0.05e-3)
     engine_ratio, stacked_ratio = (wide[way]["ratio_quartiles"][1] for way in ("engine", "vmap"))
     assert f"at full width {engine_ratio:.2f} and {stacked_ratio:.2f} times" in said
@@ -276,13 +277,13 @@ def test_accumulation_is_that_of_the_committed_measurement():
     ):
         assert min(sign * end for end in after[label]["interval"]) > 0
         assert words.format(tuned.describe_difference(after.pop(label))) in said
-    pattern = "accumulation_cifar100_runs/tune-heavy_pixels-clipped_before-*.json"
-    trials = [json.loads(path.read_text()) for path in results.parent.glob(pattern)]
+    tuned_trials = ("tune", "heavy pixels", "clipped before")
     first, second, *_ = sorted(
         (
-            100 * trial["curves"]["validation_accuracy"][-1]
-            for trial in trials
-            if trial["setting"]["num_microbatches"] == 4
+            100 * record["curves"]["validation_accuracy"][-1]
+            for record in RunsCache(accumulation_cifar100.DEFAULTS.runs).records()
+            if (record.get("stage"), record.get("noise"), record.get("method")) == tuned_trials
+            and record["setting"]["num_microbatches"] == 4
         ),
         reverse=True,
     )

@@ -22,6 +22,7 @@ from benchmarks import (
     tuned,
 )
 from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting
+from benchmarks.runs_cache import RunsCache, digest
 from benchmarks.tuned import Options, edges, enlarged_digits, stopped_accuracy
 from psclip_optax.training.datasets import Split
 from psclip_optax.training.losses import classification_loss
@@ -174,7 +175,7 @@ def test_a_run_that_diverged_has_no_tail():
     assert light["verdict"] == "light"
 
 
-def test_what_decides_how_a_run_ends_is_in_its_file_name():
+def test_what_decides_how_a_run_ends_is_in_its_digest():
     run = Run("final", "growing", "clean", RUNS["growing"], 2, 1, SETTING)
     others = [
         run._replace(seed=2),
@@ -182,8 +183,8 @@ def test_what_decides_how_a_run_ends_is_in_its_file_name():
         run._replace(numbers=RUNS["constant"]),
         run._replace(setting=dataclasses.replace(SETTING, batch_size=8)),
     ]
-    assert len({other.file_name() for other in [run, *others]}) == 5
-    assert run.file_name() == Run(*run).file_name()
+    assert len({digest(other.described()) for other in [run, *others]}) == 5
+    assert digest(run.described()) == digest(Run(*run).described())
 
 
 def test_stopping_early_looks_at_validation_alone():
@@ -220,7 +221,13 @@ def test_no_chunk_is_begun_after_the_time(data, tmp_path):
     run = Run("test", "momentum", "clean", RUNS["momentum"], 1, 3, SETTING)
     with pytest.raises(TimeoutError, match="go on"):
         many_runs.run_all(
-            [run], data, CLASSES, folder=tmp_path, together=6, console=Console(), seconds=-1
+            [run],
+            data,
+            CLASSES,
+            cache=RunsCache(tmp_path / "x"),
+            together=6,
+            console=Console(),
+            seconds=-1,
         )
 
 
@@ -239,7 +246,7 @@ def test_quick_runs_write_table_and_figure_and_are_not_repeated(
 ):
     name = benchmark.__name__.rpartition(".")[2]
     options = dataclasses.replace(
-        benchmark.DEFAULTS, runs=tmp_path / "runs", out=tmp_path, quick=True
+        benchmark.DEFAULTS, runs=tmp_path / "runs.jsonl", out=tmp_path, quick=True
     )
     benchmark.main(options)
     printed = capsys.readouterr().out
@@ -279,10 +286,14 @@ def test_committed_results_are_of_the_committed_runs(benchmark, tmp_path, monkey
     monkeypatch.setattr(tuned, "load_dataset", lambda *_, **__: cifar)
     monkeypatch.setattr(tuned, "load_data", lambda *_: data)
     monkeypatch.setattr(many_runs, "train_together", None)  # for every run is there
-    read, file_name = set(), Run.file_name
-    monkeypatch.setattr(Run, "file_name", lambda run: read.add(file_name(run)) or file_name(run))
+    read, described = set(), Run.described
+    monkeypatch.setattr(
+        Run, "described", lambda run: read.add(digest(described(run))) or described(run)
+    )
     benchmark.main(dataclasses.replace(benchmark.DEFAULTS, out=tmp_path))
-    assert {path.name for path in benchmark.DEFAULTS.runs.glob("*-seed_*.json")} == read
+    lines = [json.loads(line) for line in benchmark.DEFAULTS.runs.read_text("ascii").splitlines()]
+    assert [line["digest"] for line in lines] == [digest(line["run"]) for line in lines]
+    assert {line["digest"] for line in lines if "seed" in line["run"]} == read
     name = benchmark.__name__.rpartition(".")[2] + ".json"
     written, committed = (
         json.loads((folder / name).read_text()) for folder in (tmp_path, tuned.RESULTS)

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import many_runs, on_gpu, on_gpu_engine, on_gpu_training, real_models
 from benchmarks.on_gpu_engine import Job, zoo_model
 from benchmarks.on_gpu_results import results_of_this_card
+from benchmarks.runs_cache import RunsCache
 
 JOBS = [
     Job("time", "mlp", zoo_model("mlp", 512), ("two_pass", "vmap")),
@@ -85,7 +86,7 @@ def test_training_tunes_tests_and_goes_on_where_it_stopped(results, monkeypatch,
     assert not results.runs.exists()
     assert list(results.rows()[0]["ways"]) == list(on_gpu_training.METHODS)
     on_gpu_training.train_all(results, plan)
-    records = on_gpu_training.read_runs(results.runs)
+    records = RunsCache(results.runs).records()
     stages = [record["stage"] for record in records]
     assert (stages.count("tune"), stages.count("final")) == (8, 8)
     assert all(r["images"] == {"train": 72, "validation": 8, "test": 40} for r in records)
