@@ -4,7 +4,7 @@
 
 Prints tables and writes them to benchmarks/results as convergence_rate.json and .png: the slope of
 ‖∇F‖ against the number of samples N on two smooth non-convex problems of known ∇F, and the ratios
-to other methods, each tuned on as many grid points, at equal N. Every finished cell is a file in
+to other methods, each tuned on as many grid points, at equal N. Every finished cell is a line of
 `--runs`, from which an interrupted command goes on.
 """
 
@@ -47,6 +47,7 @@ from benchmarks.descent import (
     simulate,
 )
 from benchmarks.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise, Problem
+from benchmarks.runs_cache import RunsCache
 from benchmarks.stacked_traffic import describe_machine, publish
 
 NOTE = (
@@ -100,7 +101,7 @@ class Plan(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One file of the folder of runs."""
+    """One run of many, with a line of its own."""
 
     kind: str  # noise, rate, tuning or final
     problem: str
@@ -111,11 +112,6 @@ class Cell(NamedTuple):
     def label(self) -> str:
         parts = [self.kind, self.problem, self.noise.label]
         return ", ".join(parts + ([f"N = {self.samples}"] if self.samples else []))
-
-    @property
-    def file(self) -> str:
-        side = "one-sided" if self.noise.one_sided else "symmetric"
-        return f"{self.kind}-{self.problem}-{self.noise.p}-{side}-{self.samples}.json"
 
 
 def make_cells(plan: Plan) -> Iterator[Cell]:
@@ -132,24 +128,15 @@ def make_cells(plan: Plan) -> Iterator[Cell]:
 
 
 class Results:
-    """Cells that are files in a folder, computed when they are not there."""
+    """Cells that are lines of a file, computed when they are not there."""
 
-    def __init__(self, folder: pathlib.Path, plan: Plan):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.plan = folder, plan
+    def __init__(self, path: pathlib.Path, plan: Plan):
+        self.cache, self.plan = RunsCache(path), plan
         self.problem = functools.cache(lambda name: PROBLEMS[name]())
 
     def __getitem__(self, cell: Cell) -> Any:
-        path, settings = self.folder / cell.file, self.settings(cell)
-        if path.exists():
-            known = json.loads(path.read_text())
-            if known["settings"] == settings:
-                return known["values"]
-        values = COMPUTE[cell.kind](self, cell)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"settings": settings, "values": values}))
-        partial.replace(path)
-        return values
+        run = {"cell": cell.label} | self.settings(cell)
+        return self.cache.once(run, lambda: COMPUTE[cell.kind](self, cell))
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What the cell's values depend on, apart from the code and what it is of."""
@@ -159,8 +146,7 @@ class Results:
             "tuning": ["draws", "tuning_runs", "grid"],
             "final": ["draws", "runs", "tuning_runs", "grid"],
         }[cell.kind]
-        settings = {name: getattr(self.plan, name) for name in ["seed", *names]}
-        return json.loads(json.dumps(settings))
+        return {name: getattr(self.plan, name) for name in ["seed", *names]}
 
     def keys(self, cell: Cell) -> jax.Array:
         runs = self.plan.tuning_runs if cell.kind == "tuning" else self.plan.runs
@@ -415,7 +401,7 @@ def is_at_edge(grid: list[float], value: float) -> bool:
 
 def main(
     out: pathlib.Path = pathlib.Path(__file__).parent / "results",
-    runs: pathlib.Path = pathlib.Path("runs/convergence_rate"),
+    runs: pathlib.Path = pathlib.Path("runs/convergence_rate.runs.jsonl"),
     seed: int = 0,
     sizes: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),
     tuned_sizes: tuple[int, ...] = (1024, 4096),
@@ -426,7 +412,7 @@ def main(
 
     Args:
       out: folder for convergence_rate.json and convergence_rate.png.
-      runs: folder of the finished cells, which are not computed again; after a change of the
+      runs: file of the finished cells, which are not computed again; after a change of the
         problems or the methods take another.
       seed: of all random numbers.
       sizes: numbers of samples N of the slopes, at least 2 of them.

@@ -3,8 +3,8 @@
     python -m benchmarks.estimator_error
 
 Monte Carlo with noise whose tail index is known exactly. Prints tables and writes them to
-benchmarks/results as estimator_error.json and .png. With --runs every finished part is kept in a
-folder, so that an interrupted run goes on where it stopped.
+benchmarks/results as estimator_error.json and .png. Every finished law of noise is a line of
+--runs, from which an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from benchmarks.heavy_tails import (
     growing_taus,
     guarantees,
     has_rms,
-    kept,
     plain_mean,
     raw_scale,
     simulate,
 )
+from benchmarks.runs_cache import RunsCache
 from benchmarks.stacked_traffic import describe_machine, publish
 
 MEAN_NORM = 0.5  # of the true gradient; σ is 3.2 to 9
@@ -333,33 +333,20 @@ def key_for(plan: Plan, use: str, noise: Noise) -> jax.Array:
     return jax.random.fold_in(key, NOISES.index(noise))
 
 
-def errors_over_sizes(
-    plan: Plan, noise: Noise, sigma: float, runs: pathlib.Path | None
-) -> dict[int, Errors]:
+def errors_over_sizes(plan: Plan, noise: Noise, sigma: float) -> dict[int, Errors]:
     key = key_for(plan, "errors", noise)
     errors = {}
     for n in plan.sizes:
         trials = plan.tail_trials if n in plan.tail_sizes else plan.trials
-        name = f"{noise.label.replace(', a = ', '_')}_n{n}_trials{trials}_seed{plan.seed}.npz"
-        errors[n] = kept(
-            None if runs is None else runs / name,
-            functools.partial(
-                simulate,
-                noise,
-                MEAN_NORM,
-                list(estimators(sigma, noise.order, n).values()),
-                n,
-                trials,
-                jax.random.fold_in(key, n),
-            ),
-        )
+        own = list(estimators(sigma, noise.order, n).values())
+        errors[n] = simulate(noise, MEAN_NORM, own, n, trials, jax.random.fold_in(key, n))
     return errors
 
 
-def measure(plan: Plan, noise: Noise, runs: pathlib.Path | None) -> dict[str, Any]:
+def measure(plan: Plan, noise: Noise) -> dict[str, Any]:
     """The rows of one law of noise."""
     sigma = raw_scale(noise, MEAN_NORM, plan.samples_for_scale, key_for(plan, "scale", noise))
-    errors = errors_over_sizes(plan, noise, sigma, runs)
+    errors = errors_over_sizes(plan, noise, sigma)
     rng = np.random.default_rng((plan.seed, NOISES.index(noise)))
     # As many trials at every size, so that each weighs the same.
     equal = {n: Errors(*(x[:, : plan.trials] for x in own)) for n, own in errors.items()}
@@ -376,6 +363,10 @@ def measure(plan: Plan, noise: Noise, runs: pathlib.Path | None) -> dict[str, An
         "ratios": ratio_rows(noise, analysed),
         "tails": tails,
     }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    return plan._asdict() | {"noises": [noise.label for noise in plan.noises]}
 
 
 def describe_noise(noise: Noise, sigma: float, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -438,7 +429,7 @@ def rounded(tree: Any) -> Any:
 
 def main(
     out: pathlib.Path = pathlib.Path(__file__).parent / "results",
-    runs: pathlib.Path | None = None,
+    runs: pathlib.Path = pathlib.Path("runs/estimator_error.runs.jsonl"),
     trials: int | None = None,
     tail_trials: int | None = None,
     seed: int = 0,
@@ -449,8 +440,8 @@ def main(
 
     Args:
       out: folder for estimator_error.json and estimator_error.png.
-      runs: folder for the errors of every finished simulation, which are not simulated again; to
-        be emptied where what is simulated changes.
+      runs: file of the finished laws of noise, which are not simulated again; after a change of
+        what is simulated take another.
       trials: at every size; 10,000 by default.
       tail_trials: for the quantiles down to 1e-4; 200,000 by default.
       seed: of all that is drawn.
@@ -462,12 +453,17 @@ def main(
         return
     plan = (QUICK if quick else FULL)._replace(seed=seed)
     plan = plan._replace(trials=trials or plan.trials, tail_trials=tail_trials or plan.tail_trials)
-    parts = [measure(plan, noise, runs) for noise in plan.noises]
+    cache = RunsCache(runs)
+    parts = [
+        cache.once(
+            describe_plan(plan._replace(noises=(noise,))), functools.partial(measure, plan, noise)
+        )
+        for noise in plan.noises
+    ]
     rows = {name: [row for part in parts for row in part[name]] for name in parts[0]}
-    settings = plan._asdict() | {"noises": [noise.label for noise in plan.noises]}
     result: dict[str, Any] = {
         "machine": describe_machine(),
-        "settings": settings | {"dimension": DIMENSION, "blocks": [FEW, MANY]},
+        "settings": describe_plan(plan) | {"dimension": DIMENSION, "blocks": [FEW, MANY]},
         "note": NOTE,
         "note_of_tails": TAIL_NOTE,
         "note_of_strong_signal": STRONG_NOTE,

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -238,22 +236,6 @@ def simulate(
     chunks = [jax.device_get(errors_of_chunk(key)) for key in keys]
     norms, along = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
     return Errors(norms[:, :trials].astype(np.float64), along[:, :trials].astype(np.float64))
-
-
-def kept(path: pathlib.Path | None, compute: Callable[[], Errors]) -> Errors:
-    """What a file holds, or what is computed and then written to it."""
-    if path is None:
-        return compute()
-    if path.exists():
-        with np.load(path) as file:
-            return Errors(file["norms"], file["along"])
-    errors = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Replaced as a whole: an interruption leaves no half a file.
-    unfinished = path.with_suffix(".tmp.npz")
-    np.savez(unfinished, **errors._asdict())
-    os.replace(unfinished, path)
-    return errors
 
 
 # The theory

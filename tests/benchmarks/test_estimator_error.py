@@ -11,6 +11,7 @@ from scipy import integrate, optimize, stats
 import psclip_optax as psc
 from benchmarks import estimator_error, estimator_report, heavy_tails
 from benchmarks.heavy_tails import GAUSSIAN, GROWING, MEAN, Noise
+from benchmarks.runs_cache import RunsCache
 from tests import numerics
 
 ONE_SIDED = Noise(1.6, one_sided=True)
@@ -21,7 +22,7 @@ def finished(tmp_path_factory):
     # As in the tests, for XLA's optimizations change the last digits; no other fixture did it yet.
     jax.config.update("jax_disable_most_optimizations", True)
     out = tmp_path_factory.mktemp("results")
-    estimator_error.main(out=out, runs=out / "runs", quick=True)
+    estimator_error.main(out=out, runs=out / "runs.jsonl", quick=True)
     return out, json.loads((out / "estimator_error.json").read_text())
 
 
@@ -68,8 +69,7 @@ def test_errors_are_those_of_the_exact_second_moments():
 
 def test_finished_simulations_are_read_again(finished, monkeypatch, capsys):
     out, result = finished
-    plan = estimator_error.QUICK
-    assert len(list((out / "runs").iterdir())) == len(plan.noises) * len(plan.sizes)
+    assert len(RunsCache(out / "runs.jsonl").records()) == len(estimator_error.QUICK.noises)
     simulated = []
 
     def recorded(noise, *arguments):
@@ -77,7 +77,7 @@ def test_finished_simulations_are_read_again(finished, monkeypatch, capsys):
         return heavy_tails.simulate(noise, *arguments)
 
     monkeypatch.setattr(estimator_error, "simulate", recorded)
-    estimator_error.main(out=out / "again", runs=out / "runs", quick=True)
+    estimator_error.main(out=out / "again", runs=out / "runs.jsonl", quick=True)
     assert simulated == [estimator_error.STRONG_SIGNAL_NOISE]
     again = json.loads((out / "again" / "estimator_error.json").read_text())
     assert again == result
