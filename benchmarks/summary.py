@@ -29,8 +29,13 @@ from benchmarks.third_party import report as third_party
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEAD = """# What the benchmarks found
 
-Written by `python -m benchmarks.summary` from the JSON files beside it. Each section names the
-command that made its file, and the machine. Intervals are of 95 %.
+- `NAME.json` and `NAME.png`: what was found and its figure, made by `python -m benchmarks.NAME`.
+- `third_party.json`: by `.ci/third_party`. What other libraries cost is in `benchmarks/peers`.
+- `NAME.runs.jsonl`: a comparison's finished runs, one a line; its command trains those it lacks.
+- Machines: one NVIDIA H200 for alexnet_cifar100, two cores of an AMD EPYC for all else.
+- This page: by `python -m benchmarks.summary`, from the JSON files beside it.
+
+Each section names the command that made its file, and the machine. Intervals are of 95 %.
 """
 
 
