@@ -14,23 +14,22 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks import (
+from benchmarks.cifar100 import (
     accumulation_cifar100,
     alexnet_cifar100,
     clipping_map,
-    convergence_report,
-    estimator_report,
     threshold_sweep,
     tuned,
 )
-from benchmarks.stacked_traffic import describe
+from benchmarks.engine.stacked_traffic import describe
+from benchmarks.theory import convergence_report, estimator_report
 from benchmarks.third_party import report as third_party
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEAD = """# What the benchmarks found
 
-- `NAME.json` and `NAME.png`: what was found and its figure, made by `python -m benchmarks.NAME`.
-- `third_party.json`: by `.ci/third_party`. What other libraries cost is in `benchmarks/peers`.
+- `NAME.json` and `NAME.png`: what was found and its figure, by `python -m benchmarks.FOLDER.NAME`.
+- `engine.json` and `.png`: by `benchmarks.engine.cost`; `third_party.json`: by `.ci/third_party`.
 - `NAME.runs.jsonl`: a comparison's finished runs, one a line; its command trains those it lacks.
 - Machines: one NVIDIA H200 for alexnet_cifar100, two cores of an AMD EPYC for all else.
 - This page: by `python -m benchmarks.summary`, from the JSON files beside it.
@@ -43,14 +42,14 @@ class Section(NamedTuple):
     """One benchmark's part of the page.
 
     Attributes:
-      name: of the benchmark, and of its JSON file and figure.
+      module: of the benchmark; its last part is the name of the JSON file and the figure.
       title: a question.
       body: result → Markdown.
-      command: where it is not `python -m benchmarks.NAME`.
+      command: where it is not `python -m benchmarks.MODULE`.
       has_figure: whether there is a figure.
     """
 
-    name: str
+    module: str
     title: str
     body: Any
     command: str | None = None
@@ -216,13 +215,21 @@ parameters. float32 stands where a library computes in it whatever it is given.
 
 
 SECTIONS = (
-    Section("estimator_error", "Does the clipped mean's error fall as the theory says?", estimator),
-    Section("convergence_rate", "Does PS-Clip-SGD converge at the optimal rate?", convergence),
-    Section("alexnet_cifar100", "Does it train AlexNet on CIFAR-100 better?", training),
-    Section("clipping_map", "Under which conditions does per-sample clipping win?", clipping),
-    Section("threshold_sweep", "How much does the threshold matter?", sweep),
     Section(
-        "accumulation_cifar100",
+        "theory.estimator_error",
+        "Does the clipped mean's error fall as the theory says?",
+        estimator,
+    ),
+    Section(
+        "theory.convergence_rate", "Does PS-Clip-SGD converge at the optimal rate?", convergence
+    ),
+    Section("cifar100.alexnet_cifar100", "Does it train AlexNet on CIFAR-100 better?", training),
+    Section(
+        "cifar100.clipping_map", "Under which conditions does per-sample clipping win?", clipping
+    ),
+    Section("cifar100.threshold_sweep", "How much does the threshold matter?", sweep),
+    Section(
+        "cifar100.accumulation_cifar100",
         "Clip micro-batches before they are accumulated, after, or not at all?",
         accumulation,
     ),
@@ -241,9 +248,10 @@ def page() -> str:
 
 
 def rendered(section: Section) -> str:
-    result = json.loads((RESULTS / f"{section.name}.json").read_text())
-    command = section.command or f"python -m benchmarks.{section.name}"
-    figure = f"![Figure of benchmarks.{section.name}]({section.name}.png)\n\n"
+    name = section.module.rpartition(".")[2]
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    command = section.command or f"python -m benchmarks.{section.module}"
+    figure = f"![Figure of benchmarks.{section.module}]({name}.png)\n\n"
     return f"""## {section.title}
 
 `{command}`; {describe(result["machine"])}.

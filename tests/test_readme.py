@@ -16,9 +16,11 @@ import tomllib
 
 import pytest
 
-from benchmarks import accumulation_cifar100, alexnet_cifar100, engine, summary, tuned
+from benchmarks import summary
+from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100, tuned
+from benchmarks.common.cache import RunsCache
+from benchmarks.engine import cost
 from benchmarks.peers import report
-from benchmarks.runs_cache import RunsCache
 from tests import snippets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -298,7 +300,7 @@ def test_accumulation_is_that_of_the_committed_measurement():
 @pytest.mark.parametrize(
     ("to_markdown", "path"),
     [
-        (engine.to_markdown, "benchmarks/results/engine.json"),
+        (cost.to_markdown, "benchmarks/results/engine.json"),
         (report.to_markdown, "benchmarks/peers/results/peers.json"),
     ],
 )
@@ -309,7 +311,7 @@ def test_tables_are_those_of_the_committed_measurements(to_markdown, path):
 
 def test_rows_of_the_engine_are_of_the_whole_table():
     rows = json.loads((ROOT / "benchmarks/results/engine.json").read_text())["rows"]
-    header, _, *every = engine.to_markdown(rows).strip().splitlines()
+    header, _, *every = cost.to_markdown(rows).strip().splitlines()
     lines = README.splitlines()
     start = lines.index(header) + 2
     shown = lines[start : lines.index("", start)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import psclip_optax as psc
-from benchmarks.engine import largest_error
+from benchmarks.engine.cost import largest_error
 from benchmarks.peers.common import Inputs, Peer
 from benchmarks.peers.jax_peers import as_names, as_tree
 from tests.models import ZOO

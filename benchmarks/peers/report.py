@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.engine import show_ticks
+from benchmarks.engine.cost import show_ticks
+from benchmarks.engine.stacked_traffic import describe
 from benchmarks.peers.common import PEERS
 from benchmarks.peers.reference import DTYPES, FLOAT64_LIMIT, SAMPLES_IN_FLOAT64, limit
-from benchmarks.stacked_traffic import describe
 
 NOTE = (
     "Time: ratio to the plain step's (loss and gradient of the mean loss) of the library's own "

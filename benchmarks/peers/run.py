@@ -25,11 +25,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from benchmarks.engine import load
+from benchmarks.engine.cost import load
+from benchmarks.engine.stacked_traffic import describe_machine, quartiles
 from benchmarks.peers.common import PEERS
 from benchmarks.peers.reference import DTYPES, Reference, errors_of, prepare
 from benchmarks.peers.report import NOTE, draw, problems, to_errors, to_markdown, to_table
-from benchmarks.stacked_traffic import describe_machine, quartiles
 
 Model = Literal["alexnet", "gpt"]
 SAMPLES: dict[str, int] = {"alexnet": 32, "gpt": 16}

@@ -20,7 +20,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.stacked_traffic import describe_machine
+from benchmarks.engine.stacked_traffic import describe_machine
 from benchmarks.third_party.libraries import LIBRARIES, Library
 from benchmarks.third_party.report import summarise, to_markdown
 from benchmarks.third_party.worker import rows_in

@@ -6,7 +6,7 @@ norms, in NumPy float64 on the host, outside of `jax.jit`: estimates of a tail n
 that depend on the data, and more samples than one batch may have.
 
 The interval of an index holds sampling noise *and* the bias that comes from a tail that is a power
-law only far out; `python -m benchmarks.tail_index` measures how often it holds the truth.
+law only far out; `python -m benchmarks.theory.tail_index` measures how often it holds the truth.
 """
 
 from psclip_optax.tails.hill import HillEstimate, HillPlot, choose_k, hill_estimator, hill_plot

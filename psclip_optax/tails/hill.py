@@ -20,7 +20,7 @@ from psclip_optax.tails.norms import (
 
 # Guillou and Hall's diagnostic speaks where the power law visibly ends. There the bias is several
 # standard errors; with a tenth of the order statistics it falls below one half in the laws of
-# benchmarks/tail_index.py, which is what the interval allows for.
+# benchmarks/theory/tail_index.py, which is what the interval allows for.
 _SMALLEST_DIAGNOSED_K = 30
 _CRITICAL_TREND = 2.0
 _WINDOW = (0.25, 1.75)

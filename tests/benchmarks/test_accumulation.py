@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks import accumulation
+from benchmarks.engine import accumulation
 
 
 def test_quick_run_writes_its_table_and_figure(tmp_path, capsys):

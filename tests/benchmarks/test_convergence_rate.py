@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import convergence_rate, descent, noisy_problems
-from benchmarks.convergence_rate import Cell
-from benchmarks.descent import METHODS, Schedule, Settings
-from benchmarks.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise
+from benchmarks.theory import convergence_rate, descent, noisy_problems
+from benchmarks.theory.convergence_rate import Cell
+from benchmarks.theory.descent import METHODS, Schedule, Settings
+from benchmarks.theory.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise
 from tests import numerics
 
 problem_of = functools.cache(lambda name: PROBLEMS[name]())

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from benchmarks import engine
-from benchmarks.engine import (
+from benchmarks.engine import cost
+from benchmarks.engine.cost import (
     MODES,
     add_row,
     count_flops,
@@ -24,7 +24,15 @@ FIGURES = ("temp_bytes", "temp_ratio", "flops", "flops_ratio", "compile_seconds"
 
 
 def run(out, *options):
-    command = [sys.executable, "-m", "benchmarks.engine", "--quick", "--out", str(out), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.engine.cost",
+        "--quick",
+        "--out",
+        str(out),
+        *options,
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -133,14 +141,14 @@ def test_slices_are_equal_and_fit():
 
 
 def test_stacks_that_do_not_fit_still_serve_as_the_reference(monkeypatch):
-    monkeypatch.setattr(engine, "MOST_STACKED_BYTES", 500)
-    measured = engine.measure(engine.Point("zoo", "weight_norm", 6), "small", 2)
+    monkeypatch.setattr(cost, "MOST_STACKED_BYTES", 500)
+    measured = cost.measure(cost.Point("zoo", "weight_norm", 6), "small", 2)
     assert "more than" in measured["modes"]["vmap"]["skipped"]
     assert measured["modes"]["one_pass"]["error"] < 1e-5
     assert measured["modes"]["two_pass"]["error"] < 1e-5
-    machine = engine.describe_machine()
-    assert engine.to_table(machine, [measured]).row_count == 6
-    engine.draw(machine, [measured])
+    machine = cost.describe_machine()
+    assert cost.to_table(machine, [measured]).row_count == 6
+    cost.draw(machine, [measured])
 
 
 def row(experiment, model, samples, ratio=1.0, length=None):

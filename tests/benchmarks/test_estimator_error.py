@@ -9,9 +9,9 @@ import pytest
 from scipy import integrate, optimize, stats
 
 import psclip_optax as psc
-from benchmarks import estimator_error, estimator_report, heavy_tails
-from benchmarks.heavy_tails import GAUSSIAN, GROWING, MEAN, Noise
-from benchmarks.runs_cache import RunsCache
+from benchmarks.common.cache import RunsCache
+from benchmarks.theory import estimator_error, estimator_report, heavy_tails
+from benchmarks.theory.heavy_tails import GAUSSIAN, GROWING, MEAN, Noise
 from tests import numerics
 
 ONE_SIDED = Noise(1.6, one_sided=True)
@@ -94,7 +94,7 @@ def test_markdown_has_a_row_a_noise_and_measures_nothing(finished, capsys):
 
 
 def test_committed_summary_is_what_the_committed_figures_say():
-    results = pathlib.Path(estimator_error.__file__).parent / "results"
+    results = pathlib.Path(estimator_error.__file__).parents[1] / "results"
     result = json.loads((results / "estimator_error.json").read_text())
     assert estimator_report.summarise(result) == result["summary"]
 

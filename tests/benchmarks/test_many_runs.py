@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import psclip_optax as psc
-from benchmarks import (
+from benchmarks.cifar100 import (
     accumulation_cifar100,
     alexnet_cifar100,
     clipping_map,
@@ -21,9 +21,9 @@ from benchmarks import (
     threshold_sweep,
     tuned,
 )
-from benchmarks.many_runs import NOISES, Data, Numbers, Run, Setting
-from benchmarks.runs_cache import RunsCache, digest
-from benchmarks.tuned import Options, edges, enlarged_digits, stopped_accuracy
+from benchmarks.cifar100.many_runs import NOISES, Data, Numbers, Run, Setting
+from benchmarks.cifar100.tuned import Options, edges, enlarged_digits, stopped_accuracy
+from benchmarks.common.cache import RunsCache, digest
 from psclip_optax.training.datasets import Split
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model

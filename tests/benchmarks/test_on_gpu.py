@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import many_runs, on_gpu, on_gpu_engine, on_gpu_training, real_models
-from benchmarks.on_gpu_engine import Job, zoo_model
-from benchmarks.on_gpu_results import results_of_this_card
-from benchmarks.runs_cache import RunsCache
+from benchmarks.cifar100 import many_runs, on_gpu_training
+from benchmarks.common.cache import RunsCache
+from benchmarks.engine import on_gpu, on_gpu_engine, real_models
+from benchmarks.engine.on_gpu_engine import Job, zoo_model
+from benchmarks.engine.on_gpu_results import results_of_this_card
 
 JOBS = [
     Job("time", "mlp", zoo_model("mlp", 512), ("two_pass", "vmap")),

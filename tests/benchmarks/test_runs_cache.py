@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.runs_cache import RunsCache, digest
+from benchmarks.common.cache import RunsCache, digest
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks.engine import scaling
 
 
 @pytest.fixture(scope="module")
@@ -53,5 +53,7 @@ def test_efficiency_is_the_formula_by_hand(result, model):
 
 def test_too_few_devices_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling.jax, "device_count", lambda: 2)
-    with pytest.raises(SystemExit, match=r"JAX_NUM_CPU_DEVICES=8 python -m benchmarks.scaling"):
+    with pytest.raises(
+        SystemExit, match=r"JAX_NUM_CPU_DEVICES=8 python -m benchmarks.engine.scaling"
+    ):
         scaling.main(out=tmp_path)

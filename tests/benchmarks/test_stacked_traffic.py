@@ -6,14 +6,15 @@ import sys
 import jax
 import pytest
 
-BENCHMARK = pathlib.Path(__file__).parents[2] / "benchmarks" / "stacked_traffic.py"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, str(BENCHMARK), "--quick", "--repeats", "3", "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.engine.stacked_traffic", "--quick"]
+    command += ["--repeats", "3", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert "bytes/stack" in run.stdout
     return out

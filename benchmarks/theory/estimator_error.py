@@ -1,6 +1,6 @@
 """Does the error of the clipped mean fall as the theory says, and where does clipping not help?
 
-    python -m benchmarks.estimator_error
+    python -m benchmarks.theory.estimator_error
 
 Monte Carlo with noise whose tail index is known exactly. Prints tables and writes them to
 benchmarks/results as estimator_error.json and .png. Every finished law of noise is a line of
@@ -19,7 +19,9 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks.estimator_report import (
+from benchmarks.common.cache import RunsCache
+from benchmarks.engine.stacked_traffic import describe_machine, publish
+from benchmarks.theory.estimator_report import (
     draw_figure,
     error_table,
     strong_table,
@@ -27,7 +29,7 @@ from benchmarks.estimator_report import (
     tail_table,
     to_markdown,
 )
-from benchmarks.heavy_tails import (
+from benchmarks.theory.heavy_tails import (
     CONSTANT,
     DIMENSION,
     ESTIMATORS,
@@ -50,8 +52,6 @@ from benchmarks.heavy_tails import (
     raw_scale,
     simulate,
 )
-from benchmarks.runs_cache import RunsCache
-from benchmarks.stacked_traffic import describe_machine, publish
 
 MEAN_NORM = 0.5  # of the true gradient; σ is 3.2 to 9
 STRONG_MEAN_NORM = 100.0
@@ -428,7 +428,7 @@ def rounded(tree: Any) -> Any:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
     runs: pathlib.Path = pathlib.Path("runs/estimator_error.runs.jsonl"),
     trials: int | None = None,
     tail_trials: int | None = None,

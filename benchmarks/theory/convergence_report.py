@@ -1,4 +1,4 @@
-"""What `benchmarks.convergence_rate` found: tables and the figure."""
+"""What `benchmarks.theory.convergence_rate` found: tables and the figure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
-from benchmarks.descent import METHODS, OTHERS, OURS, PLAIN, STATISTICS
-from benchmarks.noisy_problems import LIGHT
-from benchmarks.stacked_traffic import describe
+from benchmarks.engine.stacked_traffic import describe
+from benchmarks.theory.descent import METHODS, OTHERS, OURS, PLAIN, STATISTICS
+from benchmarks.theory.noisy_problems import LIGHT
 
 
 def select(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """How much does the threshold matter, and how is it to be chosen?
 
-    python -m benchmarks.threshold_sweep --data-dir FOLDER --runs FILE
+    python -m benchmarks.cifar100.threshold_sweep --data-dir FOLDER --runs FILE
 
 AlexNet on CIFAR-100 under growing thresholds τ_k = α √k from one that clips everything to one that
 clips next to nothing, and under none. Each α is tuned alone, over four learning rates by runs of
@@ -21,9 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.many_runs import Numbers, Run, check_noises
-from benchmarks.stacked_traffic import describe, publish
-from benchmarks.tuned import (
+from benchmarks.cifar100.many_runs import Numbers, Run, check_noises
+from benchmarks.cifar100.tuned import (
     RESULTS,
     Options,
     Trainer,
@@ -37,6 +36,7 @@ from benchmarks.tuned import (
     tidy,
     tune_and_test,
 )
+from benchmarks.engine.stacked_traffic import describe, publish
 from psclip_optax.training.summary import estimate
 
 BETA = 2.0

@@ -1,6 +1,6 @@
 """How often does `per_sample_clip` read the stacked gradients?
 
-    python -m benchmarks.stacked_traffic
+    python -m benchmarks.engine.stacked_traffic
 
 Prints a table and writes it to benchmarks/results as stacked_traffic.json and .png. Least possible
 are two reads, one for the norms and one for the sum; the mean alone needs one.
@@ -214,7 +214,7 @@ def publish(
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
     repeats: int = 15,
     quick: bool = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """Does PS-Clip-SGD converge at the optimal rate, and is it better than others at equal samples?
 
-    python -m benchmarks.convergence_rate
+    python -m benchmarks.theory.convergence_rate
 
 Prints tables and writes them to benchmarks/results as convergence_rate.json and .png: the slope of
 ‖∇F‖ against the number of samples N on two smooth non-convex problems of known ∇F, and the ratios
@@ -26,14 +26,16 @@ import tyro
 from rich.progress import track
 
 import psclip_optax as psc
-from benchmarks.convergence_report import (
+from benchmarks.common.cache import RunsCache
+from benchmarks.engine.stacked_traffic import describe_machine, publish
+from benchmarks.theory.convergence_report import (
     control_table,
     draw,
     ratios_table,
     slopes_table,
     to_markdown,
 )
-from benchmarks.descent import (
+from benchmarks.theory.descent import (
     METHODS,
     NORMALISED,
     OTHERS,
@@ -46,9 +48,7 @@ from benchmarks.descent import (
     schedule_for,
     simulate,
 )
-from benchmarks.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise, Problem
-from benchmarks.runs_cache import RunsCache
-from benchmarks.stacked_traffic import describe_machine, publish
+from benchmarks.theory.noisy_problems import LIGHT, NOISES, PROBLEMS, Noise, Problem
 
 NOTE = (
     "‖∇F‖ is averaged over the iterates of a run; mean and 99% quantile are over runs. A noise of "
@@ -400,7 +400,7 @@ def is_at_edge(grid: list[float], value: float) -> bool:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
     runs: pathlib.Path = pathlib.Path("runs/convergence_rate.runs.jsonl"),
     seed: int = 0,
     sizes: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),

@@ -1,4 +1,4 @@
-"""Does per-sample clipping train AlexNet of full width faster? For `benchmarks.on_gpu`.
+"""Does per-sample clipping train AlexNet of full width faster? For `benchmarks.engine.on_gpu`.
 
 Clean CIFAR-100, batches of 128, momentum 0.9, cosine schedule, a few epochs. Each method has 20
 trials of the same length, the best of which by validation accuracy is trained again from other
@@ -19,8 +19,7 @@ import optax
 from jax import lax
 
 import psclip_optax as psc
-from benchmarks.accumulation import mean_loss
-from benchmarks.many_runs import (
+from benchmarks.cifar100.many_runs import (
     Data,
     Numbers,
     Run,
@@ -30,10 +29,7 @@ from benchmarks.many_runs import (
     load_data,
     train_together,
 )
-from benchmarks.on_gpu_results import Results, say
-from benchmarks.runs_cache import RunsCache
-from benchmarks.stacked_traffic import Case, quartiles, time_interleaved
-from benchmarks.tuned import (
+from benchmarks.cifar100.tuned import (
     batch_clipping_grid,
     describe_difference,
     describe_mean,
@@ -45,6 +41,10 @@ from benchmarks.tuned import (
     test_accuracy,
     tune_and_test,
 )
+from benchmarks.common.cache import RunsCache
+from benchmarks.engine.accumulation import mean_loss
+from benchmarks.engine.on_gpu_results import Results, say
+from benchmarks.engine.stacked_traffic import Case, quartiles, time_interleaved
 from psclip_optax.training.datasets import Dataset, Split
 from psclip_optax.training.models import build_model
 

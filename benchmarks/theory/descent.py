@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 import psclip_optax as psc
-from benchmarks.noisy_problems import Noise, Problem
+from benchmarks.theory.noisy_problems import Noise, Problem
 
 STATISTICS = ("mean", "99% quantile")  # of ‖∇F‖ over runs
 

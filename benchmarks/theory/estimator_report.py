@@ -1,4 +1,4 @@
-"""What `benchmarks.estimator_error` found: sentences, tables and the figure."""
+"""What `benchmarks.theory.estimator_error` found: sentences, tables and the figure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
-from benchmarks.engine import show_ticks
-from benchmarks.heavy_tails import (
+from benchmarks.engine.cost import show_ticks
+from benchmarks.engine.stacked_traffic import describe
+from benchmarks.theory.heavy_tails import (
     CONSTANT,
     COORDINATE_FEW,
     ESTIMATORS,
@@ -21,7 +22,6 @@ from benchmarks.heavy_tails import (
     MEAN,
     STATISTICS,
 )
-from benchmarks.stacked_traffic import describe
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 STYLES = {

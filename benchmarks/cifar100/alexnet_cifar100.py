@@ -1,6 +1,6 @@
 """Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
 
-    python -m benchmarks.alexnet_cifar100 --data-dir FOLDER --runs FILE
+    python -m benchmarks.cifar100.alexnet_cifar100 --data-dir FOLDER --runs FILE
 
 Six methods, each with 12 trials on 45,000 training images, the best of which by the accuracy on the
 other 5,000 is trained again from five seeds and tested. Every finished run is a line of --runs; the
@@ -26,16 +26,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.accumulation import (
-    NUM_MICROBATCHES,
-    Compiled,
-    compiled,
-    mean_loss,
-    time_windows,
-)
-from benchmarks.many_runs import NOISES, Numbers, Run, Setting, check_noises
-from benchmarks.stacked_traffic import describe, publish, quartiles
-from benchmarks.tuned import (
+from benchmarks.cifar100.many_runs import NOISES, Numbers, Run, Setting, check_noises
+from benchmarks.cifar100.tuned import (
     RESULTS,
     SAMPLE_NORM,
     Options,
@@ -57,6 +49,14 @@ from benchmarks.tuned import (
     timed_once,
     validation_accuracy,
 )
+from benchmarks.engine.accumulation import (
+    NUM_MICROBATCHES,
+    Compiled,
+    compiled,
+    mean_loss,
+    time_windows,
+)
+from benchmarks.engine.stacked_traffic import describe, publish, quartiles
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 

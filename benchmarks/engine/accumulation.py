@@ -1,6 +1,6 @@
 """What does it cost to clip each micro-batch's gradient before it is accumulated?
 
-    python -m benchmarks.accumulation
+    python -m benchmarks.engine.accumulation
 
 Prints a table and writes it to benchmarks/results as accumulation.json and .png: whole train steps
 of AlexNet, and the optimizer's update alone, against optax.MultiSteps without clipping.
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.stacked_traffic import describe, describe_machine, publish, quartiles
+from benchmarks.engine.stacked_traffic import describe, describe_machine, publish, quartiles
 from tests.models import ZOO, Model
 
 NUM_MICROBATCHES = 8
@@ -197,7 +197,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
     samples: tuple[int, ...] = (32, 128),
     rounds: int = 9,
     quick: bool = False,

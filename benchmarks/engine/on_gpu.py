@@ -1,8 +1,8 @@
 """What does clipping per sample cost on this GPU, and what does it bring at full width?
 
-    python -m benchmarks.on_gpu                                           # 8 minutes
-    python -m benchmarks.on_gpu --what training --data-dir FOLDER         # 5 minutes
-    python -m benchmarks.on_gpu --report
+    python -m benchmarks.engine.on_gpu                                           # 8 minutes
+    python -m benchmarks.engine.on_gpu --what training --data-dir FOLDER         # 5 minutes
+    python -m benchmarks.engine.on_gpu --report
 
 Writes benchmarks/results/on_gpu_CARD.json and, of training, on_gpu_CARD.runs.jsonl. What is
 finished is written at once and not measured again: the same command goes on where it stopped.
@@ -16,8 +16,9 @@ from typing import Literal
 
 import tyro
 
-from benchmarks import on_gpu_engine, on_gpu_training
-from benchmarks.on_gpu_results import described, read_rows, results_of_this_card, say
+from benchmarks.cifar100 import on_gpu_training
+from benchmarks.engine import on_gpu_engine
+from benchmarks.engine.on_gpu_results import described, read_rows, results_of_this_card, say
 
 MINUTES = {"engine": 8, "training": 5}
 
@@ -35,7 +36,7 @@ def to_markdown(out: pathlib.Path) -> str:
 
 def main(
     what: Literal["engine", "training"] = "engine",
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
     minutes: float | None = None,
     rounds: int = 12,
     models: tuple[str, ...] = (),

@@ -1,6 +1,6 @@
 """Clip micro-batches before they are accumulated, after, or not at all?
 
-    python -m benchmarks.accumulation_cifar100 --data-dir FOLDER --runs FILE
+    python -m benchmarks.cifar100.accumulation_cifar100 --data-dir FOLDER --runs FILE
 
 AlexNet on CIFAR-100, 4 and 16 micro-batches of 32 samples in a step, every way to clip tuned with
 as many trials, six or eight, of half the length, and tested with other seeds. Every finished run is
@@ -19,10 +19,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.accumulation import CASES, optimizers, time_windows, train_step
-from benchmarks.many_runs import Numbers, Run, check_noises
-from benchmarks.stacked_traffic import describe, publish, quartiles
-from benchmarks.tuned import (
+from benchmarks.cifar100.many_runs import Numbers, Run, check_noises
+from benchmarks.cifar100.tuned import (
     BATCH_NORM,
     RESULTS,
     Options,
@@ -40,6 +38,8 @@ from benchmarks.tuned import (
     tune_and_test,
     with_lower,
 )
+from benchmarks.engine.accumulation import CASES, optimizers, time_windows, train_step
+from benchmarks.engine.stacked_traffic import describe, publish, quartiles
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 from tests.models import Model

@@ -1,6 +1,6 @@
 """What does clipping per sample cost, against a plain gradient?
 
-    python -m benchmarks.engine --sweep n length
+    python -m benchmarks.engine.cost --sweep n length
 
 For each model of tests/models.py, `jax.value_and_grad` of the mean loss in the same process and
 round is the unit. Prints a table and writes benchmarks/results/engine.json and .png. A model that
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.stacked_traffic import (
+from benchmarks.engine.stacked_traffic import (
     Case,
     describe,
     describe_machine,
@@ -553,7 +553,7 @@ def _markdown(figures: dict[str, Any]) -> str:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
     models: tuple[str, ...] | None = None,
     samples: dict[str, int] | None = None,
     sweep: tuple[Sweep, ...] = (),

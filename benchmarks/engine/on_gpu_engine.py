@@ -1,4 +1,4 @@
-"""Times, memory and errors of the engine on one GPU, for `benchmarks.on_gpu`."""
+"""Times, memory and errors of the engine on one GPU, for `benchmarks.engine.on_gpu`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy as np
 import optax
 
 import psclip_optax as psc
-from benchmarks import real_models
-from benchmarks.accumulation import mean_loss
-from benchmarks.on_gpu_results import Results, say
-from benchmarks.real_models import Model, Size
-from benchmarks.stacked_traffic import Case, quartiles, time_interleaved
-from benchmarks.tuned import markdown_table
+from benchmarks.cifar100.tuned import markdown_table
+from benchmarks.engine import real_models
+from benchmarks.engine.accumulation import mean_loss
+from benchmarks.engine.on_gpu_results import Results, say
+from benchmarks.engine.real_models import Model, Size
+from benchmarks.engine.stacked_traffic import Case, quartiles, time_interleaved
 from tests.models import ZOO
 
 Step = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""What `benchmarks.on_gpu` writes of one card, and the lines that it prints meanwhile."""
+"""What `benchmarks.engine.on_gpu` writes of one card, and the lines that it prints meanwhile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.stacked_traffic import describe, describe_machine
+from benchmarks.engine.stacked_traffic import describe, describe_machine
 from psclip_optax.training.files import to_json, write_atomically
 
 

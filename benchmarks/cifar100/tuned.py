@@ -15,9 +15,9 @@ from matplotlib.ticker import NullLocator
 from rich.console import Console
 from scipy import stats
 
-from benchmarks.many_runs import Data, Numbers, Run, Setting, as_json, load_data, run_all
-from benchmarks.runs_cache import RunsCache
-from benchmarks.stacked_traffic import describe_machine
+from benchmarks.cifar100.many_runs import Data, Numbers, Run, Setting, as_json, load_data, run_all
+from benchmarks.common.cache import RunsCache
+from benchmarks.engine.stacked_traffic import describe_machine
 from psclip_optax.training.datasets import Dataset, Split, load_dataset
 from psclip_optax.training.summary import estimate
 
@@ -25,7 +25,7 @@ from psclip_optax.training.summary import estimate
 # methods whose thresholds are smaller are raised by as much, for clipping shortens their steps.
 SAMPLE_NORM, BATCH_NORM = 10.0, 3.0
 CLIPPING = ("threshold", "batch_threshold", "scale")
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How often does the interval of a tail index hold the truth, and how wide is it?
 
-    python -m benchmarks.tail_index
+    python -m benchmarks.theory.tail_index
 
 Prints tables and writes them to benchmarks/results as tail_index.json and .png: coverage and width
 of the intervals of `psc.tails` on samples of known law, and how often a tail is called light.
@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.stacked_traffic import describe, describe_machine, publish
+from benchmarks.engine.stacked_traffic import describe, describe_machine, publish
 from psclip_optax import tails
 from tests.laws import LAWS, POWER_LAWS, Law
 
@@ -260,7 +260,7 @@ def draw_series(
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results",
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
     sizes: tuple[int, ...] = (2_000, 10_000, 50_000),
     trials: int = 500,
     quick: bool = False,

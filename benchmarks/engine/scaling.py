@@ -1,6 +1,6 @@
 """What do devices that share a batch compute, and send each other?
 
-    python -m benchmarks.scaling
+    python -m benchmarks.engine.scaling
 
 Prints tables and writes them to benchmarks/results as scaling.json and .png: floating-point
 operations and bytes of the compiled programs for 1 to 8 devices, read from the programs, and a
@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.engine import step
-from benchmarks.stacked_traffic import describe, describe_machine, publish
+from benchmarks.engine.cost import step
+from benchmarks.engine.stacked_traffic import describe, describe_machine, publish
 from psclip_optax.engine.flops import count_flops
 from tests.collectives import num_bytes
 from tests.models import ZOO
@@ -187,7 +187,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results", quick: bool = False
+    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results", quick: bool = False
 ) -> None:
     """What do devices that share a batch compute, and send each other?
 
@@ -198,7 +198,7 @@ def main(
     if jax.device_count() < DEVICES[-1]:
         raise SystemExit(
             f"expected {DEVICES[-1]} devices, found {jax.device_count()}; a CPU has them with "
-            f"JAX_NUM_CPU_DEVICES={DEVICES[-1]} python -m benchmarks.scaling"
+            f"JAX_NUM_CPU_DEVICES={DEVICES[-1]} python -m benchmarks.engine.scaling"
         )
     size = "small" if quick else "full"
     numbers = (1, DEVICES[-1]) if quick else DEVICES

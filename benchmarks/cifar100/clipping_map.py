@@ -1,6 +1,6 @@
 """Where does per-sample clipping win, and where does it not?
 
-    python -m benchmarks.clipping_map --data-dir FOLDER --runs FILE
+    python -m benchmarks.cifar100.clipping_map --data-dir FOLDER --runs FILE
 
 AlexNet on CIFAR-100 around one setting, of which batch size, momentum, noise and length change. In
 each cell three methods get as many trials, six or eight, of half the length, and the winners three
@@ -18,9 +18,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.many_runs import NOISES, Numbers, Run
-from benchmarks.stacked_traffic import describe, publish
-from benchmarks.tuned import (
+from benchmarks.cifar100.many_runs import NOISES, Numbers, Run
+from benchmarks.cifar100.tuned import (
     RESULTS,
     Options,
     Trainer,
@@ -36,6 +35,7 @@ from benchmarks.tuned import (
     tune_and_test,
     with_lower,
 )
+from benchmarks.engine.stacked_traffic import describe, publish
 
 BETA = 2.0
 METHODS = ("no clipping", "batch clipping", "per-sample, growing")
