@@ -8,7 +8,6 @@ Writes benchmarks/results/README.md from the JSON files beside it.
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ from benchmarks.cifar100 import (
     threshold_sweep,
     tuned,
 )
-from benchmarks.engine.stacked_traffic import describe
+from benchmarks.common.machine import describe
+from benchmarks.common.publishing import RESULTS
 from benchmarks.theory import convergence_report, estimator_report
 from benchmarks.third_party import report as third_party
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 HEAD = """# What the benchmarks found
 
 - `NAME.json` and `NAME.png`: what was found and its figure, by `python -m benchmarks.FOLDER.NAME`.

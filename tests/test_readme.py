@@ -17,8 +17,9 @@ import tomllib
 import pytest
 
 from benchmarks import summary
-from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100, tuned
+from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100
 from benchmarks.common.cache import RunsCache
+from benchmarks.common.statistics import describe_difference
 from benchmarks.engine import cost
 from benchmarks.peers import report
 from tests import snippets
@@ -183,7 +184,7 @@ def test_results_on_cifar_are_those_of_the_committed_measurement():
     heavy = result["noises"]["heavy pixels"]
     difference = heavy["methods"]["per-sample, constant"]["difference"]
     assert heavy["best_baseline"] == "batch clipping"
-    assert f"above batch clipping by {tuned.describe_difference(difference)} points" in said
+    assert f"above batch clipping by {describe_difference(difference)} points" in said
     for name in ("SGD", "momentum"):
         trials = heavy["methods"][name]["trials"]
         assert all(t["validation_accuracy"] < alexnet_cifar100.FAILED for t in trials)
@@ -236,7 +237,7 @@ def test_map_is_that_of_the_committed_measurement():
         (-1, "40% labels, n = 128, momentum 0.9, 18 epochs", "after 18 epochs by {}. On"),
     ):
         assert min(sign * end for end in against[label]["interval"]) > 0
-        assert words.format(tuned.describe_difference(against[label])) in said
+        assert words.format(describe_difference(against[label])) in said
     cannot_tell = [label for label in against if label.startswith("clean,")]
     assert len(cannot_tell) == 4
     for label in [*cannot_tell, "heavy pixels, n = 512, momentum 0.9, 6 epochs"]:
@@ -278,7 +279,7 @@ def test_accumulation_is_that_of_the_committed_measurement():
         (-1, "heavy pixels, K = 4", "and *below* by {} with 4, where"),
     ):
         assert min(sign * end for end in after[label]["interval"]) > 0
-        assert words.format(tuned.describe_difference(after.pop(label))) in said
+        assert words.format(describe_difference(after.pop(label))) in said
     tuned_trials = ("tune", "heavy pixels", "clipped before")
     first, second, *_ = sorted(
         (

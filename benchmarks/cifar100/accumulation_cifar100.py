@@ -22,24 +22,23 @@ from rich.table import Table
 from benchmarks.cifar100.many_runs import Numbers, Run, check_noises
 from benchmarks.cifar100.tuned import (
     BATCH_NORM,
-    RESULTS,
     Options,
     Trainer,
     batch_clipping_grid,
     build_trainer,
-    describe_difference,
-    describe_mean,
     describe_numbers,
     draw_differences,
     growing_grid,
-    markdown_table,
     run_length,
     timed_once,
     tune_and_test,
     with_lower,
 )
+from benchmarks.common.machine import describe
+from benchmarks.common.publishing import RESULTS, markdown_table, publish
+from benchmarks.common.statistics import describe_difference, describe_mean
+from benchmarks.common.timing import quartiles
 from benchmarks.engine.accumulation import CASES, optimizers, time_windows, train_step
-from benchmarks.engine.stacked_traffic import describe, publish, quartiles
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 from tests.models import Model

@@ -28,27 +28,26 @@ from rich.table import Table
 import psclip_optax as psc
 from benchmarks.cifar100.many_runs import NOISES, Numbers, Run, Setting, check_noises
 from benchmarks.cifar100.tuned import (
-    RESULTS,
     SAMPLE_NORM,
     Options,
     Trainer,
     batch_clipping_grid,
     best_numbers,
     build_trainer,
-    describe_difference,
-    describe_mean,
     describe_numbers,
     edges,
     growing_grid,
-    markdown_table,
-    paired_difference,
     raised,
     stopped_accuracy,
     test_accuracy,
-    tidy,
     timed_once,
     validation_accuracy,
 )
+from benchmarks.common.machine import describe
+from benchmarks.common.publishing import RESULTS, markdown_table, publish
+from benchmarks.common.statistics import describe_difference, describe_mean, paired_difference
+from benchmarks.common.style import tidy
+from benchmarks.common.timing import quartiles
 from benchmarks.engine.accumulation import (
     NUM_MICROBATCHES,
     Compiled,
@@ -56,7 +55,6 @@ from benchmarks.engine.accumulation import (
     mean_loss,
     time_windows,
 )
-from benchmarks.engine.stacked_traffic import describe, publish, quartiles
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
 

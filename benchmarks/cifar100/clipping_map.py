@@ -20,22 +20,20 @@ from rich.table import Table
 
 from benchmarks.cifar100.many_runs import NOISES, Numbers, Run
 from benchmarks.cifar100.tuned import (
-    RESULTS,
     Options,
     Trainer,
     batch_clipping_grid,
     build_trainer,
-    describe_difference,
-    describe_mean,
     describe_numbers,
     draw_differences,
     growing_grid,
-    markdown_table,
     run_length,
     tune_and_test,
     with_lower,
 )
-from benchmarks.engine.stacked_traffic import describe, publish
+from benchmarks.common.machine import describe
+from benchmarks.common.publishing import RESULTS, markdown_table, publish
+from benchmarks.common.statistics import describe_difference, describe_mean
 
 BETA = 2.0
 METHODS = ("no clipping", "batch clipping", "per-sample, growing")

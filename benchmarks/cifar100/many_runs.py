@@ -25,7 +25,7 @@ from rich.console import Console
 
 import psclip_optax as psc
 from benchmarks.common.cache import RunsCache
-from benchmarks.engine.stacked_traffic import describe_machine
+from benchmarks.common.machine import describe_machine
 from psclip_optax.training.corruptions import with_label_noise, with_student_t_pixels
 from psclip_optax.training.datasets import Dataset, Split, train_validation_split
 from psclip_optax.training.files import to_json

@@ -31,20 +31,18 @@ from benchmarks.cifar100.many_runs import (
 )
 from benchmarks.cifar100.tuned import (
     batch_clipping_grid,
-    describe_difference,
-    describe_mean,
     describe_numbers,
     edges,
     growing_grid,
-    markdown_table,
-    paired_difference,
     test_accuracy,
     tune_and_test,
 )
 from benchmarks.common.cache import RunsCache
+from benchmarks.common.publishing import markdown_table
+from benchmarks.common.statistics import describe_difference, describe_mean, paired_difference
+from benchmarks.common.timing import Case, quartiles, time_interleaved
 from benchmarks.engine.accumulation import mean_loss
 from benchmarks.engine.on_gpu_results import Results, say
-from benchmarks.engine.stacked_traffic import Case, quartiles, time_interleaved
 from psclip_optax.training.datasets import Dataset, Split
 from psclip_optax.training.models import build_model
 

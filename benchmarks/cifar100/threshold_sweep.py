@@ -23,20 +23,17 @@ from rich.table import Table
 
 from benchmarks.cifar100.many_runs import Numbers, Run, check_noises
 from benchmarks.cifar100.tuned import (
-    RESULTS,
     Options,
     Trainer,
     build_trainer,
-    describe_difference,
-    describe_mean,
     growing_grid,
-    markdown_table,
-    paired_difference,
     run_length,
-    tidy,
     tune_and_test,
 )
-from benchmarks.engine.stacked_traffic import describe, publish
+from benchmarks.common.machine import describe
+from benchmarks.common.publishing import RESULTS, markdown_table, publish
+from benchmarks.common.statistics import describe_difference, describe_mean, paired_difference
+from benchmarks.common.style import tidy
 from psclip_optax.training.summary import estimate
 
 BETA = 2.0

@@ -1,31 +1,29 @@
-"""What the comparisons of tuned methods share: grids, winners, intervals, axes."""
+"""Tunes and tests methods alike: grids, winners, verdicts."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.console import Console
-from scipy import stats
 
 from benchmarks.cifar100.many_runs import Data, Numbers, Run, Setting, as_json, load_data, run_all
 from benchmarks.common.cache import RunsCache
-from benchmarks.engine.stacked_traffic import describe_machine
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.publishing import RESULTS
+from benchmarks.common.statistics import paired_difference
+from benchmarks.common.style import tidy
 from psclip_optax.training.datasets import Dataset, Split, load_dataset
-from psclip_optax.training.summary import estimate
 
 # About the norm of a sample's and of a batch's gradient in the first epochs. Learning rates of
 # methods whose thresholds are smaller are raised by as much, for clipping shortens their steps.
 SAMPLE_NORM, BATCH_NORM = 10.0, 3.0
 CLIPPING = ("threshold", "batch_threshold", "scale")
-RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +266,6 @@ def draw_differences(
     return figure
 
 
-def paired_difference(own: list[float], other: list[float]) -> dict[str, Any]:
-    """Mean over seeds of own − other, and its interval."""
-    differences = [one - two for one, two in zip(own, other, strict=True)]
-    return {"mean": statistics.fmean(differences), "interval": interval(differences)}
-
-
 def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
     """Where the interval of the difference to a method says better, worse, or neither."""
     found: dict[str, list[str]] = {"above": [], "below": [], "not distinguishable from": []}
@@ -282,25 +274,6 @@ def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
         word = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
         found[word].append(row["label"])
     return found
-
-
-def interval(values: list[float]) -> list[float]:
-    """The mean's two-sided 95% interval by Student's t."""
-    mean, error = estimate(values)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return [mean - half, mean + half]
-
-
-def describe_mean(accuracies: list[float]) -> str:
-    """Mean ± standard error, in percent."""
-    mean, error = estimate(accuracies)
-    return f"{100 * mean:.2f} ± {100 * error:.2f}"
-
-
-def describe_difference(difference: dict[str, Any]) -> str:
-    """In percentage points."""
-    low, high = difference["interval"]
-    return f"{100 * difference['mean']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
 def describe_numbers(numbers: dict[str, Any]) -> str:
@@ -337,17 +310,6 @@ def edge_of(name: str, chosen: dict[str, Any], points: list[dict[str, Any]]) -> 
 def plain(value: float | None) -> float | None:
     """A number as JSON holds it: ∞ is null there."""
     return None if value == float("inf") else value
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """The first row is the header."""
-    header, *body = rows
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *body))
-
-
-def tidy(axes: Axes) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def enlarged_digits() -> Dataset:

@@ -21,7 +21,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.engine.stacked_traffic import describe, describe_machine, publish, quartiles
+from benchmarks.common.machine import describe, describe_machine
+from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.common.timing import quartiles
 from tests.models import ZOO, Model
 
 NUM_MICROBATCHES = 8
@@ -197,7 +199,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
+    out: pathlib.Path = RESULTS,
     samples: tuple[int, ...] = (32, 128),
     rounds: int = 9,
     quick: bool = False,

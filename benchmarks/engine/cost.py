@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
-import os
 import pathlib
 import statistics
 import time
@@ -29,14 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.engine.stacked_traffic import (
-    Case,
-    describe,
-    describe_machine,
-    quartiles,
-    time_interleaved,
-)
+from benchmarks.common.machine import describe, describe_machine
+from benchmarks.common.publishing import RESULTS, load
+from benchmarks.common.style import show_ticks, tidy
+from benchmarks.common.timing import Case, quartiles, time_interleaved
 from psclip_optax.engine.flops import count_flops
+from psclip_optax.training.files import write_atomically
 from tests.models import ZOO, Model, Size, gpt
 
 Mode = Literal["plain", "one_pass", "two_pass", "vmap"]
@@ -78,7 +75,6 @@ MODES: tuple[Mode, ...] = ("plain", "one_pass", "two_pass", "vmap")
 # Okabe and Ito's colours, which the colour-blind can tell apart; hatched for print in grey.
 STYLES = {"one_pass": ("#0072B2", ""), "two_pass": ("#56B4E9", "///"), "vmap": ("#D55E00", "...")}
 LINES = {"alexnet": ("#0072B2", "o"), "mlp": ("#D55E00", "s"), "gpt_tied": ("#009E73", "^")}
-TICKS = (0.01, 0.1, 0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Point(NamedTuple):
@@ -303,25 +299,6 @@ def add_errors(
 # The file of results
 
 
-def load(path: pathlib.Path, settings: dict[str, Any], rerun: bool) -> list[dict[str, Any]]:
-    """The rows of an earlier run with these settings."""
-    if not path.exists():
-        return []
-    earlier = json.loads(path.read_text())
-    if without_date(earlier["settings"]) == without_date(settings):
-        return earlier["rows"]
-    if rerun:
-        return []
-    raise SystemExit(
-        f"{path} was measured with other settings or on another machine. Choose another --out, or "
-        f"--rerun to begin anew.\nThere: {earlier['settings']}\nHere:  {settings}"
-    )
-
-
-def without_date(settings: dict[str, Any]) -> dict[str, Any]:
-    return settings | {"machine": {k: v for k, v in settings["machine"].items() if k != "date"}}
-
-
 def is_of(row: dict[str, Any], point: Point) -> bool:
     return all(row[name] == value for name, value in point._asdict().items())
 
@@ -370,10 +347,7 @@ def sweeps_of(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
 
 def write(path: pathlib.Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     result = {"settings": settings, "note": NOTE, "summary": summarise(rows), "rows": rows}
-    # Replaced as a whole: an interruption leaves either the old file or the new one.
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_atomically(path, f"{json.dumps(result, indent=2)}\n".encode())
 
 
 # Table
@@ -512,21 +486,7 @@ def draw_sweep(axes: Axes, lines: dict[str, list[dict[str, Any]]], along: str) -
     axes.set_ylim(min(0.8, low), max(1.6, high))
     axes.set_ylabel("Time of one_pass,\nrelative to the plain gradient")
     axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def show_ticks(axis: Any, limits: tuple[float, float]) -> None:
-    shown = [tick for tick in TICKS if limits[0] <= tick <= limits[1]]
-    # Of a wide range the ticks between would run into one another.
-    width = limits[1] / limits[0]
-    if width > 1000:
-        shown = [tick for tick in shown if tick in (0.01, 0.1, 1, 10, 100, 1000)]
-    elif width > 30:
-        shown = [tick for tick in shown if tick not in (0.7, 1.2, 1.5, 3)]
-    axis.set_ticks(shown)
-    axis.set_major_formatter("{x:g}")
-    axis.set_ticks([], minor=True)
+    tidy(axes)
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
@@ -553,7 +513,7 @@ def _markdown(figures: dict[str, Any]) -> str:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
+    out: pathlib.Path = RESULTS,
     models: tuple[str, ...] | None = None,
     samples: dict[str, int] | None = None,
     sweep: tuple[Sweep, ...] = (),

@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 
 from benchmarks.cifar100 import on_gpu_training
+from benchmarks.common.publishing import RESULTS
 from benchmarks.engine import on_gpu_engine
 from benchmarks.engine.on_gpu_results import described, read_rows, results_of_this_card, say
 
@@ -36,7 +37,7 @@ def to_markdown(out: pathlib.Path) -> str:
 
 def main(
     what: Literal["engine", "training"] = "engine",
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
+    out: pathlib.Path = RESULTS,
     minutes: float | None = None,
     rounds: int = 12,
     models: tuple[str, ...] = (),

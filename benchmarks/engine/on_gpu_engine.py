@@ -15,12 +15,12 @@ import numpy as np
 import optax
 
 import psclip_optax as psc
-from benchmarks.cifar100.tuned import markdown_table
+from benchmarks.common.publishing import markdown_table
+from benchmarks.common.timing import Case, quartiles, time_interleaved
 from benchmarks.engine import real_models
 from benchmarks.engine.accumulation import mean_loss
 from benchmarks.engine.on_gpu_results import Results, say
 from benchmarks.engine.real_models import Model, Size
-from benchmarks.engine.stacked_traffic import Case, quartiles, time_interleaved
 from tests.models import ZOO
 
 Step = Callable[..., Any]

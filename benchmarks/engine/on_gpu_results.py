@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.engine.stacked_traffic import describe, describe_machine
+from benchmarks.common.machine import describe, describe_machine
 from psclip_optax.training.files import to_json, write_atomically
 
 

@@ -21,8 +21,10 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from benchmarks.common.machine import describe, describe_machine
+from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.common.style import tidy
 from benchmarks.engine.cost import step
-from benchmarks.engine.stacked_traffic import describe, describe_machine, publish
 from psclip_optax.engine.flops import count_flops
 from tests.collectives import num_bytes
 from tests.models import ZOO
@@ -176,8 +178,7 @@ def draw(result: dict[str, Any]) -> Figure:
         axes.set_xlabel("Devices (simulated)")
         axes.set_title(f"{model}, {SAMPLES_PER_DEVICE[model]} samples a device")
         axes.set_ylim(0, 1.08)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     panels[0].set_ylabel(
         "Samples per second and device,\nrelative to a plain gradient on one device"
     )
@@ -186,9 +187,7 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def main(
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results", quick: bool = False
-) -> None:
+def main(out: pathlib.Path = RESULTS, quick: bool = False) -> None:
     """What do devices that share a batch compute, and send each other?
 
     Args:

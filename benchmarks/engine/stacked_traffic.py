@@ -8,25 +8,21 @@ are two reads, one for the norms and one for the sum; the mean alone needs one.
 
 from __future__ import annotations
 
-import datetime
-import os
 import pathlib
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
 from jax import lax
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import psclip_optax as psc
-from psclip_optax.training.files import to_json
+from benchmarks.common.machine import describe, describe_machine
+from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.common.timing import Case, quartiles, time_interleaved
 
 NOTE = (
     "Bytes and temporary memory are XLA's figures for the compiled program. Of a branch XLA counts "
@@ -37,13 +33,6 @@ NOTE = (
 )
 CASES = {"mean": "#666666", "propagate": "#0072B2", "drop": "#009E73", "drop, one NaN": "#D55E00"}
 MARKERS = dict(zip(CASES, "|os^", strict=True))
-
-
-class Case(NamedTuple):
-    """A compiled program, the arguments it is timed with, and what it does to memory."""
-
-    program: Any
-    arguments: tuple[Any, ...]
 
 
 def mean(stack: jax.Array) -> jax.Array:
@@ -73,21 +62,6 @@ def make_cases(n: int, size: int, dtype: str) -> dict[str, Case]:
     }
 
 
-def time_interleaved(cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, after one of each that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats + 1):
-        for name, case in cases.items():
-            start = time.perf_counter()
-            jax.block_until_ready(case.program(*case.arguments))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 def measure(n: int, size: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
     cases = make_cases(n, size, dtype)
     stack_bytes = n * size * jnp.dtype(dtype).itemsize
@@ -110,32 +84,6 @@ def measure(n: int, size: int, dtype: str, repeats: int) -> list[dict[str, Any]]
             }
         )
     return rows
-
-
-def cpu_model() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def describe_machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "platform": device.platform,
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "psclip_optax": psc.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def describe(machine: dict[str, Any]) -> str:
-    on_cpu = machine["platform"] == "cpu"
-    device = f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else machine["device"]
-    return f"{device}; JAX {machine['jax']}; {machine['date']}"
 
 
 def stack_label(row: dict[str, Any]) -> str:
@@ -195,26 +143,8 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def publish(
-    out: pathlib.Path,
-    name: str,
-    result: dict[str, Any],
-    tables: list[Table],
-    figure: Figure,
-    width: int,
-) -> None:
-    """Prints the tables, as wide as they are, and writes the result and the figure."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = width
-    console.print(*tables)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(to_json(result, indent=2) + "\n")
-    figure.savefig(out / f"{name}.png", dpi=160)
-
-
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
+    out: pathlib.Path = RESULTS,
     repeats: int = 15,
     quick: bool = False,
 ) -> None:

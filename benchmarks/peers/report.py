@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.engine.cost import show_ticks
-from benchmarks.engine.stacked_traffic import describe
+from benchmarks.common.machine import describe
+from benchmarks.common.style import show_ticks
 from benchmarks.peers.common import PEERS
 from benchmarks.peers.reference import DTYPES, FLOAT64_LIMIT, SAMPLES_IN_FLOAT64, limit
 

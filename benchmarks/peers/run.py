@@ -25,11 +25,13 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from benchmarks.engine.cost import load
-from benchmarks.engine.stacked_traffic import describe_machine, quartiles
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.publishing import load
+from benchmarks.common.timing import quartiles
 from benchmarks.peers.common import PEERS
 from benchmarks.peers.reference import DTYPES, Reference, errors_of, prepare
 from benchmarks.peers.report import NOTE, draw, problems, to_errors, to_markdown, to_table
+from psclip_optax.training.files import write_atomically
 
 Model = Literal["alexnet", "gpt"]
 SAMPLES: dict[str, int] = {"alexnet": 32, "gpt": 16}
@@ -164,10 +166,7 @@ def slot(row: dict[str, Any]) -> tuple[int, int]:
 
 def write(path: pathlib.Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     result = {"settings": settings, "note": NOTE, "rows": rows}
-    # Replaced as a whole: an interruption leaves either the old file or the new one.
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_atomically(path, f"{json.dumps(result, indent=2)}\n".encode())
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,8 @@ from rich.progress import track
 
 import psclip_optax as psc
 from benchmarks.common.cache import RunsCache
-from benchmarks.engine.stacked_traffic import describe_machine, publish
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.publishing import RESULTS, publish
 from benchmarks.theory.convergence_report import (
     control_table,
     draw,
@@ -400,7 +401,7 @@ def is_at_edge(grid: list[float], value: float) -> bool:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
+    out: pathlib.Path = RESULTS,
     runs: pathlib.Path = pathlib.Path("runs/convergence_rate.runs.jsonl"),
     seed: int = 0,
     sizes: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),

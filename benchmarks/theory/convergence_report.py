@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
-from benchmarks.engine.stacked_traffic import describe
+from benchmarks.common.machine import describe
+from benchmarks.common.style import tidy
 from benchmarks.theory.descent import METHODS, OTHERS, OURS, PLAIN, STATISTICS
 from benchmarks.theory.noisy_problems import LIGHT
 
@@ -183,8 +184,7 @@ def draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
     bound = first["estimates"][0] * (samples / samples[0]) ** first["bound"]
     axes.plot(samples, bound, color="k", linestyle=":")
     axes.set(xscale="log", yscale="log")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
 def draw_ratios(figure: Any, result: dict[str, Any], noises: list[str]) -> None:

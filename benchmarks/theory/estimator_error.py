@@ -20,7 +20,8 @@ import numpy as np
 import tyro
 
 from benchmarks.common.cache import RunsCache
-from benchmarks.engine.stacked_traffic import describe_machine, publish
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.publishing import RESULTS, publish
 from benchmarks.theory.estimator_report import (
     draw_figure,
     error_table,
@@ -428,7 +429,7 @@ def rounded(tree: Any) -> Any:
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
+    out: pathlib.Path = RESULTS,
     runs: pathlib.Path = pathlib.Path("runs/estimator_error.runs.jsonl"),
     trials: int | None = None,
     tail_trials: int | None = None,

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
-from benchmarks.engine.cost import show_ticks
-from benchmarks.engine.stacked_traffic import describe
+from benchmarks.common.machine import describe
+from benchmarks.common.style import show_ticks, tidy
 from benchmarks.theory.heavy_tails import (
     CONSTANT,
     COORDINATE_FEW,
@@ -375,8 +375,7 @@ def draw_figure(result: dict[str, Any]) -> Figure:
     grid[0, 0].set_ylabel("RMS error, and its fit")
     grid[1, 0].set_ylabel(f"Error exceeded with probability δ, n = {tail_size(result)}")
     for axes in grid.flat:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         show_ticks(axes.yaxis, axes.get_ylim())
     add_legend(figure)
     figure.suptitle(describe(result["machine"]), fontsize=10)

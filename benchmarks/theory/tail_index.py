@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.engine.stacked_traffic import describe, describe_machine, publish
+from benchmarks.common.machine import describe, describe_machine
+from benchmarks.common.publishing import RESULTS, publish
 from psclip_optax import tails
 from tests.laws import LAWS, POWER_LAWS, Law
 
@@ -260,7 +261,7 @@ def draw_series(
 
 
 def main(
-    out: pathlib.Path = pathlib.Path(__file__).parents[1] / "results",
+    out: pathlib.Path = RESULTS,
     sizes: tuple[int, ...] = (2_000, 10_000, 50_000),
     trials: int = 500,
     quick: bool = False,

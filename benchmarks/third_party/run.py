@@ -20,10 +20,11 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.engine.stacked_traffic import describe_machine
+from benchmarks.common.machine import describe_machine
 from benchmarks.third_party.libraries import LIBRARIES, Library
 from benchmarks.third_party.report import summarise, to_markdown
 from benchmarks.third_party.worker import rows_in
+from psclip_optax.training.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERSIONS = (
@@ -100,10 +101,7 @@ def load(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
     result = {"machine": describe_machine(), "summary": summarise(records), "libraries": records}
-    # Replaced as a whole: an interruption leaves either the old file or the new one.
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, path)
+    write_atomically(path, f"{json.dumps(result, indent=1)}\n".encode())
 
 
 def add_record(records: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from scipy import integrate, optimize, stats
 
 import psclip_optax as psc
 from benchmarks.common.cache import RunsCache
+from benchmarks.common.publishing import RESULTS
 from benchmarks.theory import estimator_error, estimator_report, heavy_tails
 from benchmarks.theory.heavy_tails import GAUSSIAN, GROWING, MEAN, Noise
 from tests import numerics
@@ -94,8 +94,7 @@ def test_markdown_has_a_row_a_noise_and_measures_nothing(finished, capsys):
 
 
 def test_committed_summary_is_what_the_committed_figures_say():
-    results = pathlib.Path(estimator_error.__file__).parents[1] / "results"
-    result = json.loads((results / "estimator_error.json").read_text())
+    result = json.loads((RESULTS / "estimator_error.json").read_text())
     assert estimator_report.summarise(result) == result["summary"]
 
 

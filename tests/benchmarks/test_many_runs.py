@@ -24,6 +24,7 @@ from benchmarks.cifar100 import (
 from benchmarks.cifar100.many_runs import NOISES, Data, Numbers, Run, Setting
 from benchmarks.cifar100.tuned import Options, edges, enlarged_digits, stopped_accuracy
 from benchmarks.common.cache import RunsCache, digest
+from benchmarks.common.publishing import RESULTS
 from psclip_optax.training.datasets import Split
 from psclip_optax.training.losses import classification_loss
 from psclip_optax.training.models import build_model
@@ -295,9 +296,7 @@ def test_committed_results_are_of_the_committed_runs(benchmark, tmp_path, monkey
     assert [line["digest"] for line in lines] == [digest(line["run"]) for line in lines]
     assert {line["digest"] for line in lines if "seed" in line["run"]} == read
     name = benchmark.__name__.rpartition(".")[2] + ".json"
-    written, committed = (
-        json.loads((folder / name).read_text()) for folder in (tmp_path, tuned.RESULTS)
-    )
+    written, committed = (json.loads((folder / name).read_text()) for folder in (tmp_path, RESULTS))
     assert jax.tree.structure(written) == jax.tree.structure(committed)
     for leaf, told in zip(*map(jax.tree.leaves, (written, committed)), strict=True):
         # One SciPy's quantiles differ from another's in the last digits.

@@ -1,15 +1,15 @@
 import json
 import math
-import pathlib
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.common.publishing import RESULTS
 from benchmarks.theory import tail_index
 from tests.laws import LAWS, POWER_LAWS
 
-COMMITTED = pathlib.Path(tail_index.__file__).parents[1] / "results/tail_index.json"
+COMMITTED = RESULTS / "tail_index.json"
 
 
 def test_quick_run_writes_its_tables_and_figure(tmp_path, capsys):
