@@ -264,9 +264,8 @@ class ClippedValueAndGrad:
         if not call.num_samples:
             raise ValueError("verify compares samples, but the batch has none; pass one at least")
         plan = self.explain(params, *batch)
-        is_by_sample = self.options.clip_at == "sample"
-        own = self.options._replace(mode=plan.mode) if is_by_sample else self.options
-        together = self.options.num_together(call.num_samples)
+        own = self.options._replace(mode=plan.mode)
+        together = self.options.unit(call.num_samples).size
 
         def clip(one: Call, rule: Threshold) -> tuple[Any, Any, ClipStats]:
             value, grads, stats = clipped_call.clip(one, None, None, rule, own)

@@ -8,6 +8,7 @@ from psclip_optax import clipping
 from psclip_optax.arrays import is_integer
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.engine.modes import MODES
+from psclip_optax.engine.units import Unit
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAt: TypeAlias = Literal["sample", "micro-batch"]
@@ -27,10 +28,11 @@ class Options(NamedTuple):
     memory_limit_bytes: int | None
     clip_at: ClipAt
 
-    def num_together(self, num_samples: int) -> int:
-        """How many samples are clipped together."""
-        size = self.microbatch_size if self.clip_at == "micro-batch" else 1
-        return max(1, min(size or 1, num_samples))
+    def unit(self, num_samples: int) -> Unit:
+        """What is clipped together of so many samples."""
+        if self.clip_at == "sample":
+            return Unit()
+        return Unit(max(1, min(self.microbatch_size or 1, num_samples)), is_micro_batch=True)
 
     def checked(self) -> Options:
         """Refuse options that are out of range."""

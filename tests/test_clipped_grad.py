@@ -552,10 +552,10 @@ def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypat
     outputs, num_slices, num_passes, words = MEMORY[what]
     loss = lambda params, x: outputs(params, x).sum()
     sizes, ran = [], []
-    run, backward = one_pass.run, two_pass._backward
+    run, backward = one_pass._of_slice, two_pass._backward
     monkeypatch.setattr(two_pass, "_backward", lambda *args: [*backward(*args), ran.append(1)][:-1])
     monkeypatch.setattr(
-        one_pass, "run", lambda *args: sizes.append(args[-1].taus.size) or run(*args)
+        one_pass, "_of_slice", lambda *args: sizes.append(args[-1].taus.size) or run(*args)
     )
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(9, 30, 30)) / 30**0.5, jnp.float32)

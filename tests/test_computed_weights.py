@@ -151,12 +151,12 @@ USES = {
     "layers computed in the scan": (
         lambda p, x, r, i: end(jax.lax.scan(
             lambda h, w: (jnp.tanh(h @ jnp.tanh(w)), None), 0.1 * r, p["layers"])[0]),
-        "layers", "in each step of a scan"),
+        "layers", "pulled back"),
     "layers of what is computed, computed in the scan": (
         lambda p, x, r, i: (lambda w: end(x @ w[0]) + end(jax.lax.scan(
             lambda h, w: (jnp.tanh(h + x @ jnp.tanh(w)), None), jnp.zeros(10), w)[0])
         )(jnp.stack([p["w"], p["v"]])),
-        "w", "in each step of a scan"),
+        "w", "pulled back"),
     "layers computed before the scan": (
         lambda p, x, r, i: end(jax.lax.scan(
             lambda h, w: (jnp.tanh(h @ w), None), 0.1 * r, jnp.tanh(p["layers"]))[0]),

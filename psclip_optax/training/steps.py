@@ -21,7 +21,7 @@ from psclip_optax.arrays import array_leaves, described
 from psclip_optax.clipped_grad import ClipAt, Mode, check_loss, clipped_value_and_grad
 from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
 from psclip_optax.engine.calls import value_and_aux
-from psclip_optax.engine.modes.micro_batches import counting
+from psclip_optax.engine.units import Unit
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
 from psclip_optax.transforms import PerSampleClipState
 
@@ -111,7 +111,7 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
             positions=batch.positions,
         )
         counts = _counts(logs["loss"], batch.sample_mask)
-        units = counting(counts, 1 if by_sample else how.microbatch_size or counts.size)
+        units = Unit(1 if by_sample else how.microbatch_size or counts.size).counting(counts)
         figures = batch_figures(stats, units, units & jnp.isfinite(stats.norms))._asdict()
         if not by_sample:
             number = {"num_microbatches": figures["num_samples"]}

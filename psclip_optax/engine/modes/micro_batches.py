@@ -9,40 +9,37 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from psclip_optax.engine.explain import Plan, explained_microbatches
+from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples
 from psclip_optax.engine.modes.weighing import changed_if_any
 from psclip_optax.transforms import clipped_alone
 
 
-def counting(counts: jax.Array, size: int) -> jax.Array:
-    """Which micro-batches of `size` consecutive samples hold one that counts, from bool [n]."""
-    if size == 1:
-        return counts
-    number = -(-counts.size // size)
-    return jnp.any(jnp.pad(counts, (0, number * size - counts.size)).reshape(number, size), axis=1)
+class MicroBatches(Mode):
+    """The mean gradient of a micro-batch, clipped to its first sample's τ, times its share."""
+
+    name = "micro-batch"
+
+    def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+        return _clipped(problem, leaves, samples)
+
+    def explain(
+        self, problem: Problem, leaves: Sequence[Any], params: Any, num_samples: int, note: str
+    ) -> Plan:
+        del problem, leaves, note
+        return explained_microbatches(params, num_samples)
 
 
-def of_each_sample(values: jax.Array, size: int, num_samples: int) -> jax.Array:
-    """What its micro-batch has, for each sample: [number of micro-batches] → [n]."""
-    return values if size == 1 else jnp.repeat(values, size)[:num_samples]
+MICRO_BATCHES = MicroBatches()
 
 
-def clip_microbatch(
-    problem: Problem, leaves: Sequence[Any], samples: Samples, *, is_padded: bool
-) -> Result:
-    """One micro-batch: its mean gradient, clipped to its first sample's τ, times its share.
-
-    Args:
-      problem: the traced loss.
-      leaves: of the parameters.
-      samples: of the micro-batch.
-      is_padded: whether some may not count. They are replaced, for what they hold would get past a
-        weight of 0 if it is not finite.
-    """
+def _clipped(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     counts, number = samples.counts, jnp.sum(samples.counts)
     examples = samples.examples
-    if is_padded:
+    if problem.may_be_padded:
+        # What padding holds would get past a weight of 0 if it is not finite.
         index = jnp.where(counts, jnp.arange(counts.size), jnp.argmax(counts))
         examples = [example[index] for example in examples]
     run = core.jaxpr_as_fun(problem.closed)
@@ -55,7 +52,7 @@ def clip_microbatch(
         return outs[0], outs
 
     values, pull_back, outs = jax.vjp(losses, list(leaves), has_aux=True)
-    if is_padded and len(outs) > 1:  # the aux of padding is its own too
+    if problem.may_be_padded and len(outs) > 1:  # the aux of padding is its own too
 
         def own_outs(_: list[jax.Array], leaves: list[Any], examples: list[Any]) -> list[jax.Array]:
             return problem.over_samples(one)(leaves, None, examples)

@@ -13,6 +13,7 @@ from psclip_optax import stacks
 from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
 from psclip_optax.engine.memory import estimated_bytes, num_bytes
+from psclip_optax.engine.modes.mode import Course, Mode
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_slices
 from psclip_optax.engine.modes.tapped import Seen, all_weights, squared_norms, tapped
@@ -26,17 +27,31 @@ _MOST_STACKED = 2
 _FEW_BYTES = 2**24
 
 
-def run(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+class OnePass(Mode):
     """One pass over all samples; over some at a time where their gradients have to be stacked."""
-    return in_slices(
-        functools.partial(_of_slice, problem, leaves),
-        samples,
-        samples_at_a_time(problem, leaves, samples.taus.size),
-        has_convolutions=problem.has_convolutions,
-    )
+
+    name = "one_pass"
+
+    def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+        return in_slices(
+            functools.partial(_of_slice, problem, leaves),
+            samples,
+            _samples_at_a_time(problem, leaves, samples.taus.size),
+            has_convolutions=problem.has_convolutions,
+        )
+
+    def course(self, problem: Problem, leaves: Sequence[Any], num_samples: int) -> Course:
+        number = _samples_at_a_time(problem, leaves, num_samples)
+        if number is None:
+            return Course()
+        why = "for parameters without a route have a stack of gradients"
+        return Course(-(-num_samples // number), f"{number} samples at a time, {why}")
 
 
-def samples_at_a_time(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
+ONE_PASS = OnePass()
+
+
+def _samples_at_a_time(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
     """Say of how many samples gradients are stacked, for parameters without a route; None: all."""
     plans = problem.plans
     kinds = zip(plans.all, plans.avals, strict=True)

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
       dtype: of norms and scales.
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
       spmd_axis_name: of the axis of samples, for constraints inside the loss.
+      may_be_padded: whether some samples may not count.
     """
 
     closed: core.ClosedJaxpr
@@ -31,6 +32,7 @@ class Problem(NamedTuple):
     dtype: Any
     axis_name: Any
     spmd_axis_name: Any
+    may_be_padded: bool
 
     @property
     def has_convolutions(self) -> bool:

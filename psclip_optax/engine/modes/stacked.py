@@ -9,25 +9,33 @@ import jax
 import jax.numpy as jnp
 
 from psclip_optax import transforms
+from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.problem import Problem, outs_of
 from psclip_optax.engine.modes.slices import Result, Samples
 
 
-def run(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-    """The reference: gradients stacked by vmap, then clipped as the other face does."""
-    grad = jax.value_and_grad(outs_of(problem.closed), has_aux=True)
-    (_, outs), stacked = problem.over_samples(grad)(list(leaves), None, samples.examples)
-    # A loss that is not finite drops its sample also where its gradient is finite.
-    finite_loss = jnp.isfinite(outs[0])
-    dropped = ~finite_loss & (problem.on_nonfinite == "drop")
-    sums, stats, kept = transforms.clip_and_sum(
-        stacked,
-        transforms.Batch(samples.taus, samples.counts & ~dropped),
-        axes=(0,) * len(stacked),
-        masked=True,
-        on_nonfinite=problem.on_nonfinite,
-    )
-    finite = jnp.where(samples.counts, kept & finite_loss, True)
-    share = jnp.max(samples.shares, initial=0)  # the same of all
-    sums = [total * share.astype(total.dtype) for total in sums]
-    return Result(sums, outs, stats.norms, stats.scales, finite)
+class Stacked(Mode):
+    """The reference: gradients stacked by `vmap`, then clipped as the other face does."""
+
+    name = "vmap"
+
+    def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+        grad = jax.value_and_grad(outs_of(problem.closed), has_aux=True)
+        (_, outs), stacked = problem.over_samples(grad)(list(leaves), None, samples.examples)
+        # A loss that is not finite drops its sample also where its gradient is finite.
+        finite_loss = jnp.isfinite(outs[0])
+        dropped = ~finite_loss & (problem.on_nonfinite == "drop")
+        sums, stats, kept = transforms.clip_and_sum(
+            stacked,
+            transforms.Batch(samples.taus, samples.counts & ~dropped),
+            axes=(0,) * len(stacked),
+            masked=True,
+            on_nonfinite=problem.on_nonfinite,
+        )
+        finite = jnp.where(samples.counts, kept & finite_loss, True)
+        share = jnp.max(samples.shares, initial=0)  # the same of all
+        sums = [total * share.astype(total.dtype) for total in sums]
+        return Result(sums, outs, stats.norms, stats.scales, finite)
+
+
+STACKED = Stacked()

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
+from psclip_optax.engine.analysis.linearity import described_rule
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
-from psclip_optax.engine.modes import one_pass
+from psclip_optax.engine.modes.mode import Course, Mode
+from psclip_optax.engine.modes.one_pass import ONE_PASS
 from psclip_optax.engine.modes.problem import Problem, outs_of
 from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_slices, may_be_shared
 from psclip_optax.engine.modes.tapped import all_weights, squared_norms, tapped
@@ -25,24 +27,38 @@ MOST_KEPT = 0.15
 MOST_SLICES = 4
 
 
-def run(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+class TwoPass(Mode):
     """About a plain gradient's memory: one pass over a few slices, else two passes over all."""
-    num_samples = samples.taus.size
-    slices = num_slices(problem, leaves, num_samples)
-    if slices is None:
-        try:
-            return _in_two_passes(problem, leaves, samples)
-        except NO_GRADIENT_OF_VMAP:
-            return one_pass.run(problem, leaves, samples)
-    return in_slices(
-        functools.partial(one_pass.run, problem, leaves),
-        samples,
-        -(-num_samples // slices),
-        has_convolutions=problem.has_convolutions,
-    )
+
+    name = "two_pass"
+
+    def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+        num_samples = samples.taus.size
+        slices = _num_slices(problem, leaves, num_samples)
+        if slices is None:
+            try:
+                return _in_two_passes(problem, leaves, samples)
+            except NO_GRADIENT_OF_VMAP:
+                return ONE_PASS.run(problem, leaves, samples)
+        return in_slices(
+            functools.partial(ONE_PASS.run, problem, leaves),
+            samples,
+            -(-num_samples // slices),
+            has_convolutions=problem.has_convolutions,
+        )
+
+    def course(self, problem: Problem, leaves: Sequence[Any], num_samples: int) -> Course:
+        slices, rule = _num_slices(problem, leaves, num_samples), problem.unproven_rule()
+        if rule is None:
+            return Course(slices)
+        why = f"the loss passes {described_rule(rule)}"
+        return Course(slices, f"one pass over slices, never two passes: {why}")
 
 
-def num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
+TWO_PASS = TwoPass()
+
+
+def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
     """In how many slices one pass takes a plain gradient's memory; None: better in two passes."""
     plans = problem.plans
     # Behind a rule that is not linear, weighted cotangents give no weighted sum.
