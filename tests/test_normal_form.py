@@ -69,6 +69,12 @@ def two_at_a_time(p, x):
     return lax.scan(step, x, jnp.arange(L - 1))[0]
 
 
+def with_keys(p, x):
+    key = jax.random.key(3)
+    noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape)
+    return lax.scan(lambda x, i: (block(p["w"][i], x) + noise(i), None), x, jnp.arange(L))[0]
+
+
 def choice(p, x):
     return lax.cond(x[0, 0] > 0, block, lambda w, x: x, p["w"][0], x)
 
@@ -121,6 +127,7 @@ FAST = {
     "in a checkpoint": in_a_checkpoint,
     "nested by the inner index": nested_by_the_inner_index,
     "beside layers": beside_layers,
+    "with keys": with_keys,
     "choice": choice,
     "choice of three": choice_of_three,
     "choice in a scan": choice_in_a_scan,

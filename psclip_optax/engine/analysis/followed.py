@@ -60,8 +60,8 @@ def _order(source: Source) -> int:
 
 
 def constant(value: Any) -> Value:
-    known = concrete(value)
-    return Value(value, Source.CONSTANTS, known if known is None or _is_index(known) else None)
+    is_index = _is_index(jax.typeof(value))
+    return Value(value, Source.CONSTANTS, concrete(value) if is_index else None)
 
 
 def with_traced(values: Sequence[Value], traced: Sequence[Any]) -> list[Value]:
