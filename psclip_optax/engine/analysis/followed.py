@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from psclip_optax.engine.analysis.equations import inner_jaxpr, needed_equations, scan_counts
+from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, needed_equations, scan_counts
 from psclip_optax.engine.analysis.views import as_function, aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 from psclip_optax.thresholds import concrete
@@ -73,10 +73,28 @@ def _is_index(kind: Any) -> bool:
     return is_whole and kind.size <= _MOST_FOLLOWED
 
 
+def _is_of_indices(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation makes indices, by operations that are known to need nothing else."""
+    if eqn.primitive.name in CALLS:
+        return all(map(_is_of_indices, inner_jaxpr(eqn)[0].eqns))
+    is_known = eqn.primitive.name in _ON_INDICES and not eqn.effects
+    return is_known and all(_is_index(aval(v)) for v in eqn.outvars)
+
+
+_ON_INDICES = (
+    *("add", "and", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy"),
+    *("div", "eq", "expand_dims", "ge", "gt", "integer_pow", "iota", "le", "lt", "max", "min"),
+    *("mul", "ne", "neg", "not", "or", "rem", "reshape", "rev", "select_n", "sign", "slice"),
+    *("squeeze", "stop_gradient", "sub", "transpose"),
+)
+
+
 def _numbers(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Any]:
     """What an equation's outputs are, of those that are indices."""
-    is_known = all(value.number is not None for value in inputs) and not eqn.effects
-    if not is_known or not all(_is_index(aval(v)) for v in eqn.outvars):
+    if eqn.primitive.name in ("pvary", "pcast"):  # of the same number on all devices
+        return [inputs[0].number]
+    is_known = all(value.number is not None for value in inputs)
+    if not is_known or not _is_of_indices(eqn):
         return [None] * len(eqn.outvars)
     function: Any = functools.partial(_run, eqn)
     axes = [0 if value.is_stepped else None for value in inputs]
@@ -127,8 +145,7 @@ def carry_within(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
 
 
 def _told(eqn: core.JaxprEqn, inputs: list[bool]) -> list[bool]:
-    is_told = all(inputs) and not eqn.effects and all(_is_index(aval(v)) for v in eqn.outvars)
-    return [is_told] * len(eqn.outvars)
+    return [all(inputs) and _is_of_indices(eqn)] * len(eqn.outvars)
 
 
 def _sequences(
