@@ -48,17 +48,47 @@ def separable_squared_norms(
     along: Sequence[jax.Array],
     dtype: Any,
 ) -> jax.Array:
-    """‖G_k + Σ_u D_u ⊙ c_uk‖² for each sample, shape [n], for weights u computed separably.
+    """Return ‖G_k + Σ_u D_u ⊙ c_uk‖² for each sample, shape [n], for weights u computed separably.
+
+    The loss of sample k depends on a parameter W through its sites, which gives the gradient G_k,
+    and through computed weights u = f_u(W), with respect to which its gradient is c_uk.
+
+    *The gradient.* Let u be separable along the axes i of W, the others being j: u has the axes i
+    alone, and u_i depends on no entries of W but W_ij. So the pull-back of c is the product
+
+        (J_uᵀ c)_ij = (∂u_i / ∂W_ij) c_i = (D_u ⊙ c)_ij,    D_u = J_uᵀ 1,
+
+    with c repeated over j, and with one D_u for all samples. Then
+
+        ‖g_k‖² = ‖G_k + Σ_u D_u ⊙ c_uk‖²
+               = ‖G_k‖² + 2 Σ_u ⟨G_k, D_u ⊙ c_uk⟩ + Σ_u Σ_v ⟨D_u ⊙ c_uk, D_v ⊙ c_vk⟩.
+
+    *The first term* is that of the routes. *The last* is Σ_i c_uki c_vki (Σ_j D_uij D_vij), one
+    product of matrices for all samples.
+
+    *The middle term.* The operation is linear in W and G_k is its transpose of dy_k, so that
+    ⟨G_k, V⟩ = ⟨dy_k, op(V, x_k)⟩ for every V. The axes i are axes of what leaves too
+    (`leaving_axes`), so that op(D ⊙ c, x) = op(D, x) ⊙ c with c repeated over the axes of y that
+    are none of them. Hence
+
+        ⟨G_k, D ⊙ c⟩ = ⟨dy_k ⊙ c, op(D, x_k)⟩,
+
+    and neither G_k nor D ⊙ c is made for any sample. Where W has several sites, it is their sum.
+
+    *The radial case.* Let u_i depend on s_i = Σ_j W_ij² alone. Then D_uij = 2 (∂u_i / ∂s_i) W_ij is
+    a multiple m_ui W_ij, and Σ_u D_u ⊙ c_uk = W ⊙ c_k with c_k = Σ_u m_u ⊙ c_uk. The middle term is
+    2 ⟨dy_k ⊙ c_k, y_k⟩ with y_k = op(W, x_k), which the forward pass has made already. Where a view
+    adds something to W, y_k is that of the sum, so that such a plan is not radial.
 
     Args:
-      plan: the parameter's.
-      parameter: it.
+      plan: the parameter's plan, which is separable.
+      parameter: W.
       entered: what entered each site, [scans…, n, …].
       left: what left each site, [scans…, n, …], if the plan is radial.
-      cotangents: those of what left each site, [scans…, n, …].
-      slopes: D_u, like the parameter: what u's cotangents of 1 are pulled back to.
-      along: c_uk, the gradients with respect to u, [n, …] over the plan's axes.
-      dtype: of the result, in which sums are accumulated.
+      cotangents: the cotangents of what left each site, [scans…, n, …].
+      slopes: D_u for each u, with the parameter's shape.
+      along: c_uk for each u, [n, …] over the plan's axes.
+      dtype: the dtype of the result, in which sums are accumulated.
     """
     axes = sorted(plan.axes[0])
     order = [[own.index(axis) for axis in axes] for own in plan.axes]
