@@ -1,4 +1,4 @@
-"""A call of the loss: its arguments, checked and taken apart, and its trace."""
+"""Take a call of the loss apart: check its arguments, and trace the loss for one example."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from psclip_optax.engine.analysis.equations import effects_of_references
 
 
 class Call(NamedTuple):
-    """One call's arguments, checked and taken apart.
+    """The arguments of one call, checked and taken apart.
 
     Attributes:
       params: the parameters' leaves.
       examples: the batched leaves, samples on the first axis.
-      loss: from the parameters' leaves and one example's leaves to (loss, *leaves of aux).
-      aux_treedef: gives the tree of aux, once the loss was traced.
+      loss: a function from the parameters' leaves and one example's leaves to
+        (loss, *leaves of aux).
+      aux_treedef: a function that returns the tree of aux, once the loss was traced.
       treedef: the parameters' tree.
     """
 
@@ -61,16 +62,16 @@ def take_apart(
     keep_batch_dim: bool,
     axis_name: Any,
 ) -> Call:
-    """Checks a call's arguments before any work is done.
+    """Check a call's arguments before any work is done, and take them apart.
 
     Args:
-      loss: of one example.
+      loss: the loss of one example.
       params: a tree of floating-point arrays.
       batch: the arguments after `params`.
       in_axes: where the samples lie in each of them.
       has_aux: whether the loss returns (loss, aux).
-      keep_batch_dim: whether an example keeps an axis of size 1 there.
-      axis_name: of the mesh axes that the batch is sharded over, under shard_map.
+      keep_batch_dim: whether an example has an axis of size 1 where its samples lie.
+      axis_name: the name of the mesh axes that the batch is sharded over, under shard_map.
     """
     meshes.check_axis_name(axis_name)
     treedef = jax.tree.structure(params)
@@ -86,9 +87,9 @@ def take_apart(
     aux_treedefs: list[Any] = []
 
     def flat_loss(leaves: list[Any], example: list[Any]) -> list[Any]:
-        own = iter(example)
+        batched = iter(example)
         arguments = [
-            leaf if axis is None else _restored(next(own), axis, keep_batch_dim)
+            leaf if axis is None else _restored(next(batched), axis, keep_batch_dim)
             for leaf, axis in zip(batch_leaves, axes, strict=True)
         ]
         example_tree = batch_treedef.unflatten(arguments)
@@ -111,7 +112,7 @@ def _restored(example: Any, axis: int, keep_batch_dim: bool) -> Any:
 
 
 def axes_of_leaves(in_axes: Any, batch: tuple[Any, ...]) -> list[int | None]:
-    """The axis of samples of each leaf, None where all share it."""
+    """Find the axis of samples of each leaf, None where all samples share the leaf."""
 
     def is_axis(node: Any) -> bool:
         return node is None or is_integer(node)
@@ -196,12 +197,12 @@ def value_and_aux(
     has_aux: bool,
     for_batches: str = "keep_batch_dim=True if it is written for batches",
 ) -> tuple[Any, Any]:
-    """What a loss returned for one example, checked, and () where there is no aux.
+    """Check what a loss returned for one example, and return value and aux, () without one.
 
     Args:
-      result: what it returned.
+      result: what the loss returned.
       has_aux: whether that is to be (loss, aux).
-      for_batches: what to do with a loss that is written for batches.
+      for_batches: the advice for a loss that is written for batches.
     """
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
@@ -226,14 +227,14 @@ def value_and_aux(
 
 
 def _one_of(leaf: jax.Array) -> Any:
-    # Under shard_map a real sample, for its type says over which mesh axes it varies.
+    # Under shard_map the type of a real sample says over which mesh axes it varies.
     if leaf.shape[0] and meshes.axes_of(leaf):
         return leaf[0]
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
 def _check_effects(effects: Any) -> None:
-    """Refuse effects but those of debugging and of a loss's own references."""
+    """Refuse effects but those of debugging and of references that a loss makes for itself."""
     refused = effects - _of_debugging() - effects_of_references()
     if refused:
         names = ", ".join(map(str, refused))
@@ -245,7 +246,7 @@ def _check_effects(effects: Any) -> None:
 
 
 def _of_debugging() -> set[Any]:
-    """The effects of jax.debug, which run as they do under vmap(grad)."""
+    """Return the effects of jax.debug, which run as they do under vmap(grad)."""
     return jax.make_jaxpr(lambda: jax.debug.callback(lambda: None))().effects
 
 
@@ -261,7 +262,7 @@ def trace(call: Call, axis_name: Any) -> core.ClosedJaxpr:
 def _check_own_gradients(call: Call, axes: tuple[Any, ...], axis_name: Any) -> None:
     """Refuse parameters that do not vary over all axes over which the loss does.
 
-    For shard_map sums their gradients over the devices: it takes the sum of all devices' losses.
+    shard_map would sum their gradients over the devices, as it takes the sum of all losses.
     """
     params = call.treedef.unflatten(call.params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

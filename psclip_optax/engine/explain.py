@@ -1,4 +1,4 @@
-"""What a plan is in words and numbers: a row for each parameter."""
+"""Explain a plan in words and numbers: a row for each parameter."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _COLUMNS = ("parameter", "shape", "route", "sites", "extra FLOPs", "extra bytes"
 
 @dataclasses.dataclass(frozen=True)
 class PlanRow:
-    """How one parameter's per-sample gradients are treated.
+    """The treatment of one parameter's per-sample gradients.
 
     Attributes:
       parameter: its path in the tree of parameters.
       shape: its dtype and shape.
       route: "direct" (its gradient is made for each sample by automatic differentiation), "dense",
-        "conv", "embedding" or "tied" (norms from what enters and leaves each site); "plain" where
-        micro-batches are clipped.
+        "conv", "embedding", "tied", "ragged" or "custom" (norms from what enters and leaves each
+        site); "plain" where micro-batches are clipped.
       num_sites: how many times it enters the loss, the steps of a scan counted once.
       extra_flops: floating-point operations for the norms of a batch, as XLA counts them.
       extra_bytes: what a batch keeps until the norms are known, beyond a plain gradient.
@@ -46,7 +46,7 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `explain` returns; printed as a table.
+    """The plan that `explain` returns; printed as a table.
 
     Attributes:
       rows: one for each parameter, in the order of the tree's leaves.
@@ -104,7 +104,7 @@ def explained(
     num_slices: int | None,
     note: str,
 ) -> Plan:
-    """The plan of a call, from what was planned for each weight."""
+    """Explain the plans of all weights to the caller, a row for each parameter."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     costs = _Costs(plans, num_samples, dtype)
     by_leaf: dict[int, list[LeafPlan]] = {}
@@ -118,7 +118,7 @@ def explained(
 
 
 def explained_microbatches(params: Any, num_samples: int) -> Plan:
-    """The plan where micro-batches of so many samples are clipped: plain gradients of each."""
+    """Explain a call that clips micro-batches of so many samples: plain gradients of each."""
     rows = [
         PlanRow(
             parameter=jax.tree_util.keystr(path),
@@ -155,7 +155,7 @@ def _row(costs: _Costs, pieces: Sequence[LeafPlan], path: str, leaf: jax.Array) 
 
 
 class _Costs(NamedTuple):
-    """What the plans of all weights cost, for so many samples."""
+    """The costs of the plans of all weights, for so many samples."""
 
     plans: Plans
     num_samples: int
@@ -165,7 +165,7 @@ class _Costs(NamedTuple):
         return [other for other in self.plans.others if other.weight in plan.through]
 
     def accounted_to(self, plan: LeafPlan) -> list[LeafPlan]:
-        """Those of the weights computed from several parameters: of the first."""
+        """Find the weights computed from a parameter that is the first of theirs."""
         first = {weight: p.weight for p in reversed(self.plans.leaves) for weight in p.through}
         return [other for other in self.through(plan) if first[other.weight] == plan.weight]
 
@@ -174,19 +174,20 @@ class _Costs(NamedTuple):
         computed = [f"{how[plan.norm]} what {_reason(other)}" for other in self.through(plan)]
         return [_reason(plan), *computed]
 
-    def kind(self, plan: LeafPlan) -> Any:
-        kinds = zip(self.plans.all, self.plans.avals, strict=True)
-        return next(kind for one, kind in kinds if one.weight == plan.weight)
+    def aval(self, plan: LeafPlan) -> Any:
+        """Return the shape and dtype of a plan's weight."""
+        both = zip(self.plans.all, self.plans.avals, strict=True)
+        return next(aval for one, aval in both if one.weight == plan.weight)
 
     def kept_bytes(self, plan: LeafPlan) -> int:
-        return kept_bytes_of(plan, self.kind(plan), self.num_samples)
+        return kept_bytes_of(plan, self.aval(plan), self.num_samples)
 
     def flops(self, plan: LeafPlan) -> float:
         if plan.norm == "pulled back":
             return self._flops_of_pulling_back(plan)
-        kind = self.kind(plan)
+        aval = self.aval(plan)
         if not plan.groups:
-            return 2.0 * self.num_samples * kind.size if plan.is_used else 0.0
+            return 2.0 * self.num_samples * aval.size if plan.is_used else 0.0
         both = entering(plan, self.num_samples), leaving(plan, self.num_samples)
 
         def squared_norms(x: Any, dy: Any) -> Any:
@@ -194,7 +195,7 @@ class _Costs(NamedTuple):
 
         def gradients(x: Any, dy: Any) -> Any:
             weights = jnp.ones(self.num_samples, self.dtype)
-            return norms.weighted_sum(plan, kind, x, dy, weights)
+            return norms.weighted_sum(plan, aval, x, dy, weights)
 
         if plan.is_radial:
             return count_flops(squared_norms, both)
@@ -206,11 +207,11 @@ class _Costs(NamedTuple):
         return sum(count_flops(function, both) for function in made)
 
     def _flops_of_pulling_back(self, plan: LeafPlan) -> float:
-        """The operations for the share of one parameter in the norms, gradients made on the way."""
+        """Count the operations for one parameter's share in the norms, its gradients included."""
         needed = [plan, *self.through(plan)]
         stacks = {
             one.weight: jax.ShapeDtypeStruct(
-                (self.num_samples, *self.kind(one).shape), self.kind(one).dtype
+                (self.num_samples, *self.aval(one).shape), self.aval(one).dtype
             )
             for one in needed
             if one.is_direct
@@ -226,8 +227,8 @@ class _Costs(NamedTuple):
             _, pull_back = jax.vjp(values, parameters)
             return norms.pulled_back_squared_norms(
                 lambda cotangents: dict(enumerate(pull_back(cotangents)[0])),
-                [(plan, self.kind(plan))],
-                [(other, self.kind(other)) for other in self.plans.others],
+                [(plan, self.aval(plan))],
+                [(other, self.aval(other)) for other in self.plans.others],
                 stacked,
                 x,
                 dy,
@@ -235,7 +236,7 @@ class _Costs(NamedTuple):
             )
 
         parameters = [
-            jax.ShapeDtypeStruct(kind.shape, kind.dtype) for kind in self.plans.avals[:num_leaves]
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.plans.avals[:num_leaves]
         ]
         return count_flops(squared_norms, (parameters, stacks, entered, left))
 

@@ -1,4 +1,4 @@
-"""XLA's count of floating-point operations, each step of a loop counted."""
+"""Count floating-point operations as XLA does, and each step of a loop."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jax.extend import core
 
 
 def count_flops(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-    """Floating-point operations of a call, each step of a scan counted.
+    """Count the floating-point operations of a call, each step of a scan included.
 
     Args:
-      function: what would be compiled; its loops are scans (a `while` of its own counts once).
+      function: the function that would be compiled. Its loops are scans; a `while` counts once.
       arguments: arrays, their shapes and dtypes, or trees of them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a plan holds in memory, by the shapes of it."""
+"""Estimate what a plan holds in memory, by shapes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from psclip_optax.engine.plan import LeafPlan, Plans
 _MARK = 7919
 
 
-# What JAX raises where it has the gradient of a loss but not of the loss under vmap, as of a
+# JAX raises these where it has the gradient of a loss but not of the loss under vmap, as with a
 # custom_vjp within a custom_jvp.
 NO_GRADIENT_OF_VMAP = (TypeError, NotImplementedError)
 
 
 class Bytes(NamedTuple):
-    """What a batch takes, besides parameters and their gradients.
+    """The bytes that a batch takes, besides parameters and their gradients.
 
     Attributes:
-      saved: by a plain gradient, between its forward and its backward pass; None where JAX has no
-        gradient of the loss under vmap.
-      saved_rewritten: the same of the loss as it is rewritten, which makes fewer weights and more
-        of the samples' arrays.
-      entering: by what enters the sites. Of a rematerialised loss, that is not in `saved`.
-      kept: by what "one_pass" keeps until the norms are known, for each weight.
+      saved: what a plain gradient saves between its forward and its backward pass; None where JAX
+        has no gradient of the loss under vmap.
+      saved_rewritten: what the rewritten loss saves, which makes fewer weights and more arrays of
+        the samples.
+      entering: what enters the sites. Where a loss is rematerialised, that is not in `saved`.
+      kept: what "one_pass" keeps until the norms are known, for each weight.
     """
 
     saved: int | None
@@ -42,23 +42,23 @@ class Bytes(NamedTuple):
 
     @property
     def of_one_pass(self) -> int:
-        """At the worst, as with scans, whose loops free nothing of theirs before they end."""
+        """Sum the bytes of one pass at the worst: a scan's loop frees nothing before it ends."""
         return max(self.saved_rewritten or 0, self.entering) + sum(self.kept.values())
 
 
 def estimated_bytes(
     closed: core.ClosedJaxpr, plans: Plans, leaves: Sequence[Any], num_samples: int
 ) -> Bytes:
-    """By shapes, before XLA frees, fuses or computes anything twice.
+    """Estimate bytes by shapes, as if XLA did not free, fuse or compute anything twice.
 
     Args:
       closed: the loss for one example.
-      plans: made for it.
+      plans: the plans made for it.
       leaves: the parameters.
-      num_samples: in the batch.
+      num_samples: how many samples the batch has.
     """
     sites = [site for plan in plans.all for site in plan.sites]
-    # What enters several sites is held once.
+    # An array that enters several sites is held once.
     entered = {atom: site for site in sites for atom in site.entering}
     saved = _saved_bytes(closed, len(leaves), num_samples)
     is_rewritten = plans.closed is not closed
@@ -67,17 +67,17 @@ def estimated_bytes(
         _saved_bytes(plans.closed, plans.num_leaves, num_samples) if is_rewritten else saved,
         num_bytes(batched(site, aval(x), num_samples) for x, site in entered.items()),
         {
-            plan.weight: kept_bytes_of(plan, kind, num_samples)
-            for plan, kind in zip(plans.all, plans.avals, strict=True)
+            plan.weight: kept_bytes_of(plan, shaped, num_samples)
+            for plan, shaped in zip(plans.all, plans.avals, strict=True)
         },
     )
 
 
 def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int | None:
     run = core.jaxpr_as_fun(closed)
-    kinds = [aval(variable) for variable in closed.jaxpr.invars]
-    leaves = [meshes.shape_of_type(kind) for kind in kinds[:num_leaves]]
-    batch = [meshes.shape_of_type(kind, (_MARK, *kind.shape)) for kind in kinds[num_leaves:]]
+    inputs = [aval(variable) for variable in closed.jaxpr.invars]
+    leaves = [meshes.shape_of_type(one) for one in inputs[:num_leaves]]
+    batch = [meshes.shape_of_type(one, (_MARK, *one.shape)) for one in inputs[num_leaves:]]
 
     def pull_back(leaves: list[Any], batch: list[Any]) -> Any:
         losses = jax.vmap(lambda leaves, example: run(*leaves, *example)[0], in_axes=(None, 0))
@@ -91,16 +91,16 @@ def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) ->
     return num_bytes(of_samples) * num_samples // _MARK
 
 
-def kept_bytes_of(plan: LeafPlan, kind: Any, num_samples: int) -> int:
+def kept_bytes_of(plan: LeafPlan, shaped: Any, num_samples: int) -> int:
     if plan.is_direct:
-        return num_samples * kind.size * kind.dtype.itemsize
-    # A separable norm takes what leaves the sites as well, of the parameter or of the slope.
+        return num_samples * shaped.size * shaped.dtype.itemsize
+    # A separable norm takes y = op(W, x) or y = op(D, x) as well.
     times = 2 if plan.norm == "separable" else 1
     return times * num_bytes(leaving(plan, num_samples).values())
 
 
 def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtypeStruct, ...]]:
-    """What enters each site of a batch."""
+    """Return the shapes and dtypes of what enters each site of a batch."""
     return {
         site.path: tuple(batched(site, aval(atom), num_samples) for atom in site.entering)
         for site in plan.sites
@@ -108,7 +108,7 @@ def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtype
 
 
 def leaving(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:
-    """What leaves each site of a batch."""
+    """Return the shape and dtype of what leaves each site of a batch."""
     return {site.path: batched(site, aval(site.leaving), num_samples) for site in plan.sites}
 
 

@@ -1,4 +1,4 @@
-"""Norms and weighted sums of the per-sample gradients of one parameter."""
+"""Take norms and weighted sums of the per-sample gradients of one weight."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _MOST_PULLED_BACK = 2**22
 def squared_norms(
     plan: LeafPlan, entered: Entered, cotangents: Cotangents, dtype: Any
 ) -> jax.Array:
-    """‖G_k‖² of the parameter for each sample, shape [n].
+    """Return ‖G_k‖² of a weight for each sample, shape [n].
 
     Args:
-      plan: the parameter's, with sites.
+      plan: the weight's plan, which has sites.
       entered: what entered each site, [scans…, n, …].
-      cotangents: those of what left each site, [scans…, n, …].
-      dtype: of the result, in which sums are accumulated.
+      cotangents: the cotangents of what left each site, [scans…, n, …].
+      dtype: the dtype of the result, in which sums are accumulated.
     """
     norms = [
         group.route.squared_norms(group.sites, entered, cotangents, dtype) for group in plan.groups
@@ -91,11 +91,11 @@ def separable_squared_norms(
       dtype: the dtype of the result, in which sums are accumulated.
     """
     axes = sorted(plan.axes[0])
-    order = [[own.index(axis) for axis in axes] for own in plan.axes]
+    order = [[of_u.index(axis) for axis in axes] for of_u in plan.axes]
     shape = [slopes[0].shape[axis] for axis in axes]
     along = [
-        c.reshape(-1, *(slopes[0].shape[axis] for axis in own)).transpose(0, *(1 + i for i in o))
-        for c, own, o in zip(along, plan.axes, order, strict=True)
+        c.reshape(-1, *(slopes[0].shape[axis] for axis in of_u)).transpose(0, *(1 + i for i in o))
+        for c, of_u, o in zip(along, plan.axes, order, strict=True)
     ]
     others = tuple(axis for axis in range(slopes[0].ndim) if axis not in axes)
     terms = list(zip(slopes, along, strict=True))
@@ -113,14 +113,14 @@ def separable_squared_norms(
             else [(over_samples(site)(d, *entered[site.path]), c) for d, c in terms]
         )
     ]
-    own = squared_norms(plan, entered, cotangents, dtype)
-    return jnp.maximum(own + 2 * sum(crossed) + sum(computed), 0)
+    of_sites = squared_norms(plan, entered, cotangents, dtype)
+    return jnp.maximum(of_sites + 2 * sum(crossed) + sum(computed), 0)
 
 
 def _of_parameter(
     terms: Sequence[tuple[jax.Array, jax.Array]], parameter: jax.Array, others: tuple[int, ...]
 ) -> jax.Array:
-    """c_k of W ⊙ c_k = Σ_u D_u ⊙ c_uk, where each D_u is a multiple of W over the other axes."""
+    """Return c_k = Σ_u m_u ⊙ c_uk, with which Σ_u D_u ⊙ c_uk = W ⊙ c_k, as D_u = m_u ⊙ W."""
     squares = jnp.sum(jnp.square(parameter), axis=others)
     inverse = jnp.where(squares == 0, 0, 1 / jnp.where(squares == 0, 1, squares))
     multiples = [jnp.sum(d.astype(parameter.dtype) * parameter, others) * inverse for d, _ in terms]
@@ -130,7 +130,7 @@ def _of_parameter(
 def _scaled_product(
     site: Site, y: jax.Array, dy: jax.Array, c: jax.Array, axes: Any, dtype: Any
 ) -> jax.Array:
-    """⟨G_k, D ⊙ c_k⟩ = ⟨dy_k ⊙ c_k, y_k⟩ with y = op(D, x), as it is scaled where D is."""
+    """Return ⟨G_k, D ⊙ c_k⟩ = ⟨dy_k ⊙ c_k, y_k⟩ for each sample, with y = op(D, x)."""
     sample = site.sample_axis
     places = [sample, *(leaving_axes(site, axes) or ())]
     c = c.transpose(sorted(range(len(places)), key=places.__getitem__))
@@ -150,18 +150,19 @@ def pulled_back_squared_norms(
     cotangents: Cotangents,
     dtype: Any,
 ) -> jax.Array:
-    """Σ ‖g_k‖² over parameters from which weights are computed in any way, shape [n].
+    """Return Σ ‖g_k‖² over parameters from which weights are computed in any way, shape [n].
 
     The gradients are made and pulled back for few samples at a time.
 
     Args:
-      pull_back: from gradients with respect to all computed weights to those of all parameters.
+      pull_back: a function from gradients with respect to all computed weights to those with
+        respect to all parameters.
       leaves: the plans, shapes and dtypes of these parameters.
       others: the plans, shapes and dtypes of all computed weights.
-      stacked: gradients of each sample by automatic differentiation.
+      stacked: the gradients of each sample by automatic differentiation.
       entered: what entered each site, [scans…, n, …].
-      cotangents: those of what left each site, [scans…, n, …].
-      dtype: of the result, in which sums are accumulated.
+      cotangents: the cotangents of what left each site, [scans…, n, …].
+      dtype: the dtype of the result, in which sums are accumulated.
     """
     needed = {weight for plan, _ in leaves for weight in plan.through}
     chosen = [*(plan for plan, _ in leaves), *(p for p, _ in others if p.weight in needed)]
@@ -169,24 +170,24 @@ def pulled_back_squared_norms(
     direct = [plan.weight for plan in chosen if plan.is_direct]
 
     def squared_norm(sample: tuple[dict[int, jax.Array], Entered, Cotangents]) -> jax.Array:
-        own, x, dy = sample
+        direct_gradients, x, dy = sample
         x = {path: tuple(jnp.expand_dims(e, axes[path]) for e in x[path]) for path in axes}
         dy = {path: jnp.expand_dims(dy[path], axis) for path, axis in axes.items()}
         one = jnp.ones(1, dtype)
 
-        def gradient(plan: LeafPlan, kind: Any) -> jax.Array | None:
+        def gradient(plan: LeafPlan, shaped: Any) -> jax.Array | None:
             if plan.is_direct:
-                return own[plan.weight]
-            return weighted_sum(plan, kind, x, dy, one) if plan.groups else None
+                return direct_gradients[plan.weight]
+            return weighted_sum(plan, shaped, x, dy, one) if plan.groups else None
 
-        zeros = [jnp.zeros(kind.shape, kind.dtype) for _, kind in others]
+        zeros = [jnp.zeros(shaped.shape, shaped.dtype) for _, shaped in others]
         pulled = pull_back(
             [
-                zero if plan.weight not in needed else added(zero, gradient(plan, kind))
-                for (plan, kind), zero in zip(others, zeros, strict=True)
+                zero if plan.weight not in needed else added(zero, gradient(plan, shaped))
+                for (plan, shaped), zero in zip(others, zeros, strict=True)
             ]
         )
-        totals = [added(pulled[plan.weight], gradient(plan, kind)) for plan, kind in leaves]
+        totals = [added(pulled[plan.weight], gradient(plan, shaped)) for plan, shaped in leaves]
         return sum((jnp.sum(jnp.square(t.astype(dtype))) for t in totals), jnp.zeros((), dtype))
 
     samples = (
@@ -197,8 +198,8 @@ def pulled_back_squared_norms(
         },
         {path: jnp.moveaxis(cotangents[path], axis, 0) for path, axis in axes.items()},
     )
-    num_entries = sum(kind.size for _, kind in [*leaves, *others])
-    num_entries += _num_made(pull_back, [kind for _, kind in others])
+    num_entries = sum(shaped.size for _, shaped in [*leaves, *others])
+    num_entries += _num_made(pull_back, [shaped for _, shaped in others])
     num_samples = len(jax.tree.leaves(samples)[0])
     return in_parts(
         jax.vmap(squared_norm),
@@ -210,16 +211,16 @@ def pulled_back_squared_norms(
 
 
 def _num_made(function: Callable[[list[Any]], Any], arguments: list[Any]) -> int:
-    """How many entries all arrays have that a function makes."""
-    kinds = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in arguments]
-    jaxpr = jax.make_jaxpr(function)(kinds).jaxpr
+    """Count the entries of all arrays that a function makes."""
+    shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in arguments]
+    jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
     return sum(aval(v).size for eqn in jaxpr.eqns for v in eqn.outvars)
 
 
 def site_squared_norm(
     site: Site, entered: tuple[jax.Array, ...], dy: jax.Array, dtype: Any
 ) -> jax.Array:
-    """‖G‖² at one site for one sample, from what entered and the cotangent of what left it."""
+    """Return ‖G‖² at one site for one sample, from what entered and the cotangent of what left."""
     both = {site.path: tuple(x[None] for x in entered)}, {site.path: dy[None]}
     return site.route.squared_norms([site], *both, dtype)[0]
 
@@ -227,14 +228,14 @@ def site_squared_norm(
 def weighted_sum(
     plan: LeafPlan, parameter: Any, entered: Entered, cotangents: Cotangents, weights: jax.Array
 ) -> jax.Array:
-    """Σ weights_k G_k: what a plain backward pass does, with the weighted cotangents.
+    """Return Σ weights_k G_k as a plain backward pass does, from weighted cotangents.
 
     Args:
-      plan: the parameter's, with sites.
-      parameter: it, or its shape and dtype.
+      plan: the plan of a parameter or computed weight, which has sites.
+      parameter: the parameter or computed weight, or its shape and dtype.
       entered: what entered each site, [scans…, n, …].
-      cotangents: those of what left each site, [scans…, n, …].
-      weights: one for each sample, shape [n].
+      cotangents: the cotangents of what left each site, [scans…, n, …].
+      weights: the sample weights, shape [n].
     """
     weighted = [_scaled(cotangents[site.path], weights, site.sample_axis) for site in plan.sites]
     parts = [
@@ -248,7 +249,7 @@ def weighted_sum(
 
 
 def added(gradient: jax.Array, other: jax.Array | None) -> jax.Array:
-    """The sum of two parts of a gradient, of which one may be in a wider dtype; None is 0."""
+    """Add two parts of a gradient, of which one may be in a wider dtype; None is 0."""
     if other is None:
         return gradient
     dtype = promoted(gradient.dtype, other.dtype)
@@ -258,5 +259,5 @@ def added(gradient: jax.Array, other: jax.Array | None) -> jax.Array:
 def _scaled(array: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
     weights = jnp.expand_dims(weights, [i for i in range(array.ndim) if i != axis])
     scaled = array.astype(promoted(array.dtype, weights.dtype)) * weights
-    # What has weight 0 may not be finite.
+    # The cotangents of a sample with weight 0 may not be finite.
     return jnp.where(weights == 0, 0, scaled).astype(array.dtype)

@@ -1,4 +1,4 @@
-"""Samples in parts, one after the other: what is made on the way takes the memory of one part."""
+"""Run samples in parts, one after the other: what is made on the way takes one part's memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def in_parts(
 ) -> jax.Array:
     """Make a function's result [n] in at least so many parts, if the samples can be so parted.
 
-    A part has every so many-th sample, as many of each device as of the others: consecutive ones of
-    samples that devices share would have to move.
+    Of num_parts parts, part i has the samples i, i + num_parts, …. So it has as many samples of
+    each device, where devices share the batch. Consecutive samples would have to move.
 
     Args:
-      function: of trees of arrays, to one number for each sample.
-      trees: of the arrays.
-      axes: of the samples in each of them.
+      function: a function from trees of arrays to one number for each sample.
+      trees: the arrays.
+      axes: the axis of the samples in each array.
       num_samples: n.
-      at_least: how many parts.
+      at_least: how many parts there are at least.
     """
     devices = jax.device_count() if num_samples % jax.device_count() == 0 else 1
     num_parts = number_of_parts(num_samples // devices, at_least / devices, devices == 1)
@@ -42,15 +42,15 @@ def in_parts(
 
 
 def number_of_parts(num_samples: int, at_least: float, may_overlap: bool) -> int:
-    """Choose how many parts; as many as divide the samples, where there is no need for far more."""
+    """Choose how many parts there are: a divisor of num_samples, unless that is far too many."""
     wanted = min(num_samples, max(1, math.ceil(at_least)))
     most = 2 * wanted if may_overlap else num_samples + 1
     return next((number for number in range(wanted, most) if num_samples % number == 0), wanted)
 
 
 def _strided(array: jax.Array, axis: int, i: jax.Array, num_parts: int) -> jax.Array:
-    # XLA's CPU backend copies the whole batch if it is reshaped outside of the loop, and if there
-    # are axes of size 1, among which it chooses another order.
+    # XLA's CPU backend copies the whole batch if it is reshaped outside of the loop. It does so too
+    # if there are axes of size 1, among which it chooses another order.
     before = [size for size in array.shape[:axis] if size > 1]
     behind = [size for size in array.shape[axis + 1 :] if size > 1]
     size = array.shape[axis] // num_parts
@@ -62,7 +62,7 @@ def _strided(array: jax.Array, axis: int, i: jax.Array, num_parts: int) -> jax.A
 def _in_overlapping_parts(
     function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, num_parts: int
 ) -> jax.Array:
-    """The same where the parts do not divide the samples: the last one begins where it fits."""
+    """Run parts that do not divide the samples, the last of which begins where it still fits."""
     size = -(-num_samples // num_parts)
     num_parts = -(-num_samples // size)
 

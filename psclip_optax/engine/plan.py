@@ -1,4 +1,4 @@
-"""Which route each parameter's gradient takes."""
+"""Plan which route each parameter's gradient takes."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ from psclip_optax.engine.routes.route import Route
 
 
 class Group(NamedTuple):
-    """Sites of one parameter whose gradients overlap, and the route to the norm of their sum."""
+    """The sites of one weight whose gradients overlap, and the route to the norm of their sum."""
 
     route: Route
     sites: tuple[Site, ...]
 
 
 class LeafPlan(NamedTuple):
-    """How the per-sample gradients with respect to one weight are treated.
+    """The plan of the per-sample gradients with respect to one weight.
 
     Attributes:
-      weight: which parameter, or which of the weights that are computed from parameters.
-      groups: its sites by overlap; empty where automatic differentiation gives the gradient of
-        each sample.
-      escape: why it does, where that is not for its size.
-      norm: what its share in the norm of a sample's gradient is taken from: its "own" sites or
-        gradients; those and a "separable" computation; what is "pulled back" through any; or
-        nothing ("none"), for another weight has it.
+      weight: the number of the parameter, or of the weight that is computed from parameters.
+      groups: its sites, parted into those that overlap; empty where automatic differentiation gives
+        the gradient of each sample.
+      escape: why automatic differentiation does, unless for the weight's size.
+      norm: where its share in the norm of a sample's gradient comes from. "own": from its sites, or
+        from its gradients by automatic differentiation. "separable": from these and a separable
+        computation. "pulled back": from gradients that are pulled back through any computation.
+        "none": it has no share, for the weights computed from it have it, or the parameters that it
+        is computed from.
       through: the weights that are computed from it.
-      axes: along which that is separable.
-      is_radial: whether those depend on its entries through sums of their squares over the other
-        axes, so that their gradients with respect to it are multiples of itself.
+      axes: for each of these weights, the axes along which it is separable.
+      is_radial: whether these weights depend on its entries through sums of their squares over the
+        other axes, so that their gradients with respect to it are multiples of itself.
       is_used: whether it meets data itself.
     """
 
@@ -61,20 +63,20 @@ class LeafPlan(NamedTuple):
 
     @property
     def is_direct(self) -> bool:
-        """Whether automatic differentiation gives its gradient of each sample."""
+        """Tell whether automatic differentiation gives its gradient of each sample."""
         return not self.groups and self.is_used
 
 
 class Plans(NamedTuple):
-    """How all per-sample gradients are treated.
+    """The plans of all per-sample gradients.
 
     Attributes:
       leaves: a plan for each piece of a parameter.
-      others: one for each weight that is computed from parameters and treated as a weight.
+      others: a plan for each weight that is computed from parameters and meets data.
       computed: these weights.
       closed: the loss for one example, rewritten so that few weights are computed. Its first inputs
         are the parameters' pieces.
-      pieces: in which parameters are taken.
+      pieces: the pieces that parameters are taken in.
     """
 
     leaves: list[LeafPlan]
@@ -85,9 +87,9 @@ class Plans(NamedTuple):
 
     @property
     def avals(self) -> list[Any]:
-        """The shapes and dtypes of all weights."""
-        own = [aval(variable) for variable in self.closed.jaxpr.invars[: self.num_leaves]]
-        return [*own, *(one.aval for one in self.computed)]
+        """Return the shapes and dtypes of all weights."""
+        leaves = [aval(variable) for variable in self.closed.jaxpr.invars[: self.num_leaves]]
+        return [*leaves, *(one.aval for one in self.computed)]
 
     @property
     def num_leaves(self) -> int:
@@ -102,7 +104,7 @@ _Family: TypeAlias = dict[int, Computed]
 
 
 def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
-    """A plan for the first `num_leaves` inputs of the loss for one example."""
+    """Plan the gradients of the first `num_leaves` inputs of the loss for one example."""
     if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
         leaves = [LeafPlan(i, escape=escape) for i in range(num_leaves)]
@@ -118,7 +120,7 @@ def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
         num_leaves = len(pieces.leaf_of)
         usage = find_usage(closed, num_leaves, route_of)
     avals = [aval(variable) for variable in closed.jaxpr.invars[:num_leaves]]
-    leaves = [_plan_weight(i, kind, usage) for i, kind in enumerate(avals)]
+    leaves = [_plan_weight(i, shaped, usage) for i, shaped in enumerate(avals)]
     plans = Plans(leaves, [], [], closed, pieces)
     for family in _families(usage):
         _add_family(plans, family, usage, avals)
@@ -130,17 +132,17 @@ def _hoisted(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
 
 
 def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any]) -> None:
-    """Plans computed weights, and anew the parameters that they are computed from."""
+    """Plan computed weights, and anew the parameters that they are computed from."""
     others = [_plan_weight(weight, one.aval, usage) for weight, one in family.items()]
     relatives = sorted(frozenset().union(*(one.leaves for one in family.values())))
-    own = [plans.leaves[leaf] for leaf in relatives]
-    if _is_better_differentiated(own, others, avals, family):
+    parents = [plans.leaves[leaf] for leaf in relatives]
+    if _is_better_differentiated(parents, others, avals, family):
         escape = next((plan.escape for plan in others if plan.escape), None)
         for leaf in relatives:
             plans.leaves[leaf] = LeafPlan(leaf, escape=escape)
         return
-    is_joined = _is_joined(own, family)
-    for plan in own:
+    is_joined = _is_joined(parents, family)
+    for plan in parents:
         through = tuple(weight for weight, one in family.items() if plan.weight in one.leaves)
         plan = plan._replace(through=through)
         axes = None if is_joined else _separable(plan, plans.closed, avals, others, family)
@@ -159,7 +161,7 @@ def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any
 
 
 def _families(usage: Usage) -> list[_Family]:
-    """The computed weights that meet data, parted so that no parameter is in two parts."""
+    """Part the computed weights that meet data, so that no parameter is in two parts."""
     meet_data = usage.escapes.keys() | {site.view.weight for site in usage.sites}
     families: list[_Family] = []
     for weight in sorted(meet_data - set(range(usage.num_leaves))):
@@ -171,22 +173,23 @@ def _families(usage: Usage) -> list[_Family]:
 
 
 def _is_better_differentiated(
-    own: Sequence[LeafPlan], others: Sequence[LeafPlan], avals: Sequence[Any], family: _Family
+    parents: Sequence[LeafPlan], others: Sequence[LeafPlan], avals: Sequence[Any], family: _Family
 ) -> bool:
-    """Whether automatic differentiation had best treat a family's parameters themselves.
+    """Tell whether automatic differentiation had best treat a family's parameters themselves.
 
-    They are small, or what is computed from them is larger by far and no site takes it in.
+    It had if they are small, or if what is computed from them is far larger and enters no site.
     """
-    num_entries = sum(avals[plan.weight].size for plan in own)
+    num_entries = sum(avals[plan.weight].size for plan in parents)
     num_direct = sum(family[plan.weight].aval.size for plan in others if not plan.groups)
-    is_small = not any(plan.groups for plan in [*own, *others]) and num_entries <= 4 * num_direct
+    has_sites = any(plan.groups for plan in [*parents, *others])
+    is_small = not has_sites and num_entries <= 4 * num_direct
     return is_small or num_direct > 2 * num_entries
 
 
-def _is_joined(own: Sequence[LeafPlan], family: _Family) -> bool:
-    """Whether the parameters enter nothing but weights that hold each of their entries once."""
+def _is_joined(parents: Sequence[LeafPlan], family: _Family) -> bool:
+    """Tell whether parameters enter nothing but weights that hold each of their entries once."""
     num_uses = sum(len(one.leaves) for one in family.values())
-    is_each_once = num_uses == len(own) and not any(plan.is_used for plan in own)
+    is_each_once = num_uses == len(parents) and not any(plan.is_used for plan in parents)
     return is_each_once and all(one.is_joined for one in family.values())
 
 
@@ -197,9 +200,11 @@ def _separable(
     others: Sequence[LeafPlan],
     family: _Family,
 ) -> tuple[tuple[int, ...], ...] | None:
-    """The parameter's axes along which all that is computed from it is separable, for each.
+    """Find the parameter's axes along which each weight computed from it is separable.
 
-    None unless to scale the parameter along them is, at all its sites, to scale what leaves.
+    Returns:
+      The axes for each of these weights, in its order. None unless all have the same axes, and to
+      scale the parameter along them is to scale what leaves, at each of its sites.
     """
     is_direct = not any(other.groups for other in others if other.weight in plan.through)
     if not plan.groups or not is_direct:
@@ -215,9 +220,10 @@ def _separable(
 
 
 def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
-    """The axes of what leaves a site, [scans…, n, …], that are these of the weight.
+    """Find the axes of what leaves a site, [scans…, n, …], that some of the weight's axes become.
 
-    None if one of them is none of those, or if that is not known.
+    Returns:
+      None if one of them becomes no axis of what leaves, or if that is not known.
     """
     layered, _ = site.scan_axes
     layers = [step for step in site.view.frame if step[1:2] == ("layer",)]
@@ -227,17 +233,17 @@ def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
     if of_site is None:
         return None
     in_y = dict(enumerate(layered))
-    for own, leaving in of_site.items():
-        in_y[len(layered) + site.view.axes[own]] = site.sample_axis + 1 + leaving
+    for axis, leaving in of_site.items():
+        in_y[len(layered) + site.view.axes[axis]] = site.sample_axis + 1 + leaving
     return [in_y[axis] for axis in axes] if all(axis in in_y for axis in axes) else None
 
 
-def _plan_weight(weight: int, kind: Any, usage: Usage) -> LeafPlan:
-    """The plan of a weight by itself."""
+def _plan_weight(weight: int, shaped: Any, usage: Usage) -> LeafPlan:
+    """Plan a weight by itself."""
     sites = [site for site in usage.sites if site.view.weight == weight]
     escape = usage.escapes.get(weight)
     is_used = bool(sites) or escape is not None
-    if escape is not None or _is_small(kind, sites):
+    if escape is not None or _is_small(shaped, sites):
         return LeafPlan(weight, escape=escape, is_used=is_used)
     frames: dict[Any, list[Site]] = {}
     for site in sites:
@@ -259,10 +265,10 @@ def _mixed(sites: Sequence[Site]) -> Escape:
 
 
 def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
-    """Whether all samples' gradients take no more memory than what leaves the sites.
+    """Tell whether all samples' gradients take no more memory than what leaves the sites.
 
-    Inside a scan they would be accumulated step by step, which is slower than one product; and
-    for convolutions automatic differentiation makes slow grouped ones.
+    Inside a scan they would be accumulated step by step, which is slower than one product. For
+    convolutions automatic differentiation makes grouped ones, which are slow.
     """
     if not all(site.route.may_be_small and all(site.layered) for site in sites):
         return False

@@ -1,10 +1,10 @@
 """Run a loss with taps at its sites, whose cotangents tell what its gradient is there.
 
-A *tap* is an array of zeros added to what leaves a site: its cotangent is that of what leaves, and
-what enters (and leaves, if asked for) is returned beside the loss. A *probe* is a zero whose
-cotangent is the squared norm of the gradient at its site, so that nothing need be kept. Equations
-without taps in them are run as they are: the user's own derivative rules, rematerialisation and
-control flow stay.
+A *tap* is an array of zeros that is added to what leaves a site. Its cotangent is that of what
+leaves, and what enters (and leaves, if asked for) is kept: it is returned beside the loss. A
+*probe* is a zero whose cotangent is the squared norm of the gradient at its site, so that nothing
+is kept. Equations without sites in them are run as they are: the derivative rules of the user,
+rematerialisation and control flow stay.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ SquaredNorm: TypeAlias = Callable[[Site, tuple[jax.Array, ...], jax.Array], jax.
 
 
 class Action(NamedTuple):
-    """What is done at a site.
+    """A change to a loss at one site: a tap or a probe.
 
     Attributes:
-      operand: which input of the site's equation is W.
+      operand: the index of the input of the site's equation that is W.
       zero: the array of zeros whose cotangent is wanted, with an axis for each scan around it.
-      num_scans: how many.
+      num_scans: how many scans are around it.
       keeps: which of x ("entering") and y ("leaving") are kept.
-      run: from the zero, W and x of one step to y.
+      run: a function from the zero, W and x of one step to y.
     """
 
     operand: int
@@ -56,7 +56,7 @@ class Action(NamedTuple):
 
 
 def tap(site: Site, *, keeps_y: bool = False) -> Action:
-    """Keeps what enters a site, maybe y too, and makes the cotangent of what leaves it known."""
+    """Keep what enters a site, maybe y too, and make the cotangent of what leaves it known."""
     keeps: tuple[Side, ...] = ("entering", "leaving") if keeps_y else ("entering",)
     op, y = site.route.operation(site), aval(site.leaving)
     zero = jnp.zeros((*site.scans, *y.shape), y.dtype)
@@ -64,12 +64,12 @@ def tap(site: Site, *, keeps_y: bool = False) -> Action:
 
 
 def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
-    """Keeps nothing, and makes the squared norm of the gradient at a site known.
+    """Keep nothing, and make the squared norm of the gradient at a site known.
 
     Args:
       site: a site whose W is another in each step of each scan around it.
-      squared_norm: (site, x, dy) of one step, without a sample axis, to a scalar.
-      dtype: of that scalar.
+      squared_norm: a function from (site, x, dy) of one step, without a sample axis, to a scalar.
+      dtype: the dtype of that scalar.
     """
     op, one_step = site.route.operation(site), site._replace(scans=(), layered=())
 
@@ -100,7 +100,7 @@ def _as_array(value: Any) -> jax.Array:
 def _cotangents(
     function: Callable[..., Any], entered: Sequence[Any], dy: jax.Array
 ) -> Sequence[Any]:
-    """The cotangents of what entered, none of integers."""
+    """Pull a cotangent back to what entered, of which integers have none."""
     chosen = [i for i, x in enumerate(entered) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def of_chosen(*values: Any) -> Any:
@@ -120,20 +120,20 @@ def run_with(
     actions: dict[Path, Action],
     given: dict[tuple[Path, int], Any],
 ) -> tuple[list[Any], Kept]:
-    """The outputs of a jaxpr, and what the actions at its sites keep.
+    """Run a jaxpr, and return its outputs and what the actions at its sites keep.
 
     Args:
       closed: the jaxpr.
       inputs: its inputs.
       zeros: each action's array of zeros.
-      actions: what to do at each site.
-      given: for an output of an equation, by its path and index, a value to take instead.
+      actions: the action at each site.
+      given: values to take for outputs of equations, by the equation's path and the output's index.
     """
     return _Runner(actions, given).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
 
 
 class _Stretch:
-    """Successive equations without taps, run as one jaxpr."""
+    """A run of successive equations without taps, as one jaxpr."""
 
     def __init__(self, eqns: Sequence[core.JaxprEqn], needed_later: set[core.Var]):
         made = {var for eqn in eqns for var in eqn.outvars}
@@ -144,7 +144,7 @@ class _Stretch:
 
 
 def _stretches(jaxpr: core.Jaxpr, tapped: list[int]) -> Iterator[tuple[int, Any]]:
-    """The equations in order: those with taps, and what lies between two of them as one."""
+    """Return the equations in order: those with taps, and what lies between two of them as one."""
     needed: set[Any] = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
     parts: list[tuple[int, Any]] = []
     stop = len(jaxpr.eqns)
@@ -188,8 +188,8 @@ class _Runner(NamedTuple):
                 values.update(zip(stretch.outputs, outs, strict=True))
                 continue
             here = (*path, i)
-            own = {p: tap for p, tap in taps.items() if p[: len(here)] == here}
-            outs, new = self.eqn(stretch, [read(atom) for atom in stretch.invars], own, here)
+            inside = {p: tap for p, tap in taps.items() if p[: len(here)] == here}
+            outs, new = self.eqn(stretch, [read(atom) for atom in stretch.invars], inside, here)
             values.update(zip(stretch.outvars, outs, strict=True))
             kept |= new
         return [read(atom) for atom in jaxpr.outvars], kept
@@ -257,7 +257,7 @@ class _Runner(NamedTuple):
 
 
 class _Shared:
-    """What enters several sites at once, as queries, keys and values do, is kept once."""
+    """The arrays that sites keep, once each where they enter several, as those of attention do."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[Path, Side], list[int]] = {}
@@ -270,7 +270,7 @@ class _Shared:
         return list(once.values())
 
     def of_all(self, once: list[jax.Array]) -> Kept:
-        return {place: tuple(once[i] for i in own) for place, own in self._places.items()}
+        return {place: tuple(once[i] for i in places) for place, places in self._places.items()}
 
 
 _Nested = Callable[[_Runner, core.JaxprEqn, list[Any], Taps, Path], tuple[list[Any], Kept]]

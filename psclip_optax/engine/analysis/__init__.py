@@ -1,1 +1,1 @@
-"""What the jaxpr of a loss says: each claim is proven, or not made."""
+"""Read what the jaxpr of a loss says: each claim is proven, or not made."""

@@ -1,10 +1,14 @@
-"""Weights that are computed from parameters alone: g v / ‖v‖, kernels side by side, masked ones.
+"""Compute weights that depend on parameters alone: g v / ‖v‖, kernels side by side, masked ones.
 
-They are computed once for all samples, and a gradient with respect to them is pulled back through
-that computation: the weighted sum once, and for the norms what is cheapest. A computation that puts
-parameters side by side keeps norms. One that is *separable* along some axes (one norm a column)
-pulls a cotangent c back to D ⊙ c, with one D for all samples; if the parameter enters it through
-sums of squares alone (*radial*), D is the parameter, scaled. Otherwise samples go one by one.
+They are computed once for all samples. A gradient with respect to them is pulled back through that
+computation: the weighted sum once, and for the norms by the cheapest of three ways.
+
+- *Joined*: the computation puts parameters side by side, so that norms are the same before and
+  after it.
+- *Separable* along some axes, as one norm a column is: a cotangent c is pulled back to D ⊙ c, with
+  one D for all samples. Where the parameter enters through sums of its squares alone (*radial*), D
+  is a multiple of the parameter. `norms.separable_squared_norms` derives the norm.
+- *Pulled back*: all others. Gradients are made and pulled back for a few samples at a time.
 """
 
 from __future__ import annotations
@@ -25,18 +29,18 @@ from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 
 _UNKNOWN: Any = object()
-# What does not depend on the parameter that is asked about.
+# Known of what does not depend on the parameter that is asked about.
 _FREE: Any = object()
 
 
 def compute(
     closed: core.ClosedJaxpr, wanted: Sequence[Computed]
 ) -> Callable[[Sequence[Any]], list[Any]]:
-    """From the parameters' leaves to the values of what is computed from them.
+    """Return a function from the parameters' leaves to weights that are computed from them.
 
     Args:
       closed: the loss for one example, whose first inputs are the parameters.
-      wanted: what to compute.
+      wanted: the weights to compute.
     """
 
     def values(leaves: Sequence[Any]) -> list[Any]:
@@ -55,7 +59,7 @@ def _run_known(
     path: Path,
     found: dict[tuple[Path, int], Any],
 ) -> list[Any]:
-    """Runs the equations whose inputs are known; the others' outputs are unknown."""
+    """Run the equations whose inputs are known, and leave the outputs of the others unknown."""
 
     def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> Sequence[Any]:
         outs = _equation(eqn, inputs, path, found)
@@ -76,7 +80,7 @@ def _equation(
     if eqn.primitive.name == "optimization_barrier":
         return inputs
     if eqn.primitive.name == "scan":
-        # What its steps share may be computed from, though its data are unknown.
+        # The constants that its steps share may be known, though its data are not.
         jaxpr, consts = inner_jaxpr(eqn)
         num_consts = scan_counts(eqn).consts
         of_a_step = [_UNKNOWN] * (len(inputs) - num_consts)
@@ -84,15 +88,16 @@ def _equation(
     return [_UNKNOWN] * len(eqn.outvars)
 
 
-# Along which axes a computation is separable
+# Find the axes along which a computation is separable
 
 
 class _Spread(NamedTuple):
-    """How a variable depends on a parameter.
+    """The way in which a variable depends on a parameter.
 
     Attributes:
-      axes: for each of its axes the parameter's axis whose index it shares, or None.
-      separable: the parameter's axes such that entry i along them depends on entries i alone.
+      axes: for each axis of the variable, the parameter's axis whose index it shares, or None.
+      separable: the parameter's axes along which entry i depends on the parameter's entries i
+        alone.
     """
 
     axes: tuple[int | None, ...]
@@ -102,24 +107,24 @@ class _Spread(NamedTuple):
 def separable_axes(
     function: Callable[[Sequence[Any]], Any], parameters: Sequence[Any], which: int
 ) -> tuple[int, ...] | None:
-    """The parameter's axes that a computed array is separable along and that its entries run over.
+    """Find the parameter's axes that a computed array runs over and is separable along.
 
     Args:
-      function: from the parameters to the array.
-      parameters: their shapes and dtypes.
-      which: of them.
+      function: a function from the parameters to the array.
+      parameters: the parameters' shapes and dtypes.
+      which: the index of the parameter that is asked about.
 
     Returns:
-      For each axis of the array of size over 1 the parameter's axis, in order; None if the array
-      has other axes, so that not every entry depends on the parameter's entries there alone.
+      The parameter's axis for each axis of the array whose size is over 1, in order. None if the
+      array has other axes, so that not every entry depends on the parameter's entries there alone.
     """
     jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
-    if aval(jaxpr.outvars[0]).size == 1:  # one number, whatever of
+    if aval(jaxpr.outvars[0]).size == 1:  # one number runs over no axis
         return ()
     shape = aval(jaxpr.invars[which]).shape
     whole = tuple(axis if size > 1 else None for axis, size in enumerate(shape))
-    own = _Spread(whole, frozenset(axis for axis in whole if axis is not None))
-    inputs = [own if i == which else _FREE for i in range(len(jaxpr.invars))]
+    start = _Spread(whole, frozenset(axis for axis in whole if axis is not None))
+    inputs = [start if i == which else _FREE for i in range(len(jaxpr.invars))]
     (spread,) = walk(jaxpr, _free(jaxpr), inputs, lambda _: _FREE, _spread_after)
     if not isinstance(spread, _Spread):
         return None
@@ -136,16 +141,19 @@ def _free(jaxpr: core.Jaxpr) -> list[Any]:
 
 def _spread_after(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> list[Any]:
     del path
-    known = [(v, own) for v, own in zip(eqn.invars, inputs, strict=True) if own is not _FREE]
+    known = [(v, one) for v, one in zip(eqn.invars, inputs, strict=True) if one is not _FREE]
     if not known or eqn.primitive.name == "stop_gradient":
         return [_FREE] * len(eqn.outvars)
     rule = _SPREAD_RULES.get(eqn.primitive.name)
-    is_known = rule is not None and all(own is not None for _, own in known)
+    is_known = rule is not None and all(spread is not None for _, spread in known)
     return [rule(eqn, dict(known).items()) if rule and is_known else None] * len(eqn.outvars)
 
 
 class _Power(enum.Enum):
-    """What a variable is of a parameter: entries up to sign, their squares, or of sums of these."""
+    """A form in which a variable holds a parameter.
+
+    It holds its entries up to sign, their squares, or a function of sums of the squares.
+    """
 
     ENTRIES = enum.auto()
     SQUARES = enum.auto()
@@ -158,20 +166,20 @@ def is_radial(
     which: int,
     axes: Sequence[int],
 ) -> bool:
-    """Whether a parameter enters through sums of its squares over all but these axes alone.
+    """Tell whether a parameter enters through sums of its squares over all but some axes alone.
 
     Args:
-      function: from the parameters to an array.
-      parameters: their shapes and dtypes.
-      which: of them.
-      axes: of that parameter.
+      function: a function from the parameters to an array.
+      parameters: the parameters' shapes and dtypes.
+      which: the index of the parameter that is asked about.
+      axes: the axes of that parameter that are not summed over.
     """
     jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
     others = tuple(a for a in range(aval(jaxpr.invars[which]).ndim) if a not in axes)
 
     def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> list[Any]:
         del path
-        depends = [own for own in inputs if own is not _FREE]
+        depends = [power for power in inputs if power is not _FREE]
         return [_power(eqn, set(depends), others) if depends else _FREE] * len(eqn.outvars)
 
     inputs = [_Power.ENTRIES if i == which else _FREE for i in range(len(jaxpr.invars))]
@@ -251,10 +259,10 @@ def _reshaped(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
 def _multiplied(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
     found: list[list[int | None]] = []
     for operand, variable in enumerate(eqn.invars):
-        for spread in (spread for own, spread in known if own is variable):
+        for spread in (spread for v, spread in known if v is variable):
             axes: list[int | None] = [None] * aval(eqn.outvars[0]).ndim
-            for own, to in product_axes(eqn, operand).leaving.items():
-                axes[to] = spread.axes[own]
+            for in_w, in_y in product_axes(eqn, operand).leaving.items():
+                axes[in_y] = spread.axes[in_w]
             found.append(axes)
             break
     separable = frozenset.intersection(*(spread.separable for _, spread in known))

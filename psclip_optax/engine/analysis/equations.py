@@ -1,6 +1,7 @@
-"""What equations that hold a jaxpr say of it, read alike from every version of JAX.
+"""Read equations that hold a jaxpr, alike from every version of JAX.
 
-Names of primitives and of their parameters change between versions; they are told here alone.
+Names of such primitives and of their parameters change between versions. This file alone knows
+them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from jax.extend import core
 
 CHECKPOINTS = ("checkpoint", "remat2", "remat")
 CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", *CHECKPOINTS)
-# Whose derivative is what someone wrote.
+# The derivative of these is a rule that someone wrote.
 CUSTOM_RULES = (
     *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "custom_jvp_call_jaxpr"),
     *("linear_call", "custom_transpose_call", "remat_opt", "call_hi_primitive"),
@@ -21,14 +22,14 @@ CUSTOM_RULES = (
 
 
 def effects_of_references() -> set[Any]:
-    """The effects of mutable references that a function makes for itself and forgets."""
+    """Return the effects of mutable references that a function makes for itself and forgets."""
     if not hasattr(jax, "new_ref"):  # JAX < 0.8
         return set()
     return jax.make_jaxpr(lambda x: jax.new_ref(x)[...])(0.0).effects
 
 
 def has_references(effects: Any) -> bool:
-    """Whether there are effects of mutable references among these."""
+    """Tell whether effects of mutable references are among these."""
     return bool(effects) and bool(effects & effects_of_references())
 
 
@@ -37,7 +38,7 @@ def body_parameter(eqn: core.JaxprEqn) -> str:
 
 
 def inner_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """The jaxpr, with its constants, that an equation calls with its own inputs."""
+    """Return the jaxpr that an equation calls with all its inputs, and the jaxpr's constants."""
     inner = eqn.params[body_parameter(eqn)]
     return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
 
@@ -51,15 +52,16 @@ def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 
 
 class ScanCounts(NamedTuple):
-    """How many of a scan's inputs come first as constants, and then as the carry."""
+    """The numbers of a scan's inputs: first so many constants, then so many of the carry."""
 
     consts: int
     carry: int
 
 
 def scan_counts(eqn: core.JaxprEqn) -> ScanCounts:
-    # From the ranks, for JAX 0.11 changed the parameters that hold the counts: what a scan runs
-    # over or stacks has one axis more outside than in the body, constants and carry have the same.
+    # JAX 0.11 changed the parameters that hold the counts, but the ranks tell them. What a scan
+    # runs over or stacks has one axis more outside than in the body. Constants and carry have as
+    # many.
     body, _ = inner_jaxpr(eqn)
     carry = _num_unchanged(eqn.outvars, body.outvars)
     return ScanCounts(_num_unchanged(eqn.invars, body.invars) - carry, carry)
@@ -76,20 +78,25 @@ _Value = TypeVar("_Value")
 def parted(
     values: Sequence[_Value], num_first: int, num_second: int
 ) -> tuple[Sequence[_Value], Sequence[_Value], Sequence[_Value]]:
-    """Part what belongs to a scan's inputs: constants, carry, and what it runs over."""
+    """Part the values of a scan's inputs into constants, carry, and what it runs over."""
     second = num_first + num_second
     return values[:num_first], values[num_first:second], values[second:]
 
 
 def checkpointed(eqn: core.JaxprEqn, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Checkpoint a function of a list of an equation's inputs, and more, as the equation does."""
+    """Checkpoint a function as an equation does.
+
+    Args:
+      eqn: the equation that checkpoints.
+      function: a function of a list of its inputs, and of one more argument.
+    """
     flags: Any = eqn.params["prevent_cse"]
     flags = flags if isinstance(flags, bool) else (list(flags), True)  # one for each input
     return jax.checkpoint(function, policy=eqn.params["policy"], prevent_cse=flags)
 
 
 def needed_equations(jaxpr: core.Jaxpr, outputs: Iterable[Any]) -> list[core.JaxprEqn]:
-    """Find the equations that variables are made by, in order."""
+    """Find the equations that outputs depend on, in order."""
     wanted, needed = {v for v in outputs if isinstance(v, core.Var)}, []
     for eqn in reversed(jaxpr.eqns):
         if wanted.isdisjoint(eqn.outvars):

@@ -1,4 +1,7 @@
-"""Values of a new trace, with what they depend on, and which index they are where that is known."""
+"""Follow the values of a new trace: what they depend on, and their numbers where these are known.
+
+A number is known of an index that constants alone determine, in each step of a scan too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _MOST_FOLLOWED = 2**14
 
 
 class Source(enum.Enum):
-    """What a value depends on; of what depends on both, data."""
+    """The source of a value: data if it depends on any, else parameters if it depends on any."""
 
     CONSTANTS = enum.auto()
     PARAMETERS = enum.auto()
@@ -33,12 +36,12 @@ class Value(NamedTuple):
     """A value of the new trace.
 
     Attributes:
-      traced: it.
+      traced: the tracer that stands for it.
       source: what it depends on.
-      number: what it is, if that is known: an array, with an axis in front for the steps of the
-        scan around it if `is_stepped`.
+      number: the array that it is, if that is known. If `is_stepped`, an axis in front has the
+        steps of the scan around it.
       is_stepped: whether it is another in each step.
-      const: of which of the scan's constants it is the whole.
+      const: the index of the scan's constant that it is, if it is the whole of one.
     """
 
     traced: Any
@@ -68,9 +71,9 @@ def with_traced(values: Sequence[Value], traced: Sequence[Any]) -> list[Value]:
     return [value._replace(traced=one) for value, one in zip(values, traced, strict=True)]
 
 
-def _is_index(kind: Any) -> bool:
-    is_whole = jnp.issubdtype(kind.dtype, jnp.integer) or kind.dtype == bool
-    return is_whole and kind.size <= _MOST_FOLLOWED
+def _is_index(shaped: Any) -> bool:
+    is_whole = jnp.issubdtype(shaped.dtype, jnp.integer) or shaped.dtype == bool
+    return is_whole and shaped.size <= _MOST_FOLLOWED
 
 
 def _is_of_indices(eqn: core.JaxprEqn) -> bool:
@@ -90,7 +93,7 @@ _ON_INDICES = (
 
 
 def _numbers(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Any]:
-    """What an equation's outputs are, of those that are indices."""
+    """Compute the numbers of an equation's outputs, None for those that are not known."""
     if eqn.primitive.name in ("pvary", "pcast"):  # of the same number on all devices
         return [inputs[0].number]
     is_known = all(value.number is not None for value in inputs)
@@ -117,19 +120,19 @@ def layer_within(value: Value) -> Value:
 
 
 def _forgotten(value: Value) -> Value:
-    """The value without its number: that of each step of the scan further out."""
+    """Forget a value's number, which is one for each step of the scan further out."""
     return Value(value.traced, value.source)
 
 
 def carry_within(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """The carry of a scan: data, or counters whose number in each step is known."""
+    """Tell what the carry of a scan is: data, or counters whose number in each step is known."""
     body, consts = inner_jaxpr(eqn)
     num_consts, num_carry = scan_counts(eqn)
     is_known = [value.number is not None and not value.is_stepped for value in inputs]
     is_known = is_known if not consts else [False] * len(inputs)
     carry = range(num_consts, num_consts + num_carry)
     while True:
-        told = walk(body, (), is_known, lambda _: True, lambda e, own, _: _told(e, own))
+        told = walk(body, (), is_known, lambda _: True, lambda e, flags, _: _told(e, flags))
         lost = [i for i in carry if is_known[i] and not told[i - num_consts]]
         if not lost:
             break
@@ -151,7 +154,7 @@ def _told(eqn: core.JaxprEqn, inputs: list[bool]) -> list[bool]:
 def _sequences(
     eqn: core.JaxprEqn, inputs: Sequence[Value], is_known: list[bool], counters: list[int]
 ) -> list[np.ndarray]:
-    """The numbers that counters are in each step, in the order of what the scan runs over."""
+    """Count what counters are in each step, in the order of what the scan runs over."""
     if not counters:
         return []
     body, _ = inner_jaxpr(eqn)
@@ -166,7 +169,7 @@ def _sequences(
     with jax.ensure_compile_time_eval():
         for at in reversed(steps) if eqn.params["reverse"] else steps:
             sequence.append([now[i] for i in counters])
-            own = [now[i][at] if i >= num_consts + num_carry else now[i] for i in known]
-            now |= dict(zip(counters, step(*own), strict=True))
+            numbers = [now[i][at] if i >= num_consts + num_carry else now[i] for i in known]
+            now |= dict(zip(counters, step(*numbers), strict=True))
     ordered = reversed(sequence) if eqn.params["reverse"] else sequence
     return [np.stack(numbers) for numbers in zip(*ordered, strict=True)]

@@ -1,8 +1,8 @@
-"""Compute weights of a scan's steps before the scan: what depends on parameters alone, for all.
+"""Compute before a scan what its steps compute from parameters alone, for all steps at once.
 
-A weight that is computed anew in each step (a scale for each layer, a quantised kernel) could only
-be differentiated through step by step, for each sample. Computed before, for all steps at once, it
-is a layer of a computed weight, which has the routes that computed weights have.
+Gradients of a weight that is computed anew in each step (a scale for each layer, a quantised
+kernel) could only be taken through the steps, for each sample. Computed before the scan, the weight
+is a layer of a computed weight, and has the routes that computed weights have.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from psclip_optax.engine.analysis.walk import walk
 
 
 class _Known(NamedTuple):
-    """What is known of a variable.
+    """The properties of a variable that are known.
 
     Attributes:
       is_fixed: whether it is the same for all samples, as parameters and constants are.
-      is_parameter: whether a cotangent of it goes on to parameters.
+      is_parameter: whether its cotangent goes on to parameters.
       is_made: whether it is computed, and not a view of a parameter.
       is_stepped: whether it is another in each step.
     """
@@ -50,7 +50,7 @@ _PARAMETER = _Known(True, True)
 
 
 def hoisted(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
-    """Trace a loss anew with what its scans' steps compute from parameters before the scans.
+    """Trace a loss anew, so that scans do not compute from parameters alone in their steps.
 
     Args:
       closed: the loss for one example.
@@ -64,21 +64,21 @@ def _retraced(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> core.ClosedJ
     def run(*inputs: Any) -> list[Any]:
         return _run(closed.jaxpr, closed.consts, inputs, known)[0]
 
-    kinds = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
-    return jax.make_jaxpr(run)(*kinds)
+    shapes = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
+    return jax.make_jaxpr(run)(*shapes)
 
 
 def _run(
     jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], known: Sequence[_Known]
 ) -> tuple[list[Any], list[_Known]]:
-    """Trace a jaxpr anew, with what is known of its variables."""
+    """Trace a jaxpr anew, and find what is known of its outputs."""
     values = zip(inputs, known, strict=True)
     outs = walk(
         jaxpr,
         [(one, _CONSTANT) for one in consts],
         list(values),
         lambda value: (value, _CONSTANT),
-        lambda eqn, own, _: _equation(eqn, own),
+        lambda eqn, inputs, _: _equation(eqn, inputs),
     )
     return [value for value, _ in outs], [one for _, one in outs]
 
@@ -92,15 +92,15 @@ def _equation(
     if _DATA not in outs_known or not any(one.is_parameter for one in known):
         return list(zip(run_equation(eqn, values), outs_known, strict=True))
     if name in CALLS and name not in CHECKPOINTS:
-        outs, own = _run(*inner_jaxpr(eqn), values, known)
-        return list(zip(outs, own, strict=True))
+        outs, of_outs = _run(*inner_jaxpr(eqn), values, known)
+        return list(zip(outs, of_outs, strict=True))
     rule = {"scan": _scan, **dict.fromkeys(CHECKPOINTS, _checkpoint)}.get(name)
     outs = run_equation(eqn, values) if rule is None else rule(eqn, values, known)
     return list(zip(outs, outs_known, strict=True))
 
 
 def _after(eqn: core.JaxprEqn, known: Sequence[_Known]) -> list[_Known]:
-    """What is known of an equation's outputs."""
+    """Find what is known of an equation's outputs."""
     if not all(one.is_fixed for one in known) or eqn.effects:
         return [_DATA] * len(eqn.outvars)
     has_parameter = any(one.is_parameter for one in known)
@@ -114,13 +114,13 @@ def _after(eqn: core.JaxprEqn, known: Sequence[_Known]) -> list[_Known]:
 
 
 class _Parts(NamedTuple):
-    """A jaxpr in two parts, of which the first is of parameters alone.
+    """A jaxpr in two parts, of which the first depends on parameters alone.
 
     Attributes:
-      inputs: of the jaxpr, which the first part reads.
-      first: from them to what it makes.
-      second: from that and all inputs to the outputs.
-      num_made: how many variables are handed over.
+      inputs: the indices of the jaxpr's inputs that the first part reads.
+      first: a function from these inputs to what the first part makes.
+      second: a function from that and all inputs to the jaxpr's outputs.
+      num_made: how many variables the first part hands over.
     """
 
     inputs: list[int]
@@ -130,7 +130,7 @@ class _Parts(NamedTuple):
 
 
 def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | None:
-    """Part a jaxpr, if it computes of parameters alone what data meet."""
+    """Part a jaxpr, if data meet what it computes from parameters alone."""
     jaxpr = closed.jaxpr
     made = _frontier(jaxpr, known)
     if not made or jaxpr.constvars:
@@ -149,7 +149,7 @@ def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | Non
 
 
 def _frontier(jaxpr: core.Jaxpr, known: Sequence[_Known]) -> list[core.Var]:
-    """The variables made of parameters alone that data meet, maybe through views."""
+    """Find the variables made of parameters alone that data meet, maybe through views."""
     of = dict(zip(jaxpr.invars, known, strict=True))
     read = lambda v: _CONSTANT if isinstance(v, core.Literal) else of.get(v, _CONSTANT)  # noqa: E731
     for eqn in jaxpr.eqns:
@@ -167,8 +167,8 @@ def _frontier(jaxpr: core.Jaxpr, known: Sequence[_Known]) -> list[core.Var]:
 
 def _without_unread(eqns: Sequence[core.JaxprEqn], jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     needed = needed_equations(jaxpr.replace(eqns=list(eqns)), jaxpr.outvars)
-    kept = {id(eqn) for eqn in needed}
-    return [eqn for eqn in eqns if id(eqn) in kept or eqn.effects]
+    read = {id(eqn) for eqn in needed}
+    return [eqn for eqn in eqns if id(eqn) in read or eqn.effects]
 
 
 def _scan(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) -> list[Any]:
@@ -183,13 +183,13 @@ def _scan(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) -> lis
     extra: list[Any] = []
     if parts is not None:
         axes = [0 if within[i].is_stepped else None for i in parts.inputs]
-        own = [values[i] for i in parts.inputs]
-        extra = jax.vmap(parts.first, in_axes=axes)(*own)
+        first_inputs = [values[i] for i in parts.inputs]
+        extra = jax.vmap(parts.first, in_axes=axes)(*first_inputs)
     run = core.jaxpr_as_fun(body) if parts is None else parts.second
 
     def step(carry: list[Any], both: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
-        made, own = both
-        outs = run(*made, *consts, *carry, *own)
+        made, of_step = both
+        outs = run(*made, *consts, *carry, *of_step)
         return outs[:num_carry], outs[num_carry:]
 
     carry, ys = lax.scan(
@@ -210,4 +210,4 @@ def _checkpoint(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) 
         run, extra = core.jaxpr_as_fun(body), []
     else:
         run, extra = parts.second, parts.first(*(values[i] for i in parts.inputs))
-    return checkpointed(eqn, lambda made, own: run(*made, *own))(extra, list(values))
+    return checkpointed(eqn, lambda made, inputs: run(*made, *inputs))(extra, list(values))

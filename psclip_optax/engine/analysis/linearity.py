@@ -1,9 +1,9 @@
 """Prove that derivative rules are linear in their cotangent, or say that it is not known.
 
-Σ γ_k J^T c_k is J^T Σ γ_k c_k only where the backward pass is a linear function of the cotangent c.
-JAX's own rules are. One that a user wrote need not be: a `jax.custom_vjp` may clip, normalise,
-round or quantise. Its backward pass is traced, and of each variable it is proven that it is linear
-in the cotangents. What is not proven counts as not linear.
+Σ γ_k Jᵀ c_k is Jᵀ Σ γ_k c_k only where the backward pass is a linear function of the cotangent c.
+The rules of JAX are. A rule that a user wrote need not be: a `jax.custom_vjp` may clip, normalise,
+round or quantise. Its backward pass is traced, and each variable is proven linear in the
+cotangents. What is not proven counts as not linear.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def unproven_rule(
     depends = {v for v, is_varied in inputs if is_varied and has_gradient(v)}
     live = with_cotangents(jaxpr, wanted)
     for eqn in jaxpr.eqns:
-        if has_references(eqn.effects):  # which a second backward pass would have to make anew
+        if has_references(eqn.effects):  # a second backward pass would have to make them anew
             return eqn
         flags = [isinstance(v, core.Var) and v in depends for v in eqn.invars]
         if not any(flags) or eqn.primitive.name == "stop_gradient":
@@ -79,7 +79,7 @@ def unproven_rule(
 def unproven_equation(
     eqn: core.JaxprEqn, varied: Sequence[bool], wanted: Sequence[bool]
 ) -> core.JaxprEqn | None:
-    """Find what `unproven_rule` looks for in one equation: itself, or one that it calls."""
+    """Find what `unproven_rule` looks for in one equation: that equation, or one that it calls."""
     name = eqn.primitive.name
     if name in CUSTOM_RULES:
         return None if _is_proven(eqn, varied) else eqn
@@ -111,16 +111,16 @@ def described_rule(eqn: core.JaxprEqn) -> str:
 
 
 def _rounds(eqn: core.JaxprEqn) -> bool:
-    """Whether the cotangent is rounded to far fewer digits than a number of 16 bits has."""
+    """Tell whether the cotangent is rounded to far fewer digits than a number of 16 bits has."""
     if eqn.primitive.name == "reduce_precision":
         return True
     return any(is_narrow(aval(v).dtype) for v in (*eqn.invars, *eqn.outvars))
 
 
 def passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
-    """Tell whether the backward pass of one equation gives this input its one cotangent as it is.
+    """Tell whether the backward pass of one equation gives an input its one cotangent as it is.
 
-    As straight-through estimators do, of what they round.
+    Straight-through estimators do so with what they round.
     """
     backward = backward_of(eqn, [i == which for i in range(len(eqn.invars))])
     if backward is None:
@@ -139,7 +139,7 @@ def passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
 
 
 def _is_proven(eqn: core.JaxprEqn, varied: Sequence[bool]) -> bool:
-    """Whether the backward pass of one equation is proven linear in the cotangents."""
+    """Tell whether the backward pass of one equation is proven linear in the cotangents."""
     closed = backward_of(eqn, varied)
     if closed is None:
         return False
@@ -150,16 +150,16 @@ def _is_proven(eqn: core.JaxprEqn, varied: Sequence[bool]) -> bool:
 
 
 def backward_of(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr | None:
-    """Trace the backward pass of one equation, from cotangents and inputs to the cotangents."""
-    kinds = [meshes.shape_of_type(aval(v)) for v in (*eqn.invars, *eqn.outvars)]
-    inputs, outputs = kinds[: len(eqn.invars)], kinds[len(eqn.invars) :]
+    """Trace the backward pass of one equation, from cotangents and inputs to cotangents."""
+    shapes = [meshes.shape_of_type(aval(v)) for v in (*eqn.invars, *eqn.outvars)]
+    inputs, outputs = shapes[: len(eqn.invars)], shapes[len(eqn.invars) :]
     flags = zip(eqn.invars, varied, strict=True)
     chosen = [i for i, (v, is_varied) in enumerate(flags) if is_varied and has_gradient(v)]
     reached = [i for i, v in enumerate(eqn.outvars) if has_gradient(v)]
 
     def backward(cotangents: list[Any], inputs: list[Any]) -> Any:
-        def run(own: list[Any]) -> list[Any]:
-            given = dict(zip(chosen, own, strict=True))
+        def run(values: list[Any]) -> list[Any]:
+            given = dict(zip(chosen, values, strict=True))
             outs = run_equation(eqn, [given.get(i, one) for i, one in enumerate(inputs)])
             return [outs[i] for i in reached]
 
@@ -167,28 +167,29 @@ def backward_of(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr 
 
     try:
         return jax.make_jaxpr(backward)([outputs[i] for i in reached], inputs)
-    except Exception:  # of the user's rule, which says so itself when it is called
+    except Exception:  # the user's rule says so itself when it is called
         return None
 
 
-# How each variable of a backward pass depends on its cotangents
+# Find how each variable of a backward pass depends on its cotangents
 
 
 def linear_in(jaxpr: core.Jaxpr, is_cotangent: Sequence[bool]) -> list[bool | None]:
-    """Tell of each output whether it is linear in some inputs; None where it has none of them."""
-    flags = [_Dependence.LINEAR if own else _Dependence.NONE for own in is_cotangent]
+    """Tell whether each output is linear in some inputs; None where it depends on none of them."""
+    flags = [_Dependence.LINEAR if flag else _Dependence.NONE for flag in is_cotangent]
     known = {_Dependence.NONE: None, _Dependence.LINEAR: True}
     return [known.get(one, False) for one in _dependences(jaxpr, flags)]
 
 
 def moves_entries(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation keeps each entry of its one input, maybe with the other sign."""
-    is_move = eqn.primitive.name in _KEEPS and len(eqn.invars) == 1 and has_gradient(eqn.invars[0])
-    return is_move and has_gradient(eqn.outvars[0]) and not _rounds(eqn)
+    """Tell whether an equation leaves each entry of its one input once, maybe with another sign."""
+    is_move = eqn.primitive.name in _PERMUTES and len(eqn.invars) == 1
+    is_move = is_move and has_gradient(eqn.invars[0]) and has_gradient(eqn.outvars[0])
+    return is_move and not _rounds(eqn)
 
 
 class _Dependence(enum.Enum):
-    """What a variable is of the cotangents: nothing, 0, linear in them, or not known to be."""
+    """The dependence of a variable on the cotangents: none, 0, linear, or not known to be."""
 
     NONE = enum.auto()
     ZERO = enum.auto()
@@ -202,9 +203,9 @@ _SUMMABLE = (_Dependence.ZERO, _Dependence.LINEAR)
 
 
 def _dependences(jaxpr: core.Jaxpr, inputs: Sequence[_Dependence]) -> _Dependences:
-    """Tell what the outputs are from what the inputs are."""
+    """Find the outputs' dependences from the inputs'."""
     consts = [_Dependence.NONE] * len(jaxpr.constvars)
-    return walk(jaxpr, consts, inputs, _of_literal, lambda eqn, own, _: _of_equation(eqn, own))
+    return walk(jaxpr, consts, inputs, _of_literal, lambda eqn, ins, _: _of_equation(eqn, ins))
 
 
 def _of_literal(value: Any) -> _Dependence:
@@ -232,7 +233,7 @@ def _of_equation(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 
 
 def _of_call(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
-    # A custom rule is of the derivative: what is run here is the function itself.
+    # A custom rule says how to differentiate. Here the function itself runs.
     jaxpr = next(inner_jaxprs(eqn), None)
     sizes = len(eqn.invars), len(eqn.outvars)
     if jaxpr is None or (len(jaxpr.invars), len(jaxpr.outvars)) != sizes:
@@ -249,13 +250,13 @@ def _of_cond(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 
 
 def _either(outs: Sequence[_Dependence]) -> _Dependence:
-    """What one of several is, where no cotangent tells which."""
-    kinds = set(outs)
-    if len(kinds) == 1:
-        return kinds.pop()
-    if kinds <= set(_FREE):
+    """Join the dependences of several variables, of which no cotangent tells which is taken."""
+    different = set(outs)
+    if len(different) == 1:
+        return different.pop()
+    if different <= set(_FREE):
         return _Dependence.NONE
-    return _Dependence.LINEAR if kinds <= set(_SUMMABLE) else _Dependence.UNKNOWN
+    return _Dependence.LINEAR if different <= set(_SUMMABLE) else _Dependence.UNKNOWN
 
 
 def _of_scan(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
@@ -284,7 +285,7 @@ def _of_while(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 
 
 def _settled(step: Callable[[_Dependences], _Dependences], carry: _Dependences) -> _Dependences:
-    """What a carry is after any number of steps: each step can only add to it."""
+    """Find a carry's dependences after any number of steps, of which each can only add some."""
     while True:
         new = [_either(both) for both in zip(carry, step(carry), strict=True)]
         if new == carry:
@@ -300,7 +301,7 @@ def _all_summable(inputs: _Dependences) -> bool:
 
 
 def _one_of_all(inputs: _Dependences) -> bool:
-    """A product: linear in each factor, of which one has the cotangent."""
+    """Tell whether one factor of a product has the cotangent, in which it is linear."""
     is_one = inputs.count(_Dependence.LINEAR) == 1
     return is_one and sum(one in _FREE for one in inputs) == len(inputs) - 1
 
@@ -325,11 +326,12 @@ def _first_and_third(inputs: _Dependences) -> bool:
     return _all_summable([inputs[0], inputs[2]]) and inputs[1] in _FREE
 
 
-_KEEPS = (
+# These leave each entry once.
+_PERMUTES = (
     *("convert_element_type", "copy", "copy_p", "expand_dims", "neg", "reshape", "rev"),
     *("squeeze", "transpose"),
 )
-# What moves entries: of zeros it makes zeros.
+# These move, repeat or add entries, so that they make zeros of zeros.
 _MOVES = (
     *("broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "neg", "reshape"),
     *("reduce_sum", "rev", "slice", "squeeze", "transpose", "pvary", "pcast"),

@@ -1,9 +1,9 @@
 """Bring a loss into a form in which parameters meet data in sites: the same function, traced anew.
 
-- Layers that are taken by index in a scan, whose indices are known, are what the scan runs over.
-- A choice between branches that data make, as `jax.vmap` would make it, is one between their
-  results, so that each branch is walked through.
-- A slice or look-up of a parameter at places that are known is a static slice.
+- A scan that takes layers by index runs over these layers, where the indices are known.
+- A choice of a branch that depends on data becomes a choice between the branches' results, as
+  `jax.vmap` makes it. Then each branch is walked through.
+- A slice or look-up of a parameter at known places becomes a static slice.
 
 What is not known for certain stays as it is.
 """
@@ -45,7 +45,7 @@ from psclip_optax.engine.analysis.walk import walk
 
 
 class _Layers(NamedTuple):
-    """Slices of size 1 along one axis of a scan's constant, one in each step."""
+    """The slices of size 1 along one axis of a scan's constant, one in each step."""
 
     const: int
     axis: int
@@ -71,8 +71,8 @@ def normal_form(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
         outs = _Tracer(None, {}).jaxpr(closed.jaxpr, closed.consts, values)
         return [out.traced for out in outs]
 
-    kinds = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
-    return jax.make_jaxpr(run)(*kinds)
+    shapes = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
+    return jax.make_jaxpr(run)(*shapes)
 
 
 def _has_occasion(jaxpr: core.Jaxpr) -> bool:
@@ -84,11 +84,12 @@ def _has_occasion(jaxpr: core.Jaxpr) -> bool:
 
 
 class _Tracer(NamedTuple):
-    """Traces a jaxpr anew.
+    """A tracer of jaxprs into the normal form.
 
     Attributes:
-      found: where in a scan's body layers are taken, to be filled; None outside of scans.
-      given: what the scan gives there instead.
+      found: a dict to be filled with the places in a scan's body where layers are taken; None
+        outside of scans.
+      given: the layers that the scan gives at these places.
     """
 
     found: dict[Path, _Layers] | None
@@ -187,23 +188,23 @@ class _Tracer(NamedTuple):
         within = [*map(const_within, consts, range(num_consts)), *carry_within(eqn, inputs)]
         within += map(layer_within, xs)
 
-        def step(tracer: _Tracer, carry: list[Any], own: list[Any]) -> Any:
-            traced = [*(value.traced for value in consts), *carry, *own]
+        def step(tracer: _Tracer, carry: list[Any], of_step: list[Any]) -> Any:
+            traced = [*(value.traced for value in consts), *carry, *of_step]
             outs = tracer.jaxpr(*inner_jaxpr(eqn), with_traced(within, traced))
             traced = [out.traced for out in outs]
             return traced[:num_carry], traced[num_carry:]
 
         found: dict[Path, _Layers] = {}
-        kinds = [meshes.shape_of_type(aval(v)) for v in body.invars[num_consts:]]
+        shapes = [meshes.shape_of_type(aval(v)) for v in body.invars[num_consts:]]
         jax.eval_shape(
-            functools.partial(step, _Tracer(found, {})), kinds[:num_carry], kinds[num_carry:]
+            functools.partial(step, _Tracer(found, {})), shapes[:num_carry], shapes[num_carry:]
         )
-        taken = {at: _taken(consts[own.const].traced, own) for at, own in found.items()}
+        taken = {at: _taken(consts[one.const].traced, one) for at, one in found.items()}
 
         def run(carry: list[Any], both: tuple[list[Any], dict[Path, Any]]) -> Any:
-            own, layers = both
+            of_step, layers = both
             given = {at: jnp.expand_dims(one, found[at].axis) for at, one in layers.items()}
-            return step(_Tracer({}, given), carry, own)
+            return step(_Tracer({}, given), carry, of_step)
 
         carry, ys = lax.scan(
             run,
@@ -229,7 +230,7 @@ _RULES = {
 def _layers(
     const: int | None, first: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
 ) -> _Layers | None:
-    """Tell which layers of a constant the slices are, if they are a layer each, evenly spaced."""
+    """Find the layers of a constant that slices are, if each is one layer and all evenly spaced."""
     moving = [axis for axis, start in enumerate(first) if np.ndim(start)]
     others = [axis for axis in range(len(shape)) if axis not in moving]
     is_whole = all(first[axis] == 0 and sizes[axis] == shape[axis] for axis in others)
@@ -243,7 +244,7 @@ def _layers(
 
 
 def _taken(array: Any, layers: _Layers) -> Any:
-    """The layers of a constant, in front, for a scan to run over."""
+    """Take the layers of a constant, on its first axis, for a scan to run over."""
     ends = sorted((layers.start, layers.start + (layers.number - 1) * layers.step))
     if (*ends, abs(layers.step)) != (0, array.shape[layers.axis] - 1, 1):
         array = lax.slice_in_dim(array, ends[0], ends[1] + 1, abs(layers.step), layers.axis)
@@ -253,10 +254,10 @@ def _taken(array: Any, layers: _Layers) -> Any:
 
 
 def _rows(eqn: core.JaxprEqn, indices: np.ndarray) -> range | None:
-    """Tell which rows a look-up takes, if they are whole and evenly spaced."""
+    """Find the rows that a look-up takes, if they are whole and evenly spaced."""
     dims, shape = eqn.params["dimension_numbers"], aval(eqn.invars[0]).shape
     whole = (1, *shape[1:])
-    own = indices.reshape(-1)
+    flat = indices.reshape(-1)
     is_of_rows = (
         tuple(dims.start_index_map) == (0,)
         and tuple(dims.collapsed_slice_dims) == (0,)
@@ -264,9 +265,9 @@ def _rows(eqn: core.JaxprEqn, indices: np.ndarray) -> range | None:
         and tuple(eqn.params["slice_sizes"]) == whole
         and tuple(dims.offset_dims) == tuple(range(indices.ndim - 1, indices.ndim + len(shape) - 2))
     )
-    if not is_of_rows or not own.size or own.min() < 0 or own.max() >= shape[0]:
+    if not is_of_rows or not flat.size or flat.min() < 0 or flat.max() >= shape[0]:
         return None
-    steps = set(np.diff(own).tolist()) or {1}
+    steps = set(np.diff(flat).tolist()) or {1}
     if len(steps) > 1 or min(steps) < 1:
         return None
-    return range(int(own[0]), int(own[-1]) + 1, steps.pop())
+    return range(int(flat[0]), int(flat[-1]) + 1, steps.pop())

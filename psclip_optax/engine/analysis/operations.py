@@ -1,4 +1,4 @@
-"""What the axes of an operation y = op(W, x) are, worked out once for all who ask."""
+"""Tell what the axes of an operation y = op(W, x) are, once for all who ask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psclip_optax.engine.analysis.views import aval
 class ProductAxes(NamedTuple):
     """The axes of W, x and y in a dot_general: blocks, contracted, free in x, free in W.
 
-    Those of one role stand in one order in all three.
+    Axes that belong together have the same place in their lists: `w_blocks[i]` is `y_blocks[i]`.
     """
 
     w_blocks: list[int]
@@ -28,12 +28,12 @@ class ProductAxes(NamedTuple):
 
     @property
     def leaving(self) -> dict[int, int]:
-        """For each axis of W that is one of y, which."""
-        own, leaving = [*self.w_blocks, *self.w_free], [*self.y_blocks, *self.y_w_free]
-        return dict(zip(own, leaving, strict=True))
+        """Return, for each axis of W that y has too, the axis of y."""
+        in_w, in_y = [*self.w_blocks, *self.w_free], [*self.y_blocks, *self.y_w_free]
+        return dict(zip(in_w, in_y, strict=True))
 
     def sorted_by(self, key: Sequence[int]) -> ProductAxes:
-        """Order the axes of each role by the key of W's."""
+        """Order blocks, contracted and free axes, each by the key of W's."""
         w_blocks, x_blocks, y_blocks = _sorted(key, self.w_blocks, self.x_blocks, self.y_blocks)
         w_contracted, x_contracted = _sorted(key, self.w_contracted, self.x_contracted)
         w_free, y_w_free = _sorted(key, self.w_free, self.y_w_free)
@@ -56,7 +56,7 @@ def _sorted(key: Sequence[int], first: Sequence[int], *others: Sequence[int]) ->
 
 
 def product_axes(eqn: core.JaxprEqn, operand: int) -> ProductAxes:
-    """Tell the axes of a dot_general whose operand of that index is W."""
+    """Find the axes of a dot_general whose operand of that index is W."""
     contracted, blocks = eqn.params["dimension_numbers"]
     w, x = operand, 1 - operand
     free = [
@@ -64,7 +64,7 @@ def product_axes(eqn: core.JaxprEqn, operand: int) -> ProductAxes:
         for i, atom in enumerate(eqn.invars)
     ]
     starts = (len(blocks[0]), len(blocks[0]) + len(free[0]))
-    in_y = [[start + i for i in range(len(own))] for start, own in zip(starts, free, strict=True)]
+    in_y = [[start + i for i in range(len(axes))] for start, axes in zip(starts, free, strict=True)]
     return ProductAxes(
         w_blocks=list(blocks[w]),
         x_blocks=list(blocks[x]),
@@ -79,6 +79,6 @@ def product_axes(eqn: core.JaxprEqn, operand: int) -> ProductAxes:
 
 
 def convolution_leaving(eqn: core.JaxprEqn) -> dict[int, int]:
-    """For each axis of a convolution's kernel that is one of y, which."""
+    """Return, for each axis of a convolution's kernel that y has too, the axis of y."""
     dims = eqn.params["dimension_numbers"]
     return {dims.rhs_spec[0]: dims.out_spec[1]}

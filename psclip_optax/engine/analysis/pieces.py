@@ -1,7 +1,7 @@
 """Take a parameter that enters through slices that do not overlap as so many parameters.
 
-Layers in one array, taken by number, or the first rows of a table of positions: what becomes of one
-slice is then told apart from what becomes of the others, and what no slice takes costs nothing.
+Layers in one array, taken by number, are such slices, and so are the first rows of a table of
+positions. Each slice then has a plan by itself, and what no slice takes costs nothing.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from psclip_optax.engine.analysis.sites import Usage
 from psclip_optax.engine.analysis.views import aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 
-# First index, end and step along each axis.
+# A slice: first index, end and step along each axis.
 Box: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 class Pieces(NamedTuple):
-    """Which pieces each parameter is taken in; None where it is taken whole."""
+    """The pieces that each parameter is taken in; None where it is taken whole."""
 
     boxes: tuple[tuple[Box, ...] | None, ...]
 
     @property
     def leaf_of(self) -> list[int]:
-        """For each piece, which parameter it is of."""
-        return [leaf for leaf, own in enumerate(self.boxes) for _ in own or (None,)]
+        """Return, for each piece, the index of its parameter."""
+        return [leaf for leaf, boxes in enumerate(self.boxes) for _ in boxes or (None,)]
 
     def of(self, leaves: Sequence[Any]) -> list[Any]:
         """Cut the parameters into their pieces."""
         return [
             leaf if box is None else _cut(leaf, box)
-            for leaf, own in zip(leaves, self.boxes, strict=True)
-            for box in own or (None,)
+            for leaf, boxes in zip(leaves, self.boxes, strict=True)
+            for box in boxes or (None,)
         ]
 
     def together(self, pieces: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-        """Put what belongs to pieces together, 0 where there are none."""
+        """Put pieces together to arrays like the parameters, 0 where there is no piece."""
         rest = iter(pieces)
         return [
-            next(rest) if own is None else _filled(leaf, own, [next(rest) for _ in own])
-            for leaf, own in zip(leaves, self.boxes, strict=True)
+            next(rest) if boxes is None else _filled(leaf, boxes, [next(rest) for _ in boxes])
+            for leaf, boxes in zip(leaves, self.boxes, strict=True)
         ]
 
 
@@ -64,8 +64,8 @@ def _filled(leaf: Any, boxes: Sequence[Box], pieces: Sequence[jax.Array]) -> jax
     whole = jnp.zeros(leaf.shape, promoted(*(piece.dtype for piece in pieces)))
     whole = meshes.varying(whole, meshes.axes_of(pieces[0]))
     for box, piece in zip(boxes, pieces, strict=True):
-        own = jnp.expand_dims(piece.astype(whole.dtype), _of_one(box))
-        whole = _with_box(whole, box, own)
+        expanded = jnp.expand_dims(piece.astype(whole.dtype), _of_one(box))
+        whole = _with_box(whole, box, expanded)
     return whole
 
 
@@ -76,7 +76,7 @@ def _with_box(whole: jax.Array, box: Box, piece: jax.Array) -> jax.Array:
 
 
 def in_pieces(closed: core.ClosedJaxpr, usage: Usage) -> tuple[core.ClosedJaxpr, Pieces]:
-    """Trace a loss anew as one of pieces, where that tells apart what becomes of them.
+    """Trace a loss anew as one of pieces, where a plan for each of them may be better.
 
     Args:
       closed: the loss for one example.
@@ -93,15 +93,16 @@ def in_pieces(closed: core.ClosedJaxpr, usage: Usage) -> tuple[core.ClosedJaxpr,
     def run(*inputs: Any) -> list[Any]:
         rest = iter(inputs[:num_pieces])
         given = [
-            next(rest) if own is None else {box: next(rest) for box in own} for own in pieces.boxes
+            next(rest) if of_leaf is None else {box: next(rest) for box in of_leaf}
+            for of_leaf in pieces.boxes
         ]
         values = [*given, *inputs[num_pieces:]]
         outs = walk(closed.jaxpr, closed.consts, values, lambda value: value, _equation)
         return [*map(_whole, outs)]
 
-    kinds = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
-    cut = jax.eval_shape(pieces.of, kinds[: usage.num_leaves])
-    return jax.make_jaxpr(run)(*cut, *kinds[usage.num_leaves :]), pieces
+    shapes = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
+    cut = jax.eval_shape(pieces.of, shapes[: usage.num_leaves])
+    return jax.make_jaxpr(run)(*cut, *shapes[usage.num_leaves :]), pieces
 
 
 def _equation(eqn: core.JaxprEqn, inputs: list[Any], path: Any) -> Sequence[Any]:
@@ -117,7 +118,7 @@ def _equation(eqn: core.JaxprEqn, inputs: list[Any], path: Any) -> Sequence[Any]
 
 
 class _Taken(NamedTuple):
-    """A slice that was taken, without its axes of size 1."""
+    """A slice that was taken, without its axes of size 1, and which axes these are."""
 
     piece: Any
     axes: tuple[int, ...]
@@ -132,14 +133,14 @@ def _whole(value: Any) -> Any:
 
 
 def _without_route(usage: Usage) -> set[int]:
-    """The parameters that escape, or from which weights are computed that meet data."""
+    """Find the parameters that escape, or from which weights are computed that meet data."""
     meet_data = usage.escapes.keys() | {site.view.weight for site in usage.sites}
     computed = [one for i, one in enumerate(usage.computed, usage.num_leaves) if i in meet_data]
     return set(usage.escapes) | {leaf for one in computed for leaf in one.leaves}
 
 
 def _boxes(jaxpr: core.Jaxpr, leaf: int) -> tuple[Box, ...] | None:
-    """The slices that a parameter enters through, if it enters through nothing else."""
+    """Find the slices that a parameter enters through, if it enters through nothing else."""
     variable = jaxpr.invars[leaf]
     readers = [eqn for eqn in jaxpr.eqns if any(v is variable for v in eqn.invars)]
     found = dict.fromkeys(_box(eqn) for eqn in readers)

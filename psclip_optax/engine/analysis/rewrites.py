@@ -1,10 +1,10 @@
 """Rewrite a loss so that weights computed from parameters need not be: x (A B) as (x A) B.
 
-Where W is a sum, a product of two matrices, or scaled along axes that leave the operation, the
-operation is the same on its parts: of x (g v / ‖v‖) what is left is x v, scaled afterwards. And a
-slice of one row, where data tell which, is a look-up. Then parameters meet data themselves, in
-operations with fast routes. The gradient is that of the same function; rounding differs as between
-any two orders of summation.
+W may be a sum, a product of two matrices, or scaled along axes that leave the operation. Then the
+operation is applied to the parts of W: x (g v / ‖v‖) is x v, scaled afterwards. And a slice of one
+row, where data tell which, is a look-up. So parameters meet data themselves, in operations with
+fast routes. The gradient is that of the same function. Rounding differs as between any two orders
+of summation.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ from psclip_optax import meshes
 from psclip_optax.arrays import is_narrow
 from psclip_optax.engine.analysis.equations import body_parameter
 from psclip_optax.engine.analysis.operations import convolution_leaving, product_axes
-from psclip_optax.engine.analysis.sites import Kind, OfParameters, Usage
+from psclip_optax.engine.analysis.sites import OfParameters, Role, Usage
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 
 _Read: TypeAlias = Callable[[Any], Any]
 
 
 class _Product(NamedTuple):
-    """What a product without blocks contracts: axes of W with x's, and where x's others go in y."""
+    """A product without blocks: the axes of W that it contracts with x's, and the rest of x's in y.
+
+    Attributes:
+      x: the variable or literal that W meets.
+      contracted: for each contracted axis of W, the axis of x.
+      leaving: for each axis of x that y has too, the axis of y.
+      precision: the product's.
+    """
 
     x: Any
     contracted: dict[int, int]
@@ -42,10 +49,10 @@ class _Use(NamedTuple):
     """An operation y = op(W, x), linear in W.
 
     Attributes:
-      apply: from what reads variables, and W, to y.
-      leaving: for each axis of W that is one of y, which.
-      product: what it contracts, if it is a product.
-      ndim: of y.
+      apply: a function from one that reads variables, and W, to y.
+      leaving: for each axis of W that y has too, the axis of y.
+      product: the product that the operation is, if it is one without blocks.
+      ndim: the number of y's axes.
     """
 
     apply: Callable[[_Read, Any], Any]
@@ -58,25 +65,25 @@ Expanded: TypeAlias = Callable[[_Read], Any]
 
 
 class _Scope(NamedTuple):
-    """The variables of one jaxpr: what makes them, and what they are of the parameters."""
+    """The variables of one jaxpr: the equations that make them, and their roles."""
 
     makers: dict[core.Var, core.JaxprEqn]
-    kinds: dict[core.Var, Kind]
+    roles: dict[core.Var, Role]
     num_leaves: int
 
     def maker(self, atom: Any) -> core.JaxprEqn | None:
         return None if isinstance(atom, core.Literal) else self.makers.get(atom)
 
     def is_plain(self, atom: Any) -> bool:
-        """Whether it is a view of a parameter, or no parameter's."""
-        kind = None if isinstance(atom, core.Literal) else self.kinds.get(atom)
-        if not isinstance(kind, OfParameters):
+        """Tell whether an atom is a view of a parameter, or does not depend on parameters."""
+        role = None if isinstance(atom, core.Literal) else self.roles.get(atom)
+        if not isinstance(role, OfParameters):
             return True
-        return kind.view is not None and kind.view.weight < self.num_leaves
+        return role.view is not None and role.view.weight < self.num_leaves
 
 
 def rewritten(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
-    """The loss with its operations on computed weights taken apart, as far as that is known how.
+    """Take the operations of a loss on computed weights apart, as far as the rules here reach.
 
     Args:
       closed: the loss for one example.
@@ -92,7 +99,7 @@ def _rewrite(jaxpr: core.Jaxpr, usage: Usage, path: Path) -> core.Jaxpr:
     if not inside:
         return jaxpr
     makers = {variable: eqn for eqn in jaxpr.eqns for variable in eqn.outvars}
-    scope = _Scope(makers, usage.kinds[path], usage.num_leaves)
+    scope = _Scope(makers, usage.roles[path], usage.num_leaves)
     eqns = list(jaxpr.eqns)
     for i in {p[len(path)] for p in inside}:
         here = (*path, i)
@@ -142,7 +149,7 @@ def _form(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> Expanded | None:
 
 
 def _looked_up(eqn: core.JaxprEqn) -> Expanded | None:
-    """A slice of one row, where data tell which, as the look-up of a row."""
+    """Express a slice of one row, where data tell which, as the look-up of a row."""
     table, *starts = eqn.invars
     shape, sizes = aval(table).shape, tuple(eqn.params["slice_sizes"])
     axes = [axis for axis, size in enumerate(shape) if sizes[axis] != size]
@@ -158,7 +165,7 @@ def _looked_up(eqn: core.JaxprEqn) -> Expanded | None:
 
 
 def _inputs(expanded: Expanded) -> list[core.Var]:
-    """The variables that it reads."""
+    """Find the variables that an expanded operation reads."""
     inputs: dict[core.Var, None] = {}
 
     def read(variable: core.Var) -> jax.Array:
@@ -170,7 +177,7 @@ def _inputs(expanded: Expanded) -> list[core.Var]:
     return list(inputs)
 
 
-# The operations
+# Describe the operations
 
 
 def _of_product(eqn: core.JaxprEqn, operand: int) -> _Use:
@@ -211,11 +218,11 @@ def _value(read: _Read, atom: Any) -> Any:
 _USES = {"dot_general": _of_product, "conv_general_dilated": _of_convolution}
 
 
-# What W may be
+# Expand what W may be
 
 
 def _expand(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
-    """The operation on what W is made of; None if some of that is computed in other ways."""
+    """Apply an operation to what W is made of; None if some of that is computed in other ways."""
     maker, expanded = scope.maker(atom), None
     if maker is not None and maker.primitive.name in _RULES:
         expanded = _RULES[maker.primitive.name](use, maker, scope)
@@ -227,11 +234,11 @@ def _expand(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
 def _transposed(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
     permutation = maker.params["permutation"]
     product = use.product and use.product._replace(
-        contracted={permutation[own]: x for own, x in use.product.contracted.items()}
+        contracted={permutation[w]: x for w, x in use.product.contracted.items()}
     )
     before = _Use(
         lambda read, w: use.apply(read, lax.transpose(w, permutation)),
-        {permutation[own]: leaving for own, leaving in use.leaving.items()},
+        {permutation[w]: y for w, y in use.leaving.items()},
         product,
         use.ndim,
     )
@@ -240,7 +247,7 @@ def _transposed(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | No
 
 def _cast(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
     (atom,), dtype = maker.invars, aval(maker.outvars[0]).dtype
-    is_real = all(jnp.issubdtype(kind, jnp.floating) for kind in (dtype, aval(atom).dtype))
+    is_real = all(jnp.issubdtype(one, jnp.floating) for one in (dtype, aval(atom).dtype))
     if not is_real or is_narrow(dtype) or is_narrow(aval(atom).dtype):
         return None
     before = use._replace(apply=lambda read, w: use.apply(read, w.astype(dtype)))
@@ -267,7 +274,7 @@ def _added(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
 def _scaled(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
     divides, shape = maker.primitive.name == "div", aval(maker.outvars[0]).shape
     for core_of, scale_of in ((0, 1),) if divides else ((0, 1), (1, 0)):
-        if aval(maker.invars[core_of]).shape != shape:  # a number, or repeated
+        if aval(maker.invars[core_of]).shape != shape:  # a number, or an array that is repeated
             continue
         scale = _scale(use, maker.invars[scale_of], scope)
         expanded = scale and _expand(use, maker.invars[core_of], scope)
@@ -284,15 +291,15 @@ def _times(expanded: Expanded, scale: Expanded, divides: bool) -> Expanded:
 
 
 def _scale(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
-    """What scales W, as what scales y; None unless it runs along axes that leave alone."""
+    """Turn what scales W into what scales y; None unless it runs along axes that leave alone."""
     maker = scope.maker(atom)
     places: Sequence[int] = range(aval(atom).ndim)
     if maker is not None and maker.primitive.name == "broadcast_in_dim":
         atom, places = maker.invars[0], maker.params["broadcast_dimensions"]
-    over = {own: axis for axis, own in enumerate(places) if aval(atom).shape[axis] > 1}
+    over = {w: axis for axis, w in enumerate(places) if aval(atom).shape[axis] > 1}
     if not over.keys() <= use.leaving.keys():
         return None
-    in_y = {use.leaving[own]: axis for own, axis in over.items()}
+    in_y = {use.leaving[w]: axis for w, axis in over.items()}
     order = [in_y[axis] for axis in sorted(in_y)]
     repeated = [axis for axis in range(use.ndim) if axis not in in_y]
 
@@ -306,7 +313,7 @@ def _scale(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
 
 
 def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
-    """(A B) meets x: x meets that of A and B whose axes it contracts, and the other thereafter."""
+    """Let x meet the one of A and B whose axes it contracts, and the other thereafter."""
     contracted, blocks = maker.params["dimension_numbers"]
     product, operands = use.product, maker.invars
     if product is None or blocks[0] or not _have_one_dtype(maker):
@@ -326,7 +333,7 @@ def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | No
     into_x = [product.contracted[axis] for axis in bounds[first]]
     num_left = aval(product.x).ndim - len(into_x)
     num_inner = len(contracted[first])
-    # What is left of x and what is free in the second, in the order in which y has them.
+    # Sorted, these are y's axes: those that are left of x, and those that are free in the second.
     places = [product.leaving[axis] for axis in sorted(product.leaving)]
     places += [use.leaving[axis] for axis in bounds[second]]
 

@@ -1,9 +1,9 @@
-"""Find where parameters enter a jaxpr: sites, and what else becomes of each parameter.
+"""Describe where parameters enter a jaxpr: sites, and what else becomes of each parameter.
 
 A *site* is an equation in which a view of one parameter meets data in an operation linear in it,
 y = op(W, x). A *view* is a chain of operations that move a parameter's entries without changing
-them (reshape, transpose, slice, cast). Where a parameter is used in any other way it *escapes*:
-its gradient is then taken for each sample by automatic differentiation, which is always right.
+them (reshape, transpose, slice, cast). A parameter that is used in any other way *escapes*: its
+gradient is taken for each sample by automatic differentiation, which is always right.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OfParameters:
-    """A variable that depends on parameters alone.
+    """The role of a variable that depends on parameters alone.
 
     Attributes:
-      leaves: on which.
-      view: as which view of a weight: a parameter, or what is computed from parameters; None if it
-        is computed anew in each step of a scan.
+      leaves: the parameters that it depends on.
+      view: the view that it is of a weight, which is a parameter or computed from parameters; None
+        if it is computed anew in each step of a scan.
       is_stepped: whether it is another in each step of a scan around it.
-      computed_from: the weights that what is computed anew in each step is computed from.
+      computed_from: if it is computed anew in each step, the weights that it is computed from.
     """
 
     leaves: frozenset[int]
@@ -50,15 +50,15 @@ class OfParameters:
 
     @property
     def weights(self) -> frozenset[int]:
-        """The weights that its gradient is passed on to."""
+        """Return the weights that its gradient is passed on to."""
         return frozenset([self.view.weight]) if self.view else self.computed_from
 
 
 class Other(enum.Enum):
-    """A variable that is treated alike for what it is: data, or without any gradient.
+    """The role of a variable that no gradient of a weight is taken at: data, or a constant.
 
     Data depend on the example, or on parameters in a way that automatic differentiation has to
-    follow for each sample.
+    follow for each sample. Constants pass no cotangent on to parameters.
     """
 
     DATA = enum.auto()
@@ -66,15 +66,15 @@ class Other(enum.Enum):
     CONSTANT_OF_A_STEP = enum.auto()
 
 
-Kind: TypeAlias = OfParameters | Other
+Role: TypeAlias = OfParameters | Other
 
 
 class Computed(NamedTuple):
     """A weight that is computed from parameters alone, and so is the same for all samples.
 
     Attributes:
-      path: of the equation that makes it, as in `Site`.
-      output: which of the equation's outputs it is.
+      path: the path of the equation that makes it, as in `Site`.
+      output: the index of the equation's output that it is.
       aval: its shape and dtype.
       leaves: the parameters that it is computed from.
       is_joined: whether it is nothing but their entries side by side, each once.
@@ -93,11 +93,11 @@ class Site(NamedTuple):
     Attributes:
       path: the equation's index in its jaxpr, after those of the equations that hold the jaxpr.
       eqn: the equation.
-      operand: which of its inputs is W.
-      route: which it would take by itself.
-      view: what W is of which parameter.
+      operand: the index of the equation's input that is W.
+      route: the route that the site would take by itself.
+      view: the view of a weight that W is.
       scans: the lengths of the scans around it, outermost first.
-      layered: for each of them, whether W is another layer in each of its steps.
+      layered: whether W is another layer in each step, for each of these scans.
     """
 
     path: Path
@@ -110,18 +110,18 @@ class Site(NamedTuple):
 
     @property
     def sample_axis(self) -> int:
-        """The axis of samples in what enters and leaves: behind those of the scans, as they run."""
+        """Return the axis of samples in what enters and leaves, which is behind the scans'."""
         return len(self.scans)
 
     @property
     def scan_axes(self) -> tuple[list[int], list[int]]:
-        """The axes of scans over layers and of those that share W."""
+        """Return the axes of scans over layers, and those of scans whose steps share W."""
         layered = [axis for axis, is_layered in enumerate(self.layered) if is_layered]
         return layered, [axis for axis in range(len(self.scans)) if axis not in layered]
 
     @property
     def entering(self) -> list[Any]:
-        """What meets W: the equation's other inputs."""
+        """Return what meets W: the equation's other inputs."""
         return [atom for i, atom in enumerate(self.eqn.invars) if i != self.operand]
 
     @property
@@ -130,7 +130,7 @@ class Site(NamedTuple):
 
 
 class Escape(NamedTuple):
-    """Why a parameter has no fast route: the operation it entered, and the user's line."""
+    """The reason why a weight has no fast route: the operation it entered, and the user's line."""
 
     reason: str
     source: str
@@ -138,16 +138,16 @@ class Escape(NamedTuple):
 
 @dataclasses.dataclass
 class Usage:
-    """What becomes of the weights in a loss: of its parameters, then of what is computed of them.
+    """The use that a loss makes of its weights: its parameters, and what is computed from these.
 
     Attributes:
       num_leaves: how many parameters there are; weight `num_leaves + i` is `computed[i]`.
       computed: all that is computed from parameters alone.
-      sites: where weights meet data in operations linear in them.
+      sites: the equations where weights meet data in operations linear in them.
       escapes: the weights that meet data in other ways.
-      to_rewrite: the paths of equations that may have a better form, as they are linear in a weight
-        that is computed or take a slice where data tell, and which operand is the weight.
-      kinds: what each variable is, by the path of the equation that holds its jaxpr.
+      to_rewrite: the operand that is the weight, by the path of an equation that may have a better
+        form. Such an equation is linear in a computed weight, or takes a slice where data tell.
+      roles: the role of each variable, by the path of the equation that holds its jaxpr.
       is_computed_in_steps: whether data meet what steps of a scan compute from parameters.
     """
 
@@ -156,41 +156,41 @@ class Usage:
     sites: list[Site] = dataclasses.field(default_factory=list)
     escapes: dict[int, Escape] = dataclasses.field(default_factory=dict)
     to_rewrite: dict[Path, int] = dataclasses.field(default_factory=dict)
-    kinds: dict[Path, dict[core.Var, Kind]] = dataclasses.field(default_factory=dict)
+    roles: dict[Path, dict[core.Var, Role]] = dataclasses.field(default_factory=dict)
     is_computed_in_steps: bool = False
 
-    def escape(self, kinds: Iterable[Kind], reason: str, eqn: core.JaxprEqn | None) -> None:
+    def escape(self, roles: Iterable[Role], reason: str, eqn: core.JaxprEqn | None) -> None:
         source = "" if eqn is None else source_info_util.summarize(eqn.source_info)
-        for kind in kinds:
-            if isinstance(kind, OfParameters):
-                for weight in kind.weights:
+        for role in roles:
+            if isinstance(role, OfParameters):
+                for weight in role.weights:
                     self.escapes.setdefault(weight, Escape(reason, source))
 
     def compute(
-        self, eqn: core.JaxprEqn, kinds: Sequence[Kind], leaves: frozenset[int], path: Path
-    ) -> list[Kind]:
-        """Each output of an equation as a weight of its own; integers have no gradient."""
+        self, eqn: core.JaxprEqn, roles: Sequence[Role], leaves: frozenset[int], path: Path
+    ) -> list[Role]:
+        """Make a weight of each output of an equation that has a gradient."""
         is_joined = eqn.primitive.name in ("concatenate", "stack") and self._are_apart(
-            kinds, leaves
+            roles, leaves
         )
-        outs: list[Kind] = []
+        outs: list[Role] = []
         for output, variable in enumerate(eqn.outvars):
             if not has_gradient(variable):
                 outs.append(Other.CONSTANT)
                 continue
-            weight, kind = self.num_leaves + len(self.computed), aval(variable)
-            self.computed.append(Computed(path, output, kind, leaves, is_joined))
-            outs.append(weight_of(weight, leaves, kind.ndim))
+            weight, shaped = self.num_leaves + len(self.computed), aval(variable)
+            self.computed.append(Computed(path, output, shaped, leaves, is_joined))
+            outs.append(weight_of(weight, leaves, shaped.ndim))
         return outs
 
-    def _are_apart(self, kinds: Sequence[Kind], leaves: frozenset[int]) -> bool:
-        """Whether they are parameters, or these side by side, and each entry comes once at most."""
-        weights = [kind for kind in kinds if isinstance(kind, OfParameters)]
-        is_each_once = sum(len(kind.leaves) for kind in weights) == len(leaves)
-        return is_each_once and len(weights) == len(kinds) and all(map(self._is_once, weights))
+    def _are_apart(self, roles: Sequence[Role], leaves: frozenset[int]) -> bool:
+        """Tell whether all are parameters, or these side by side, with each entry once at most."""
+        weights = [role for role in roles if isinstance(role, OfParameters)]
+        is_each_once = sum(len(role.leaves) for role in weights) == len(leaves)
+        return is_each_once and len(weights) == len(roles) and all(map(self._is_once, weights))
 
-    def _is_once(self, kind: OfParameters) -> bool:
-        view = kind.view
+    def _is_once(self, role: OfParameters) -> bool:
+        view = role.view
         if view is None or view.is_repeated:
             return False
         return (
@@ -199,7 +199,7 @@ class Usage:
 
 
 def of_parameter(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
-    """From function(W, *x) of one step to one of the parameter and the x of all scans' steps."""
+    """Turn function(W, *x) of one step into one of the parameter and the x of all scans' steps."""
     *outer, last = segments(site.view)
     whole, axes = after(last, function), (0,) * len(site.entering)
     for is_layered in reversed(site.layered):
@@ -209,7 +209,7 @@ def of_parameter(site: Site, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def viewed(site: Site) -> Callable[[Any], Any]:
-    """From the parameter to W, with an axis in front for each scan of which it is the layers."""
+    """Return a function from the parameter to W, with an axis in front per scan over layers."""
     *outer, last = segments(site.view)
     whole = after(last, lambda w: w)
     for steps in reversed(outer):

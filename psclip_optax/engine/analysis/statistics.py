@@ -1,11 +1,11 @@
 """Find statistics over a batch axis of size 1: batch normalisation in training mode, mostly.
 
-A *batch axis* is one of size 1 in front of an example: its own first axis, or one that the loss
-puts there. A *statistic* is a reduction over it that leaves more than one number. It is warned of
-where it meets, entry by entry, data that still has the batch axis, as to normalise a batch: a
+A *batch axis* is one of size 1 in front of an example: its first axis, or one that the loss puts
+there. A *statistic* is a reduction over it that leaves more than one number. There is a warning
+where it meets, entry by entry, data that still has the batch axis, as to normalise a batch. A
 reduction that is not spread over the batch again (the mean of the losses, the pooling of an image)
-is no sign that samples are coupled. Nor is attention to a single token, whose softmax is over an
-axis of size 1: its scores are of pairs of tokens, or have the tokens last.
+is no sign that samples are coupled. Attention to a single token is none either, though its softmax
+is over an axis of size 1: its scores are of pairs of tokens, or have the tokens last.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from psclip_optax.engine.analysis.walk import walk
 
 
 class FromExample(NamedTuple):
-    """What is known of a variable that depends on the example.
+    """The origin of a variable that depends on the example.
 
     Attributes:
       batch_axes: its batch axes.
-      statistics: where the statistics were taken that it depends on.
+      statistics: the places where the statistics were taken that it depends on.
     """
 
     batch_axes: frozenset[int] = frozenset()
     statistics: frozenset[str] = frozenset()
 
 
-Kind: TypeAlias = FromExample | None  # None: does not depend on the example
+Origin: TypeAlias = FromExample | None  # None: it does not depend on the example
 Rule: TypeAlias = Callable[[core.JaxprEqn, Sequence[frozenset[int]], Any], frozenset[int]]
 
 _WITH_BODIES = (*CALLS, "custom_jvp_call", "custom_vjp_call", "scan", "while", "cond")
@@ -43,7 +43,7 @@ _SHOWN = 3
 
 
 def warn_of_batch_statistics(closed: core.ClosedJaxpr, num_leaves: int) -> None:
-    """Warns of statistics over a batch axis of size 1 in the loss of one example.
+    """Warn of statistics over a batch axis of size 1 in the loss of one example.
 
     Args:
       closed: the loss for one example.
@@ -76,7 +76,7 @@ def _message(found: Sequence[str]) -> str:
 
 
 def _callers_level() -> int:
-    """The stack level of whoever called this package, maybe through JAX, for the caller."""
+    """Count the frames up to whoever called this package, maybe through JAX."""
     level, frame = 0, inspect.currentframe()
     while frame and frame.f_globals.get("__name__", "").split(".")[0] in ("psclip_optax", "jax"):
         level, frame = level + 1, frame.f_back
@@ -85,78 +85,80 @@ def _callers_level() -> int:
 
 class _Walk(NamedTuple):
     found: dict[str, None]
-    known: dict[tuple[core.Jaxpr, tuple[Kind, ...]], list[Kind]]
+    known: dict[tuple[core.Jaxpr, tuple[Origin, ...]], list[Origin]]
 
-    def jaxpr(self, jaxpr: core.Jaxpr, kinds: tuple[Kind, ...]) -> list[Kind]:
+    def jaxpr(self, jaxpr: core.Jaxpr, origins: tuple[Origin, ...]) -> list[Origin]:
         # A jaxpr that is called many times is walked once.
-        if (jaxpr, kinds) not in self.known:
-            self.known[jaxpr, kinds] = self.eqns(jaxpr, kinds)
-        return self.known[jaxpr, kinds]
+        if (jaxpr, origins) not in self.known:
+            self.known[jaxpr, origins] = self.eqns(jaxpr, origins)
+        return self.known[jaxpr, origins]
 
-    def eqns(self, jaxpr: core.Jaxpr, kinds: tuple[Kind, ...]) -> list[Kind]:
+    def eqns(self, jaxpr: core.Jaxpr, origins: tuple[Origin, ...]) -> list[Origin]:
         consts = [None] * len(jaxpr.constvars)
-        return walk(jaxpr, consts, kinds, lambda _: None, self.any_eqn)
+        return walk(jaxpr, consts, origins, lambda _: None, self.any_eqn)
 
-    def any_eqn(self, eqn: core.JaxprEqn, kinds: Sequence[Kind], path: Path) -> Sequence[Kind]:
+    def any_eqn(
+        self, eqn: core.JaxprEqn, origins: Sequence[Origin], path: Path
+    ) -> Sequence[Origin]:
         del path
-        return self.eqn(eqn, tuple(kinds)) if any(kinds) else [None] * len(eqn.outvars)
+        return self.eqn(eqn, tuple(origins)) if any(origins) else [None] * len(eqn.outvars)
 
-    def eqn(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
-        # The derivative of a broadcast is a sum: that of a user's own `grad` is no statistic.
+    def eqn(self, eqn: core.JaxprEqn, origins: tuple[Origin, ...]) -> list[Origin]:
+        # The derivative of a broadcast is a sum. Where the loss takes a `grad`, it is no statistic.
         is_transposed = "transpose(" in str(eqn.source_info.name_stack)
         if eqn.primitive.name in _WITH_BODIES and not is_transposed:
-            return self.call(eqn, kinds)
-        self.meeting(eqn, kinds)
-        taken = {_place(eqn)} if _is_statistic(eqn, kinds) and not is_transposed else set()
-        statistics = frozenset(taken).union(*(kind.statistics for kind in kinds if kind))
-        axes = [kind.batch_axes if kind else frozenset() for kind in kinds]
-        rule = _RULES.get(eqn.primitive.name, _kept)
+            return self.call(eqn, origins)
+        self.meeting(eqn, origins)
+        taken = {_place(eqn)} if _is_statistic(eqn, origins) and not is_transposed else set()
+        statistics = frozenset(taken).union(*(origin.statistics for origin in origins if origin))
+        axes = [origin.batch_axes if origin else frozenset() for origin in origins]
+        rule = _RULES.get(eqn.primitive.name, _aligned)
         return [FromExample(rule(eqn, axes, aval(v).shape), statistics) for v in eqn.outvars]
 
-    def meeting(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> None:
-        everything = frozenset().union(*(kind.statistics for kind in kinds if kind))
+    def meeting(self, eqn: core.JaxprEqn, origins: tuple[Origin, ...]) -> None:
+        everything = frozenset().union(*(origin.statistics for origin in origins if origin))
         if not everything:
             return
         shape = aval(eqn.outvars[0]).shape
-        for atom, kind in zip(eqn.invars, kinds, strict=True):
-            if kind and kind.batch_axes and aval(atom).shape == shape and math.prod(shape) > 1:
-                self.found.update(dict.fromkeys(sorted(everything - kind.statistics)))
+        for atom, origin in zip(eqn.invars, origins, strict=True):
+            if origin and origin.batch_axes and aval(atom).shape == shape and math.prod(shape) > 1:
+                self.found.update(dict.fromkeys(sorted(everything - origin.statistics)))
 
-    def call(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
+    def call(self, eqn: core.JaxprEqn, origins: tuple[Origin, ...]) -> list[Origin]:
         name = eqn.primitive.name
         if name == "scan":
-            return self.scan(eqn, kinds)
+            return self.scan(eqn, origins)
         if name == "while":
             body, num_conditions = eqn.params["body_jaxpr"].jaxpr, eqn.params["cond_nconsts"]
-            return self.loop(body, kinds[num_conditions:], len(eqn.outvars))
+            return self.loop(body, origins[num_conditions:], len(eqn.outvars))
         is_choice = name == "cond"
         bodies = [b.jaxpr for b in eqn.params["branches"]] if is_choice else [inner_jaxpr(eqn)[0]]
-        outs = [self.jaxpr(body, _last(kinds, body)) for body in bodies]
-        return [_placed(_either(*kinds), _place(eqn)) for kinds in zip(*outs, strict=True)]
+        outs = [self.jaxpr(body, _last(origins, body)) for body in bodies]
+        return [_placed(_either(*origins), _place(eqn)) for origins in zip(*outs, strict=True)]
 
-    def scan(self, eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> list[Kind]:
+    def scan(self, eqn: core.JaxprEqn, origins: tuple[Origin, ...]) -> list[Origin]:
         num_consts, num_carry = scan_counts(eqn)
         start = num_consts + num_carry
-        layers = tuple(_moved(kind, -1) for kind in kinds[start:])
-        outs = self.loop(inner_jaxpr(eqn)[0], kinds[:start], num_carry, layers)
-        return outs[:num_carry] + [_moved(kind, 1) for kind in outs[num_carry:]]
+        layers = tuple(_moved(origin, -1) for origin in origins[start:])
+        outs = self.loop(inner_jaxpr(eqn)[0], origins[:start], num_carry, layers)
+        return outs[:num_carry] + [_moved(origin, 1) for origin in outs[num_carry:]]
 
     def loop(
         self,
         body: core.Jaxpr,
-        kinds: tuple[Kind, ...],
+        origins: tuple[Origin, ...],
         num_carry: int,
-        layers: tuple[Kind, ...] = (),
-    ) -> list[Kind]:
-        consts, carry = kinds[: len(kinds) - num_carry], kinds[len(kinds) - num_carry :]
+        layers: tuple[Origin, ...] = (),
+    ) -> list[Origin]:
+        consts, carry = origins[: len(origins) - num_carry], origins[len(origins) - num_carry :]
         outs = self.jaxpr(body, (*consts, *carry, *layers))
-        # What a step leaves enters the next one.
+        # The carry that a step leaves enters the next one.
         carry = tuple(map(_either, carry, outs[:num_carry]))
         return self.jaxpr(body, (*consts, *carry, *layers))
 
 
-def _last(kinds: tuple[Kind, ...], body: core.Jaxpr) -> tuple[Kind, ...]:
-    return kinds[len(kinds) - len(body.invars) :]
+def _last(origins: tuple[Origin, ...], body: core.Jaxpr) -> tuple[Origin, ...]:
+    return origins[len(origins) - len(body.invars) :]
 
 
 def _place(eqn: core.JaxprEqn) -> str:
@@ -165,53 +167,53 @@ def _place(eqn: core.JaxprEqn) -> str:
     return f"{line} in {scope}" if scope else line
 
 
-def _placed(kind: Kind, place: str) -> Kind:
-    """With the line of a call for what JAX tells no line of, as inside its own functions."""
-    if kind is None or "" not in kind.statistics:
-        return kind
-    return kind._replace(statistics=kind.statistics - {""} | {place})
+def _placed(origin: Origin, place: str) -> Origin:
+    """Give statistics of which JAX tells no line, as inside its functions, the line of the call."""
+    if origin is None or "" not in origin.statistics:
+        return origin
+    return origin._replace(statistics=origin.statistics - {""} | {place})
 
 
-def _is_statistic(eqn: core.JaxprEqn, kinds: tuple[Kind, ...]) -> bool:
-    operand = kinds[0]
+def _is_statistic(eqn: core.JaxprEqn, origins: tuple[Origin, ...]) -> bool:
+    operand = origins[0]
     if eqn.primitive.name not in _REDUCTIONS or operand is None:
         return False
-    # Features or keys come last, samples never do.
+    # Features or keys come last. Samples never do.
     is_over_last = tuple(eqn.params["axes"]) == (len(aval(eqn.invars[0]).shape) - 1,)
     is_over_batch = not operand.batch_axes.isdisjoint(eqn.params["axes"])
     return is_over_batch and not is_over_last and math.prod(aval(eqn.outvars[0]).shape) > 1
 
 
-def _either(*kinds: Kind) -> Kind:
-    some = [kind for kind in kinds if kind]
+def _either(*origins: Origin) -> Origin:
+    some = [origin for origin in origins if origin]
     if not some:
         return None
     return FromExample(
-        frozenset().union(*(kind.batch_axes for kind in some)),
-        frozenset().union(*(kind.statistics for kind in some)),
+        frozenset().union(*(origin.batch_axes for origin in some)),
+        frozenset().union(*(origin.statistics for origin in some)),
     )
 
 
-def _moved(kind: Kind, by: int) -> Kind:
-    if kind is None:
+def _moved(origin: Origin, by: int) -> Origin:
+    if origin is None:
         return None
-    return kind._replace(batch_axes=frozenset(a + by for a in kind.batch_axes if a + by >= 0))
+    return origin._replace(batch_axes=frozenset(a + by for a in origin.batch_axes if a + by >= 0))
 
 
-# Where an operation leaves the batch axes of its inputs
+# Find the axes of what leaves that are batch axes, from those of the inputs
 
 
-def _kept(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) -> frozenset[int]:
+def _aligned(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) -> frozenset[int]:
     alike = [
-        own
-        for atom, own in zip(eqn.invars, axes, strict=True)
+        of_input
+        for atom, of_input in zip(eqn.invars, axes, strict=True)
         if len(aval(atom).shape) == len(shape)
     ]
-    return frozenset(a for own in alike for a in own if shape[a] == 1)
+    return frozenset(a for of_input in alike for a in of_input if shape[a] == 1)
 
 
 def _renumbered(sources: Sequence[int | None], axes: frozenset[int]) -> frozenset[int]:
-    """From the input's axis behind each of the output's axes."""
+    """Find the output's axes that come from some of the input's, by the source of each."""
     return frozenset(i for i, source in enumerate(sources) if source in axes)
 
 
@@ -235,7 +237,7 @@ def _reshaped(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) ->
             return _without(eqn, axes[0], [a])
     if shape[:1] != (1,):
         return frozenset()
-    # Of other reshapes those of what comes behind the batch axis.
+    # Other reshapes are of what comes behind the batch axis.
     return frozenset([0]) if 0 in axes[0] or old[:1] != (1,) else frozenset()
 
 
@@ -246,8 +248,8 @@ def _product(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) -> 
         [a for a in range(len(aval(atom).shape)) if a not in (*contracted[side], *batched[side])]
         for side, atom in enumerate(eqn.invars)
     ]
-    if all(own.intersection(rest) for own, rest in zip(axes, free, strict=True)):
-        free = [[None] * len(rest) for rest in free]  # of pairs, not of samples
+    if all(of_side.intersection(rest) for of_side, rest in zip(axes, free, strict=True)):
+        free = [[None] * len(rest) for rest in free]  # pairs leave, not samples
     left = _renumbered([*batched[0], *free[0], *[None] * len(free[1])], axes[0])
     right = _renumbered([*batched[1], *[None] * len(free[0]), *free[1]], axes[1])
     return left | right

@@ -1,4 +1,4 @@
-"""Views: how the entries of a variable lie in those of a parameter.
+"""Follow views: how the entries of a variable lie in those of a parameter.
 
 A view is a chain of operations that move a parameter's entries without changing them (reshape,
 transpose, slice, cast), so that norms of gradients are the same on both sides of it.
@@ -22,7 +22,7 @@ Path: TypeAlias = tuple[int, ...]
 
 
 def aval(atom: Any) -> Any:
-    """The shape and dtype of a variable or literal."""
+    """Return the shape and dtype of a variable or literal."""
     return atom.aval
 
 
@@ -44,10 +44,10 @@ Step: TypeAlias = "Equation | Layer"
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How a variable's entries lie in those of a parameter.
+    """The way in which a variable's entries lie in those of a weight.
 
     Attributes:
-      weight: which parameter, or which of the weights that are computed from parameters.
+      weight: the number of the parameter, or of the weight that is computed from parameters.
       steps: the equations from the weight to the variable, in order.
       frame: the same without transpositions, as values that compare equal where the entries agree.
       axes: for each axis of the variable, the axis of the frame that it is.
@@ -64,7 +64,7 @@ class View:
 
 
 def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
-    """The views that the outputs of an equation on a view are; None where they are none."""
+    """Find the views that the outputs of an equation on a view are; None if they are no views."""
     if view is None or len(eqn.invars) != 1:
         return None
     rule = _VIEW_RULES.get(eqn.primitive.name)
@@ -72,7 +72,7 @@ def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
 
 
 def is_view(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation moves entries, and so makes a view of a view."""
+    """Tell whether an equation moves entries, and so makes a view of a view."""
     return len(eqn.invars) == 1 and eqn.primitive.name in _VIEW_RULES
 
 
@@ -82,7 +82,7 @@ def _moved(eqn: core.JaxprEqn, view: View, axes: tuple[int, ...]) -> list[View]:
 
 
 def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> View:
-    """A view whose axes are no longer those of the frame, so that it begins a new one."""
+    """Begin a new frame for a view whose axes are no longer those of the old one."""
     frame = (*view.frame, (view.axes, *what))
     steps = (*view.steps, Equation(eqn, output))
     axes = tuple(range(aval(output).ndim))
@@ -91,7 +91,7 @@ def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> V
 
 def _cast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
     dtype = aval(eqn.outvars[0]).dtype
-    # A cast through float8 rounds its cotangent, so that what it rounds has to be known.
+    # A cast through float8 rounds its cotangent, so that it is no view.
     is_view = jnp.issubdtype(dtype, jnp.floating) and not is_narrow(dtype)
     return _moved(eqn, view, view.axes) if is_view else None
 
@@ -170,7 +170,7 @@ _VIEW_RULES: dict[str, Callable[[Any, View], list[View] | None]] = {
 
 
 def are_disjoint(one: View, other: View) -> bool:
-    """Whether two views are known to share no entry of their parameter."""
+    """Tell whether two views are known to share no entry of their parameter."""
     if one.is_repeated or other.is_repeated:  # parts of copies may be of the same entries
         return False
     for mine, theirs in zip(one.frame, other.frame, strict=False):
@@ -185,9 +185,10 @@ def are_disjoint(one: View, other: View) -> bool:
 
 
 def layer_of(view: View, path: Path) -> View | None:
-    """One layer of stacked parameters, in the scan at `path`."""
+    """Take one layer of stacked parameters, in the scan at `path`."""
     if not view.axes or view.axes[0] != 0:
-        # A layer along an axis that was moved there; rare, and its frame would need a name.
+        # The layer lies along an axis that was moved to the front. That is rare, and the frame
+        # would need a name for it.
         return None
     axes = tuple(axis - 1 for axis in view.axes[1:])
     frame = (*view.frame, ((), "layer", path))
@@ -197,14 +198,14 @@ def layer_of(view: View, path: Path) -> View | None:
 def as_function(
     eqns: Sequence[core.JaxprEqn], inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> Callable[..., list[Any]]:
-    """Equations as a function of some of their variables, run as JAX itself runs a jaxpr."""
+    """Make a function of equations, from some of their variables to others, as JAX runs a jaxpr."""
     empty = jax.make_jaxpr(lambda: ())().jaxpr
     jaxpr = empty.replace(invars=list(inputs), outvars=list(outputs), eqns=list(eqns))
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
 
 
 def run_equation(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """An equation's outputs from the values of all its inputs, literals among them."""
+    """Compute an equation's outputs from the values of all its inputs, literals among them."""
     values = {
         atom: value
         for atom, value in zip(eqn.invars, inputs, strict=True)
@@ -214,7 +215,7 @@ def run_equation(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def segments(view: View) -> list[list[Equation]]:
-    """A view's equations, parted where it takes one layer."""
+    """Part a view's equations where it takes one layer."""
     segments: list[list[Equation]] = [[]]
     for step in view.steps:
         segments.append([]) if isinstance(step, Layer) else segments[-1].append(step)

@@ -23,16 +23,16 @@ def walk(
     equation: Callable[[core.JaxprEqn, list[Known], Path], Sequence[Known]],
     path: Path = (),
 ) -> list[Known]:
-    """Tell what is known of a jaxpr's outputs.
+    """Find what is known of a jaxpr's outputs.
 
     Args:
       jaxpr: what to walk through.
       consts: what is known of its constants.
       inputs: what is known of its inputs.
-      literal: from a literal's value to what is known of it.
-      equation: from an equation, what is known of its inputs and its path to the same of its
-        outputs.
-      path: of the equation that holds the jaxpr.
+      literal: a function from a literal's value to what is known of it.
+      equation: a function from an equation, what is known of its inputs, and its path to what is
+        known of its outputs.
+      path: the path of the equation that holds the jaxpr.
     """
     known: dict[Any, Known] = dict(zip(jaxpr.constvars, consts, strict=True))
     known.update(zip(jaxpr.invars, inputs, strict=True))
@@ -47,7 +47,7 @@ def walk(
 
 
 def inlined(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Trace a jaxpr anew without calls in it."""
+    """Trace a jaxpr anew, so that it has no calls."""
 
     def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Any) -> Sequence[Any]:
         if eqn.primitive.name in CALLS:

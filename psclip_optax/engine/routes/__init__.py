@@ -1,4 +1,4 @@
-"""The routes: each a way to the norms of per-sample gradients of one weight, without the gradients.
+"""Register the routes: ways to the norms of per-sample gradients of one weight without these.
 
 A route is a file with a subclass of `route.Route`, and has its place in this register.
 """

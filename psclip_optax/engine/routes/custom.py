@@ -1,8 +1,8 @@
-"""A layer with a derivative rule of its own, whose gradient of W is a product all the same.
+"""Take norms of a layer with a custom derivative rule, whose gradient of W is a product.
 
 Layers that quantise, fuse or count have a `jax.custom_vjp` that takes the weight. Its backward pass
-is traced: where the gradient with respect to W is L(x)ᵀ R(x, dy), moved at most, with R linear in
-dy, the norms are those of any product. Of other rules nothing is claimed.
+is traced. Where the gradient with respect to W is L(x)ᵀ R(x, dy), at most with its entries moved,
+and R is linear in dy, the norms are those of any product. Nothing is claimed of other rules.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route
 
 
 class _Product(NamedTuple):
-    """How the gradient with respect to W comes of a product.
+    """The product that the gradient with respect to W comes of.
 
     Attributes:
-      eqn: the product, in the backward pass.
-      factors: from dy and what enters to both of its operands, for one sample.
-      moved: from the product to the gradient.
+      eqn: the product's equation in the backward pass.
+      factors: a function from dy and what enters to both operands, for one sample.
+      moved: a function from the product to the gradient.
     """
 
     eqn: core.JaxprEqn
@@ -40,7 +40,7 @@ class _Product(NamedTuple):
 
 
 class Custom(Route):
-    """Norms of what a rule of the user's multiplies."""
+    """The route of products in a rule of the user."""
 
     name = "custom"
 
@@ -116,7 +116,7 @@ def _product(eqn: core.JaxprEqn, operand: int) -> _Product | None:
 
 
 def _is_told_apart(factors: core.ClosedJaxpr, dy: core.Var) -> bool:
-    """Whether one factor does not depend on dy, and the other is linear in it."""
+    """Tell whether one factor does not depend on dy, and the other is linear in it."""
     one, other = linear_in(factors.jaxpr, [v is dy for v in factors.jaxpr.invars])
     return {one, other} == {True, None}
 
@@ -125,7 +125,7 @@ def _factors(
     site: Site, entered: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[_Product, dense.Factors]:
     product = _product(site.eqn, site.operand)
-    assert product is not None  # or it would not be a site
+    assert product is not None  # else `takes` would have refused the equation
     run = product.factors
     for _ in range(site.sample_axis + 1):
         run = jax.vmap(run)
@@ -133,8 +133,8 @@ def _factors(
     axes = product_axes(product.eqn, 0)
     layered, steps = site.scan_axes
 
-    def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
-        blocks, rows, columns = dense.behind_samples(site, own)
+    def arranged(array: jax.Array, *axes_of_step: list[int]) -> jax.Array:
+        blocks, rows, columns = dense.behind_samples(site, axes_of_step)
         return dense.in_groups(array, layered, [site.sample_axis], blocks, steps + rows, columns)
 
     return product, dense.Factors(

@@ -1,7 +1,7 @@
-"""dot_general: sample k's gradient is G = Lᵀ R for each of B blocks, L [T, a] and R [T, c].
+"""Take norms of dot_general's gradients: G = Lᵀ R for each of B blocks, L [T, a] and R [T, c].
 
-‖G‖² = Σ (L Lᵀ) ∘ (R Rᵀ), so that the cheaper of the two Gram matrices, T² (a + c), and of G
-itself, T a c, is made.
+‖G‖² is the sum of (L Lᵀ) ⊙ (R Rᵀ) too. The two Gram matrices take T² (a + c) multiply-adds, G
+itself T a c. The cheaper is made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route
 
 
 class Form(NamedTuple):
-    """Which axes of the frame, in ascending order, are what to the product."""
+    """The axes of the frame that are the product's blocks, left columns and right columns.
+
+    Each tuple is in ascending order.
+    """
 
     blocks: tuple[int, ...]
     left: tuple[int, ...]
@@ -32,14 +35,14 @@ class Form(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """left [layers, n, B, T, a] and right [layers, n, B, T, c]."""
+    """The factors left [layers, n, B, T, a] and right [layers, n, B, T, c] of gradients."""
 
     left: jax.Array
     right: jax.Array
 
 
 class Dense(Route):
-    """Norms of products from both factors of a gradient, or from the gradient itself."""
+    """The route of products, from both factors of a gradient or from the gradient itself."""
 
     name = "dense"
     may_be_small = True
@@ -85,7 +88,7 @@ def _axes(site: Site) -> ProductAxes:
 
 def form(site: Site) -> Form:
     axes, frame = _axes(site), site.view.axes
-    in_frame = lambda own: tuple(frame[axis] for axis in own)  # noqa: E731
+    in_frame = lambda in_w: tuple(frame[axis] for axis in in_w)  # noqa: E731
     return Form(in_frame(axes.w_blocks), in_frame(axes.w_contracted), in_frame(axes.w_free))
 
 
@@ -97,12 +100,12 @@ def factors(sites: Sequence[Site], entered: Entered, cotangents: Cotangents) -> 
 
 
 def _factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
-    """Both factors, in the order of `like`, which may take this site's left for its right."""
+    """Make both factors in the order of `like`, whose left may be this site's right."""
     axes = _axes(site)
     layered, steps = site.scan_axes
 
-    def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
-        blocks, rows, columns = behind_samples(site, own)
+    def arranged(array: jax.Array, *axes_of_step: list[int]) -> jax.Array:
+        blocks, rows, columns = behind_samples(site, axes_of_step)
         return in_groups(array, layered, [site.sample_axis], blocks, steps + rows, columns)
 
     entering = arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)
@@ -112,29 +115,29 @@ def _factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
 
 
 def behind_samples(site: Site, groups: Sequence[list[int]]) -> list[list[int]]:
-    """Axes of one step of one sample as those of all: behind the scans' and the samples'."""
+    """Renumber axes of one step of one sample as axes of all, which come behind the samples'."""
     return [[site.sample_axis + 1 + axis for axis in group] for group in groups]
 
 
 def in_groups(array: jax.Array, *groups: list[int]) -> jax.Array:
-    """The array with one axis for all axes of each group."""
+    """Reshape an array to one axis for all axes of each group."""
     shape = [math.prod(array.shape[axis] for axis in group) for group in groups]
     return array.transpose([*itertools.chain(*groups)]).reshape(shape)
 
 
 def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Σ_k G_k with respect to W, [layers…, *W], by one product over samples, steps and rows.
+    """Make Σ_k G_k with respect to W, [layers…, *W], by one product over samples, steps and rows.
 
-    Automatic differentiation makes the same product the other way around, (dyᵀ x)ᵀ, before which
-    XLA's CPU backend copies dy: in a recurrent net that takes as long as the product itself.
+    Automatic differentiation makes the same product the other way around, (dyᵀ x)ᵀ. Before that,
+    XLA's CPU backend copies dy, which in a recurrent net takes as long as the product itself.
     """
     axes, w = _axes(site), aval(site.eqn.invars[site.operand])
     layered, steps = site.scan_axes
     dtype = promoted(x.dtype, dy.dtype)
 
-    def arranged(array: jax.Array, *own: list[int]) -> jax.Array:
-        blocks, rows, columns = behind_samples(site, own)
-        # Not as one axis: of samples that are sharded, behind steps, it would gather them all.
+    def arranged(array: jax.Array, *axes_of_step: list[int]) -> jax.Array:
+        blocks, rows, columns = behind_samples(site, axes_of_step)
+        # As one axis, samples that are sharded and lie behind steps would all be gathered.
         apart = [[axis] for axis in (*steps, site.sample_axis)]
         return in_groups(array.astype(dtype), layered + blocks, *apart, rows, columns)
 
@@ -157,12 +160,12 @@ def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def _may_join(one: Form, other: Form) -> bool:
-    """Whether the gradients of two sites in one frame are sums of the same products."""
+    """Tell whether the gradients of two sites in one frame are sums of the same products."""
     return one.blocks == other.blocks and {one.left, one.right} == {other.left, other.right}
 
 
 def _joined(parts: Sequence[Factors]) -> Factors:
-    """The factors of the sum of several sites' gradients: theirs, one behind the other."""
+    """Join the factors of several sites one behind the other, to those of the gradients' sum."""
     if len(parts) == 1:
         return parts[0]
     left, right = (jnp.concatenate(sides, axis=3) for sides in zip(*parts, strict=True))
@@ -170,20 +173,20 @@ def _joined(parts: Sequence[Factors]) -> Factors:
 
 
 def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
-    """‖G_k‖² for each sample, [n]."""
+    """Return ‖G_k‖² for each sample, [n]."""
     if factors.left.shape[0] == 1:
         return _squared_norms_of_layer(Factors(factors.left[0], factors.right[0]), dtype)
 
     def add(total: jax.Array, layer: Factors) -> tuple[jax.Array, None]:
         return total + _squared_norms_of_layer(layer, dtype), None
 
-    # Layer after layer: as one axis, with samples behind it that are sharded, it would gather them.
+    # As one axis, layers in front of samples that are sharded would have all of them gathered.
     zero = jnp.zeros_like(factors.left[0, :, 0, 0, 0], dtype)
     return lax.scan(add, zero, factors)[0]
 
 
 def _squared_norms_of_layer(factors: Factors, dtype: Any) -> jax.Array:
-    """The same of left [n, B, T, a] and right [n, B, T, c]."""
+    """Return ‖G_k‖² of one layer, from left [n, B, T, a] and right [n, B, T, c]."""
     left, right = factors
     *parts, num_rows, a = left.shape
     c = right.shape[-1]
@@ -201,15 +204,15 @@ def _squared_norms_of_layer(factors: Factors, dtype: Any) -> jax.Array:
 
 
 def by_sample(factors: Factors) -> Factors:
-    """The same as [n, layers · B, T, …]."""
+    """Bring factors into the form [n, layers · B, T, …]."""
     left, right = (side.swapaxes(0, 1) for side in factors)
     n, _, _, num_rows, _ = left.shape
     return Factors(*(side.reshape(n, -1, num_rows, side.shape[-1]) for side in (left, right)))
 
 
 def product(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """Products of matrices [m, …, …] over `axis` of both, accumulated in `dtype`."""
-    # In full precision, for a norm that cancels is worth nothing: GPUs would multiply in TF32.
+    """Multiply matrices [m, …, …] over `axis` of both, accumulated in `dtype`."""
+    # GPUs would multiply in TF32, after which a norm that cancels is worth nothing.
     return lax.dot_general(
         one,
         other,

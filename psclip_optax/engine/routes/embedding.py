@@ -1,6 +1,6 @@
-"""gather of whole rows: sample k's gradient has the sum of the rows that were taken at each index.
+"""Take norms of gather's gradients, which have at each index the sum of its rows' cotangents.
 
-Never an array of the vocabulary's size for each sample: T rows have at most T distinct indices.
+No sample has an array of the vocabulary's size: T rows have at most T different indices.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LARGEST_GRAM = 256
 
 
 class Rows(NamedTuple):
-    """indices [n, B, T], and the rows' cotangents [n, B, T, q], 0 where the index is outside."""
+    """The indices [n, B, T] and cotangents [n, B, T, q] of rows, 0 where the index is outside."""
 
     indices: jax.Array
     cotangents: jax.Array
 
 
 class Embedding(Route):
-    """Norms of gathered rows from the cotangents of those with equal index."""
+    """The route of look-ups of rows, from the cotangents of rows with equal index."""
 
     name = "embedding"
 
@@ -62,14 +62,14 @@ EMBEDDING = Embedding()
 
 
 def _indexed(eqn: core.JaxprEqn) -> list[int]:
-    """The axes of which not all is taken; along the others an index can only be 0."""
+    """Find the axes of which not all is taken; along the others an index can only be 0."""
     shape, sizes = aval(eqn.invars[0]).shape, eqn.params["slice_sizes"]
     collapsed = eqn.params["dimension_numbers"].collapsed_slice_dims
     return [a for a, size in enumerate(shape) if sizes[a] != size or a in collapsed]
 
 
 def row_axis(site: Site) -> int:
-    """The axis of the frame that is indexed."""
+    """Return the axis of the frame that is indexed."""
     return site.view.axes[_indexed(site.eqn)[0]]
 
 
@@ -92,9 +92,9 @@ def _rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
     dims = site.eqn.params["dimension_numbers"]
     columns = [offset + axis for axis in dims.offset_dims]
     taken = [axis for axis in range(offset, dy.ndim) if axis not in columns]
-    own = [a for a in range(aval(site.eqn.invars[0]).ndim) if a not in dims.collapsed_slice_dims]
-    # Offset axes come in the operand's order; the frame's is the one that sites share.
-    columns = [columns[own.index(a)] for a in sorted(own, key=site.view.axes.__getitem__)]
+    whole = [a for a in range(aval(site.eqn.invars[0]).ndim) if a not in dims.collapsed_slice_dims]
+    # Offset axes come in the operand's order. The order that sites share is the frame's.
+    columns = [columns[whole.index(a)] for a in sorted(whole, key=site.view.axes.__getitem__)]
     groups = [[0], layered, steps + taken, columns]
     shape = [math.prod(dy.shape[axis] for axis in group) for group in groups]
     cotangents = dy.transpose([*itertools.chain(*groups)]).reshape(shape)
@@ -104,22 +104,22 @@ def _rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
 
 
 def _shifted(groups: list[list[int]], taken: list[int], offset: int) -> list[list[int]]:
-    """The same axes in the indices, which have no columns between theirs."""
+    """Renumber axes of the cotangents as axes of the indices, which have no columns between."""
     in_indices = {axis: offset + i for i, axis in enumerate(taken)}
     return [[in_indices.get(axis, axis) for axis in group] for group in groups]
 
 
 def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
-    """As the gather takes an index outside: the nearest row, or none."""
+    """Resolve indices outside as the gather does: to the nearest row, or to none."""
     (axis,), shape = _indexed(site.eqn), aval(site.eqn.invars[0]).shape
     place = site.eqn.params["dimension_numbers"].start_index_map.index(axis)
-    own = indices[..., place]
+    of_rows = indices[..., place]
     if site.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
-        return Rows(jnp.clip(own, 0, shape[axis] - 1), cotangents)
-    # Where all of an axis is taken, any other index than 0 leaves it.
+        return Rows(jnp.clip(of_rows, 0, shape[axis] - 1), cotangents)
+    # Where all of an axis is taken, any other index than 0 is outside.
     others = jnp.delete(indices, place, axis=-1, assume_unique_indices=True)
-    is_inside = (own >= 0) & (own < shape[axis]) & jnp.all(others == 0, axis=-1)
-    return Rows(jnp.where(is_inside, own, 0), jnp.where(is_inside[..., None], cotangents, 0))
+    is_inside = (of_rows >= 0) & (of_rows < shape[axis]) & jnp.all(others == 0, axis=-1)
+    return Rows(jnp.where(is_inside, of_rows, 0), jnp.where(is_inside[..., None], cotangents, 0))
 
 
 def _joined(parts: list[Rows]) -> Rows:
@@ -132,7 +132,7 @@ def _joined(parts: list[Rows]) -> Rows:
 
 
 def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
-    """‖G_k‖² for each sample, [n]."""
+    """Return ‖G_k‖² for each sample, [n]."""
     indices, cotangents = rows.indices, rows.cotangents.astype(dtype)
     if indices.shape[2] == 1:
         return jnp.sum(jnp.square(cotangents), axis=(1, 2, 3))
@@ -146,7 +146,7 @@ def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
 
 
 def _sum_by_index(indices: jax.Array, cotangents: jax.Array) -> jax.Array:
-    """Sums of the rows with equal index, [T, q], those of the last ones 0."""
+    """Sum the rows with equal index to [T, q], with rows of 0 at the end."""
     order = jnp.argsort(indices)
     ordered = indices[order]
     is_new = jnp.concatenate([jnp.zeros(1, int), (ordered[1:] != ordered[:-1]).astype(int)])

@@ -1,8 +1,8 @@
-"""ragged_dot, of mixtures of experts: each row meets the matrix of its expert.
+"""Take norms of ragged_dot's gradients: in a mixture of experts each row meets its expert's matrix.
 
-Sample k's gradient has, for each expert, X_eᵀ dY_e of the rows that went to it. The norms are from
-Gram matrices of the rows, ‖G‖² = Σ (X Xᵀ) ∘ (dY dYᵀ) over pairs of rows of one expert, so that no
-sample's gradient is made. JAX does not batch the operation; here the samples' rows are sorted by
+Sample k's gradient has, for each expert, X_eᵀ dY_e of the rows that went to it. The norms come from
+Gram matrices of the rows, ‖G‖² = Σ (X Xᵀ) ⊙ (dY dYᵀ) over pairs of rows of one expert, so that no
+sample's gradient is made. JAX does not batch the operation. Here the samples' rows are sorted by
 expert, so that the batch is one operation.
 """
 
@@ -24,7 +24,7 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route
 
 
 class Ragged(Route):
-    """Norms of products with one matrix for each group of rows."""
+    """The route of products with one matrix for each group of rows."""
 
     name = "ragged"
 
@@ -63,9 +63,9 @@ class Ragged(Route):
         experts = _over_leading(site, _experts, (dy.shape[-2],))(sizes)
         layered, steps = site.scan_axes
         last = dy.ndim - 1
-        own = [_in_groups(array, layered, site, steps) for array in (rows, dy)]
+        x, dy = (_in_groups(array, layered, site, steps) for array in (rows, dy))
         experts = dense.in_groups(experts, layered, [site.sample_axis], [*steps, last - 1])
-        gram = dense.product(*_pairs(own[0]), 2, dtype) * dense.product(*_pairs(own[1]), 2, dtype)
+        gram = dense.product(*_pairs(x), 2, dtype) * dense.product(*_pairs(dy), 2, dtype)
         is_same = experts[..., :, None] == experts[..., None, :]
         is_met = experts < aval(site.eqn.invars[1]).shape[0]
         gram = gram.reshape(is_same.shape)
@@ -86,8 +86,8 @@ class Ragged(Route):
         ]
         sizes = dense.in_groups(sizes, layered, samples, [sizes.ndim - 1])
 
-        def of_layer(own: Any) -> jax.Array:
-            rows, dy, sizes = own
+        def of_layer(sides: Any) -> jax.Array:
+            rows, dy, sizes = sides
             order, totals = _by_expert(sizes, rows.shape[1])
             rows, dy = (side.reshape(-1, side.shape[-1])[order] for side in (rows, dy))
             run = lambda w: run_equation(site.eqn, [rows, w, totals])[0]  # noqa: E731
@@ -107,19 +107,19 @@ RAGGED = Ragged()
 
 
 def _experts(sizes: jax.Array, num_rows: int) -> jax.Array:
-    """The expert of each row, [rows]; that behind the last of rows that meet none."""
+    """Find the expert of each row, [rows]; the number of experts for rows that meet none."""
     return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(num_rows), side="right")
 
 
 def _by_expert(sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """The order of all samples' rows by expert, and how many each expert has, from [n, experts]."""
-    experts = jax.vmap(lambda own: _experts(own, num_rows))(sizes).ravel()
+    """Order all samples' rows by expert, and count those of each expert, from [n, experts]."""
+    experts = jax.vmap(lambda of_sample: _experts(of_sample, num_rows))(sizes).ravel()
     totals = jnp.bincount(experts, length=sizes.shape[1] + 1)[:-1]
     return jnp.argsort(experts, stable=True), totals.astype(sizes.dtype)
 
 
 def _batched(site: Site) -> Callable[..., jax.Array]:
-    """The operation, with a rule for samples: (W, rows, sizes) -> y."""
+    """Return the operation (W, rows, sizes) -> y, with a rule for a batch of samples."""
 
     @jax.custom_batching.custom_vmap
     def product(w: jax.Array, rows: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -129,13 +129,13 @@ def _batched(site: Site) -> Callable[..., jax.Array]:
     def of_many(number: int, is_batched: Sequence[bool], *arrays: jax.Array) -> Any:
         if is_batched[0]:  # as over seeds
             each = lambda i: product(  # noqa: E731
-                *(a[i] if own else a for a, own in zip(arrays, is_batched, strict=True))
+                *(a[i] if batched else a for a, batched in zip(arrays, is_batched, strict=True))
             )
             return lax.map(each, jnp.arange(number)), True
-        w, *own = arrays
+        w, *entered = arrays
         rows, sizes = (
             array if batched else jnp.broadcast_to(array, (number, *array.shape))
-            for array, batched in zip(own, is_batched[1:], strict=True)
+            for array, batched in zip(entered, is_batched[1:], strict=True)
         )
         order, totals = _by_expert(sizes, rows.shape[1])
         y = product(w, rows.reshape(-1, rows.shape[-1])[order], totals)
@@ -146,7 +146,7 @@ def _batched(site: Site) -> Callable[..., jax.Array]:
 
 
 def _over_leading(site: Site, function: Callable[..., Any], static: tuple[Any, ...]) -> Any:
-    """A function of one step of one sample as one of all."""
+    """Turn a function of one step of one sample into one of all steps of all samples."""
     whole = lambda array: function(array, *static)  # noqa: E731
     for _ in range(site.sample_axis + 1):
         whole = jax.vmap(whole)
@@ -154,7 +154,7 @@ def _over_leading(site: Site, function: Callable[..., Any], static: tuple[Any, .
 
 
 def _in_groups(array: jax.Array, layered: list[int], site: Site, steps: list[int]) -> jax.Array:
-    """As [layers, n, rows, columns]."""
+    """Reshape what enters or leaves to [layers, n, rows, columns]."""
     last = array.ndim - 1
     return dense.in_groups(array, layered, [site.sample_axis], [*steps, last - 1], [last])
 

@@ -1,4 +1,4 @@
-"""What every route has: how it tells its sites, makes norms and sums, and what that costs."""
+"""Define what every route has: how it tells its sites, makes norms and sums, and their costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psclip_optax.engine.analysis.sites import Site, of_parameter
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.parts import in_parts
 
-# What enters each site, and the cotangents of what leaves it: [scans…, n, …].
+# By site, what enters it and the cotangents of what leaves it, both [scans…, n, …].
 Entered = dict[Path, tuple[jax.Array, ...]]
 Cotangents = dict[Path, jax.Array]
 
@@ -28,8 +28,8 @@ class Route(abc.ABC):
 
     Attributes:
       name: as `explain` prints it.
-      may_be_small: whether gradients made by automatic differentiation cost no more, where all of
-        them are as small as what leaves.
+      may_be_small: whether gradients made by automatic differentiation cost no more, where together
+        they are as small as what leaves.
       is_slow_in_loops: whether XLA's CPU backend runs the operation far slower inside a loop.
     """
 
@@ -39,11 +39,11 @@ class Route(abc.ABC):
 
     @abc.abstractmethod
     def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
-        """Whether an equation is a site by itself, the weight being its operand of that index."""
+        """Tell whether an equation is a site, the weight being its operand of that index."""
 
     @abc.abstractmethod
     def joins(self, sites: Sequence[Site]) -> bool:
-        """Whether it has the norm of the sum of the gradients at sites in one frame."""
+        """Tell whether the route has the norm of the sum of the gradients at sites in one frame."""
 
     def operation(self, site: Site) -> Callable[..., Any]:
         """Return the operation (W, *entering) -> y, for one step of the scans around it."""
@@ -55,7 +55,11 @@ class Route(abc.ABC):
         return run
 
     def leaving_axes(self, site: Site) -> dict[int, int] | None:
-        """For each axis of W that is one of y, which; None if the gradient is not y's transpose."""
+        """Return, for each axis of W that y has too, the axis of y.
+
+        An operation scaled along such an axis of W is scaled along that axis of y. None if the
+        gradient is not the operation's transpose.
+        """
         del site
         return {}
 
@@ -78,33 +82,33 @@ class Route(abc.ABC):
     def squared_norms_of_part(
         self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
     ) -> jax.Array:
-        """Return the same of so few samples that what is made on the way may lie in memory."""
+        """Return `squared_norms` of so few samples that what is made on the way fits in memory."""
 
     def weighted_sum(
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
     ) -> tuple[Callable[[Any], Any], jax.Array]:
         """Return a function linear in the parameter, and the cotangent of what it gives.
 
-        The gradient is the function's transpose of the cotangent: here of the operation itself over
-        all samples, which is what a plain backward pass does.
+        The gradient is the function's transpose of the cotangent. Here the function is the
+        operation over all samples, which is what a plain backward pass transposes.
 
         Args:
-          site: where the parameter enters.
+          site: the site where the parameter enters.
           entered: what enters beside it, [scans…, n, …].
           weighted: the cotangents of what leaves, each times its sample's weight.
         """
         return lambda parameter: over_samples(site)(parameter, *entered), weighted
 
     def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> float:
-        """Say in how many parts the samples go at least: what is made on the way costs memory."""
+        """Say in how many parts the samples go at least, for what is made on the way."""
         del dtype
-        kinds = [(s, aval(atom)) for s in sites for atom in (*s.entering, s.leaving)]
-        entries = sum(math.prod(site.scans) * kind.size for site, kind in kinds)
+        sides = [(s, aval(atom)) for s in sites for atom in (*s.entering, s.leaving)]
+        entries = sum(math.prod(site.scans) * side.size for site, side in sides)
         return num_samples * entries / _MOST_AT_ONCE
 
 
 def over_samples(site: Site) -> Callable[..., jax.Array]:
-    """From the parameter and what enters, [scans…, n, …], to what leaves the site, alike."""
+    """Return a function from the parameter and what enters, [scans…, n, …], to what leaves."""
     axis = site.sample_axis
     axes = (axis,) * len(site.entering)
     return jax.vmap(

@@ -1,6 +1,7 @@
-"""An embedding tied to the output layer: G of the look-ups, H of the product, ‖G + H‖².
+"""Take norms of an embedding tied to the output layer: G of the look-ups and H of the product.
 
-‖G + H‖² = ‖G‖² + ‖H‖² + 2 ⟨G, H⟩, and the inner product needs H at the rows that were taken alone.
+‖G + H‖² = ‖G‖² + ‖H‖² + 2 ⟨G, H⟩, and the inner product needs no rows of H but those that were
+looked up.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route
 
 
 class Tied(Route):
-    """Norms of the sum of look-ups and products of one table."""
+    """The route of look-ups in a table that products take too."""
 
     name = "tied"
 
     def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
         del eqn, operand
-        return False  # it is of several equations
+        return False  # one equation is never tied
 
     def joins(self, sites: Sequence[Site]) -> bool:
         gathers, products = _of(sites, EMBEDDING), _of(sites, DENSE)
@@ -48,8 +49,8 @@ class Tied(Route):
         is_left = dense.form(products[0]).left == (embedding.row_axis(gathers[0]),)
         over_rows, over_columns = (left, right) if is_left else (right, left)
         crossed = _twice_inner_products(taken, over_rows, over_columns, dtype)
-        own = dense.squared_norms(factors, dtype) + embedding.squared_norms(taken, dtype)
-        return jnp.maximum(own + crossed, 0)
+        apart = dense.squared_norms(factors, dtype) + embedding.squared_norms(taken, dtype)
+        return jnp.maximum(apart + crossed, 0)
 
 
 TIED = Tied()
@@ -62,10 +63,16 @@ def _of(sites: Sequence[Site], route: Route) -> list[Site]:
 def _twice_inner_products(
     rows: embedding.Rows, over_rows: jax.Array, over_columns: jax.Array, dtype: Any
 ) -> jax.Array:
-    """2 ⟨G, H⟩ for each sample with H = over_rowsᵀ over_columns, [n, B, S, V] and [n, B, S, q].
+    """Return 2 ⟨G, H⟩ for each sample, with H = over_rowsᵀ over_columns.
 
-    As an embedding tied to the output layer has it: Σ_s Σ_t over_rows[s, id_t] (over_columns_s ·
-    dE_t).
+    ⟨G, H⟩ = Σ_s Σ_t over_rows[s, id_t] (over_columns_s · dE_t), where row id_t has the cotangent
+    dE_t.
+
+    Args:
+      rows: the rows that were looked up.
+      over_rows: the factor over the table's rows, [n, B, S, V].
+      over_columns: the factor over its columns, [n, B, S, q].
+      dtype: the dtype of the result, in which sums are accumulated.
     """
     over, taken = (side.reshape(-1, *side.shape[2:]) for side in (over_columns, rows.cotangents))
     products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)

@@ -1,1 +1,1 @@
-"""Convolutions: geometry, layouts, and the ways to the norms of their gradients."""
+"""Take norms of convolutions' gradients: geometry, layouts, and the ways to the norms."""

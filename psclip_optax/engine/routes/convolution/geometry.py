@@ -1,4 +1,4 @@
-"""Which outputs of a convolution read which inputs through which entries of its kernel."""
+"""Tell which outputs of a convolution read which inputs through which entries of its kernel."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from psclip_optax.engine.analysis.views import aval
 
 
 class Axis(NamedTuple):
-    """How an axis of the output reads one of the input.
+    """An axis of the output and the axis of the input that it reads.
 
-    Through the kernel's k, output p reads input (p · stride + shifts[k]) / dilation; where there is
-    none, a zero.
+    Through the kernel's k, output p reads input (p · stride + shifts[k]) / dilation, and a zero
+    where there is no such input.
     """
 
     inputs: int
@@ -30,7 +30,7 @@ class Axis(NamedTuple):
 
     @property
     def turned(self) -> Axis:
-        """The same pairs of an input and an output, as if the input read the output."""
+        """Return the same pairs of an input and an output, as if the input read the output."""
         shifts = tuple(-shift for shift in self.shifts)
         return Axis(self.outputs, self.inputs, shifts, self.dilation, self.stride)
 
@@ -38,8 +38,8 @@ class Axis(NamedTuple):
 class Reads(NamedTuple):
     """Some outputs, and the entries of the kernel through which they read inputs.
 
-    The outputs first, first + every, … read, through the kernel's k, the inputs from starts[k] on,
-    a step apart. Through other entries they read but the zeros between dilated inputs.
+    The outputs first, first + every, … read the inputs from starts[k] on, a step apart, through the
+    kernel's k. Through its other entries they read nothing but zeros between dilated inputs.
     """
 
     first: int
@@ -55,7 +55,7 @@ class Reads(NamedTuple):
 
     @property
     def phases(self) -> list[tuple[int, Reads]]:
-        """The same in parts, which read the inputs phase, phase + step, … one after the other."""
+        """Part the reads by phase: those of inputs phase, phase + step, …, one after the other."""
         parts: dict[int, dict[int, int]] = {}
         for k, start in self.starts.items():
             parts.setdefault(start % self.step, {})[k] = start // self.step
@@ -63,7 +63,7 @@ class Reads(NamedTuple):
 
 
 def window(site: Site) -> list[Axis]:
-    """The spatial axes."""
+    """Describe the spatial axes of a convolution."""
     params, dims = site.eqn.params, site.eqn.params["dimension_numbers"]
     x, kernel, y = (aval(atom).shape for atom in (*site.eqn.invars, *site.eqn.outvars))
     return [
@@ -97,7 +97,7 @@ def reads_of_all(axes: Sequence[Axis]) -> Iterator[tuple[Reads, ...]]:
 
 
 def offsets(reads: Sequence[Reads]) -> Iterator[tuple[int, ...]]:
-    return itertools.product(*(own.starts for own in reads))
+    return itertools.product(*(of_axis.starts for of_axis in reads))
 
 
 def is_read_whole(axis: Axis) -> bool:
@@ -114,26 +114,27 @@ def cut(array: jax.Array, axis: int, start: int, count: int, step: int) -> jax.A
 
 
 def readers(array: jax.Array, first_axis: int, reads: Sequence[Reads]) -> jax.Array:
-    for axis, own in enumerate(reads, first_axis):
-        array = cut(array, axis, own.first, own.length, own.every)
+    for axis, of_axis in enumerate(reads, first_axis):
+        array = cut(array, axis, of_axis.first, of_axis.length, of_axis.every)
     return array
 
 
 def padded(
     array: jax.Array, first_axis: int, reads: Sequence[Reads]
 ) -> tuple[jax.Array, list[Reads]]:
-    """All that is read and nothing else, with its zeros, and how that is read."""
+    """Pad or cut an array to all that is read, zeros included, and tell how that is read."""
     config, moved = [(0, 0, 0)] * array.ndim, []
-    for axis, own in enumerate(reads, first_axis):
-        low, high = own.extent
+    for axis, of_axis in enumerate(reads, first_axis):
+        low, high = of_axis.extent
         config[axis] = (-low, high - array.shape[axis], 0)
-        moved.append(own._replace(starts={k: start - low for k, start in own.starts.items()}))
+        starts = {k: start - low for k, start in of_axis.starts.items()}
+        moved.append(of_axis._replace(starts=starts))
     return lax.pad(array, jnp.zeros((), array.dtype), config), moved
 
 
 def read(
     array: jax.Array, first_axis: int, reads: Sequence[Reads], offset: Sequence[int]
 ) -> jax.Array:
-    for axis, (own, k) in enumerate(zip(reads, offset, strict=True), first_axis):
-        array = cut(array, axis, own.starts[k], own.length, own.step)
+    for axis, (of_axis, k) in enumerate(zip(reads, offset, strict=True), first_axis):
+        array = cut(array, axis, of_axis.starts[k], of_axis.length, of_axis.step)
     return array

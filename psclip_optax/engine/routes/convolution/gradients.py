@@ -1,4 +1,4 @@
-"""Squared norms from the gradients themselves, some offsets of the kernel after the others."""
+"""Take squared norms from the gradients themselves, some offsets of the kernel at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from psclip_optax.engine.routes.convolution.layouts import Side
 
 
 class Piece(NamedTuple):
-    """Gradients at some offsets of the kernel: [samples · blocks, offsets, inputs', outputs'…]."""
+    """The gradients at some offsets of the kernel.
+
+    Attributes:
+      offsets: the offsets.
+      gradients: their entries, [samples · blocks, offsets, channels in, channels out].
+    """
 
     offsets: list[tuple[int, ...]]
     gradients: jax.Array
@@ -24,13 +29,13 @@ class Piece(NamedTuple):
 def _unfolded(
     source: jax.Array, target: jax.Array, axes: Sequence[Axis], dtype: Any
 ) -> Iterator[Piece]:
-    """Products of what a target's pixels read of a source with the target.
+    """Multiply what a target's pixels read of a source with the target.
 
     Args:
-      source: [m, channels, *axes].
-      target: [m, *axes, channels].
+      source: the source, [m, channels, *axes].
+      target: the target, [m, *axes, channels].
       axes: how the target reads the source.
-      dtype: of the products.
+      dtype: the dtype of the products.
     """
     for reads in geometry.reads_of_all(axes):
         readers = geometry.readers(target, 1, reads)

@@ -1,4 +1,4 @@
-"""Squared norms from Gram matrices of what the kernel read and of the cotangents."""
+"""Take squared norms from Gram matrices of what the kernel read and of the cotangents."""
 
 from __future__ import annotations
 
@@ -34,31 +34,32 @@ def squares_by_gram(
 
 
 def _gram(array: jax.Array, dtype: Any) -> jax.Array:
-    """Of the pixels of [m, *axes, channels]."""
+    """Make the Gram matrix of the pixels of [m, *axes, channels]."""
     rows = array.reshape(len(array), -1, array.shape[-1])
     return dense.product(rows, rows, 2, dtype)
 
 
 def gram_of_pixels(inputs: jax.Array, reads: Sequence[Reads], dtype: Any) -> jax.Array:
     total = jnp.zeros((), dtype)
-    for phases in itertools.product(*(own.phases for own in reads)):
+    for phases in itertools.product(*(of_axis.phases for of_axis in reads)):
         read = inputs
-        for axis, (phase, own) in enumerate(zip(phases, reads, strict=True), 1):
-            read = lax.slice_in_dim(read, min(phase[0], read.shape[axis]), None, own.step, axis)
+        for axis, (phase, of_axis) in enumerate(zip(phases, reads, strict=True), 1):
+            start = min(phase[0], read.shape[axis])
+            read = lax.slice_in_dim(read, start, None, of_axis.step, axis)
         gram = _gram(read, dtype).reshape(len(read), *read.shape[1:-1] * 2)
-        gram, moved = geometry.padded(gram, 1, [own for _, own in phases] * 2)
-        # Sums of offsets along one axis after the other: far fewer than of all of their products.
-        for axis, own in enumerate(moved[: len(reads)]):
+        gram, moved = geometry.padded(gram, 1, [of_phase for _, of_phase in phases] * 2)
+        # Sums over offsets along one axis after the other are far fewer than over all offsets.
+        for axis, of_axis in enumerate(moved[: len(reads)]):
             both = (1 + axis, 1 + axis + len(reads))
-            terms = [_read_both(gram, both, own, k) for k in own.starts]
+            terms = [_read_both(gram, both, of_axis, k) for k in of_axis.starts]
             gram = sum(terms, jnp.zeros((), dtype))
         total += gram
     return total
 
 
-def _read_both(array: jax.Array, axes: tuple[int, int], own: Reads, k: int) -> jax.Array:
+def _read_both(array: jax.Array, axes: tuple[int, int], reads: Reads, k: int) -> jax.Array:
     for axis in axes:
-        array = geometry.cut(array, axis, own.starts[k], own.length, own.step)
+        array = geometry.cut(array, axis, reads.starts[k], reads.length, reads.step)
     return array
 
 

@@ -1,4 +1,4 @@
-"""What enters and leaves convolutions, with the axes of all of them in one order."""
+"""Bring what enters and leaves convolutions into one order of axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psclip_optax.engine.analysis.views import aval
 
 
 class Pixels(NamedTuple):
-    """What entered sites that share a kernel, and the cotangents of what left: [n, scans…, …]."""
+    """The inputs and cotangents of sites that share a kernel, [n, scans…, …] each."""
 
     sites: tuple[Site, ...]
     inputs: tuple[jax.Array, ...]
@@ -23,9 +23,9 @@ class Pixels(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What entered a site, or the cotangents of what left it, and which of its axes are what.
+    """The inputs or cotangents of a site, with what their axes are.
 
-    A block is a group of channels in one layer; steps that share a kernel are as many images.
+    A block is a group of channels in one layer. Steps that share a kernel are so many images.
     """
 
     array: jax.Array
@@ -36,13 +36,13 @@ class Side(NamedTuple):
     spatial: list[list[int]]
 
     def arranged(self, *groups: list[int]) -> jax.Array:
-        """Transposed, with the axes of each group as one."""
+        """Transpose the array, with the axes of each group as one."""
         shape = [math.prod(self.array.shape[axis] for axis in group) for group in groups]
         return self.array.transpose([*itertools.chain(*groups)]).reshape(shape)
 
 
 def _side(site: Site, array: jax.Array, spec: Sequence[int]) -> Side:
-    """With the channels of a group on an axis of their own."""
+    """Describe an array's axes, with the channels of each group on an axis apart."""
     offset, groups = 1 + len(site.scans), site.eqn.params["feature_group_count"]
     image, channel, *spatial = (offset + axis for axis in spec)
     layered, steps = ([1 + axis for axis in axes] for axes in site.scan_axes)
@@ -67,28 +67,28 @@ def sides(pixels: Pixels) -> tuple[list[Side], list[Side]]:
 
 
 def channels_first(sides: Sequence[Side]) -> jax.Array:
-    """[samples · blocks, channels, images, *spatial]."""
+    """Arrange sides as [samples · blocks, channels, images, *spatial]."""
     return jnp.concatenate(
         [s.arranged(s.samples + s.blocks, s.channels, s.images, *s.spatial) for s in sides], axis=2
     )
 
 
 def channels_last(sides: Sequence[Side]) -> jax.Array:
-    """[samples · blocks, images, *spatial, channels]."""
+    """Arrange sides as [samples · blocks, images, *spatial, channels]."""
     return jnp.concatenate(
         [s.arranged(s.samples + s.blocks, s.images, *s.spatial, s.channels) for s in sides], axis=1
     )
 
 
 def blocks_last(sides: Sequence[Side]) -> jax.Array:
-    """[samples, images, *spatial, channels, blocks]."""
+    """Arrange sides as [samples, images, *spatial, channels, blocks]."""
     return jnp.concatenate(
         [s.arranged(s.samples, s.images, *s.spatial, s.channels, s.blocks) for s in sides], axis=1
     )
 
 
 class BlockSizes(NamedTuple):
-    """How large a site is: channels of a block, how many blocks, and images of each."""
+    """The sizes of a site: channels of a block, the number of blocks, and images of each."""
 
     num_in: int
     num_out: int

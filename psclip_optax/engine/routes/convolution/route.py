@@ -1,16 +1,17 @@
-"""conv_general_dilated: sample k's gradient is, at each offset of the kernel, X_offsetᵀ dY.
+"""Take norms of convolutions' gradients, which are X_offsetᵀ dY at each offset of the kernel.
 
 X_offset is what the kernel's entry at that offset has read, once for each pixel of the output.
-There are several ways to ‖G_k‖², of which the one that costs least at a site's shapes is taken:
+There are several ways to ‖G_k‖². The one that costs least at a site's shapes is taken.
 
-- unfolded: G_k from products of shifted copies of one side, input or cotangents, with the other;
-- multiplied: G_k entry by entry, summed, where a group has too few channels for products;
-- Gram of pixels: ‖G_k‖² = Σ_offsets Σ (X_offset X_offsetᵀ) ∘ (dY dYᵀ), and the Gram matrices of all
-  X_offset are parts of one, that of the input's pixels: it is made once and summed over shifts;
-- Gram of patches: the same from the X_offset themselves, where few pixels leave.
+- Unfolded: G_k comes from products of shifted copies of one side, input or cotangents, with the
+  other.
+- Multiplied: G_k is summed entry by entry, where a group has too few channels for products.
+- Gram of pixels: ‖G_k‖² = Σ_offsets Σ (X_offset X_offsetᵀ) ⊙ (dY dYᵀ). The Gram matrices of all
+  X_offset are parts of one, that of the input's pixels. It is made once and summed over shifts.
+- Gram of patches: the same sum from the X_offset themselves, where few pixels leave.
 
-Shifted copies and Gram matrices are many times as large as the input, so a few samples are taken
-at a time: that needs little memory, and on a CPU it is faster too while it stays in the cache.
+Shifted copies and Gram matrices are many times as large as the input, so that a few samples are
+taken at a time. That needs little memory, and on a CPU it is faster while it stays in the cache.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from psclip_optax.engine.routes.convolution.layouts import Pixels, block_sizes, 
 from psclip_optax.engine.routes.convolution.ways import Way, ways
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples_first
 
-# What a few samples may take: what a CPU's cache holds, and elsewhere, where every step of a loop
-# costs, more.
+# A few samples may take what a CPU's cache holds. Elsewhere every step of a loop costs, and they
+# may take more.
 _BYTES_AT_ONCE_ON_CPU = 2**22
 _BYTES_AT_ONCE = 2**26
 _MOST_PARTS = 16
 
 
 class Convolution(Route):
-    """Norms of convolutions by the way that costs least."""
+    """The route of convolutions, by the way that costs least."""
 
     name = "conv"
     is_slow_in_loops = True
@@ -61,7 +62,7 @@ class Convolution(Route):
         if cotangents[sites[0].path].shape[sites[0].sample_axis] > 1:
             return every(sites, entered, cotangents, dtype)
 
-        # A single one is what a loss under `vmap` sees: the samples are those it maps over.
+        # A loss under `vmap` sees a single sample. The samples are those that `vmap` maps over.
         @jax.custom_batching.custom_vmap
         def of_one(entered: Entered, cotangents: Cotangents) -> jax.Array:
             return every(sites, entered, cotangents, dtype)
@@ -100,7 +101,7 @@ CONVOLUTION = Convolution()
 
 
 def _read_alike(one: Site, other: Site) -> bool:
-    """Whether two sites in one frame read it alike, as a network does that sees two images."""
+    """Tell whether two sites in one frame read it alike, as a network does that sees two images."""
     return (
         one.view.axes == other.view.axes
         and str(one.eqn.params) == str(other.eqn.params)

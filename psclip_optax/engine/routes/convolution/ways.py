@@ -1,4 +1,4 @@
-"""The ways to the norms, and what each costs at a site's shapes."""
+"""List the ways to the norms, and what each costs at a site's shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 from psclip_optax.engine.routes.convolution import geometry, gradients, gram
 from psclip_optax.engine.routes.convolution.geometry import Axis, Reads
 
-# What it costs to write an entry, in multiply-adds of a product of matrices.
+# To write an entry costs as much as so many multiply-adds of a product of matrices.
 _MULTIPLY_ADDS_PER_ENTRY = 32
 
 
@@ -20,9 +20,9 @@ class Way(NamedTuple):
     """A way to the norms, and its costs for one block of one sample.
 
     Attributes:
-      squared_norms: for each sample, from both sides, axes and dtype.
-      multiply_adds: in products of matrices.
-      entries: that are written.
+      squared_norms: a function from both sides, axes and dtype to the norms of all samples.
+      multiply_adds: how many multiply-adds its products of matrices have.
+      entries: how many entries it writes.
     """
 
     squared_norms: Callable[..., jax.Array]
@@ -35,14 +35,14 @@ class Way(NamedTuple):
 
 
 def ways(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
-    """The ways at a site whose kernel has so many inputs and outputs in a group."""
+    """List the ways at a site whose kernel has so many inputs and outputs in a group."""
     turned = [axis.turned for axis in axes]
     entries = math.prod(len(axis.shifts) for axis in axes) * num_in * num_out
-    reads = _total(axes, lambda own: own.length * len(own.starts))
-    turned_reads = _total(turned, lambda own: own.length * len(own.starts))
+    reads = _total(axes, lambda some: some.length * len(some.starts))
+    turned_reads = _total(turned, lambda some: some.length * len(some.starts))
     of_inputs = _total(axes, _pairs_of_inputs)
-    of_outputs = _total(axes, lambda own: own.length**2)
-    of_reads = _total(axes, lambda own: own.length**2 * len(own.starts))
+    of_outputs = _total(axes, lambda some: some.length**2)
+    of_reads = _total(axes, lambda some: some.length**2 * len(some.starts))
     by_name = {
         "unfolded inputs": Way(
             functools.partial(gradients.squares_of, gradients.by_unfolding_inputs),
@@ -81,5 +81,5 @@ def _total(axes: Sequence[Axis], count: Callable[[Reads], int]) -> int:
 
 
 def _pairs_of_inputs(reads: Reads) -> int:
-    extents = (own.extent for _, own in reads.phases)
+    extents = (of_phase.extent for _, of_phase in reads.phases)
     return sum((high - low) ** 2 for low, high in extents)
