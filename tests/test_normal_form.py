@@ -38,6 +38,13 @@ def in_a_checkpoint(p, x):
     return lax.scan(step, x, jnp.arange(L))[0]
 
 
+def in_a_checkpoint_with_a_flag_for_each_input(p, x):
+    step = lambda x, w: jnp.tanh(x @ (w / jnp.linalg.norm(w, axis=0)))
+    checkpointed = jax.checkpoint(step, prevent_cse=(True, False))
+    take = lambda x, i: (checkpointed(x, p["w"][i]), None)
+    return lax.scan(take, lax.scan(take, x, jnp.arange(L))[0] + choice(p, x), jnp.arange(L))[0]
+
+
 def along_the_last_axis(p, x):
     w = jnp.moveaxis(p["w"], 0, 2)
     take = functools.partial(lax.dynamic_index_in_dim, w, axis=2, keepdims=False)
@@ -139,6 +146,7 @@ EXACT = {
     "by index, repeated": over_indices(jnp.arange(2 * L), lambda i: i // 2),
     "by index that is held inside": over_indices(jnp.arange(L + 2)),
     "by indices in no order": over_indices(jnp.array([2, 0, 1])),
+    "a flag for each input": in_a_checkpoint_with_a_flag_for_each_input,
     "along the last axis": along_the_last_axis,
     "nested": nested,
     "two at a time": two_at_a_time,

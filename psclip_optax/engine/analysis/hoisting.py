@@ -210,4 +210,4 @@ def _checkpoint(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) 
         run, extra = core.jaxpr_as_fun(body), []
     else:
         run, extra = parts.second, parts.first(*(values[i] for i in parts.inputs))
-    return checkpointed(eqn, lambda made, inputs: run(*made, *inputs))(extra, list(values))
+    return checkpointed(eqn, lambda inputs, made: run(*made, *inputs))(list(values), extra)

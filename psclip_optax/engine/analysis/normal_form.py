@@ -122,12 +122,12 @@ class _Tracer(NamedTuple):
             return None
         sources: list[Source] = []
 
-        def call(traced: list[Any]) -> list[Any]:
+        def call(traced: list[Any], _: tuple[()]) -> list[Any]:
             outs = self.call(eqn, with_traced(inputs, traced), path) or ()
             sources[:] = [out.source for out in outs]
             return [out.traced for out in outs]
 
-        outs = checkpointed(eqn, call)([value.traced for value in inputs])
+        outs = checkpointed(eqn, call)([value.traced for value in inputs], ())
         return [Value(*both) for both in zip(outs, sources, strict=True)]
 
     def cond(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value] | None:
