@@ -585,7 +585,7 @@ def test_explain_counts_every_layer_of_a_scan_and_every_part_of_a_batch(monkeypa
 
     once = flops("gpt_tied")
     assert flops("gpt_scanned") == pytest.approx(once, rel=0.01)
-    monkeypatch.setattr(route, "_MOST_AT_ONCE", 1)
+    monkeypatch.setattr(route, "_MOST_READ_ON_CPU", 1)
     assert flops("gpt_tied") == pytest.approx(once, rel=0.05)
 
 

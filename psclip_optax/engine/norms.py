@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from psclip_optax.arrays import promoted
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
-from psclip_optax.engine.parts import in_parts
+from psclip_optax.engine.parts import Parts, in_parts
 from psclip_optax.engine.plan import LeafPlan, leaving_axes
 from psclip_optax.engine.routes.route import Cotangents, Entered, over_samples
 
@@ -201,12 +201,13 @@ def pulled_back_squared_norms(
     num_entries = sum(shaped.size for _, shaped in [*leaves, *others])
     num_entries += _num_made(pull_back, [shaped for _, shaped in others])
     num_samples = len(jax.tree.leaves(samples)[0])
+    pulled_back = num_samples * num_entries / _MOST_PULLED_BACK
     return in_parts(
         jax.vmap(squared_norm),
         samples,
         jax.tree.map(lambda _: 0, samples),
         num_samples,
-        num_samples * num_entries / _MOST_PULLED_BACK,
+        Parts(pulled_back, pulled_back),
     )
 
 

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+
+
+class Parts(NamedTuple):
+    """At least how many parts, by platform.
+
+    A CPU is faster where what is made on the way stays in its cache. Elsewhere each step of a loop
+    costs, and parts are for memory alone.
+    """
+
+    on_cpu: float
+    elsewhere: float
 
 
 def in_parts(
-    function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, at_least: float
+    function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, least: Parts
 ) -> jax.Array:
     """Make a function's result [n] in at least so many parts, if the samples can be so parted.
 
-    Of num_parts parts, part i has the samples i, i + num_parts, …. So it has as many samples of
-    each device, where devices share the batch. Consecutive samples would have to move.
+    Where devices may share the samples, a part has every so many-th one, as many of each device as
+    of the others, for consecutive ones would have to move.
 
     Args:
-      function: a function from trees of arrays to one number for each sample.
-      trees: the arrays.
-      axes: the axis of the samples in each array.
+      function: a function of trees of arrays, to one number for each sample.
+      trees: the trees of arrays.
+      axes: the axis of samples in each of the arrays.
       num_samples: n.
-      at_least: how many parts there are at least.
+      least: at least how many parts.
     """
     devices = jax.device_count() if num_samples % jax.device_count() == 0 else 1
-    num_parts = number_of_parts(num_samples // devices, at_least / devices, devices == 1)
+    on_cpu, elsewhere = (
+        number_of_parts(num_samples // devices, at_least / devices, devices == 1)
+        for at_least in least
+    )
+    run = functools.partial(_in_so_many, function, axes, num_samples)
+    if on_cpu == elsewhere:
+        return run(on_cpu, trees)
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+        return run(on_cpu if jax.default_backend() == "cpu" else elsewhere, trees)
+    return lax.platform_dependent(
+        trees, cpu=functools.partial(run, on_cpu), default=functools.partial(run, elsewhere)
+    )
+
+
+def _in_so_many(
+    function: Callable[[Any], jax.Array], axes: Any, num_samples: int, num_parts: int, trees: Any
+) -> jax.Array:
     if num_parts == 1:
         return function(trees)
     if num_samples % num_parts:

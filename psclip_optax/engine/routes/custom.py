@@ -22,7 +22,7 @@ from psclip_optax.engine.analysis.sites import Site, viewed
 from psclip_optax.engine.analysis.views import as_function, aval
 from psclip_optax.engine.analysis.walk import inlined
 from psclip_optax.engine.routes import dense
-from psclip_optax.engine.routes.route import Cotangents, Entered, Route
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route, of_one_sample
 
 
 class _Product(NamedTuple):
@@ -61,6 +61,14 @@ class Custom(Route):
         (site,) = sites
         _, factors = _factors(site, entered[site.path], cotangents[site.path])
         return dense.squared_norms(factors, dtype)
+
+    def entries_made(self, sites: Sequence[Site]) -> int:
+        (site,) = sites
+        entered, cotangents = of_one_sample(sites)
+        made = jax.eval_shape(
+            lambda *sides: _factors(site, *sides)[1], entered[site.path], cotangents[site.path]
+        )
+        return dense.entries_made_of(made)
 
     def weighted_sum(
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array

@@ -6,6 +6,7 @@ itself T a c. The cheaper is made.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from psclip_optax.arrays import promoted
 from psclip_optax.engine.analysis.operations import ProductAxes, product_axes
 from psclip_optax.engine.analysis.sites import Site, viewed
 from psclip_optax.engine.analysis.views import aval
-from psclip_optax.engine.routes.route import Cotangents, Entered, Route
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route, of_one_sample
 
 
 class Form(NamedTuple):
@@ -65,6 +66,10 @@ class Dense(Route):
     ) -> jax.Array:
         return squared_norms(factors(sites, entered, cotangents), dtype)
 
+    def entries_made(self, sites: Sequence[Site]) -> int:
+        made = jax.eval_shape(functools.partial(factors, sites), *of_one_sample(sites))
+        return entries_made_of(made)
+
     def weighted_sum(
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
     ) -> tuple[Callable[[Any], Any], jax.Array]:
@@ -75,6 +80,13 @@ class Dense(Route):
 
 
 DENSE = Dense()
+
+
+def entries_made_of(factors: Factors) -> int:
+    """Count the entries of Gram matrices or gradients of one layer, by the shapes of factors."""
+    *_, num_blocks, num_rows, a = factors.left.shape
+    gram, gradient = 2 * num_rows**2, a * factors.right.shape[-1]
+    return 0 if num_rows == 1 else num_blocks * min(gram, gradient)
 
 
 def _is_explicit(array: jax.Array) -> bool:
@@ -212,11 +224,5 @@ def by_sample(factors: Factors) -> Factors:
 
 def product(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:
     """Multiply matrices [m, …, …] over `axis` of both, accumulated in `dtype`."""
-    # GPUs would multiply in TF32, after which a norm that cancels is worth nothing.
-    return lax.dot_general(
-        one,
-        other,
-        (((axis,), (axis,)), ((0,), (0,))),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
+    dims = (((axis,), (axis,)), ((0,), (0,)))
+    return lax.dot_general(one, other, dims, preferred_element_type=dtype)

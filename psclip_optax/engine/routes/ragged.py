@@ -19,8 +19,12 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site, viewed
 from psclip_optax.engine.analysis.views import aval, run_equation
+from psclip_optax.engine.parts import Parts
 from psclip_optax.engine.routes import dense
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route
+
+# How many entries of Gram matrices are made at a time on a CPU.
+_MOST_MADE_ON_CPU = 2**22
 
 
 class Ragged(Route):
@@ -97,10 +101,14 @@ class Ragged(Route):
         layers = [rows.shape[axis] for axis in layered]
         return viewed(site), total.reshape(*layers, *w.shape)
 
-    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> float:
+    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
+        least = super().least_parts(sites, num_samples, dtype)
+        made = num_samples * self.entries_made(sites) / _MOST_MADE_ON_CPU
+        return least._replace(on_cpu=least.on_cpu + made)
+
+    def entries_made(self, sites: Sequence[Site]) -> int:
         (site,) = sites
-        pairs = (aval(site.leaving).shape[0] * math.prod(site.scans)) ** 2
-        return super().least_parts(sites, num_samples, dtype) + num_samples * pairs / 2**22
+        return 2 * (aval(site.leaving).shape[0] * math.prod(site.scans)) ** 2
 
 
 RAGGED = Ragged()

@@ -13,14 +13,17 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site, of_parameter
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
-from psclip_optax.engine.parts import in_parts
+from psclip_optax.engine.parts import Parts, in_parts
 
 # By site, what enters it and the cotangents of what leaves it, both [scans…, n, …].
 Entered = dict[Path, tuple[jax.Array, ...]]
 Cotangents = dict[Path, jax.Array]
 
-# How many entries of what enters and leaves are taken at a time.
-_MOST_AT_ONCE = 2**22
+# How many entries of what enters and leaves are taken at a time on a CPU.
+_MOST_READ_ON_CPU = 2**22
+# What may be made at a time on other devices, and in how many parts at the most.
+BYTES_AT_ONCE = 2**26
+MOST_PARTS = 16
 
 
 class Route(abc.ABC):
@@ -99,12 +102,32 @@ class Route(abc.ABC):
         """
         return lambda parameter: over_samples(site)(parameter, *entered), weighted
 
-    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> float:
+    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
         """Say in how many parts the samples go at least, for what is made on the way."""
-        del dtype
-        sides = [(s, aval(atom)) for s in sites for atom in (*s.entering, s.leaving)]
-        entries = sum(math.prod(site.scans) * side.size for site, side in sides)
-        return num_samples * entries / _MOST_AT_ONCE
+        num_bytes = num_samples * self.entries_made(sites) * jnp.dtype(dtype).itemsize
+        on_cpu = num_samples * entries_read(sites) / _MOST_READ_ON_CPU
+        return Parts(on_cpu, min(num_bytes / BYTES_AT_ONCE, MOST_PARTS))
+
+    def entries_made(self, sites: Sequence[Site]) -> int:
+        """Say how many entries are made on the way to the norm of one sample's gradient."""
+        return entries_read(sites)
+
+
+def entries_read(sites: Sequence[Site]) -> int:
+    """Count the entries of what enters and leaves sites, of one sample."""
+    sides = [(s, aval(atom)) for s in sites for atom in (*s.entering, s.leaving)]
+    return sum(math.prod(site.scans) * side.size for site, side in sides)
+
+
+def of_one_sample(sites: Sequence[Site]) -> tuple[Any, Any]:
+    """Return the shapes of what enters sites, and of the cotangents, of a batch of one sample."""
+
+    def batched(site: Site, atom: Any) -> jax.ShapeDtypeStruct:
+        shaped = aval(atom)
+        return jax.ShapeDtypeStruct((*site.scans, 1, *shaped.shape), shaped.dtype)
+
+    entered = {s.path: tuple(batched(s, atom) for atom in s.entering) for s in sites}
+    return entered, {s.path: batched(s, s.leaving) for s in sites}
 
 
 def over_samples(site: Site) -> Callable[..., jax.Array]:

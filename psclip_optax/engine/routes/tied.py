@@ -6,6 +6,8 @@ looked up.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +16,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.routes import dense, embedding
 from psclip_optax.engine.routes.dense import DENSE
 from psclip_optax.engine.routes.embedding import EMBEDDING
-from psclip_optax.engine.routes.route import Cotangents, Entered, Route
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route, of_one_sample
 
 
 class Tied(Route):
@@ -51,6 +54,13 @@ class Tied(Route):
         crossed = _twice_inner_products(taken, over_rows, over_columns, dtype)
         apart = dense.squared_norms(factors, dtype) + embedding.squared_norms(taken, dtype)
         return jnp.maximum(apart + crossed, 0)
+
+    def entries_made(self, sites: Sequence[Site]) -> int:
+        gathers, products = _of(sites, EMBEDDING), _of(sites, DENSE)
+        made = jax.eval_shape(functools.partial(embedding.rows, gathers), *of_one_sample(gathers))
+        num_taken = made.indices.size
+        num_rows = sum(math.prod(aval(site.leaving).shape[:-1]) for site in products)
+        return DENSE.entries_made(products) + num_taken * (num_taken + num_rows)
 
 
 TIED = Tied()
