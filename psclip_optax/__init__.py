@@ -2,16 +2,16 @@
 
 from psclip_optax import tails
 from psclip_optax.accumulation import accumulate_clipped
-from psclip_optax.adaptive import (
-    min_norm_threshold,
-    moment_threshold,
-    quantile_threshold,
-    track_norms,
-)
 from psclip_optax.clipped_grad import clipped_grad, clipped_value_and_grad
 from psclip_optax.clipping import ClipStats
 from psclip_optax.optimizers import ps_clip_sgd
 from psclip_optax.thresholds import AdaptiveThreshold, constant_threshold, growing_threshold
+from psclip_optax.thresholds.adaptive import (
+    min_norm_threshold,
+    moment_threshold,
+    quantile_threshold,
+)
+from psclip_optax.thresholds.tracking import track_norms
 from psclip_optax.transforms import per_sample_clip
 
 __version__ = "0.1.0"

@@ -12,7 +12,6 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from psclip_optax import clipping, meshes, stacks
-from psclip_optax.adaptive import as_adaptive
 from psclip_optax.arrays import (
     PART_IT_OFF,
     array_leaves,
@@ -24,6 +23,7 @@ from psclip_optax.arrays import (
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.tracking import as_adaptive
 
 
 class _Figures(NamedTuple):

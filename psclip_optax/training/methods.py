@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psclip_optax.adaptive import moment_threshold, track_norms
 from psclip_optax.thresholds import (
     AdaptiveThreshold,
     Threshold,
     constant_threshold,
     growing_threshold,
 )
+from psclip_optax.thresholds.adaptive import moment_threshold
+from psclip_optax.thresholds.tracking import track_norms
 from psclip_optax.training.configs import ClipAtName, MethodName, ScheduleName, TaskConfig
 
 

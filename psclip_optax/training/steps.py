@@ -16,13 +16,13 @@ import optax
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from psclip_optax.adaptive import TrackNormsState
 from psclip_optax.arrays import array_leaves, described
 from psclip_optax.clipped_grad import ClipAt, Mode, check_loss, clipped_value_and_grad
 from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
 from psclip_optax.engine.calls import value_and_aux
 from psclip_optax.engine.units import Unit
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.tracking import TrackNormsState
 from psclip_optax.transforms import PerSampleClipState
 
 Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]

@@ -10,26 +10,22 @@ give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from psclip_optax import clipping, meshes
-from psclip_optax.arrays import as_array, described, described_tree, promoted
-from psclip_optax.thresholds import (
-    AdaptiveThreshold,
-    ConstantThreshold,
-    GrowingThreshold,
-    Threshold,
-    as_threshold,
-    check_number,
-    concrete,
+from psclip_optax.thresholds.checks import check_number
+from psclip_optax.thresholds.fixed import ConstantThreshold, GrowingThreshold
+from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.rules import build_rule, check_memory
+from psclip_optax.thresholds.running import (
+    RunningMean,
+    RunningMoment,
+    observe_mean,
+    observe_moment,
+    zeros,
 )
 
 # p is estimated to be that much below the tail index, for the moment of that order is infinite.
@@ -44,30 +40,6 @@ _TAIL_SHARE = 0.05
 _LOWEST_LOG2, _HIGHEST_LOG2 = -64, 64
 _BINS_PER_OCTAVE = 32
 _NUM_BINS = (_HIGHEST_LOG2 - _LOWEST_LOG2) * _BINS_PER_OCTAVE
-
-
-class RunningMean(NamedTuple):
-    """A mean over what was seen, each batch discounted by the decay for every one after it.
-
-    Attributes:
-      weight: float, of all that was seen; 0 before that.
-      mean: float.
-    """
-
-    weight: jax.Array
-    mean: jax.Array
-
-
-class RunningMoment(NamedTuple):
-    """Roots of mean powers of the norms seen, (mean ‖g‖^p)^{1/p}.
-
-    Attributes:
-      weight: float, how many norms, each discounted.
-      root: float, in the units of a norm; [m] for m orders p.
-    """
-
-    weight: jax.Array
-    root: jax.Array
 
 
 class MomentState(NamedTuple):
@@ -101,16 +73,6 @@ class MinNormState(NamedTuple):
     """
 
     smallest: RunningMean
-
-
-class TrackNormsState(NamedTuple):
-    """State of `track_norms`.
-
-    Attributes:
-      threshold_state: the state of the adaptive threshold.
-    """
-
-    threshold_state: Any
 
 
 def moment_threshold(
@@ -176,12 +138,12 @@ def moment_threshold(
     if p is not None:
         check_number("moment_threshold", "p", p, lowest=1, highest=2)
     check_number("moment_threshold", "scale", scale, lowest=0)
-    _check_memory("moment_threshold", decay, initial)
+    check_memory("moment_threshold", decay, initial)
     orders = _ORDERS if p is None else p
 
     def init() -> MomentState:
-        moment = RunningMoment(_zeros(), _zeros(np.shape(orders)))
-        return MomentState(moment, RunningMean(_zeros(), _zeros()) if p is None else ())
+        moment = RunningMoment(zeros(), zeros(np.shape(orders)))
+        return MomentState(moment, RunningMean(zeros(), zeros()) if p is None else ())
 
     def threshold(state: MomentState) -> Threshold:
         order = _order_below_index(state.tail) if p is None else p
@@ -194,13 +156,13 @@ def moment_threshold(
         )
 
     def observe(state: MomentState, norms: jax.Array, counts: jax.Array) -> MomentState:
-        moment = _observe_moment(state.moment, norms, counts, orders, decay)
+        moment = observe_moment(state.moment, norms, counts, orders, decay)
         if p is not None:
             return MomentState(moment, ())
         excess, number = _hill(norms, counts)
-        return MomentState(moment, _observe_mean(state.tail, excess, number, decay))
+        return MomentState(moment, observe_mean(state.tail, excess, number, decay))
 
-    return _rule(init, threshold, observe)
+    return build_rule(init, threshold, observe)
 
 
 def quantile_threshold(
@@ -257,10 +219,10 @@ def quantile_threshold(
     check_number(
         "quantile_threshold", "quantile", quantile, lowest=0, highest=1, open_ends=(True, True)
     )
-    _check_memory("quantile_threshold", decay, initial)
+    check_memory("quantile_threshold", decay, initial)
 
     def init() -> QuantileState:
-        return QuantileState(_zeros([_NUM_BINS]))
+        return QuantileState(zeros([_NUM_BINS]))
 
     def threshold(state: QuantileState) -> Threshold:
         up_to = jnp.cumsum(state.counts)
@@ -278,7 +240,7 @@ def quantile_threshold(
         seen = jnp.bincount(bins, weights=counts.astype(norms.dtype), length=_NUM_BINS)
         return QuantileState(state.counts * decay + seen)
 
-    return _rule(init, threshold, observe)
+    return build_rule(init, threshold, observe)
 
 
 def min_norm_threshold(
@@ -319,10 +281,10 @@ def min_norm_threshold(
     References:
       Wang et al., [Adaptive micro-batch clipping](https://arxiv.org/abs/2408.16204), ICLR 2025.
     """
-    _check_memory("min_norm_threshold", decay, initial)
+    check_memory("min_norm_threshold", decay, initial)
 
     def init() -> MinNormState:
-        return MinNormState(RunningMean(_zeros(), _zeros()))
+        return MinNormState(RunningMean(zeros(), zeros()))
 
     def threshold(state: MinNormState) -> Threshold:
         weight, mean = state.smallest
@@ -330,201 +292,9 @@ def min_norm_threshold(
 
     def observe(state: MinNormState, norms: jax.Array, counts: jax.Array) -> MinNormState:
         smallest = jnp.min(norms, where=counts, initial=jnp.inf)
-        return MinNormState(_observe_mean(state.smallest, smallest, 1, decay))
+        return MinNormState(observe_mean(state.smallest, smallest, 1, decay))
 
-    return _rule(init, threshold, observe)
-
-
-def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArgs:
-    """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
-
-    For gradients that are clipped before they come to the optimizer, as those of
-    [`psclip_optax.clipped_value_and_grad`][]. The state is saved,
-    restored and replicated with the optimizer's, where `optax.tree.get(state,
-    "threshold_state")` finds it. [`psclip_optax.per_sample_clip`][] keeps
-    the state itself.
-
-    Args:
-      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][].
-
-    Returns:
-      An `optax.GradientTransformationExtraArgs` with a
-      [`psclip_optax.adaptive.TrackNormsState`][]. Its update takes `norms`, float [n], and
-      `sample_mask`, bool [n] or None, as further keyword arguments, which `optax.chain` passes
-      on.
-
-    Raises:
-      TypeError: `rule` is no AdaptiveThreshold, or an update came without norms.
-      ValueError: norms are not of shape [n], or the mask does not fit.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import psclip_optax as psc
-      >>> loss = lambda w, x: jnp.dot(w, x)  # of one sample
-      >>> f = psc.clipped_value_and_grad(loss, 0.0, return_stats=True)
-      >>> rule = psc.min_norm_threshold()
-      >>> tx = optax.chain(psc.track_norms(rule), optax.sgd(1.0))
-      >>> w, x = jnp.zeros(2), jnp.array([[0.0, 2.0], [6.0, 8.0]])
-      >>> state = tx.init(w)
-      >>> for _ in range(2):  # the first batch only measures
-      ...     threshold = rule.threshold(optax.tree.get(state, "threshold_state"))
-      ...     value, grads, stats = f(w, x, threshold=threshold)
-      ...     updates, state = tx.update(grads, state, w, norms=stats.norms)
-      ...     print(-updates)
-      [0. 0.]
-      [0.6 1.8]
-    """
-    if not isinstance(rule, AdaptiveThreshold):
-        raise TypeError(
-            "track_norms keeps the state of an AdaptiveThreshold, such as psc.moment_threshold(), "
-            f"got {rule!r}, which has none: give it to clipped_value_and_grad alone"
-        )
-
-    def init(params: optax.Params) -> TrackNormsState:
-        del params
-        return TrackNormsState(rule.init())
-
-    def update(
-        updates: optax.Updates,
-        state: TrackNormsState,
-        params: optax.Params | None = None,
-        *,
-        norms: jax.typing.ArrayLike | None = None,
-        sample_mask: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TrackNormsState]:
-        del params, extra_args
-        if not isinstance(state, TrackNormsState):
-            raise TypeError(
-                "track_norms's update takes (grads, state, params) with a TrackNormsState from its "
-                f"init or its last update, got {described(state)}"
-            )
-        if norms is None:
-            raise TypeError(
-                "track_norms expects the norms of the batch: write tx.update(grads, state, params, "
-                "norms=stats.norms, sample_mask=sample_mask), with the stats of "
-                "clipped_value_and_grad(…, return_stats=True)"
-            )
-        return updates, TrackNormsState(rule.update(state.threshold_state, norms, sample_mask))
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the state has its own type)
-
-
-def as_adaptive(threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike) -> Any:
-    """The rule itself, or one without a state that always has this threshold."""
-    if isinstance(threshold, AdaptiveThreshold):
-        return threshold
-    fixed = as_threshold(threshold)
-    return AdaptiveThreshold(tuple, lambda state: fixed, lambda state, *_: state)
-
-
-def _check_memory(owner: str, decay: Any, initial: Any) -> None:
-    check_number(owner, "decay", decay, lowest=0, highest=1)
-    check_number(owner, "initial", initial, lowest=0)
-
-
-def _zeros(shape: Any = ()) -> jax.Array:
-    return jnp.zeros(shape, jnp.result_type(float))
-
-
-def _rule(
-    init: Callable[[], Any],
-    threshold: Callable[[Any], Threshold],
-    observe: Callable[[Any, jax.Array, jax.Array], Any],
-) -> AdaptiveThreshold:
-    """A rule from (state, norms, which of them have a say) → state, the others being 0."""
-    expected = jax.eval_shape(init)
-
-    def checked_threshold(state: Any) -> Threshold:
-        _check_state(state, expected)
-        return threshold(state)
-
-    def update(
-        state: Any,
-        norms: jax.typing.ArrayLike,
-        sample_mask: jax.typing.ArrayLike | None = None,
-        *,
-        axis_name: Any = None,
-    ) -> Any:
-        _check_state(state, expected)
-
-        def compute(state: Any, norms: Any, sample_mask: Any) -> Any:
-            meshes.check_axis_name(axis_name)
-            norms, counts = _checked_norms(norms, sample_mask)
-            if axis_name is not None:
-                norms, counts = (clipping.gathered(x, axis_name) for x in (norms, counts))
-            new = observe(state, jnp.where(counts, norms, 0), counts)
-            return jax.tree.map(
-                lambda new, old: jnp.where(jnp.any(counts), new, old).astype(old.dtype), new, state
-            )
-
-        arguments = (state, norms, sample_mask)
-        mesh = meshes.explicit_mesh(arguments)
-        if mesh is None:
-            return compute(*arguments)
-        return meshes.with_auto_axes(compute, arguments, mesh, P())
-
-    return AdaptiveThreshold(init, checked_threshold, update)
-
-
-def _check_state(state: Any, expected: Any) -> None:
-    if jax.tree.structure(state) != jax.tree.structure(expected):
-        raise TypeError(
-            "an adaptive threshold's state comes from init() or update(state, norms) of the same "
-            f"rule, {described_tree(expected)}, got {described_tree(state)}"
-        )
-
-
-def _checked_norms(norms: Any, sample_mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Norms in the dtype of a state, and which are finite and not masked."""
-    expected = (
-        "an adaptive threshold is updated with the norms of a batch, a float array of shape [n] "
-        "such as stats.norms of psc.ClipStats"
-    )
-    norms = as_array(norms, expected)
-    if norms.ndim != 1 or not jnp.issubdtype(norms.dtype, jnp.floating):
-        raise ValueError(f"{expected}, got {described(norms)}")
-    known = concrete(norms)
-    negative = np.zeros(0) if known is None else known[np.isfinite(known) & (known < 0)]
-    if negative.size:
-        raise ValueError(
-            f"norms are ≥ 0, but the smallest of {described(norms)} is {negative.min()}; pass "
-            "stats.norms of psc.ClipStats as they are"
-        )
-    norms = lax.stop_gradient(norms).astype(promoted(norms.dtype, jnp.result_type(float)))
-    finite = jnp.isfinite(norms)
-    if sample_mask is None:
-        return norms, finite
-    return norms, finite & clipping.check_sample_mask(sample_mask, norms.size)
-
-
-def _weigh(weight: jax.Array, amount: Any, decay: Any) -> tuple[jax.Array, jax.Array]:
-    """The new weight, and the share in it of what is new."""
-    amount = jnp.asarray(amount, weight.dtype)
-    weight = decay * weight + amount
-    return weight, amount / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
-
-
-def _observe_mean(running: Any, value: jax.Array, amount: Any, decay: Any) -> RunningMean:
-    weight, share = _weigh(running.weight, amount, decay)
-    return RunningMean(weight, running.mean + share * (value - running.mean))
-
-
-def _observe_moment(
-    running: RunningMoment, norms: jax.Array, counts: jax.Array, orders: Any, decay: Any
-) -> RunningMoment:
-    number = jnp.sum(counts)
-    weight, share = _weigh(running.weight, number, decay)
-    orders = jnp.asarray(orders, norms.dtype)
-    # In units of the largest, of which no power overflows.
-    largest = jnp.maximum(jnp.max(norms, initial=0), running.root)
-    unit = jnp.where(largest > 0, largest, 1)
-    behind_orders = (*[1] * orders.ndim, -1)
-    powers = (norms.reshape(behind_orders) / unit[..., None]) ** orders[..., None]
-    counted = jnp.where(counts.reshape(behind_orders), powers, 0)
-    mean = jnp.sum(counted, axis=-1) / jnp.maximum(number, 1).astype(norms.dtype)
-    before = (running.root / unit) ** orders
-    return RunningMoment(weight, unit * ((1 - share) * before + share * mean) ** (1 / orders))
+    return build_rule(init, threshold, observe)
 
 
 def _hill(norms: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,48 +1,23 @@
-"""Thresholds: from a sample's position in the batch to the largest norm its gradient may have.
+"""Thresholds that are known in advance: constant, and growing with the position.
 
-A threshold is any callable from 1-based integer positions, shape `[n]`, to norms τ, shape
-`[n]`. The two classes here are pytrees whose numbers may be traced, so that a threshold can be
+The two classes here are pytrees whose numbers may be traced, so that a threshold can be
 an argument of a jitted function, be scheduled, batched by `jax.vmap` or differentiated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psclip_optax.arrays import as_array, described, dtype_of
+from psclip_optax.arrays import as_array, described
+from psclip_optax.thresholds.checks import as_positions, check_number, concrete, is_numeric
+from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
 
-Threshold: TypeAlias = Callable[[jax.Array], jax.Array]
 _Class = TypeVar("_Class", bound=type)
-
-
-class AdaptiveThreshold(NamedTuple):
-    """A threshold that follows the norms it has seen: three pure functions, as Optax has two.
-
-    Between a batch and the next its state is the caller's to keep: it is a pytree of arrays, to be
-    checkpointed, replicated over devices and carried through `jax.lax.scan`.
-
-    Attributes:
-      init: `init() -> state`, before any norm was seen.
-      threshold: `threshold(state) -> threshold`, from the norms seen up to now; a pytree, and a
-        callable from positions [n] to norms τ [n].
-      update: `update(state, norms, sample_mask=None, *, axis_name=None) -> state`, after a batch
-        with these norms, float [n]. Those that are masked (bool [n], False for padding) or not
-        finite have no say; a batch without any that has leaves the state as it is. Under
-        `jax.shard_map` `axis_name` is the mesh axis (or axes) over which the norms are
-        sharded; the state is then that of the whole batch, the same on all devices.
-    """
-
-    init: Callable[[], Any]
-    threshold: Callable[[Any], Threshold]
-    update: Callable[..., Any]
-
 
 _KEEPS_NO_STATE = (
     "an AdaptiveThreshold has a state, which is not kept here; expected a number or a callable "
@@ -51,74 +26,6 @@ _KEEPS_NO_STATE = (
     "state = rule.update(state, stats.norms, sample_mask). psc.per_sample_clip(rule) keeps it, and "
     "so do the train steps of an optimizer with psc.track_norms(rule)"
 )
-
-_SCALAR_POSITION = (
-    "a threshold takes the positions of a batch's samples, an integer array of shape [n], but "
-    "was called with a scalar. `optax.inject_hyperparams` does this to any callable, taking it "
-    "for a schedule over steps: to schedule the numbers in a threshold, write "
-    "`optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`, or pass a "
-    "number or a schedule as `threshold`; to keep it as it is, add static_args=('threshold',)"
-)
-
-
-def concrete(x: Any) -> np.ndarray | None:
-    """The value of `x`, or None while it is being traced, or is on other processes' devices."""
-    try:
-        return np.asarray(x)
-    except (jax.errors.TracerArrayConversionError, RuntimeError):
-        return None
-
-
-def check_number(
-    owner: str,
-    name: str,
-    value: Any,
-    *,
-    lowest: float,
-    highest: float = math.inf,
-    open_ends: tuple[bool, bool] = (False, False),
-) -> None:
-    """Refuse what is no real scalar or, where the value is known, lies outside the interval."""
-    is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
-    if not (isinstance(value, int | float) or is_array) or not _is_numeric(dtype_of(value)):
-        raise TypeError(f"{owner} expects a real number as `{name}`, got {value!r}")
-    if np.shape(value) or jnp.iscomplexobj(value):
-        raise ValueError(
-            f"{owner} expects a real scalar as `{name}`, got {described(value)}; for one threshold "
-            "per sample pass a callable, `lambda k: taus[k - 1]`"
-        )
-    known = concrete(value)
-    if known is None:
-        return
-    number = float(known)
-    is_inside = lowest <= number <= highest
-    if not is_inside or (number == lowest and open_ends[0]) or (number == highest and open_ends[1]):
-        expected = f"{'>' if open_ends[0] else '>='} {lowest:g}"
-        if highest < math.inf or open_ends[1]:
-            expected += f" and {'<' if open_ends[1] else '<='} {highest:g}"
-        raise ValueError(f"{owner} expects `{name}` {expected}, got {number:g}")
-
-
-def _is_numeric(dtype: Any) -> bool:
-    return dtype is not None and jnp.issubdtype(dtype, jnp.number)
-
-
-def as_positions(positions: Any) -> jax.Array:
-    positions = as_array(positions, "positions are 1-based integers k = 1, 2, …, of shape [n]")
-    if positions.ndim == 0:
-        raise TypeError(_SCALAR_POSITION)
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(
-            f"positions are 1-based integers k = 1, 2, …, but came as {described(positions)}; cast "
-            "them with .astype(int)"
-        )
-    known = concrete(positions)
-    if known is not None and (known < 1).any():
-        raise ValueError(
-            f"positions are 1-based, but the smallest that came is {known.min()}; write "
-            "`jnp.arange(1, n + 1)`"
-        )
-    return positions
 
 
 def _register_without_checks(cls: _Class) -> _Class:
@@ -228,7 +135,7 @@ growing_threshold = GrowingThreshold
 
 
 def _is_real(dtype: Any) -> bool:
-    return _is_numeric(dtype) and not jnp.issubdtype(dtype, jnp.complexfloating)
+    return is_numeric(dtype) and not jnp.issubdtype(dtype, jnp.complexfloating)
 
 
 def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:

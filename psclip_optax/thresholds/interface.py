@@ -1,0 +1,32 @@
+"""Types of thresholds: a callable, and one that follows norms in a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+Threshold: TypeAlias = Callable[[jax.Array], jax.Array]
+
+
+class AdaptiveThreshold(NamedTuple):
+    """A threshold that follows the norms it has seen: three pure functions, as Optax has two.
+
+    Between a batch and the next its state is the caller's to keep: it is a pytree of arrays, to be
+    checkpointed, replicated over devices and carried through `jax.lax.scan`.
+
+    Attributes:
+      init: `init() -> state`, before any norm was seen.
+      threshold: `threshold(state) -> threshold`, from the norms seen up to now; a pytree, and a
+        callable from positions [n] to norms τ [n].
+      update: `update(state, norms, sample_mask=None, *, axis_name=None) -> state`, after a batch
+        with these norms, float [n]. Those that are masked (bool [n], False for padding) or not
+        finite have no say; a batch without any that has leaves the state as it is. Under
+        `jax.shard_map` `axis_name` is the mesh axis (or axes) over which the norms are
+        sharded; the state is then that of the whole batch, the same on all devices.
+    """
+
+    init: Callable[[], Any]
+    threshold: Callable[[Any], Threshold]
+    update: Callable[..., Any]

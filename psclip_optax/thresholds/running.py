@@ -1,0 +1,65 @@
+"""Running means and moments of norms, each batch discounted for every one after it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class RunningMean(NamedTuple):
+    """A mean over what was seen, each batch discounted by the decay for every one after it.
+
+    Attributes:
+      weight: float, of all that was seen; 0 before that.
+      mean: float.
+    """
+
+    weight: jax.Array
+    mean: jax.Array
+
+
+class RunningMoment(NamedTuple):
+    """Roots of mean powers of the norms seen, (mean ‖g‖^p)^{1/p}.
+
+    Attributes:
+      weight: float, how many norms, each discounted.
+      root: float, in the units of a norm; [m] for m orders p.
+    """
+
+    weight: jax.Array
+    root: jax.Array
+
+
+def zeros(shape: Any = ()) -> jax.Array:
+    return jnp.zeros(shape, jnp.result_type(float))
+
+
+def _weigh(weight: jax.Array, amount: Any, decay: Any) -> tuple[jax.Array, jax.Array]:
+    """The new weight, and the share in it of what is new."""
+    amount = jnp.asarray(amount, weight.dtype)
+    weight = decay * weight + amount
+    return weight, amount / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+
+
+def observe_mean(running: Any, value: jax.Array, amount: Any, decay: Any) -> RunningMean:
+    weight, share = _weigh(running.weight, amount, decay)
+    return RunningMean(weight, running.mean + share * (value - running.mean))
+
+
+def observe_moment(
+    running: RunningMoment, norms: jax.Array, counts: jax.Array, orders: Any, decay: Any
+) -> RunningMoment:
+    number = jnp.sum(counts)
+    weight, share = _weigh(running.weight, number, decay)
+    orders = jnp.asarray(orders, norms.dtype)
+    # In units of the largest, of which no power overflows.
+    largest = jnp.maximum(jnp.max(norms, initial=0), running.root)
+    unit = jnp.where(largest > 0, largest, 1)
+    behind_orders = (*[1] * orders.ndim, -1)
+    powers = (norms.reshape(behind_orders) / unit[..., None]) ** orders[..., None]
+    counted = jnp.where(counts.reshape(behind_orders), powers, 0)
+    mean = jnp.sum(counted, axis=-1) / jnp.maximum(number, 1).astype(norms.dtype)
+    before = (running.root / unit) ** orders
+    return RunningMoment(weight, unit * ((1 - share) * before + share * mean) ** (1 / orders))

@@ -1,0 +1,105 @@
+"""Where the state of an adaptive threshold is kept: in an optimizer's."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from psclip_optax.arrays import described
+from psclip_optax.thresholds.fixed import as_threshold
+from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
+
+
+class TrackNormsState(NamedTuple):
+    """State of `track_norms`.
+
+    Attributes:
+      threshold_state: the state of the adaptive threshold.
+    """
+
+    threshold_state: Any
+
+
+def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArgs:
+    """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
+
+    For gradients that are clipped before they come to the optimizer, as those of
+    [`psclip_optax.clipped_value_and_grad`][]. The state is saved,
+    restored and replicated with the optimizer's, where `optax.tree.get(state,
+    "threshold_state")` finds it. [`psclip_optax.per_sample_clip`][] keeps
+    the state itself.
+
+    Args:
+      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][].
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a
+      [`psclip_optax.thresholds.tracking.TrackNormsState`][]. Its update takes `norms`, float [n],
+      and `sample_mask`, bool [n] or None, as further keyword arguments, which `optax.chain`
+      passes on.
+
+    Raises:
+      TypeError: `rule` is no AdaptiveThreshold, or an update came without norms.
+      ValueError: norms are not of shape [n], or the mask does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import psclip_optax as psc
+      >>> loss = lambda w, x: jnp.dot(w, x)  # of one sample
+      >>> f = psc.clipped_value_and_grad(loss, 0.0, return_stats=True)
+      >>> rule = psc.min_norm_threshold()
+      >>> tx = optax.chain(psc.track_norms(rule), optax.sgd(1.0))
+      >>> w, x = jnp.zeros(2), jnp.array([[0.0, 2.0], [6.0, 8.0]])
+      >>> state = tx.init(w)
+      >>> for _ in range(2):  # the first batch only measures
+      ...     threshold = rule.threshold(optax.tree.get(state, "threshold_state"))
+      ...     value, grads, stats = f(w, x, threshold=threshold)
+      ...     updates, state = tx.update(grads, state, w, norms=stats.norms)
+      ...     print(-updates)
+      [0. 0.]
+      [0.6 1.8]
+    """
+    if not isinstance(rule, AdaptiveThreshold):
+        raise TypeError(
+            "track_norms keeps the state of an AdaptiveThreshold, such as psc.moment_threshold(), "
+            f"got {rule!r}, which has none: give it to clipped_value_and_grad alone"
+        )
+
+    def init(params: optax.Params) -> TrackNormsState:
+        del params
+        return TrackNormsState(rule.init())
+
+    def update(
+        updates: optax.Updates,
+        state: TrackNormsState,
+        params: optax.Params | None = None,
+        *,
+        norms: jax.typing.ArrayLike | None = None,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TrackNormsState]:
+        del params, extra_args
+        if not isinstance(state, TrackNormsState):
+            raise TypeError(
+                "track_norms's update takes (grads, state, params) with a TrackNormsState from its "
+                f"init or its last update, got {described(state)}"
+            )
+        if norms is None:
+            raise TypeError(
+                "track_norms expects the norms of the batch: write tx.update(grads, state, params, "
+                "norms=stats.norms, sample_mask=sample_mask), with the stats of "
+                "clipped_value_and_grad(…, return_stats=True)"
+            )
+        return updates, TrackNormsState(rule.update(state.threshold_state, norms, sample_mask))
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the state has its own type)
+
+
+def as_adaptive(threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike) -> Any:
+    """The rule itself, or one without a state that always has this threshold."""
+    if isinstance(threshold, AdaptiveThreshold):
+        return threshold
+    fixed = as_threshold(threshold)
+    return AdaptiveThreshold(tuple, lambda state: fixed, lambda state, *_: state)
