@@ -11,6 +11,7 @@ from psclip_optax.thresholds.adaptive import (
     moment_threshold,
     quantile_threshold,
 )
+from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.tracking import track_norms
 from psclip_optax.transforms import per_sample_clip
 
@@ -20,6 +21,7 @@ __all__ = [
     "AdaptiveThreshold",
     "ClipStats",
     "accumulate_clipped",
+    "auto_threshold",
     "clipped_grad",
     "clipped_value_and_grad",
     "constant_threshold",

@@ -162,7 +162,7 @@ def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> Batch
         num_clipped=stats.num_clipped,
         num_nonfinite=stats.num_nonfinite,
         mean_scale=jnp.sum(stats.scales) / jnp.maximum(num_kept, 1).astype(stats.scales.dtype),
-        median_norm=_median(stats.norms, kept),
+        median_norm=median(stats.norms, kept),
         max_norm=jnp.max(stats.norms, where=kept, initial=0),
     )
 
@@ -172,7 +172,7 @@ def no_figures() -> BatchFigures:
     return BatchFigures(*(jnp.zeros(()) for _ in BatchFigures._fields))
 
 
-def _median(values: jax.Array, counts: jax.Array) -> jax.Array:
+def median(values: jax.Array, counts: jax.Array) -> jax.Array:
     """The median of the values that count; 0 when there is none."""
     if not values.size:
         return jnp.zeros((), values.dtype)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
-from psclip_optax.thresholds import growing_threshold
+from psclip_optax.thresholds import AdaptiveThreshold, GrowingThreshold, growing_threshold
+from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.transforms import per_sample_clip
 
 
 def ps_clip_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    alpha: jax.typing.ArrayLike,
-    beta: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike | None = None,
+    beta: jax.typing.ArrayLike | None = None,
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -24,6 +27,7 @@ def ps_clip_sgd(
     Args:
       learning_rate: a number or an Optax schedule over steps.
       alpha: the scale α ≥ 0 of the threshold, in the units of the gradient's norm; σ in theory.
+        Without α and β the threshold is [`psclip_optax.auto_threshold`][].
       beta: its growth β > 0 with a sample's position k; the moment p in (1, 2] in theory.
       momentum: decay of the momentum; None for none.
       nesterov: whether the momentum is Nesterov's.
@@ -35,7 +39,8 @@ def ps_clip_sgd(
       `optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`.
 
     Raises:
-      TypeError: α or β is a callable outside `optax.inject_hyperparams`, or no number.
+      TypeError: α or β is a callable outside `optax.inject_hyperparams`, or no number, or one of
+        them is given without the other.
       ValueError: α < 0, β ≤ 0 or NaN.
 
     Examples:
@@ -54,6 +59,17 @@ def ps_clip_sgd(
       Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
     return optax.chain(
-        per_sample_clip(growing_threshold(alpha, beta)),
+        per_sample_clip(_threshold(alpha, beta)),
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
     )
+
+
+def _threshold(alpha: Any, beta: Any) -> GrowingThreshold | AdaptiveThreshold:
+    if alpha is None and beta is None:
+        return auto_threshold()
+    if alpha is None or beta is None:
+        raise TypeError(
+            "ps_clip_sgd expects both alpha and beta, or neither for psc.auto_threshold(), got "
+            f"{alpha=}, {beta=}"
+        )
+    return growing_threshold(alpha, beta)

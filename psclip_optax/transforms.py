@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,10 @@ from psclip_optax.arrays import (
 )
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.stacks import Stack
-from psclip_optax.thresholds import AdaptiveThreshold, Threshold
-from psclip_optax.thresholds.tracking import as_adaptive
+from psclip_optax.thresholds import AdaptiveThreshold, ConstantThreshold, Threshold
+from psclip_optax.thresholds.tracking import as_adaptive, state_for_batch
+
+UNCLIPPED = ConstantThreshold(math.inf)
 
 
 class _Figures(NamedTuple):
@@ -220,7 +223,7 @@ def _check_state(state: Any) -> None:
 
 
 def per_sample_clip(
-    threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike,
+    threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | None = None,
     *,
     sample_axis: int = 0,
     on_nonfinite: OnNonfinite = "drop",
@@ -245,7 +248,8 @@ def per_sample_clip(
         gradient's norm: a number (the same for all), [`psclip_optax.growing_threshold`][], any
         callable from integer positions [n] to norms [n], or an adaptive one such as
         [`psclip_optax.moment_threshold`][], whose τ_k come from the norms of the batches before
-        this one, as kept in the state.
+        this one, as kept in the state. None is [`psclip_optax.auto_threshold`][], which needs no
+        number.
       sample_axis: the axis of every leaf along which the n samples are stacked.
       on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
         keeps its position and its share in N. "propagate" lets it through, so that the result is
@@ -353,18 +357,26 @@ def per_sample_clip(
         n = stack.num_samples
         mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
         positions = None if positions is None else clipping.check_positions(positions, n)
-        taus = clipping.batch_thresholds(
-            threshold, n, stacks.norm_dtype(stack.leaves), mask, positions, axis_name
-        )
-        batch = Batch(taus, jnp.ones(n, bool) if mask is None else mask)
-        sums, stats, kept = clip_and_sum(
+        counts = jnp.ones(n, bool) if mask is None else mask
+        clipped_sum = functools.partial(
+            clip_and_sum,
             stack.leaves,
-            batch,
             axes=stack.axes,
             masked=mask is not None,
             on_nonfinite=on_nonfinite,
         )
-        counts = batch.counts
+
+        def thresholds(threshold: Threshold) -> jax.Array:
+            dtype = stacks.norm_dtype(stack.leaves)
+            return clipping.batch_thresholds(threshold, n, dtype, mask, positions, axis_name)
+
+        def measure() -> jax.Array:
+            return clipped_sum(Batch(thresholds(UNCLIPPED), counts))[1].norms
+
+        if rule.is_new is not None:
+            own = state_for_batch(rule, state.threshold_state, measure, counts, axis_name=axis_name)
+            threshold = rule.threshold(own)
+        sums, stats, kept = clipped_sum(Batch(thresholds(threshold), counts))
         if axis_name is not None:
             sums = lax.psum(sums, axis_name)
             stats, counts, kept = clipping.over_devices(stats, counts, kept, axis_name)

@@ -26,6 +26,9 @@ RULES = {
     "min-norm": psc.min_norm_threshold(decay=0.5),
 }
 ALL_RULES = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+# The automatic one, too, has what is said of states; its first batch is its own.
+WITH_AUTO = RULES | {"automatic": psc.auto_threshold()}
+ALL_STATES = pytest.mark.parametrize("rule", WITH_AUTO.values(), ids=WITH_AUTO.keys())
 K = np.arange(1, 9)
 
 
@@ -257,7 +260,7 @@ def test_before_any_norm_it_is_the_initial_one(rule):
             np.testing.assert_array_equal(taus(rule, rule.init()), np.full(len(K), initial))
 
 
-@ALL_RULES
+@ALL_STATES
 def test_masked_and_nonfinite_norms_have_no_say(rule):
     norms = jnp.asarray(pareto(1.5, 12))
     bad = norms.at[:4].set(jnp.array([jnp.nan, jnp.inf, 1e9, -jnp.inf]))
@@ -267,7 +270,7 @@ def test_masked_and_nonfinite_norms_have_no_say(rule):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), state, expected)
 
 
-@ALL_RULES
+@ALL_STATES
 @pytest.mark.parametrize("seen", [False, True])
 def test_batch_of_which_nothing_counts_leaves_the_state(rule, seen):
     before = after(rule, padded(BATCHES) if seen else [])
@@ -280,7 +283,7 @@ def test_batch_of_which_nothing_counts_leaves_the_state(rule, seen):
         chex.assert_trees_all_equal(rule.update(before, norms, mask), before)
 
 
-@ALL_RULES
+@ALL_STATES
 def test_state_keeps_its_types_and_nothing_is_traced_again(rule):
     avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
     traces = 0
@@ -299,7 +302,7 @@ def test_state_keeps_its_types_and_nothing_is_traced_again(rule):
     assert traces == 1
 
 
-@ALL_RULES
+@ALL_STATES
 def test_scan_and_vmap_are_the_loop(rule):
     batches = pareto(1.5, (2, 6, 10)).astype(np.float32)  # two runs of six steps
     expected = [after(rule, run) for run in batches]
@@ -582,7 +585,7 @@ def norms_and_mask():
 
 @MANY
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@ALL_RULES
+@ALL_STATES
 def test_sharded_norms_are_those_of_the_whole_batch(rule, axis_type):
     norms, mask = norms_and_mask()
     expected = rule.update(rule.update(rule.init(), norms, mask), norms)
@@ -596,7 +599,7 @@ def test_sharded_norms_are_those_of_the_whole_batch(rule, axis_type):
 
 @MANY
 @pytest.mark.parametrize("check_vma", [True, False])
-@ALL_RULES
+@ALL_STATES
 def test_norms_under_shard_map_are_those_of_the_whole_batch(rule, check_vma):
     norms, mask = norms_and_mask()
     update = jax.shard_map(

@@ -26,6 +26,7 @@ THRESHOLDS = {
     "moment of any order": psc.moment_threshold(initial=1.0),
     "quantile": psc.quantile_threshold(0.9, initial=1.0),
     "min norm": psc.min_norm_threshold(initial=1.0),
+    "automatic": psc.auto_threshold(),
 }
 
 

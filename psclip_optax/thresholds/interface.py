@@ -25,8 +25,12 @@ class AdaptiveThreshold(NamedTuple):
         finite have no say; a batch without any that has leaves the state as it is. Under
         `jax.shard_map` `axis_name` is the mesh axis (or axes) over which the norms are
         sharded; the state is then that of the whole batch, the same on all devices.
+      is_new: `is_new(state) -> bool []`, whether too little was seen for a threshold, so that the
+        next batch is to be clipped by its own norms: at `threshold(update(state, norms))`. None,
+        the default, where `threshold(state)` is right from the start.
     """
 
     init: Callable[[], Any]
     threshold: Callable[[Any], Threshold]
     update: Callable[..., Any]
+    is_new: Callable[[Any], jax.Array] | None = None

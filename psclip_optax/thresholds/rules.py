@@ -26,6 +26,7 @@ def build_rule(
     init: Callable[[], Any],
     threshold: Callable[[Any], Threshold],
     observe: Callable[[Any, jax.Array, jax.Array], Any],
+    is_new: Callable[[Any], jax.Array] | None = None,
 ) -> AdaptiveThreshold:
     """A rule from (state, norms, which of them have a say) → state, the others being 0."""
     expected = jax.eval_shape(init)
@@ -59,7 +60,7 @@ def build_rule(
             return compute(*arguments)
         return meshes.with_auto_axes(compute, arguments, mesh, P())
 
-    return AdaptiveThreshold(init, checked_threshold, update)
+    return AdaptiveThreshold(init, checked_threshold, update, is_new)
 
 
 def _check_state(state: Any, expected: Any) -> None:

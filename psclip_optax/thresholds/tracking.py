@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax import lax
 
 from psclip_optax.arrays import described
+from psclip_optax.thresholds.auto import auto_threshold
+from psclip_optax.thresholds.checks import concrete
 from psclip_optax.thresholds.fixed import as_threshold
 from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
 
@@ -22,7 +26,7 @@ class TrackNormsState(NamedTuple):
     threshold_state: Any
 
 
-def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArgs:
+def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransformationExtraArgs:
     """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
 
     For gradients that are clipped before they come to the optimizer, as those of
@@ -32,7 +36,8 @@ def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArg
     the state itself.
 
     Args:
-      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][].
+      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][]; None for
+        [`psclip_optax.auto_threshold`][].
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a
@@ -61,6 +66,7 @@ def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArg
       [0. 0.]
       [0.6 1.8]
     """
+    rule = auto_threshold() if rule is None else rule
     if not isinstance(rule, AdaptiveThreshold):
         raise TypeError(
             "track_norms keeps the state of an AdaptiveThreshold, such as psc.moment_threshold(), "
@@ -97,8 +103,32 @@ def track_norms(rule: AdaptiveThreshold) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the state has its own type)
 
 
-def as_adaptive(threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike) -> Any:
-    """The rule itself, or one without a state that always has this threshold."""
+def state_for_batch(
+    rule: AdaptiveThreshold,
+    state: Any,
+    measure: Callable[[], jax.Array],
+    sample_mask: jax.Array | None = None,
+    *,
+    axis_name: Any = None,
+) -> Any:
+    """The state whose threshold clips a batch; with the norms that it measures where it is new."""
+    if rule.is_new is None:
+        return state
+
+    def measured() -> Any:
+        return rule.update(state, measure(), sample_mask, axis_name=axis_name)
+
+    is_new = rule.is_new(state)
+    known = concrete(is_new)
+    if known is not None:  # a lax.cond outside of jit would be compiled in each update
+        return measured() if known else state
+    return lax.cond(is_new, measured, lambda: state)
+
+
+def as_adaptive(threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | None) -> Any:
+    """The rule itself, the automatic one of None, or one that always has this threshold."""
+    if threshold is None:
+        return auto_threshold()
     if isinstance(threshold, AdaptiveThreshold):
         return threshold
     fixed = as_threshold(threshold)
