@@ -22,7 +22,8 @@ from psclip_optax.clipping import batch_figures, check_positions, check_sample_m
 from psclip_optax.engine.calls import value_and_aux
 from psclip_optax.engine.units import Unit
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
-from psclip_optax.thresholds.tracking import TrackNormsState
+from psclip_optax.thresholds.auto import auto_threshold
+from psclip_optax.thresholds.tracking import TrackNormsState, state_for_batch
 from psclip_optax.transforms import PerSampleClipState
 
 Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]
@@ -37,6 +38,10 @@ class _Batch(NamedTuple):
     examples: tuple[Any, ...]
     sample_mask: jax.Array | None
     positions: jax.Array | None
+
+    def counts(self) -> jax.Array:
+        number = len(jax.tree.leaves(self.examples)[0])
+        return jnp.ones(number, bool) if self.sample_mask is None else self.sample_mask
 
 
 class _Computed(NamedTuple):
@@ -93,10 +98,9 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
     def compute(loss: _Loss, params: Any, batch: _Batch, opt_state: Any) -> _Computed:
         given = threshold_from(opt_state)
         is_adaptive = isinstance(given, AdaptiveThreshold)
-        threshold = _from_tracked_norms(given, opt_state) if is_adaptive else given
         value_and_grad = clipped_value_and_grad(
             loss,
-            threshold,
+            jnp.inf if is_adaptive else given,
             has_aux=True,
             mode=how.mode,
             microbatch_size=how.microbatch_size,
@@ -104,14 +108,21 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
             return_stats=True,
         )
         by_sample = how.clip_at == "sample"
-        (_, logs), gradients, stats = value_and_grad(
+        value_and_grad = functools.partial(
+            value_and_grad,
             params,
             *batch.examples,
             sample_mask=batch.sample_mask,
             positions=batch.positions,
         )
-        counts = _counts(logs["loss"], batch.sample_mask)
+        counts = batch.counts()
         units = Unit(1 if by_sample else how.microbatch_size or counts.size).counting(counts)
+        threshold = given
+        if is_adaptive:
+            state = _tracked_state(given, opt_state)
+            own = state_for_batch(given, state, lambda: value_and_grad()[-1].norms, units)
+            threshold = given.threshold(own)
+        (_, logs), gradients, stats = value_and_grad(threshold=threshold)
         figures = batch_figures(stats, units, units & jnp.isfinite(stats.norms))._asdict()
         if not by_sample:
             number = {"num_microbatches": figures["num_samples"]}
@@ -127,8 +138,8 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
     return _Gradients(compute, stacked=False, by_position=how.clip_at == "sample")
 
 
-def _from_tracked_norms(rule: AdaptiveThreshold, opt_state: Any) -> Threshold:
-    """The threshold from the state that `track_norms` keeps in the optimizer's."""
+def _tracked_state(rule: AdaptiveThreshold, opt_state: Any) -> Any:
+    """What `track_norms` keeps in the optimizer's state."""
     expected = jax.eval_shape(rule.init)
     tracked = [node.threshold_state for node in _nodes(opt_state, TrackNormsState)]
     if len(tracked) != 1 or not _are_alike(tracked[0], expected):
@@ -139,8 +150,7 @@ def _from_tracked_norms(rule: AdaptiveThreshold, opt_state: Any) -> Threshold:
             "optax.chain(psclip_optax.track_norms(rule), …) with the rule that the step has"
         )
     # As in _clip_states: the leaves are what NNX has in Variables.
-    state = jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(tracked))
-    return rule.threshold(state)
+    return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(tracked))
 
 
 def _are_alike(state: Any, expected: Any) -> bool:
@@ -191,6 +201,26 @@ def _chosen_gradients(
     threshold: Any,
     threshold_from: Callable[[Any], Any] | None,
     how: _How,
+) -> Callable[[Any], _Gradients]:
+    """From the optimizer's state to the gradients that it is to have."""
+    named = _named_gradients(loss, name, threshold, threshold_from, how)
+    if name is not None or threshold is not None or threshold_from is not None:
+        return lambda opt_state: named
+    automatic = _clipped_gradients(lambda _: auto_threshold(), how)
+
+    def chosen(opt_state: Any) -> _Gradients:
+        tracks_norms = _nodes(opt_state, TrackNormsState) and not _clip_states(opt_state)
+        return automatic if tracks_norms else named
+
+    return chosen
+
+
+def _named_gradients(
+    loss: _Loss,
+    name: str | None,
+    threshold: Any,
+    threshold_from: Callable[[Any], Any] | None,
+    how: _How,
 ) -> _Gradients:
     # For its checks, of what does not come to it as well.
     clipped_value_and_grad(
@@ -201,11 +231,11 @@ def _chosen_gradients(
     name = name or ("clipped" if has_threshold else "per_sample")
     if name not in (*_GRADIENTS, "clipped"):
         raise ValueError(f"gradients is one of {known}, got {name!r}")
-    if has_threshold != (name == "clipped") or None not in (threshold, threshold_from):
+    if (has_threshold and name != "clipped") or None not in (threshold, threshold_from):
         raise ValueError(
-            'gradients="clipped" takes one of threshold and threshold_from, the others take none, '
-            f"got gradients={name!r}, {threshold=}, {threshold_from=}; per_sample_clip has its "
-            "threshold in the optimizer"
+            'gradients="clipped" takes one of threshold and threshold_from, or neither, the others '
+            f"take none, got gradients={name!r}, {threshold=}, {threshold_from=}; per_sample_clip "
+            "has its threshold in the optimizer"
         )
     if threshold_from is not None and not callable(threshold_from):
         raise TypeError(
@@ -213,7 +243,8 @@ def _chosen_gradients(
             f"{threshold_from!r}; a threshold itself is passed as threshold"
         )
     if name == "clipped":
-        return _clipped_gradients(threshold_from or (lambda _: threshold), how)
+        given = auto_threshold() if threshold is None else threshold
+        return _clipped_gradients(threshold_from or (lambda _: given), how)
     if how.clip_at != "sample":
         raise ValueError(
             f'clip_at is of gradients="clipped", got {how.clip_at!r} with gradients={name!r}; give '
@@ -348,8 +379,9 @@ def _check_optimizer(opt_state: Any, stacked: bool) -> None:
         raise ValueError(
             'gradients="per_sample", which is meant where no threshold is given, has stacked '
             "gradients [n, …] for one per_sample_clip in the optimizer, whose state holds "
-            f"{number} PerSampleClipState. For any optimizer pass threshold=… to the step; or "
-            "write optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
+            f"{number} PerSampleClipState. For any optimizer pass threshold=… to the step, or "
+            "write optax.chain(psclip_optax.track_norms(), …) for the automatic one; or write "
+            "optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
             'psclip_optax.ps_clip_sgd(…), or gradients="mean", which clips nothing'
         )
     if not stacked and number:
@@ -390,15 +422,17 @@ def linen_train_step(
 
     Args:
       loss: `loss(params, *example)`, a scalar for one example; map no batch axis over it.
-      gradients: "clipped", the default where a threshold is given, gives any Optax optimizer the
-        clipped mean gradient of [`psclip_optax.clipped_value_and_grad`][]. "per_sample", the
-        default without one, gives `state.tx` the stacked gradients [n, …] and the mask and
-        positions; its first link is [`psclip_optax.per_sample_clip`][]. "mean" gives the gradient
-        of the mean loss, for baselines.
+      gradients: "clipped", the default where a threshold is given or `state.tx` has a
+        [`psclip_optax.track_norms`][], gives any Optax optimizer the clipped mean gradient of
+        [`psclip_optax.clipped_value_and_grad`][]. "per_sample", the default without either, gives
+        `state.tx` the stacked gradients [n, …] and the mask and positions; its first link is
+        [`psclip_optax.per_sample_clip`][]. "mean" gives the gradient of the mean loss, for
+        baselines.
       has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
       threshold: For "clipped": a number, a threshold such as `psclip_optax.growing_threshold`, or
         an adaptive one such as `psclip_optax.moment_threshold()`, whose state is that of a
-        [`psclip_optax.track_norms`][] of the same rule in the chain of `state.tx`.
+        [`psclip_optax.track_norms`][] of the same rule in the chain of `state.tx`. None is
+        [`psclip_optax.auto_threshold`][], that of a `track_norms()`.
       threshold_from: Instead of it, a function from the optimizer's state to the threshold, for one
         that is scheduled or tuned.
       mode: For "clipped", as for [`psclip_optax.clipped_value_and_grad`][].
@@ -443,7 +477,7 @@ def linen_train_step(
       Nobile and Grohs, [Robust and Fast Training via Per-Sample
       Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
-    kind = _chosen_gradients(
+    choose = _chosen_gradients(
         loss,
         gradients,
         threshold,
@@ -457,6 +491,7 @@ def linen_train_step(
         state: TrainState, *examples: Any, sample_mask: Any = None, positions: Any = None
     ) -> tuple[TrainState, Metrics]:
         _check_state(state)
+        kind = choose(state.opt_state)
         _check_optimizer(state.opt_state, kind.stacked)
         _check_use_of_positions(positions, kind.by_position)
         batch = _checked_batch(examples, sample_mask, positions)
@@ -534,7 +569,7 @@ def nnx_train_step(
       Nobile and Grohs, [Robust and Fast Training via Per-Sample
       Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
-    kind = _chosen_gradients(
+    choose = _chosen_gradients(
         loss,
         gradients,
         threshold,
@@ -551,6 +586,7 @@ def nnx_train_step(
         positions: Any = None,
     ) -> Metrics:
         _check_pair(model, optimizer)
+        kind = choose(optimizer.opt_state)
         _check_optimizer(optimizer.opt_state, kind.stacked)
         _check_use_of_positions(positions, kind.by_position)
         batch = _checked_batch(examples, sample_mask, positions)

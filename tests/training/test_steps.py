@@ -512,11 +512,28 @@ def test_adaptive_threshold_needs_the_norms_of_its_rule_tracked(train_step, link
         trained(train_step, tx, heavy_tailed_batches(np.float32, 1), threshold=adaptive_rule())
 
 
+@pytest.mark.parametrize("train_step", [linen_train_step, nnx_train_step])
+@pytest.mark.parametrize("options", [{}, {"gradients": "clipped", "microbatch_size": 3}])
+def test_without_a_threshold_tracked_norms_are_clipped_at_the_automatic_one(train_step, options):
+    batches = list(heavy_tailed_batches(np.float32))
+    batches[0][1][:2] = np.nan
+    sgd = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
+    got, opt_state, metrics = trained(
+        train_step, optax.chain(psc.track_norms(), sgd), batches, **options
+    )
+    stacked = psc.ps_clip_sgd(LEARNING_RATE, momentum=MOMENTUM)
+    expected, clip_state, stacked_metrics = trained(train_step, stacked, batches)
+    assert_relative_error(got, expected, 1e-5)
+    assert_relative_error(leaves(opt_state), leaves(clip_state)[8:], 1e-5)
+    assert metrics[0]["threshold_scale"] > 0, "the first batch is clipped by its own norms"
+    for figures, by_stack in zip(metrics, stacked_metrics, strict=True):
+        assert figures["num_clipped"] == by_stack["num_clipped"]
+
+
 @pytest.mark.parametrize("build", [linen_train_step, nnx_train_step])
 @pytest.mark.parametrize(
     "options",
     [
-        {"gradients": "clipped"},
         {"gradients": "mean", "threshold": 1.0},
         {"gradients": "per_sample", "threshold": 1.0},
         {"threshold": 1.0, "threshold_from": lambda _: 1.0},
