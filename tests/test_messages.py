@@ -1067,6 +1067,13 @@ ROWS = [
         TypeError,
         "hill_estimator expects an int as `k`, got 10.5",
     ),
+    # Optimizers
+    Row(
+        lambda: psc.ps_clip_sgd(0.1, 1.0),
+        TypeError,
+        "ps_clip_sgd expects both alpha and beta, or neither for psc.auto_threshold(), got "
+        "alpha=1.0, beta=None",
+    ),
     # Train steps
     Row(
         lambda: linen_train_step(loss, gradients="clip"),
@@ -1074,17 +1081,10 @@ ROWS = [
         "gradients is one of 'per_sample', 'mean', 'clipped', got 'clip'",
     ),
     Row(
-        lambda: linen_train_step(loss, gradients="clipped"),
-        ValueError,
-        'gradients="clipped" takes one of threshold and threshold_from, the others take none, '
-        "got gradients='clipped', threshold=None, threshold_from=None; per_sample_clip has its "
-        "threshold in the optimizer",
-    ),
-    Row(
         lambda: linen_train_step(loss, gradients="mean", threshold=1.0),
         ValueError,
-        'gradients="clipped" takes one of threshold and threshold_from, the others take none, '
-        "got gradients='mean', threshold=1.0, threshold_from=None; per_sample_clip has its "
+        'gradients="clipped" takes one of threshold and threshold_from, or neither, the others '
+        "take none, got gradients='mean', threshold=1.0, threshold_from=None; per_sample_clip has its "
         "threshold in the optimizer",
     ),
     Row(
@@ -1098,7 +1098,8 @@ ROWS = [
         ValueError,
         'gradients="per_sample", which is meant where no threshold is given, has stacked '
         "gradients [n, …] for one per_sample_clip in the optimizer, whose state holds 0 "
-        "PerSampleClipState. For any optimizer pass threshold=… to the step; or write "
+        "PerSampleClipState. For any optimizer pass threshold=… to the step, or write "
+        "optax.chain(psclip_optax.track_norms(), …) for the automatic one; or write "
         "optax.chain(psclip_optax.per_sample_clip(threshold), …) or psclip_optax.ps_clip_sgd(…), "
         'or gradients="mean", which clips nothing',
     ),
@@ -1273,7 +1274,7 @@ ROWS = [
         lambda: methods.method_that_clips("adam", "batch"),
         ValueError,
         "name: expected one of 'sgd', 'momentum', 'batch-clip', 'ps-clip', 'ps-clip-constant', "
-        "'ps-clip-auto', got 'adam'",
+        "'ps-clip-auto', 'ps-clip-median', got 'adam'",
     ),
     Row(
         lambda: methods.learning_rate_schedule("linear", 4),
@@ -1686,7 +1687,13 @@ ROWS = [
         lambda: check(method="momentum", clip_at="batch"),
         UsageError,
         "--clip-at: expected sample with --method momentum, got batch; leave it out, or take "
-        "--method ps-clip, ps-clip-constant or ps-clip-auto",
+        "--method ps-clip, ps-clip-constant, ps-clip-auto or ps-clip-median",
+    ),
+    Row(
+        lambda: check(method="ps-clip-median", alpha=2.0),
+        UsageError,
+        "--alpha: expected none with --method ps-clip-median, got 2.0; leave it out, or take "
+        "--method ps-clip",
     ),
     Row(
         lambda: check(method="ps-clip-auto", beta=3.0),

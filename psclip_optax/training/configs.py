@@ -15,7 +15,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 DatasetName: TypeAlias = Literal["digits", "cifar10", "cifar100"]
 ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
 MethodName: TypeAlias = Literal[
-    "sgd", "momentum", "batch-clip", "ps-clip", "ps-clip-constant", "ps-clip-auto"
+    "sgd",
+    "momentum",
+    "batch-clip",
+    "ps-clip",
+    "ps-clip-constant",
+    "ps-clip-auto",
+    "ps-clip-median",
 ]
 ScheduleName: TypeAlias = Literal["cosine", "constant"]
 EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
@@ -117,8 +123,8 @@ class TrainConfig(TaskConfig):
     """The optimizer. ps-clip… clip each sample's gradient (-auto finds α), batch-clip the mean."""
     lr: float = 0.05
     """Learning rate."""
-    alpha: float = 1.0
-    """α of ps-clip; a factor of the α that ps-clip-auto finds; the largest norm of the others."""
+    alpha: float | None = None
+    """α of ps-clip, without which it is ps-clip-median; 1 by default of the others' thresholds."""
     steps: int = 1000
     """Updates to make."""
     eval_every: int = 100
@@ -337,21 +343,27 @@ def _check_training(config: TrainConfig) -> None:
     if config.clip_at != "sample" and not config.method.startswith("ps-clip"):
         raise UsageError(
             f"--clip-at: expected sample with --method {config.method}, got {config.clip_at}; "
-            "leave it out, or take --method ps-clip, ps-clip-constant or ps-clip-auto"
+            "leave it out, or take --method ps-clip, ps-clip-constant, ps-clip-auto or "
+            "ps-clip-median"
         )
-    if config.method == "ps-clip-auto":
-        _check_auto(config)
-    _check_processes(config)
-
-
-def _check_auto(config: TrainConfig) -> None:
-    if not 1 <= config.beta <= 2:
+    if config.method == "ps-clip-auto" and not 1 <= config.beta <= 2:
         raise UsageError(
             f"--beta: expected a number in [1, 2] with --method ps-clip-auto, got {config.beta}"
         )
+    if config.method in ("ps-clip-auto", "ps-clip-median"):
+        _check_following(config)
+    _check_processes(config)
+
+
+def _check_following(config: TrainConfig) -> None:
     if config.clip_at == "batch":
         raise UsageError(
-            "--clip-at: expected sample or micro-batch with --method ps-clip-auto, got batch"
+            f"--clip-at: expected sample or micro-batch with --method {config.method}, got batch"
+        )
+    if config.method == "ps-clip-median" and config.alpha is not None:
+        raise UsageError(
+            f"--alpha: expected none with --method ps-clip-median, got {config.alpha}; leave it "
+            "out, or take --method ps-clip"
         )
 
 

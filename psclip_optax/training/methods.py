@@ -20,6 +20,7 @@ from psclip_optax.thresholds import (
     growing_threshold,
 )
 from psclip_optax.thresholds.adaptive import moment_threshold
+from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.tracking import track_norms
 from psclip_optax.training.configs import ClipAtName, MethodName, ScheduleName, TaskConfig
 
@@ -30,7 +31,7 @@ class Hyperparams(NamedTuple):
     Attributes:
       learning_rate: before the schedule.
       threshold: α, or the largest norm, in the units of the gradient's norm; of "ps-clip-auto" a
-        factor of the scale that it finds. ∞ clips nothing.
+        factor of the scale that it finds; "ps-clip-median" has no use for it. ∞ clips nothing.
       beta: growth of the threshold with a sample's position, of "ps-clip" and "ps-clip-auto".
     """
 
@@ -122,6 +123,13 @@ METHODS: dict[MethodName, Method] = {
     "ps-clip-auto": Method(
         "per-sample clipping, automatic", True, True, _tracked_norms, _following_the_norms
     ),
+    "ps-clip-median": Method(
+        "per-sample clipping, running median",
+        True,
+        True,
+        lambda threshold, beta: track_norms(),
+        lambda threshold, beta: auto_threshold(),
+    ),
 }
 
 
@@ -150,6 +158,23 @@ def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
     """
     clips_before = _method(name).threshold is not None
     return "batch-clip" if clips_before and clip_at == "batch" else name
+
+
+def method_of_alpha(name: MethodName, alpha: float | None) -> MethodName:
+    """Tell the method that clips where none was given an α: by the running median.
+
+    Args:
+      name: one of `METHODS`.
+      alpha: what was given; None if nothing was.
+
+    Returns:
+      One of `METHODS`.
+
+    Examples:
+      >>> method_of_alpha("ps-clip", None), method_of_alpha("ps-clip", 1.0)
+      ('ps-clip-median', 'ps-clip')
+    """
+    return "ps-clip-median" if name == "ps-clip" and alpha is None else name
 
 
 def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:

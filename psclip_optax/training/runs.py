@@ -77,6 +77,7 @@ from psclip_optax.training.methods import (
     gradient_figures,
     learning_rate_of,
     learning_rate_schedule,
+    method_of_alpha,
     method_that_clips,
     with_hyperparams,
 )
@@ -426,14 +427,14 @@ def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Co
     mesh = data_parallel_mesh() if config.distributed else None
     _check_devices(config, mesh)
     model = build_task_model(config, dataset)
-    trainer = build_trainer(
-        config.method, model, dataset, config, config.steps, mesh, return_norms=True
-    )
+    name = method_of_alpha(config.method, config.alpha)
+    trainer = build_trainer(name, model, dataset, config, config.steps, mesh, return_norms=True)
     eval_step = linen_eval_step(classification_loss(model), has_aux=True)
     evaluate = build_evaluation(eval_step, dataset.test, dataset, mesh)
     index, count = (jax.process_index(), jax.process_count()) if mesh else (0, 1)
     batches = training_batches(dataset.train, dataset, config, config.seed, index, count)
-    state = trainer.init(config.seed, Hyperparams(config.lr, config.alpha, config.beta))
+    alpha = 1.0 if config.alpha is None else config.alpha
+    state = trainer.init(config.seed, Hyperparams(config.lr, alpha, config.beta))
     if not config.resume and is_first_process():
         content = {"config": _resolved(config), **provenance()}
         write_atomically(out / CONFIG, to_json(content, indent=2).encode())
@@ -465,7 +466,7 @@ def _train_on(
     kept = cut_back(path, start) if is_first_process() else []
     clock = _Clock(kept[-1]["seconds"] if kept else 0.0)
     key = dropout_key(config.seed)
-    label = METHODS[config.method].label
+    label = METHODS[method_of_alpha(config.method, config.alpha)].label
     window = NormWindow(saved_norms(manager, start))
     board = out / TENSORBOARD if config.tensorboard and is_first_process() else None
     with (

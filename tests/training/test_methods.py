@@ -12,6 +12,7 @@ import pytest
 
 import psclip_optax as psc
 from psclip_optax.clipped_grad import Mode
+from psclip_optax.thresholds.tracking import state_for_batch
 from psclip_optax.training.configs import EngineName, MethodName, TaskConfig
 from psclip_optax.training.methods import (
     METHODS,
@@ -42,12 +43,24 @@ def numpy_moment(before: list[np.ndarray], p: float) -> float:
     return np.average(np.concatenate(powers), weights=np.concatenate(weights[::-1])) ** (1 / p)
 
 
+def numpy_median_clip(gradients: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+    """The rule itself is held against NumPy in test_auto_threshold.py."""
+    rule, norms = psc.auto_threshold(), lambda g: jnp.linalg.norm(g, axis=1)
+    state = rule.init()
+    for own in before or [gradients]:
+        state = rule.update(state, norms(own))
+    tau = rule.threshold(state)(jnp.arange(1, NUM_SAMPLES + 1))
+    return numerics.clipped_mean(gradients, np.asarray(tau))
+
+
 def numpy_direction(
     name: str, gradients: np.ndarray, before: list[np.ndarray], point: Hyperparams
 ) -> np.ndarray:
     mean = gradients.astype(np.float64).mean(axis=0)
     if name == "batch-clip":
         return mean * min(1, point.threshold / np.linalg.norm(mean))
+    if name == "ps-clip-median":
+        return numpy_median_clip(gradients, before)
     if name.startswith("ps-clip"):
         beta = np.inf if name == "ps-clip-constant" else point.beta
         sigma = numpy_moment(before, beta) if name == "ps-clip-auto" else 1
@@ -80,7 +93,13 @@ def mean_gradient(name: MethodName, gradients, opt_state):
         return gradients.mean(axis=0)
     threshold = options["threshold_from"](opt_state)
     if isinstance(threshold, psc.AdaptiveThreshold):
-        threshold = threshold.threshold(optax.tree.get(opt_state, "threshold_state"))
+        threshold = threshold.threshold(
+            state_for_batch(
+                threshold,
+                optax.tree.get(opt_state, "threshold_state"),
+                lambda: jnp.linalg.norm(gradients, axis=1),
+            )
+        )
     clip = psc.per_sample_clip(threshold)
     return clip.update(gradients, clip.init(gradients[0]))[0]
 

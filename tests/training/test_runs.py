@@ -133,6 +133,21 @@ def test_killed_run_of_an_automatic_threshold_goes_on_to_the_same_bits(
     assert len(set(scales)) == NUM_STEPS
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_at": "micro-batch", "accumulate": 4}])
+def test_killed_run_without_an_alpha_goes_on_to_the_same_bits(
+    options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = {"method": "ps-clip", "alpha": None} | options
+    expected, _ = run(tiny(tmp_path / "one", **given))
+    run_until_killed(tiny(tmp_path / "two", **given), 8, monkeypatch)
+    resumed, _ = run(tiny(tmp_path / "two", **given, resume=True))
+    assert_same_run(resumed, expected)
+    named, _ = run(tiny(tmp_path / "three", **given | {"method": "ps-clip-median"}))
+    chex.assert_trees_all_equal(named.state.params, expected.state.params)
+    scales = [r["threshold_scale"] for r in records(expected.out) if r["kind"] == "train"]
+    assert min(scales) > 0, "the first batch is clipped by its own norms"
+
+
 @pytest.mark.parametrize(
     "options", [{"batch_size": 256}, {"clip_at": "micro-batch", "accumulate": 4}]
 )
