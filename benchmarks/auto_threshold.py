@@ -38,7 +38,7 @@ from psclip_optax.training.datasets import load_dataset, train_validation_split
 from psclip_optax.training.files import to_json, write_atomically
 
 RATES = {"momentum": (0.01, 0.03, 0.1, 0.3, 1.0), "AdamW": (0.001, 0.003, 0.01, 0.03, 0.1)}
-REGRESSION_FACTOR = 0.1  # of the rates of momentum SGD, whose gradients are as large as the targets
+REGRESSION_FACTOR = 0.3  # of the rates of momentum SGD, whose gradients are as large as the targets
 STEPS = {32: 300, 128: 200, 512: 100}
 HIDDEN = 64
 DF = 1.5  # degrees of freedom of Student's t
@@ -152,11 +152,12 @@ def digits(condition: str, seed: int) -> Data:
 
 
 def regression(df: float | None, seed: int) -> Data:
-    """Targets sin(w·x / 2) + 0.3 x_1, and noise / 2 in the training data alone."""
+    """Targets tanh(2 u·x) + 0.3 x_1 with |u| = 1, and noise / 2 in the training data alone."""
     weights = np.random.default_rng(0).normal(size=FEATURES)
+    weights *= 2 / np.linalg.norm(weights)
     rng = np.random.default_rng(seed + 1)
     inputs = rng.normal(size=(NUM_TRAIN + 2 * NUM_HELD_OUT, FEATURES)).astype(np.float32)
-    targets = np.sin(inputs @ weights / 2) + 0.3 * inputs[:, 0]
+    targets = np.tanh(inputs @ weights) + 0.3 * inputs[:, 0]
     noise = rng.normal(size=NUM_TRAIN) if df is None else rng.standard_t(df, NUM_TRAIN)
     targets[:NUM_TRAIN] += noise / 2
     parts = np.split(np.arange(len(inputs)), [NUM_TRAIN, NUM_TRAIN + NUM_HELD_OUT])
