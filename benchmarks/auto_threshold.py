@@ -297,7 +297,10 @@ def run_cell(cell: Cell, seeds: int, quick: bool) -> dict[str, Any]:
 
 
 def described(row: dict[str, Any]) -> dict[str, Any]:
-    """With the winner of each method, its difference to the best tuned one, and the failures."""
+    """Find each method's winner, its difference to the best tuned one, and its failures.
+
+    The means are of all trials, [rates, thresholds].
+    """
     tuned = {name: _winner(row, name) for name in row["scores"]}
     best = max(statistics.fmean(tuned[name]["test"]) for name in TUNED)
     differences = {name: statistics.fmean(winner["test"]) - best for name, winner in tuned.items()}
@@ -308,7 +311,17 @@ def described(row: dict[str, Any]) -> dict[str, Any]:
         name: int(np.sum((np.max(scores["test"], axis=1) < CHANCE) & (trained >= CHANCE)))
         for name, scores in row["scores"].items()
     }
-    return row | {"tuned": tuned, "best": best, "differences": differences, "failures": failures}
+    return {
+        **{name: row[name] for name in ("cell", "label", "steps", "rates")},
+        "best": best,
+        "tuned": tuned,
+        "differences": differences,
+        "failures": failures,
+        "test_means": {
+            name: np.mean(scores["test"], axis=-1).round(4).tolist()
+            for name, scores in row["scores"].items()
+        },
+    }
 
 
 def _winner(row: dict[str, Any], name: str) -> dict[str, Any]:
@@ -342,7 +355,7 @@ def to_cells(row: dict[str, Any]) -> list[str]:
 
 def totals(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The worst difference and the failures of each method, over all conditions."""
-    names = rows[0]["scores"]
+    names = rows[0]["tuned"]
     worst = [min(row["differences"][name] for row in rows) for name in names]
     failures = [sum(row["failures"][name] for row in rows) for name in names]
     return [
@@ -358,7 +371,7 @@ def to_rows(result: dict[str, Any]) -> list[list[str]]:
 def to_table(result: dict[str, Any]) -> Table:
     table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
     table.add_column("condition", no_wrap=True)
-    for name in ("best", *result["rows"][0]["scores"]):
+    for name in ("best", *result["rows"][0]["tuned"]):
         table.add_column(name, justify="right")
     for cells in to_rows(result):
         table.add_row(*cells)
@@ -366,7 +379,7 @@ def to_table(result: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    return markdown_table([["condition", "best", *result["rows"][0]["scores"]], *to_rows(result)])
+    return markdown_table([["condition", "best", *result["rows"][0]["tuned"]], *to_rows(result)])
 
 
 def draw(result: dict[str, Any]) -> Figure:
@@ -409,12 +422,12 @@ def main(
     for cell in cells:
         name = cell.label().replace(" ", "_").replace("%", "") + ".json"
         path = None if runs is None else runs / name
-        rows.append(described(kept(path, functools.partial(run_cell, cell, seeds, quick))))
+        rows.append(kept(path, functools.partial(run_cell, cell, seeds, quick)))
     result = {
         "machine": rows[0]["machine"],
         "note": NOTE,
         "protocol": {"seeds": seeds, "hidden": HIDDEN, "student_t_df": DF},
-        "rows": rows,
+        "rows": list(map(described, rows)),
     }
     publish(out, "auto_threshold", result, [to_table(result)], draw(result), width=150)
 

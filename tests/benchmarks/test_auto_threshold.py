@@ -29,6 +29,7 @@ def test_failures_are_of_trials_that_some_clipping_trains():
 
     found = auto_threshold.described(
         {
+            **dict.fromkeys(("cell", "label", "steps")),
             "rates": (0.1, 1.0),
             "scores": {
                 "no clipping": scores([0.9], [0.1]),
