@@ -13,8 +13,8 @@ from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
 from psclip_optax.thresholds.rules import build_rule
 from psclip_optax.thresholds.running import zeros
 
-# Chosen by `python -m benchmarks.auto_threshold`. Twice the threshold fails at large learning rates
-# under wrong labels; half of it trains slowly at small ones.
+# Chosen by `python -m benchmarks.thresholds.auto_threshold`. Twice the threshold fails at large
+# learning rates under wrong labels; half of it trains slowly at small ones.
 _DECAY = 0.99
 _SHARE = 1 / 2
 _FLOOR = 1 / 2
@@ -87,7 +87,8 @@ def auto_threshold() -> AdaptiveThreshold:
     References:
       Merad and Gaïffas, [Robust Stochastic Optimization via Gradient Quantile
       Clipping](https://arxiv.org/abs/2309.17316), 2023 (a quantile of the norms as the threshold;
-      the median, its half and the floor are ours, from `python -m benchmarks.auto_threshold`).
+      the median, its half and the floor are ours, chosen by
+      `python -m benchmarks.thresholds.auto_threshold`).
 
       Seetharaman et al., [AutoClip: Adaptive Gradient Clipping for Source Separation
       Networks](https://arxiv.org/abs/2007.14469), 2020 (the same of all steps' mean gradients).

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
-from benchmarks import auto_rules, auto_threshold
+from benchmarks.thresholds import auto_rules, auto_threshold
 
 
 def test_quick_run_writes_its_table_and_figure_and_is_not_repeated(tmp_path, capsys, monkeypatch):

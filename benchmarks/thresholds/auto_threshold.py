@@ -1,6 +1,6 @@
 """Where is a threshold to be that nobody chose?
 
-    python -m benchmarks.auto_threshold
+    python -m benchmarks.thresholds.auto_threshold
 
 Small nets on digits, clean, with wrong labels and with heavy-tailed pixels, and regressions with
 Gaussian and Student-t noise; momentum SGD and AdamW; batches of 32 to 512. The candidates that need
@@ -29,10 +29,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.auto_rules import AUTO, BATCH, FIXED, METHODS, NONE
-from benchmarks.many_runs import NOISES
-from benchmarks.stacked_traffic import describe, describe_machine, publish
-from benchmarks.tuned import RESULTS, markdown_table, tidy
+from benchmarks.cifar100.many_runs import NOISES
+from benchmarks.common.machine import describe, describe_machine
+from benchmarks.common.publishing import RESULTS, markdown_table, publish
+from benchmarks.common.style import tidy
+from benchmarks.thresholds.auto_rules import AUTO, BATCH, FIXED, METHODS, NONE
 from psclip_optax.training.corruptions import with_label_noise, with_student_t_pixels
 from psclip_optax.training.datasets import load_dataset, train_validation_split
 from psclip_optax.training.files import to_json, write_atomically

@@ -1,4 +1,4 @@
-"""Thresholds that need no number: the candidates that `benchmarks.auto_threshold` chose from.
+"""The rules without a number that `benchmarks.thresholds.auto_threshold` chose from.
 
 Nothing here runs on its own.
 """
