@@ -4,6 +4,7 @@ from psclip_optax import tails
 from psclip_optax.accumulation import accumulate_clipped
 from psclip_optax.clipped_grad import clipped_grad, clipped_value_and_grad
 from psclip_optax.clipping import ClipStats
+from psclip_optax.groups import by_layer
 from psclip_optax.optimizers import ps_clip_sgd
 from psclip_optax.thresholds import AdaptiveThreshold, constant_threshold, growing_threshold
 from psclip_optax.thresholds.adaptive import (
@@ -22,6 +23,7 @@ __all__ = [
     "ClipStats",
     "accumulate_clipped",
     "auto_threshold",
+    "by_layer",
     "clipped_grad",
     "clipped_value_and_grad",
     "constant_threshold",

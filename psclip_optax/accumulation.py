@@ -12,6 +12,7 @@ import optax
 
 from psclip_optax import stacks
 from psclip_optax.arrays import described, dtype_of, float_leaves
+from psclip_optax.groups import ALL_TOGETHER
 from psclip_optax.thresholds import Threshold, as_threshold, concrete, thresholds_at
 from psclip_optax.transforms import clipped_alone
 
@@ -106,7 +107,7 @@ def accumulate_clipped(
             return leaves
         position = jnp.asarray(state.mini_step, jnp.int32).reshape(1) + 1
         taus = thresholds_at(threshold, position, stacks.norm_dtype(leaves))
-        clipped, *_ = clipped_alone(leaves, taus)
+        clipped, *_ = clipped_alone(leaves, taus, ALL_TOGETHER)
         return clipped
 
     def update(

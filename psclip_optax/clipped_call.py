@@ -27,18 +27,19 @@ from psclip_optax.engine.modes.stacked import STACKED
 from psclip_optax.engine.modes.two_pass import TWO_PASS
 from psclip_optax.engine.plan import plan_weights
 from psclip_optax.engine.units import Unit
+from psclip_optax.groups import Groups, Limits
 from psclip_optax.options import Options
-from psclip_optax.thresholds import Threshold, concrete, least_norm
+from psclip_optax.thresholds import concrete
 
 
 def clip(
-    call: Call, sample_mask: Any, positions: Any, rule: Threshold, options: Options
+    call: Call, sample_mask: Any, positions: Any, limits: Limits, options: Options
 ) -> tuple[Any, Any, ClipStats]:
     unit = options.unit(call.num_samples)
-    samples = _samples(call, rule, sample_mask, positions, unit, options)
+    samples = _samples(call, limits, sample_mask, positions, unit, options)
     is_padded = sample_mask is not None or call.num_samples % unit.size != 0
-    problem = _problem(call, options, may_be_padded=is_padded)
-    least = least_norm(rule)
+    problem = _problem(call, limits.groups, options, may_be_padded=is_padded)
+    least = limits.least_norms()
     mode = _mode(problem, call, concrete(samples.taus) if least is None else least, options)
     result = in_slices(
         functools.partial(mode.run, problem, call.params),
@@ -50,12 +51,13 @@ def clip(
     return _packed(result, call, samples.counts, unit, options)
 
 
-def explain(call: Call, params: Any, rule: Threshold, options: Options) -> Plan:
-    problem = _problem(call, options, may_be_padded=False)
+def explain(call: Call, params: Any, limits: Limits, options: Options) -> Plan:
+    problem = _problem(call, limits.groups, options, may_be_padded=False)
     num_samples = min(call.num_samples, options.microbatch_size or call.num_samples)
-    mode = _mode(problem, call, least_norm(rule), options)
+    mode = _mode(problem, call, limits.least_norms(), options)
     note = _TOO_SMALL if mode is STACKED and options.mode != "vmap" and call.num_samples else ""
-    return mode.explain(problem, call.params, params, num_samples, note)
+    plan = mode.explain(problem, call.params, params, num_samples, note)
+    return plan.of_groups(limits.groups)
 
 
 _TOO_SMALL = "stacked gradients, for the threshold is too small to hold a sum of squares against"
@@ -85,7 +87,7 @@ def out_specs(params: Any, batch: tuple[Any, ...], options: Options) -> Any:
 
 def _samples(
     call: Call,
-    threshold: Threshold,
+    limits: Limits,
     sample_mask: Any,
     positions: Any,
     unit: Unit,
@@ -94,26 +96,34 @@ def _samples(
     n, dtype = call.num_samples, stacks.norm_dtype(call.params)
     mask = None if sample_mask is None else clipping.check_sample_mask(sample_mask, n)
     counts = meshes.varying(jnp.ones(n, bool) if mask is None else mask, options.axis_name)
-    number: Any = n if mask is None else jnp.sum(counts)
-    if options.axis_name is not None:
-        number = lax.psum(number, options.axis_name)
-    shares = jnp.broadcast_to(1 / jnp.maximum(number, 1).astype(dtype), (n,))
+    shares = jnp.broadcast_to(_share(counts, mask, dtype, options), (n,))
     units = unit.counting(counts)
     unit_mask = None if mask is None else units
     if positions is not None:
         positions = clipping.check_positions(positions, units.size)
     taus = clipping.batch_thresholds(
-        threshold, units.size, dtype, unit_mask, positions, options.axis_name
+        limits, units.size, dtype, unit_mask, positions, options.axis_name
     )
     return Samples(call.examples, unit.of_each_sample(taus, n), shares, counts)
 
 
-def _problem(call: Call, options: Options, *, may_be_padded: bool) -> Problem:
+def _share(counts: jax.Array, mask: Any, dtype: Any, options: Options) -> jax.Array:
+    """What a sample's clipped gradient is multiplied by: 1/N, or 1 for a sum."""
+    if options.reduction == "sum":
+        return jnp.ones((), dtype)
+    number: Any = counts.size if mask is None else jnp.sum(counts)
+    if options.axis_name is not None:
+        number = lax.psum(number, options.axis_name)
+    return 1 / jnp.maximum(number, 1).astype(dtype)
+
+
+def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: bool) -> Problem:
     closed = trace(call, options.axis_name)
     warn_of_batch_statistics(closed, len(call.params))
     return Problem(
         closed,
-        plan_weights(closed, len(call.params)),
+        plan_weights(closed, len(call.params), groups),
+        groups,
         options.on_nonfinite,
         stacks.norm_dtype(call.params),
         options.axis_name,

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 
-from psclip_optax import clipped_call, meshes
+from psclip_optax import clipped_call, groups, meshes
 from psclip_optax.clipping import ClipStats, OnNonfinite
 from psclip_optax.engine import verify
 from psclip_optax.engine.calls import Call
 from psclip_optax.engine.explain import Plan
 from psclip_optax.engine.verify import Verification
-from psclip_optax.options import ClipAt, Mode, Options, checked_size
-from psclip_optax.thresholds import ConstantThreshold, GrowingThreshold, Threshold, as_threshold
+from psclip_optax.groups import Limits
+from psclip_optax.options import ClipAt, Mode, Options, Reduction, checked_size
+from psclip_optax.thresholds import ConstantThreshold, GrowingThreshold, Threshold
 
 _VERIFIED_ALONE = (
     "verify compares one device's samples, but axis_name names mesh axes; verify the same function "
@@ -25,7 +26,7 @@ _VERIFIED_ALONE = (
 
 def clipped_value_and_grad(
     loss: Callable[..., Any],
-    threshold: Threshold | jax.typing.ArrayLike,
+    threshold: Threshold | jax.typing.ArrayLike | Any,
     *,
     has_aux: bool = False,
     in_axes: Any = 0,
@@ -38,6 +39,7 @@ def clipped_value_and_grad(
     return_stats: bool = False,
     memory_limit_bytes: int | None = None,
     clip_at: ClipAt = "sample",
+    reduction: Reduction = "mean",
 ) -> ClippedValueAndGrad:
     r"""Value and clipped mean gradient of a per-sample loss, without stacked gradients.
 
@@ -54,7 +56,10 @@ def clipped_value_and_grad(
     Args:
       loss: `loss(params, *example)`, a real scalar for ONE example.
       threshold: the largest norm τ_k of the sample at the 1-based position k: a number, a threshold
-        such as `psc.growing_threshold`, or any callable from positions [n] to norms [n].
+        such as `psc.growing_threshold`, or any callable from positions [n] to norms [n]. A tree
+        prefix of the parameters with one of these for each group of leaves clips by group: ‖g_k‖
+        and γ_k are then of a group's leaves alone, and a sample that is not finite in one is
+        dropped from all. [`psclip_optax.by_layer`][] makes one for the layers.
       has_aux: whether the loss returns `(loss, aux)`.
       in_axes: where the samples lie in each argument after `params`: an int, None for what all
         share, or a tuple of them (or of tree prefixes), one for each argument.
@@ -68,7 +73,8 @@ def clipped_value_and_grad(
         * "two_pass" takes about a plain gradient's memory: by the shapes, one pass over the batch
           or over two to four slices of it. Where more slices would be needed (as of many
           rematerialised layers), or devices may share the batch, it takes one forward pass and two
-          backward, unless a derivative in the loss is not known to be linear in its cotangent.
+          backward, unless a derivative in the loss is not known to be linear in its cotangent, or
+          gradients are clipped by group.
         * "vmap" stacks gradients, for reference. All modes do so for a threshold below 1e-13.
         * "auto" is "one_pass" if, by an estimate, it fits into `memory_limit_bytes`, else
           "two_pass".
@@ -91,6 +97,12 @@ def clipped_value_and_grad(
         steps, in one, at the cost of plain gradients. Then the micro-batch takes the sample's
         place: positions and figures are one for each, and one with a loss or gradient that is not
         finite is dropped whole.
+      reduction: "mean" divides by N. "sum" gives $\sum_k \gamma_k g_k$, which a sample that is
+        added to the batch or taken out of it moves by at most its τ_k, so long as it leaves the
+        others their thresholds, as constant ones do (by group, by $\sqrt{\sum_j \tau_{kj}^2}$ over
+        the groups j; a micro-batch, by its number of samples times its τ_j). That is the
+        sensitivity which noise for differential privacy is scaled to. The value stays the mean
+        loss.
 
     Returns:
       `f(params, *batch, sample_mask=None, positions=None, threshold=None)`, which returns
@@ -98,8 +110,9 @@ def clipped_value_and_grad(
       `return_stats` the figures as a third item. The value is the mean loss over the samples that
       count and are finite. `sample_mask`, bool [n], is False for padding: no position, no weight,
       no share in N. `positions`, int [n], replaces 1, 2, …. `threshold` replaces the one given
-      here, for schedules without a recompile. `f.explain(params, *batch)` tells the route that
-      each parameter's gradient takes, what it costs, and why; it takes `jax.ShapeDtypeStruct`s too.
+      here, for schedules without a recompile: one for each of the groups, or a tree again.
+      `f.explain(params, *batch)` tells the route that each parameter's gradient takes, what it
+      costs, and why; it takes `jax.ShapeDtypeStruct`s too.
       `f.verify(params, *batch, num_samples=4)` holds gradients and norms of the first samples
       against `jax.vmap(jax.grad(loss))`, in float64 where x64 is on: a table, and `.ok`.
 
@@ -107,7 +120,8 @@ def clipped_value_and_grad(
       TypeError: the loss is no function or not a real scalar, a parameter is not real
         floating-point, or positions are no integers.
       ValueError: an option is out of range, batch arguments do not have the same number of
-        samples, the number of samples is symbolic, the loss has effects (but those of
+        samples, the number of samples is symbolic, a tree of thresholds is no prefix of the
+        parameters' or has one for a subtree without leaves, the loss has effects (but those of
         `jax.debug`, which run as under `vmap(grad)`, in "two_pass" maybe twice), or under
         `jax.shard_map` it varies over a mesh axis over which the parameters do not and
         `axis_name` is silent.
@@ -147,12 +161,13 @@ def clipped_value_and_grad(
         spmd_axis_name=spmd_axis_name,
         memory_limit_bytes=memory_limit_bytes,
         clip_at=clip_at,
+        reduction=reduction,
     ).checked()
-    return ClippedValueAndGrad(loss, as_threshold(threshold), options, return_stats)
+    return ClippedValueAndGrad(loss, groups.as_thresholds(threshold), options, return_stats)
 
 
 def clipped_grad(
-    loss: Callable[..., Any], threshold: Threshold | jax.typing.ArrayLike, **options: Any
+    loss: Callable[..., Any], threshold: Threshold | jax.typing.ArrayLike | Any, **options: Any
 ) -> ClippedGrad:
     """Clipped mean gradient of a per-sample loss: `clipped_value_and_grad` without the value.
 
@@ -190,13 +205,13 @@ class ClippedValueAndGrad:
 
     Attributes:
       loss: of one example.
-      threshold: for calls that bring none.
+      threshold: for calls that bring none; a tree of them where they clip by group.
       options: the other arguments of `clipped_value_and_grad`.
       return_stats: whether a call returns the figures too.
     """
 
     loss: Callable[..., Any]
-    threshold: Threshold
+    threshold: Any
     options: Options
     return_stats: bool
 
@@ -211,7 +226,8 @@ class ClippedValueAndGrad:
     ) -> Any:
         """Return value and clipped mean gradient, and the figures if asked for."""
         _check_known(unknown)
-        rule = self.threshold if threshold is None else as_threshold(threshold)
+        rule = self.threshold if threshold is None else groups.as_thresholds(threshold)
+        rule = groups.in_groups_of(self.threshold, rule)
         arguments = (params, batch, sample_mask, positions, rule)
         mesh = meshes.explicit_mesh(arguments)
         if mesh is None:
@@ -234,7 +250,8 @@ class ClippedValueAndGrad:
 
         def of_values(params: Any, batch: tuple[Any, ...]) -> None:
             call = clipped_call.prepare(self.loss, params, batch, self.options)
-            plans.append(clipped_call.explain(call, params, self.threshold, self.options))
+            limits = groups.fitted(self.threshold, params)
+            plans.append(clipped_call.explain(call, params, limits, self.options))
 
         if _has_shapes_alone((params, batch)):
             jax.eval_shape(of_values, params, batch)
@@ -264,14 +281,15 @@ class ClippedValueAndGrad:
         if not call.num_samples:
             raise ValueError("verify compares samples, but the batch has none; pass one at least")
         plan = self.explain(params, *batch)
-        own = self.options._replace(mode=plan.mode)
+        own = self.options._replace(mode=plan.mode, reduction="mean")
         together = self.options.unit(call.num_samples).size
 
-        def clip(one: Call, rule: Threshold) -> tuple[Any, Any, ClipStats]:
-            value, grads, stats = clipped_call.clip(one, None, None, rule, own)
+        def clip(one: Call, limits: Limits) -> tuple[Any, Any, ClipStats]:
+            value, grads, stats = clipped_call.clip(one, None, None, limits, own)
             return value[0] if own.has_aux else value, jax.tree.leaves(grads), stats
 
-        return verify.verify(clip, call.first(num_samples * together), together, plan)
+        of_threshold = groups.fitted(self.threshold, params).groups
+        return verify.verify(clip, call.first(num_samples * together), together, plan, of_threshold)
 
     def _compute(
         self,
@@ -279,10 +297,11 @@ class ClippedValueAndGrad:
         batch: tuple[Any, ...],
         sample_mask: Any,
         positions: Any,
-        rule: Threshold,
+        rule: Any,
     ) -> tuple[Any, Any, ClipStats]:
         call = clipped_call.prepare(self.loss, params, batch, self.options)
-        return clipped_call.clip(call, sample_mask, positions, rule, self.options)
+        limits = groups.fitted(rule, params)
+        return clipped_call.clip(call, sample_mask, positions, limits, self.options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

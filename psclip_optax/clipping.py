@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from psclip_optax.arrays import as_array, described
-from psclip_optax.thresholds import Threshold, as_positions, thresholds_at
+from psclip_optax.groups import Limits
+from psclip_optax.thresholds import as_positions
 
 OnNonfinite: TypeAlias = Literal["drop", "propagate"]
 
@@ -22,12 +23,16 @@ OnNonfinite: TypeAlias = Literal["drop", "propagate"]
 class ClipStats(NamedTuple):
     """What clipping did to each sample of one batch.
 
+    Where a tree of thresholds clips by group, norms and scales are [n, groups] and `num_clipped` is
+    [groups], in the order of the tree's leaves.
+
     Attributes:
       norms: float [n], the norm of each sample's whole gradient, before clipping; of masked samples
         too, so that what is made of norms needs the mask as well.
       scales: float [n], γ_k in [0, 1]; 0 for masked and dropped samples.
       num_clipped: int32, how many samples were scaled by γ_k < 1, the dropped ones apart.
-      num_nonfinite: int32, how many samples that count have a gradient that is not finite.
+      num_nonfinite: int32, how many samples that count have a gradient that is not finite, in one
+        group at least.
     """
 
     norms: jax.Array
@@ -81,17 +86,17 @@ def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def batch_thresholds(
-    threshold: Threshold,
+    limits: Limits,
     num_samples: int,
     dtype: Any,
     sample_mask: jax.Array | None,
     positions: jax.Array | None,
     axis_name: Any = None,
 ) -> jax.Array:
-    """τ_k of each sample, shape [n]; what it is for a masked one does not matter."""
+    """τ_k of each sample, [n] or [n, groups]; what it is for a masked one does not matter."""
     if positions is None:
         positions = batch_positions(num_samples, sample_mask, axis_name)
-    return thresholds_at(threshold, positions, dtype)
+    return limits.at(positions, dtype)
 
 
 @jax.custom_batching.custom_vmap
@@ -110,24 +115,31 @@ def _any_of_the_batch(axis_size: int, in_batched: Any, flags: jax.Array) -> Any:
     return any_of(flags), False
 
 
+def beside(of_samples: jax.Array, values: jax.Array) -> jax.Array:
+    """The array [n] as [n, 1] where the values have an axis of groups."""
+    return of_samples if of_samples.ndim == values.ndim else of_samples[:, None]
+
+
 def clip_stats(
     norms: jax.Array, scales: jax.Array, counts: jax.Array, finite: jax.Array
 ) -> ClipStats:
-    """The figures of one batch, from arrays of shape [n]."""
-    kept = counts & finite
+    """The figures of one batch, from arrays [n]; norms and scales [n, groups] by group."""
+    kept = beside(counts & finite, scales)
     return ClipStats(
         norms=norms,
         scales=jnp.where(kept, scales, 0),
-        num_clipped=jnp.sum(kept & (scales < 1), dtype=jnp.int32),
+        num_clipped=jnp.sum(kept & (scales < 1), axis=0, dtype=jnp.int32),
         num_nonfinite=jnp.sum(counts & ~finite, dtype=jnp.int32),
     )
 
 
 def gathered(array: jax.Array, axis_name: Any) -> jax.Array:
-    """The whole batch's [n] on each device, from its shard of it, under shard_map."""
+    """The whole batch's [n, …] on each device, from its shard of it, under shard_map."""
     # As a sum, which is known to be the same on all devices; an all_gather's result is not.
-    mine = jnp.arange(lax.psum(1, axis_name))[:, None] == lax.axis_index(axis_name)
-    return lax.psum(jnp.where(mine, array, 0), axis_name).reshape(-1).astype(array.dtype)
+    devices = jnp.arange(lax.psum(1, axis_name)).reshape(-1, *[1] * array.ndim)
+    mine = devices == lax.axis_index(axis_name)
+    whole = lax.psum(jnp.where(mine, array, 0), axis_name)
+    return whole.reshape(-1, *array.shape[1:]).astype(array.dtype)
 
 
 def over_devices(
@@ -142,7 +154,10 @@ def over_devices(
 
 
 class BatchFigures(NamedTuple):
-    """One batch in a few scalars; means, medians and maxima over the samples that are kept."""
+    """One batch in a few scalars; means, medians and maxima over the samples that are kept.
+
+    By group arrays [groups], but for the numbers of samples and of those that are not finite.
+    """
 
     num_samples: jax.Array
     num_clipped: jax.Array
@@ -161,9 +176,9 @@ def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> Batch
         num_samples=num_samples,
         num_clipped=stats.num_clipped,
         num_nonfinite=stats.num_nonfinite,
-        mean_scale=jnp.sum(stats.scales) / jnp.maximum(num_kept, 1).astype(stats.scales.dtype),
+        mean_scale=jnp.sum(stats.scales, 0) / jnp.maximum(num_kept, 1).astype(stats.scales.dtype),
         median_norm=median(stats.norms, kept),
-        max_norm=jnp.max(stats.norms, where=kept, initial=0),
+        max_norm=jnp.max(stats.norms, 0, where=beside(kept, stats.norms), initial=0),
     )
 
 
@@ -173,7 +188,9 @@ def no_figures() -> BatchFigures:
 
 
 def median(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """The median of the values that count; 0 when there is none."""
+    """The median of the values that count; 0 when there is none. That of each group, if several."""
+    if values.ndim > 1:
+        return jax.vmap(median, (1, None))(values, counts)
     if not values.size:
         return jnp.zeros((), values.dtype)
     number = jnp.sum(counts)

@@ -12,6 +12,7 @@ from psclip_optax.engine.units import Unit
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAt: TypeAlias = Literal["sample", "micro-batch"]
+Reduction: TypeAlias = Literal["mean", "sum"]
 
 
 class Options(NamedTuple):
@@ -27,6 +28,7 @@ class Options(NamedTuple):
     spmd_axis_name: Any
     memory_limit_bytes: int | None
     clip_at: ClipAt
+    reduction: Reduction
 
     def unit(self, num_samples: int) -> Unit:
         """What is clipped together of so many samples."""
@@ -39,6 +41,7 @@ class Options(NamedTuple):
         clipping.check_on_nonfinite(self.on_nonfinite)
         _check_mode(self.mode)
         _check_clip_at(self.clip_at, self.microbatch_size)
+        _check_reduction(self.reduction)
         return self._replace(
             microbatch_size=checked_size("microbatch_size", self.microbatch_size),
             memory_limit_bytes=checked_size("memory_limit_bytes", self.memory_limit_bytes),
@@ -57,6 +60,11 @@ def _check_mode(mode: str) -> None:
     known = ["auto", *MODES]
     if mode not in known:
         raise ValueError(f"mode is one of {', '.join(map(repr, known))}, got {mode!r}")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction is "mean" or "sum", got {reduction!r}')
 
 
 def _check_clip_at(clip_at: str, microbatch_size: int | None) -> None:

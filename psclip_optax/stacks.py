@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import optax
 from jax import export, lax
 
 from psclip_optax.arrays import described, dtype_of, float_leaves, promoted
+from psclip_optax.groups import ALL_TOGETHER, Groups
 
 _PUT_IT_FIRST = (
     "per_sample_clip changes shapes, so it is the first link of a chain, and whatever accumulates, "
@@ -24,14 +25,20 @@ _PUT_IT_FIRST = (
 
 
 class Stack(NamedTuple):
-    """A stack's leaves, each with the index of its own sample axis."""
+    """A stack's leaves, each with the index of its own sample axis, and their groups."""
 
     leaves: list[jax.Array]
     axes: tuple[int, ...]
+    groups: Groups = ALL_TOGETHER
 
     @property
     def num_samples(self) -> int:
         return self.leaves[0].shape[self.axes[0]]
+
+    def with_own(self, *by_group: jax.Array) -> Iterator[tuple[Any, ...]]:
+        """Give each leaf, its axis, and what arrays [n] or [n, groups] hold for its group."""
+        for i, both in enumerate(zip(self.leaves, self.axes, strict=True)):
+            yield *both, *(self.groups.part(array, i) for array in by_group)
 
 
 def refuse_masked_nodes(tree: Any) -> None:
@@ -94,7 +101,7 @@ def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> No
         return  # without parameters, or under other names, there is nothing to compare with
     named = jax.tree_util.tree_leaves_with_path(per_sample_grads)
     params_leaves = jax.tree.leaves(params)
-    for (path, _), leaf, axis, param in zip(named, *stack, params_leaves, strict=True):
+    for (path, _), (leaf, axis), param in zip(named, stack.with_own(), params_leaves, strict=True):
         one_sample = leaf.shape[:axis] + leaf.shape[axis + 1 :]
         if one_sample != jnp.shape(param):
             raise ValueError(
@@ -150,20 +157,33 @@ def _per_sample(vector: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
 
 
 def squared_norms(stack: Stack, dtype: Any) -> jax.Array:
-    """‖g_k‖² over all leaves of each sample, shape [n]; ∞ where it is beyond the dtype's range."""
-    total = jnp.zeros(stack.num_samples, dtype)
-    for leaf, axis in zip(*stack, strict=True):
-        total += _sum_of_squares(leaf.astype(_accumulation_dtype(leaf.dtype)), axis).astype(dtype)
-    return total
+    """‖g_k‖² over all leaves of each sample, shape [n]; ∞ where it is beyond the dtype's range.
+
+    Over the leaves of each group, shape [n, groups], where there are some.
+    """
+
+    def over(leaves: Sequence[int]) -> jax.Array:
+        total = jnp.zeros(stack.num_samples, dtype)
+        for leaf, axis in ((stack.leaves[i], stack.axes[i]) for i in leaves):
+            wide = leaf.astype(_accumulation_dtype(leaf.dtype))
+            total += _sum_of_squares(wide, axis).astype(dtype)
+        return total
+
+    return stack.groups.stacked(map(over, stack.groups.members(len(stack.leaves))))
 
 
 def scaled_squared_norms(stack: Stack, factors: jax.Array) -> jax.Array:
-    """‖factors_k g_k‖² over all leaves of each sample, shape [n]."""
-    total = jnp.zeros_like(factors)
-    for leaf, axis in zip(*stack, strict=True):
-        scaled = leaf.astype(factors.dtype) * _per_sample(factors, leaf, axis)
-        total += _sum_of_squares(scaled, axis)
-    return total
+    """‖factors_k g_k‖² over all leaves of each sample, [n], or those of each group, [n, groups]."""
+
+    def over(leaves: Sequence[int]) -> jax.Array:
+        own = stack.groups.part(factors, leaves[0])
+        total = jnp.zeros_like(own)
+        for leaf, axis in ((stack.leaves[i], stack.axes[i]) for i in leaves):
+            scaled = leaf.astype(own.dtype) * _per_sample(own, leaf, axis)
+            total += _sum_of_squares(scaled, axis)
+        return total
+
+    return stack.groups.stacked(map(over, stack.groups.members(len(stack.leaves))))
 
 
 def _sum_of_squares(leaf: jax.Array, axis: int) -> jax.Array:

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from psclip_optax import clipping, meshes, stacks
+from psclip_optax import clipping, groups, meshes, stacks
 from psclip_optax.arrays import (
     PART_IT_OFF,
     array_leaves,
@@ -22,6 +22,7 @@ from psclip_optax.arrays import (
     promoted,
 )
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
+from psclip_optax.groups import Groups, Limits
 from psclip_optax.stacks import Stack
 from psclip_optax.thresholds import AdaptiveThreshold, ConstantThreshold, Threshold
 from psclip_optax.thresholds.tracking import as_adaptive, state_for_batch
@@ -45,6 +46,7 @@ class PerSampleClipState(_Figures):
     """Figures of the last batch, for the train loop to log, e.g. with `optax.tree.get`.
 
     Norms and the mean scale are over the samples that count and are finite; 0 when there is none.
+    Where a tree of thresholds clips by group, they and `num_clipped` are [groups].
 
     Attributes:
       num_updates: int32, updates so far.
@@ -55,7 +57,8 @@ class PerSampleClipState(_Figures):
       median_norm: float, the median of ‖g_k‖ before clipping.
       max_norm: float, the largest ‖g_k‖ before clipping.
       all_finite: bool, whether all samples that count were finite.
-      threshold_state: the state of an adaptive threshold, for the next batch; () of any other.
+      threshold_state: the state of an adaptive threshold, for the next batch; () of any other. Of
+        a tree of thresholds with an adaptive one the tree of their states.
     """
 
     __slots__ = ()
@@ -69,7 +72,7 @@ class PerSampleClipState(_Figures):
 
 
 class Batch(NamedTuple):
-    """What is known of each sample apart from its gradient, shape [n]."""
+    """What is known of each sample apart from its gradient: τ [n] or [n, groups], a flag [n]."""
 
     taus: jax.Array
     counts: jax.Array
@@ -82,9 +85,9 @@ def _clip_in_two_reads(
     norms = clipping.norms_of(squared_norms)
     finite = jnp.isfinite(norms)
     scales = jnp.where(finite, clipping.clip_scales(norms, batch.taus), jnp.nan)
-    weights = scales * batch.counts.astype(scales.dtype)
-    sums = [stacks.weighted_sum(leaf, axis, weights) for leaf, axis in zip(*stack, strict=True)]
-    return sums, norms, scales, finite
+    weights = scales * clipping.beside(batch.counts, scales).astype(scales.dtype)
+    sums = [stacks.weighted_sum(*one) for one in stack.with_own(weights)]
+    return sums, norms, scales, stack.groups.in_all(finite)
 
 
 def _clip_with_care(
@@ -96,16 +99,20 @@ def _clip_with_care(
     dtype while the norm, or the clipped gradient, does not.
     """
     own = _own_scales(stack, batch.taus, squared_norms)
-    kept = batch.counts & own.finite if on_nonfinite == "drop" else batch.counts
+    finite = stack.groups.in_all(own.finite)
+    kept = batch.counts & finite if on_nonfinite == "drop" else batch.counts
     sums = [
-        stacks.selected_weighted_sum(leaf, axis, kept, own.factors, own.weights)
-        for leaf, axis in zip(*stack, strict=True)
+        stacks.selected_weighted_sum(leaf, axis, kept, factors, weights)
+        for leaf, axis, factors, weights in stack.with_own(own.factors, own.weights)
     ]
-    return sums, own.norms, own.scales, own.finite
+    return sums, own.norms, own.scales, finite
 
 
 class _OwnScales(NamedTuple):
-    """γ_k g_k = weights_k (factors_k g_k), where no product leaves the range of its dtype, [n]."""
+    """γ_k g_k = weights_k (factors_k g_k), where no product leaves the range of its dtype.
+
+    Each is [n], or [n, groups].
+    """
 
     factors: jax.Array
     weights: jax.Array
@@ -143,17 +150,18 @@ def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
 
 
 # Compiled on its own, so that un-jitted updates do not trace and compile the branches every time.
-@functools.partial(jax.jit, static_argnames=("axes", "masked", "on_nonfinite"))
+@functools.partial(jax.jit, static_argnames=("axes", "groups", "masked", "on_nonfinite"))
 def clip_and_sum(
     leaves: list[jax.Array],
     batch: Batch,
     *,
     axes: tuple[int, ...],
+    groups: Groups,
     masked: bool,
     on_nonfinite: OnNonfinite,
 ) -> tuple[list[jax.Array], ClipStats, jax.Array]:
     """Σ γ_k g_k per leaf, the figures, and which samples count and were not dropped, bool [n]."""
-    stack = Stack(leaves, axes)
+    stack = Stack(leaves, axes, groups)
     squared_norms = stacks.squared_norms(stack, batch.taus.dtype)
     if on_nonfinite == "propagate" and not masked:
         sums, norms, scales, finite = _clip_in_two_reads(stack, batch, squared_norms)
@@ -168,11 +176,14 @@ def clip_and_sum(
 
 
 def clipped_alone(
-    leaves: list[jax.Array], tau: jax.Array
+    leaves: list[jax.Array], tau: jax.Array, groups: Groups
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """γ g of one gradient, ‖g‖ and γ = min(1, τ / ‖g‖); all NaN where it is not finite."""
-    stack = Stack([leaf[None] for leaf in leaves], (0,) * len(leaves))
-    taus = tau.reshape(1)
+    """γ g of one gradient, ‖g‖ and γ = min(1, τ / ‖g‖); all NaN where it is not finite.
+
+    By group, τ, ‖g‖ and γ are [groups].
+    """
+    stack = Stack([leaf[None] for leaf in leaves], (0,) * len(leaves), groups)
+    taus = tau.reshape(1, *groups.shape)
     squared_norms = stacks.squared_norms(stack, taus.dtype)
 
     def plainly() -> tuple[jax.Array, ...]:
@@ -188,11 +199,12 @@ def clipped_alone(
     both = lax.cond(_needs_care(squared_norms, taus), with_care, plainly)
     factor, weight, norm, scale = (one[0] for one in both)
 
-    def clipped(leaf: jax.Array) -> jax.Array:
+    def clipped(leaf: jax.Array, factor: jax.Array, weight: jax.Array) -> jax.Array:
         scaled = leaf.astype(promoted(leaf.dtype, factor.dtype)) * factor * weight
         return scaled.astype(leaf.dtype)
 
-    return [clipped(leaf) for leaf in leaves], norm, scale
+    own = [(groups.part(factor, i), groups.part(weight, i)) for i in range(len(leaves))]
+    return [clipped(leaf, *two) for leaf, two in zip(leaves, own, strict=True)], norm, scale
 
 
 def _next_state(
@@ -223,7 +235,7 @@ def _check_state(state: Any) -> None:
 
 
 def per_sample_clip(
-    threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | None = None,
+    threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | Any | None = None,
     *,
     sample_axis: int = 0,
     on_nonfinite: OnNonfinite = "drop",
@@ -236,9 +248,9 @@ def per_sample_clip(
 
     $$g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)$$
 
-    where the norm is over all leaves of sample k together. It is the *first* link of a chain:
-    it changes shapes, so that `optax.masked`, `optax.partition`, `optax.MultiSteps` and
-    `optax.apply_if_finite` go around what follows it.
+    where the norm is over all leaves of sample k together, or over those of each group. It is the
+    *first* link of a chain: it changes shapes, so that `optax.masked`, `optax.partition`,
+    `optax.MultiSteps` and `optax.apply_if_finite` go around what follows it.
 
     A large threshold changes nothing but the mean: with τ = ∞ the result is the plain mean
     gradient. Norms and sums accumulate in `promote_types(dtype, float32)`.
@@ -249,7 +261,9 @@ def per_sample_clip(
         callable from integer positions [n] to norms [n], or an adaptive one such as
         [`psclip_optax.moment_threshold`][], whose τ_k come from the norms of the batches before
         this one, as kept in the state. None is [`psclip_optax.auto_threshold`][], which needs no
-        number.
+        number. A tree prefix of the parameters with one of these for each group of leaves clips by
+        group: ‖g_k‖ and γ_k are then of a group's leaves alone; [`psclip_optax.by_layer`][] makes
+        one.
       sample_axis: the axis of every leaf along which the n samples are stacked.
       on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
         keeps its position and its share in N. "propagate" lets it through, so that the result is
@@ -277,12 +291,13 @@ def per_sample_clip(
       leaves one without leaves.
 
     Raises:
-      TypeError: a leaf is not real floating-point, the threshold is neither a number nor a
+      TypeError: a leaf is not real floating-point, a threshold is neither a number nor a
         callable, or the state is another one's.
       ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
         leaves but there are parameters, shapes do not fit the parameters, mask or positions are not
-        of shape [n], the stack is summed over the devices of `axis_name`, or the transformation is
-        wrapped in `optax.masked`, `optax.MultiSteps`, `optax.contrib.sam` or the like.
+        of shape [n], a tree of thresholds is no prefix of the gradients' or has one for a subtree
+        without leaves, the stack is summed over the devices of `axis_name`, or the transformation
+        is wrapped in `optax.masked`, `optax.MultiSteps`, `optax.contrib.sam` or the like.
 
     Warns:
       UserWarning: the stack takes more memory than the devices have; while it is traced.
@@ -315,8 +330,11 @@ def per_sample_clip(
         floats = [p for _, p in leaves if jnp.issubdtype(dtype_of(p), jnp.floating)]
         # An array of its own for each field: a donated state may not hold one twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
-        numbers = [jnp.zeros((), stacks.norm_dtype(floats)) for _ in range(3)]
-        return PerSampleClipState(*integers, *numbers, jnp.ones((), bool), rule.init())
+        threshold_state = rule.init()
+        shape = groups.fitted(rule.threshold(threshold_state), params).groups.shape
+        numbers = [jnp.zeros(shape, stacks.norm_dtype(floats)) for _ in range(3)]
+        state = PerSampleClipState(*integers, *numbers, jnp.ones((), bool), threshold_state)
+        return state._replace(num_clipped=jnp.zeros(shape, jnp.int32))
 
     def update(
         per_sample_grads: optax.Updates,
@@ -343,10 +361,11 @@ def per_sample_clip(
         params: optax.Params | None,
         sample_mask: Any,
         positions: Any,
-        threshold: Threshold,
+        threshold: Any,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         meshes.check_axis_name(axis_name)
         stacks.refuse_masked_nodes(per_sample_grads)
+        limits = groups.fitted(threshold, per_sample_grads)
         if not jax.tree.leaves((per_sample_grads, params)):
             figures = clipping.no_figures()
             return per_sample_grads, _next_state(state, figures, state.threshold_state)
@@ -362,21 +381,24 @@ def per_sample_clip(
             clip_and_sum,
             stack.leaves,
             axes=stack.axes,
+            groups=limits.groups,
             masked=mask is not None,
             on_nonfinite=on_nonfinite,
         )
 
-        def thresholds(threshold: Threshold) -> jax.Array:
+        def thresholds(limits: Limits) -> jax.Array:
             dtype = stacks.norm_dtype(stack.leaves)
-            return clipping.batch_thresholds(threshold, n, dtype, mask, positions, axis_name)
+            return clipping.batch_thresholds(limits, n, dtype, mask, positions, axis_name)
 
         def measure() -> jax.Array:
-            return clipped_sum(Batch(thresholds(UNCLIPPED), counts))[1].norms
+            unclipped = limits._replace(thresholds=(UNCLIPPED,) * len(limits.thresholds))
+            return clipped_sum(Batch(thresholds(unclipped), counts))[1].norms
 
+        own_limits = limits
         if rule.is_new is not None:
             own = state_for_batch(rule, state.threshold_state, measure, counts, axis_name=axis_name)
-            threshold = rule.threshold(own)
-        sums, stats, kept = clipped_sum(Batch(thresholds(threshold), counts))
+            own_limits = groups.fitted(rule.threshold(own), per_sample_grads)
+        sums, stats, kept = clipped_sum(Batch(thresholds(own_limits), counts))
         if axis_name is not None:
             sums = lax.psum(sums, axis_name)
             stats, counts, kept = clipping.over_devices(stats, counts, kept, axis_name)

@@ -106,6 +106,11 @@ def clip(
     return tx.update(grads, tx.init(PARAMS), **call)
 
 
+def track(rule: Any, norms: Any):
+    tx = psc.track_norms(rule)
+    return tx.update(MEAN, tx.init(PARAMS), norms=norms)
+
+
 def accumulate(grads: Any = MEAN, every: Any = 2, **options: Any):
     tx = psc.accumulate_clipped(optax.sgd(0.1), every, 1.0, **options)
     return tx.update(grads, tx.init(PARAMS), PARAMS)
@@ -474,6 +479,12 @@ ROWS = [
         " such as stats.norms of psc.ClipStats, got float32[4, 3]",
     ),
     Row(
+        lambda: track({"w": RULE, "b": 1.0}, Y),
+        ValueError,
+        "a tree of adaptive thresholds is updated with the norms of a batch by group, a float array"
+        " of shape [n, 2] such as stats.norms of psc.ClipStats, got float32[4]",
+    ),
+    Row(
         lambda: RULE.update(RULE.init(), -Y),
         ValueError,
         "norms are ≥ 0, but the smallest of float32[4] is -1.0; pass stats.norms of "
@@ -523,6 +534,40 @@ ROWS = [
         TypeError,
         "a threshold is a number or a callable from positions [n] to norms [n], got "
         "SuggestedThreshold(⟨what it holds⟩) with a threshold of its own; pass its .threshold",
+    ),
+    Row(
+        lambda: psc.clipped_grad(loss, {"w": 1.0, "b": {"c": "much"}}),
+        TypeError,
+        "a threshold is a number or a callable from positions [n] to norms [n], got 'much'\n"
+        "It came as threshold['b']['c'], for a group of its own.",
+    ),
+    Row(
+        lambda: grad(threshold={"w": 1.0}),
+        ValueError,
+        "a tree of thresholds is a prefix of the parameters' tree, one for each subtree that is "
+        "clipped together, got {'w': ConstantThreshold(value=1.0)} for parameters {'b': float32[2],"
+        " 'w': float32[3, 2]}; psc.by_layer(params, threshold) makes one",
+    ),
+    Row(
+        lambda: psc.clipped_grad(loss, {"w": 1.0, "b": 1.0, "s": 1.0})(PARAMS | {"s": {}}, X, Y),
+        ValueError,
+        "threshold['s'] is for a group, but params['s'] has no arrays to clip, got {}; leave it in "
+        "the prefix as it is, without a threshold",
+    ),
+    Row(
+        lambda: psc.by_layer(PARAMS, 1.0, depth=0),
+        ValueError,
+        "by_layer expects an int of at least 1 as `depth`, got 0",
+    ),
+    Row(
+        lambda: psc.by_layer({"w": {}}, 1.0),
+        ValueError,
+        "by_layer makes groups of parameters, got a tree without any, {'w': {}}",
+    ),
+    Row(
+        lambda: grad(reduction="max"),
+        ValueError,
+        'reduction is "mean" or "sum", got \'max\'',
     ),
     Row(
         lambda: grad(mode="fast"),

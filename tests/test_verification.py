@@ -28,6 +28,7 @@ OPTIONS = {
     "stacked": {"mode": "vmap"},
     "slices": {"microbatch_size": 2},
     "micro-batches": {"microbatch_size": 3, "clip_at": "micro-batch"},
+    "micro-batches, the last a short one": {"microbatch_size": 5, "clip_at": "micro-batch"},
     "last axis": {"in_axes": -1},
     "propagated": {"on_nonfinite": "propagate"},
 }

@@ -14,6 +14,7 @@ from psclip_optax.engine.analysis.computed import compute
 from psclip_optax.engine.flops import count_flops
 from psclip_optax.engine.memory import entering, kept_bytes_of, leaving
 from psclip_optax.engine.plan import LeafPlan, Plans
+from psclip_optax.groups import Groups
 from psclip_optax.table import table
 
 _COLUMNS = ("parameter", "shape", "route", "sites", "extra FLOPs", "extra bytes", "reason")
@@ -33,6 +34,8 @@ class PlanRow:
       extra_flops: floating-point operations for the norms of a batch, as XLA counts them.
       extra_bytes: what a batch keeps until the norms are known, beyond a plain gradient.
       reason: why the route was taken; for a fallback the operation and the user's line.
+      group: where gradients are clipped by group, the column of norms and scales that is of the
+        parameter's, from 0 on.
     """
 
     parameter: str
@@ -42,6 +45,7 @@ class PlanRow:
     extra_flops: float
     extra_bytes: int
     reason: str
+    group: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +68,25 @@ class Plan:
     note: str = ""
 
     def __str__(self) -> str:
-        cells = [_COLUMNS, *(_cells(row) for row in self.rows)]
+        by_group = any(row.group is not None for row in self.rows)
+        columns = (_COLUMNS[0], "group", *_COLUMNS[1:]) if by_group else _COLUMNS
+        cells = [columns, *(_cells(row) for row in self.rows)]
         flops, extra = (
             _short(sum(getattr(row, name) for row in self.rows))
             for name in ("extra_flops", "extra_bytes")
         )
-        cells.append(("total", "", "", "", flops, extra, ""))
+        cells.append(("total", *[""] * (len(columns) - 4), flops, extra, ""))
         title = f"mode {self.mode}{self._how()}, {self.num_samples} samples"
         notes = [self.note] if self.note else []
         return "\n".join([title, *notes, *table(cells, has_total=True)])
+
+    def of_groups(self, groups: Groups) -> Plan:
+        """Name each parameter's group."""
+        if groups.of_leaf is None:
+            return self
+        both = zip(self.rows, groups.of_leaf, strict=True)
+        rows = tuple(dataclasses.replace(row, group=group) for row, group in both)
+        return dataclasses.replace(self, rows=rows)
 
     def _how(self) -> str:
         if self.mode != "two_pass":
@@ -84,7 +98,8 @@ class Plan:
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
     numbers = _short(row.extra_flops), _short(row.extra_bytes)
-    return (row.parameter, row.shape, row.route, str(row.num_sites), *numbers, row.reason)
+    group = [] if row.group is None else [str(row.group)]
+    return (row.parameter, *group, row.shape, row.route, str(row.num_sites), *numbers, row.reason)
 
 
 def _short(number: float) -> str:

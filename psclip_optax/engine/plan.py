@@ -19,6 +19,7 @@ from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
 from psclip_optax.engine.routes import route_of, route_of_all
 from psclip_optax.engine.routes.route import Route
+from psclip_optax.groups import ALL_TOGETHER, Groups
 
 
 class Group(NamedTuple):
@@ -99,12 +100,28 @@ class Plans(NamedTuple):
     def all(self) -> list[LeafPlan]:
         return [*self.leaves, *self.others]
 
+    def parameter_of(self, weight: int) -> int:
+        """Find a parameter that a weight is, or is a piece of, or is computed from."""
+        leaf_of = self.pieces.leaf_of
+        if weight < self.num_leaves:
+            return leaf_of[weight]
+        computed = zip(self.others, self.computed, strict=True)
+        return next(leaf_of[min(one.leaves)] for plan, one in computed if plan.weight == weight)
+
 
 _Family: TypeAlias = dict[int, Computed]
 
 
-def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
-    """Plan the gradients of the first `num_leaves` inputs of the loss for one example."""
+def plan_weights(
+    closed: core.ClosedJaxpr, num_leaves: int, together: Groups = ALL_TOGETHER
+) -> Plans:
+    """Plan the gradients of the first `num_leaves` inputs of the loss for one example.
+
+    Args:
+      closed: the loss.
+      num_leaves: how many parameters there are.
+      together: which of them are clipped together.
+    """
     if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
         leaves = [LeafPlan(i, escape=escape) for i in range(num_leaves)]
@@ -123,8 +140,31 @@ def plan_weights(closed: core.ClosedJaxpr, num_leaves: int) -> Plans:
     leaves = [_plan_weight(i, shaped, usage) for i, shaped in enumerate(avals)]
     plans = Plans(leaves, [], [], closed, pieces)
     for family in _families(usage):
-        _add_family(plans, family, usage, avals)
+        if _is_of_one_group(plans, family, together):
+            _add_family(plans, family, usage, avals)
+        else:
+            _differentiate(plans, family, Escape(_OF_SEVERAL_GROUPS, ""))
     return plans
+
+
+_OF_SEVERAL_GROUPS = "enters weights that are computed from parameters of several groups"
+
+
+def _is_of_one_group(plans: Plans, family: _Family, together: Groups) -> bool:
+    """Whether one norm and one weight a sample will do for all that is in a family."""
+    parameters = (plans.parameter_of(leaf) for leaf in _relatives(family))
+    return together.of_leaf is None or len({together.of_leaf[p] for p in parameters}) == 1
+
+
+def _relatives(family: _Family) -> list[int]:
+    """The parameters that a family is computed from."""
+    return sorted(frozenset().union(*(one.leaves for one in family.values())))
+
+
+def _differentiate(plans: Plans, family: _Family, escape: Escape | None) -> None:
+    """Leave a family's parameters to automatic differentiation."""
+    for leaf in _relatives(family):
+        plans.leaves[leaf] = LeafPlan(leaf, escape=escape)
 
 
 def _hoisted(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
@@ -134,12 +174,9 @@ def _hoisted(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
 def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any]) -> None:
     """Plan computed weights, and anew the parameters that they are computed from."""
     others = [_plan_weight(weight, one.aval, usage) for weight, one in family.items()]
-    relatives = sorted(frozenset().union(*(one.leaves for one in family.values())))
-    parents = [plans.leaves[leaf] for leaf in relatives]
+    parents = [plans.leaves[leaf] for leaf in _relatives(family)]
     if _is_better_differentiated(parents, others, avals, family):
-        escape = next((plan.escape for plan in others if plan.escape), None)
-        for leaf in relatives:
-            plans.leaves[leaf] = LeafPlan(leaf, escape=escape)
+        _differentiate(plans, family, next((p.escape for p in others if p.escape), None))
         return
     is_joined = _is_joined(parents, family)
     for plan in parents:

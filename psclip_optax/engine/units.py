@@ -32,8 +32,8 @@ class Unit(NamedTuple):
         return jnp.any(padded.reshape(number, self.size), axis=1)
 
     def of_each_sample(self, values: jax.Array, num_samples: int) -> jax.Array:
-        """Give each sample what its unit has: [units] → [n]."""
-        return values if self.size == 1 else jnp.repeat(values, self.size)[:num_samples]
+        """Give each sample what its unit has: [units, …] → [n, …]."""
+        return values if self.size == 1 else jnp.repeat(values, self.size, axis=0)[:num_samples]
 
     def sharded(self, by_sample: Any) -> Any:
         """Say how an array of units is sharded where one of samples is so."""

@@ -19,7 +19,9 @@ from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.calls import Call
 from psclip_optax.engine.explain import Plan
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP
+from psclip_optax.groups import Groups, Limits
 from psclip_optax.table import table
+from psclip_optax.thresholds import Threshold
 
 _COLUMNS = ("parameter", "route", "largest error", "ok")
 _ISSUES = "https://github.com/psclip/psclip_optax/issues"
@@ -93,29 +95,42 @@ class Verification:
         )
 
 
-def verify(clip: Callable[..., Any], call: Call, together: int, plan: Plan) -> Verification:
+def verify(
+    clip: Callable[..., Any], call: Call, together: int, plan: Plan, groups: Groups
+) -> Verification:
     """Compare a mode with the reference, both compiled, in full precision.
 
     Args:
-      clip: from a call and a threshold to value, gradients' leaves and ClipStats.
+      clip: from a call and its limits to value, gradients' leaves and ClipStats.
       call: of the samples to compare.
       together: how many samples are clipped together.
       plan: of the whole batch's call, for its mode and routes.
+      groups: which parameters are clipped together.
     """
     call = _in_widest(call)
     with jax.default_matmul_precision("highest"):
         losses, stack = _reference(call, together)
-        norms = np.sqrt(sum(_squares(leaf) for leaf in stack))
+        members = groups.members(len(stack))
+        # Of each sample and each group.
+        norms = np.sqrt(np.stack([sum(_squares(stack[i]) for i in own) for own in members], -1))
         # Each sample with a weight of its own, for what is wrong to show.
-        taus = norms * np.linspace(0.25, 1.25, len(norms))
-        value, grads, stats = jax.jit(
-            lambda *both: clip(call.of(*both), lambda positions: taus[: len(positions)])
-        )(call.params, call.examples)
-    finite = np.isfinite(norms) & np.isfinite(losses)
-    weights = np.minimum(1, taus / np.where(norms > 0, norms, 1))[finite] / len(norms)
-    errors = _errors(grads, [np.tensordot(weights, leaf[finite], 1) for leaf in stack])
-    errors += _errors([np.asarray(stats.norms)[finite]], [norms[finite]])
-    errors += _errors([value], [losses[finite].mean() if finite.any() else 0])
+        taus = norms * np.linspace(0.25, 1.25, len(norms))[:, None]
+        limits = Limits(tuple(map(_threshold_of, taus.T)), groups)
+        value, grads, stats = jax.jit(lambda *both: clip(call.of(*both), limits))(
+            call.params, call.examples
+        )
+    finite = np.isfinite(norms).all(axis=-1) & np.isfinite(losses)
+    shares = _shares(call.num_samples, together)
+    weights = (np.minimum(1, taus / np.where(norms > 0, norms, 1)) * shares[:, None])[finite]
+    wanted = {
+        leaf: np.tensordot(own, stack[leaf][finite], 1)
+        for own, leaves in zip(weights.T, members, strict=True)
+        for leaf in leaves
+    }
+    errors = _errors(grads, [wanted[leaf] for leaf in range(len(stack))])
+    errors += _errors([np.reshape(stats.norms, norms.shape)[finite]], [norms[finite]])
+    mean = np.average(losses[finite], weights=shares[finite]) if finite.any() else 0
+    errors += _errors([value], [mean])
     tolerance = _tolerance(_jaxpr(call).jaxpr)
     names = [(row.parameter, row.route) for row in plan.rows] + [("norms", ""), ("loss", "")]
     rows = tuple(
@@ -127,6 +142,16 @@ def verify(clip: Callable[..., Any], call: Call, together: int, plan: Plan) -> V
     if result.ok:
         return result
     return dataclasses.replace(result, report=_written(result, call, plan))
+
+
+def _shares(num_samples: int, together: int) -> np.ndarray:
+    """What each that is clipped has of the mean; the last may be of fewer samples."""
+    starts = np.arange(0, num_samples, together)
+    return np.minimum(together, num_samples - starts) / num_samples
+
+
+def _threshold_of(taus: np.ndarray) -> Threshold:
+    return lambda positions: jnp.asarray(taus[: len(positions)])
 
 
 def _in_widest(call: Call) -> Call:

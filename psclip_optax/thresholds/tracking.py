@@ -9,10 +9,10 @@ import jax
 import optax
 from jax import lax
 
+from psclip_optax import groups
 from psclip_optax.arrays import described
 from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.checks import concrete
-from psclip_optax.thresholds.fixed import as_threshold
 from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
 
 
@@ -36,18 +36,21 @@ def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransfor
     the state itself.
 
     Args:
-      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][]; None for
+      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][], or a tree prefix of
+        the parameters with one for each group. The state is then the tree of their states, and
+        `jax.tree.map(lambda rule, state: rule.threshold(state), rules, states, is_leaf=lambda node:
+        isinstance(node, psc.AdaptiveThreshold))` the tree of thresholds. None for
         [`psclip_optax.auto_threshold`][].
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a
-      [`psclip_optax.thresholds.tracking.TrackNormsState`][]. Its update takes `norms`, float [n],
-      and `sample_mask`, bool [n] or None, as further keyword arguments, which `optax.chain`
-      passes on.
+      [`psclip_optax.thresholds.tracking.TrackNormsState`][]. Its update takes `norms`, float [n]
+      or, by group, [n, groups], and `sample_mask`, bool [n] or None, as further keyword arguments,
+      which `optax.chain` passes on.
 
     Raises:
       TypeError: `rule` is no AdaptiveThreshold, or an update came without norms.
-      ValueError: norms are not of shape [n], or the mask does not fit.
+      ValueError: norms are not of shape [n], or by group [n, groups], or the mask does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -66,7 +69,7 @@ def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransfor
       [0. 0.]
       [0.6 1.8]
     """
-    rule = auto_threshold() if rule is None else rule
+    rule = as_adaptive(rule) if rule is None or groups.has_rules(rule) else rule
     if not isinstance(rule, AdaptiveThreshold):
         raise TypeError(
             "track_norms keeps the state of an AdaptiveThreshold, such as psc.moment_threshold(), "
@@ -126,10 +129,11 @@ def state_for_batch(
 
 
 def as_adaptive(threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | None) -> Any:
-    """The rule itself, the automatic one of None, or one that always has this threshold."""
+    """The rule itself, the automatic one of None, that of a tree of rules, or one without state."""
     if threshold is None:
         return auto_threshold()
     if isinstance(threshold, AdaptiveThreshold):
         return threshold
-    fixed = as_threshold(threshold)
-    return AdaptiveThreshold(tuple, lambda state: fixed, lambda state, *_: state)
+    if groups.has_rules(threshold):
+        return groups.rule_by_group(threshold)
+    return groups.fixed_rule(threshold)

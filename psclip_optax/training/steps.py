@@ -18,9 +18,10 @@ from flax.training.train_state import TrainState
 
 from psclip_optax.arrays import array_leaves, described
 from psclip_optax.clipped_grad import ClipAt, Mode, check_loss, clipped_value_and_grad
-from psclip_optax.clipping import batch_figures, check_positions, check_sample_mask
+from psclip_optax.clipping import batch_figures, beside, check_positions, check_sample_mask
 from psclip_optax.engine.calls import value_and_aux
 from psclip_optax.engine.units import Unit
+from psclip_optax.groups import in_groups_of
 from psclip_optax.thresholds import AdaptiveThreshold, Threshold
 from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.tracking import TrackNormsState, state_for_batch
@@ -120,15 +121,18 @@ def _clipped_gradients(threshold_from: Callable[[Any], Any], how: _How) -> _Grad
         threshold = given
         if is_adaptive:
             state = _tracked_state(given, opt_state)
-            own = state_for_batch(given, state, lambda: value_and_grad()[-1].norms, units)
+            limits = in_groups_of(given.threshold(state), jnp.inf)
+            measure = lambda: value_and_grad(threshold=limits)[-1].norms  # noqa: E731
+            own = state_for_batch(given, state, measure, units)
             threshold = given.threshold(own)
         (_, logs), gradients, stats = value_and_grad(threshold=threshold)
-        figures = batch_figures(stats, units, units & jnp.isfinite(stats.norms))._asdict()
+        finite = jnp.all(jnp.isfinite(stats.norms).reshape(units.size, -1), axis=1)
+        figures = batch_figures(stats, units, units & finite)._asdict()
         if not by_sample:
             number = {"num_microbatches": figures["num_samples"]}
             figures |= number | {"num_samples": jnp.sum(counts, dtype=jnp.int32)}
         if how.return_norms:
-            figures["norms"] = jnp.where(units, stats.norms, jnp.nan)
+            figures["norms"] = jnp.where(beside(units, stats.norms), stats.norms, jnp.nan)
         if not is_adaptive:
             return _Computed(logs, gradients, {}, figures)
         figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]

@@ -61,8 +61,8 @@ def _clipped(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resul
     of_samples = jnp.where(counts, 1 / jnp.maximum(number, 1).astype(problem.dtype), 0)
     gradients = pull_back(of_samples.astype(values.dtype))[0]
 
-    clipped, norm, scale = clipped_alone(gradients, samples.taus[0])
-    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(values))
+    clipped, norm, scale = clipped_alone(gradients, samples.taus[0], problem.groups)
+    finite = problem.groups.in_all(jnp.isfinite(norm)) & jnp.all(jnp.isfinite(values))
     kept = finite | (problem.on_nonfinite == "propagate")
     share = jnp.sum(jnp.where(counts, samples.shares, 0))
     sums = [

@@ -38,7 +38,7 @@ class OnePass(Mode):
         return in_slices(
             functools.partial(_of_slice, problem, leaves),
             samples,
-            _samples_at_a_time(problem, leaves, samples.taus.size),
+            _samples_at_a_time(problem, leaves, samples.number),
             has_convolutions=problem.has_convolutions,
         )
 
@@ -87,11 +87,12 @@ def _of_slice(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
 
     def contracted(plan: LeafPlan) -> jax.Array:
         weight = weights[plan.weight]
+        own = problem.part(of_samples, plan.weight)
         if plan.is_direct:
-            return stacks.weighted_sum(stacked[plan.weight], 0, of_samples)
+            return stacks.weighted_sum(stacked[plan.weight], 0, own)
         if not plan.groups:
             return jnp.zeros_like(weight)
-        return norms_of.weighted_sum(plan, weight, entered, seen.cotangents, of_samples)
+        return norms_of.weighted_sum(plan, weight, entered, seen.cotangents, own)
 
     sums = {plan.weight: contracted(plan) for plan in plans}
     pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])

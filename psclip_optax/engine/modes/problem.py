@@ -11,6 +11,7 @@ from jax.extend import core
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.engine.analysis.linearity import unproven_rule
 from psclip_optax.engine.plan import Plans
+from psclip_optax.groups import Groups
 
 
 class Problem(NamedTuple):
@@ -19,6 +20,7 @@ class Problem(NamedTuple):
     Attributes:
       closed: the loss for one example, from the parameters' and the example's leaves.
       plans: for each parameter, and for weights that are computed from them.
+      groups: which parameters are clipped together.
       on_nonfinite: "drop" or "propagate".
       dtype: of norms and scales.
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
@@ -28,6 +30,7 @@ class Problem(NamedTuple):
 
     closed: core.ClosedJaxpr
     plans: Plans
+    groups: Groups
     on_nonfinite: OnNonfinite
     dtype: Any
     axis_name: Any
@@ -38,6 +41,10 @@ class Problem(NamedTuple):
     def has_convolutions(self) -> bool:
         sites = (site for plan in self.plans.all for site in plan.sites)
         return any(site.route.is_slow_in_loops for site in sites)
+
+    def part(self, of_samples: Any, weight: int) -> Any:
+        """Take what arrays [n] or [n, groups] hold for the group of a weight."""
+        return self.groups.part(of_samples, self.plans.parameter_of(weight))
 
     def unproven_rule(self) -> core.JaxprEqn | None:
         """Find what keeps the backward pass from being proven linear in the losses' cotangents."""

@@ -21,9 +21,9 @@ class Samples(NamedTuple):
 
     Attributes:
       examples: the batched leaves, n on the first axis of each.
-      taus: τ_k, [n].
-      shares: 1/N, what a sample has of the mean, [n]. With it in the weights, no gradient need be
-        divided, and a sum in half precision does not leave its range.
+      taus: τ_k, [n]; [n, groups] by group.
+      shares: 1/N, what a sample has of the mean, [n]; 1 for a sum. With it in the weights, no
+        gradient need be divided, and a mean in half precision does not leave its range.
       counts: whether the sample is no padding, bool [n].
     """
 
@@ -31,6 +31,10 @@ class Samples(NamedTuple):
     taus: jax.Array
     shares: jax.Array
     counts: jax.Array
+
+    @property
+    def number(self) -> int:
+        return self.counts.size
 
 
 class Result(NamedTuple):
@@ -40,6 +44,7 @@ class Result(NamedTuple):
       sums: Σ γ_k g_k / N of each parameter.
       outs: what the loss returns, stacked: the losses, then the leaves of aux.
       norms: ‖g_k‖, [n]; of what is clipped together, as the two below, [1] for a micro-batch.
+        [n, groups] by group, as the scales.
       scales: γ_k, [n]; 0 for masked and dropped samples.
       finite: whether loss and gradient are, bool [n].
     """
@@ -72,7 +77,7 @@ def in_slices(
       has_convolutions: whether `run` has some.
       consecutive: whether a slice is of consecutive samples.
     """
-    n = samples.taus.size
+    n = samples.number
     if size is None or size >= n:
         return run(samples)
     axis = 0 if consecutive else 1

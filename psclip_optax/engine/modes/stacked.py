@@ -29,6 +29,7 @@ class Stacked(Mode):
             stacked,
             transforms.Batch(samples.taus, samples.counts & ~dropped),
             axes=(0,) * len(stacked),
+            groups=problem.groups,
             masked=True,
             on_nonfinite=problem.on_nonfinite,
         )

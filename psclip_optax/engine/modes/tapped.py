@@ -96,7 +96,24 @@ def squared_norms(
     weights: dict[int, Any],
     seen: Seen,
 ) -> Any:
-    """‖g_k‖² over the parameters of these plans, [n]."""
+    """‖g_k‖² over the parameters of these plans, [n], or over those of each group, [n, groups]."""
+    parameters = {plan.weight: problem.plans.parameter_of(plan.weight) for plan in plans}
+
+    def over(members: Sequence[int]) -> Any:
+        own = [plan for plan in plans if parameters[plan.weight] in members]
+        return _squares_together(problem, own, pull_back, weights, seen)
+
+    members = problem.groups.members(len(problem.plans.pieces.boxes))
+    return problem.groups.stacked(map(over, members))
+
+
+def _squares_together(
+    problem: Problem,
+    plans: Sequence[LeafPlan],
+    pull_back: PullBack,
+    weights: dict[int, Any],
+    seen: Seen,
+) -> Any:
     own = [plan for plan in plans if plan.norm == "own"]
     squares = _stacked_squares([seen.stacked[p.weight] for p in own if p.is_direct], problem.dtype)
     for plan in (plan for plan in own if plan.groups):

@@ -33,7 +33,7 @@ class TwoPass(Mode):
     name = "two_pass"
 
     def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-        num_samples = samples.taus.size
+        num_samples = samples.number
         slices = _num_slices(problem, leaves, num_samples)
         if slices is None:
             try:
@@ -48,22 +48,27 @@ class TwoPass(Mode):
         )
 
     def course(self, problem: Problem, leaves: Sequence[Any], num_samples: int) -> Course:
-        slices, rule = _num_slices(problem, leaves, num_samples), problem.unproven_rule()
-        if rule is None:
-            return Course(slices)
-        why = f"the loss passes {described_rule(rule)}"
-        return Course(slices, f"one pass over slices, never two passes: {why}")
+        slices, why = _num_slices(problem, leaves, num_samples), _why_never_weighted(problem)
+        return Course(slices, f"one pass over slices, never two passes: {why}" if why else "")
 
 
 TWO_PASS = TwoPass()
+
+
+def _why_never_weighted(problem: Problem) -> str:
+    """Say why a backward pass of weighted losses is not the weighted sum; "" where it is."""
+    if problem.groups.of_leaf is not None:
+        return "a backward pass has one weight for each sample, not one for each group"
+    rule = problem.unproven_rule()
+    return "" if rule is None else f"the loss passes {described_rule(rule)}"
 
 
 def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
     """In how many slices one pass takes a plain gradient's memory; None: better in two passes."""
     plans = problem.plans
     # Behind a rule that is not linear, weighted cotangents give no weighted sum.
-    is_linear = problem.unproven_rule() is None
-    others = [plan.weight for plan in plans.all if not (is_linear and _may_be_probed(plan))]
+    is_weighted = not _why_never_weighted(problem)
+    others = [plan.weight for plan in plans.all if not (is_weighted and _may_be_probed(plan))]
     if problem.axis_name is not None:  # an estimate would have to know what varies over the mesh
         return None if len(others) < len(plans.all) else 1
     estimate = estimated_bytes(problem.closed, plans, leaves, 1)
@@ -77,7 +82,7 @@ def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> in
     if few and (few[0] == 1 or not may_be_shared(num_samples)):
         return few[0]
     would_keep = sum(estimate.kept[weight] for weight in others)
-    if is_linear and would_keep <= most_kept:
+    if is_weighted and would_keep <= most_kept:
         return None
     return few[0] if few else even_slices(range(1, wanted + 1), num_samples)[-1]
 

@@ -22,18 +22,19 @@ def weigh(
 ) -> tuple[jax.Array, ...]:
     """Norms, scales (0 for what is not kept), which samples are finite, and which are kept."""
     # No number of samples is in it where no parameter reaches the loss.
-    norms = clipping.norms_of(jnp.broadcast_to(squares, losses.shape))
+    norms = clipping.norms_of(jnp.broadcast_to(squares, samples.taus.shape))
     is_told = jnp.isfinite(norms) & ~clipping.may_exceed(norms, samples.taus)
-    finite = is_told & jnp.isfinite(losses)
+    finite = problem.groups.in_all(is_told) & jnp.isfinite(losses)
     kept = samples.counts & finite if problem.on_nonfinite == "drop" else samples.counts
     scales = clipping.clip_scales(norms, samples.taus)
     scales = jnp.where(is_told, scales, jnp.nan)
-    return norms, jnp.where(kept, scales, 0), finite, kept
+    return norms, jnp.where(clipping.beside(kept, scales), scales, 0), finite, kept
 
 
 def weights_of_sum(samples: Samples, norms: jax.Array, scales: jax.Array) -> jax.Array:
     """γ_k / N; 0 at τ_k = 0, also where a norm that is not 0 has underflowed."""
-    return jnp.where((samples.taus > 0) | (norms > 0), scales * samples.shares, 0)
+    shares = clipping.beside(samples.shares, scales)
+    return jnp.where((samples.taus > 0) | (norms > 0), scales * shares, 0)
 
 
 def changed_if_any(

@@ -1,0 +1,295 @@
+"""Clipping by group: a tree prefix of the parameters with a threshold for each group of leaves."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psclip_optax.arrays import as_array, described, described_tree, is_integer
+from psclip_optax.thresholds import (
+    AdaptiveThreshold,
+    ConstantThreshold,
+    GrowingThreshold,
+    Threshold,
+    as_threshold,
+    least_norm,
+    thresholds_at,
+)
+
+
+class Groups(NamedTuple):
+    """Which leaves of the parameters are clipped together.
+
+    Attributes:
+      of_leaf: the number of each leaf's group; None where one threshold is for all of them, and
+        arrays of samples have no axis of groups.
+    """
+
+    of_leaf: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What arrays of samples have behind their axis of samples."""
+        return () if self.of_leaf is None else (1 + max(self.of_leaf),)
+
+    def part(self, values: Any, leaf: int) -> Any:
+        """Take what arrays [..., groups] hold for the group of a leaf."""
+        return values if self.of_leaf is None else values[..., self.of_leaf[leaf]]
+
+    def members(self, num_leaves: int) -> list[Sequence[int]]:
+        """List the leaves of each group."""
+        if self.of_leaf is None:
+            return [range(num_leaves)]
+        leaves: list[list[int]] = [[] for _ in range(*self.shape)]
+        for leaf, group in enumerate(self.of_leaf):
+            leaves[group].append(leaf)
+        return [*leaves]
+
+    def stacked(self, arrays: Iterable[Any]) -> Any:
+        """Put what belongs to each group side by side, on a last axis."""
+        if self.of_leaf is None:
+            (array,) = arrays
+            return array
+        return jnp.stack(jnp.broadcast_arrays(*arrays), axis=-1)
+
+    def in_all(self, flags: jax.Array) -> jax.Array:
+        """Tell where all groups have the flag."""
+        return flags if self.of_leaf is None else jnp.all(flags, axis=-1)
+
+
+ALL_TOGETHER = Groups()
+
+
+class Limits(NamedTuple):
+    """The thresholds that parameters are clipped at.
+
+    Attributes:
+      thresholds: one for each group.
+      groups: to which they belong.
+    """
+
+    thresholds: tuple[Threshold, ...]
+    groups: Groups
+
+    def at(self, positions: jax.Array, dtype: Any) -> jax.Array:
+        """Give τ at positions [n], shape [n] or [n, groups]."""
+        taus = (thresholds_at(threshold, positions, dtype) for threshold in self.thresholds)
+        return self.groups.stacked(taus)
+
+    def least_norms(self) -> np.ndarray | None:
+        """Tell the smallest τ of each group at any position; None where one is not known."""
+        known = [least_norm(threshold) for threshold in self.thresholds]
+        return None if any(one is None for one in known) else np.array(known)
+
+
+def by_layer(params: Any, threshold: Threshold | jax.typing.ArrayLike, depth: int = 1) -> Any:
+    r"""Share a threshold out among the layers of the parameters, for clipping by group.
+
+    Each subtree at the given depth is a group, whose gradient is clipped at $\tau_k / \sqrt m$,
+    where m is the number of groups. All of a clipped gradient is then no longer than $\tau_k$, as
+    it is where the threshold is for all parameters together.
+
+    Args:
+      params: the tree of parameters, or one of the same structure.
+      threshold: a number, [`psclip_optax.growing_threshold`][], or any callable from positions [n]
+        to norms [n].
+      depth: of the subtrees, at least 1: 2 for Flax's `{"params": {"Dense_0": …}}`. A leaf that is
+        not as deep is a group of its own; a subtree without leaves is left as it is.
+
+    Returns:
+      A tree prefix of `params` with a threshold for each group, as
+      [`psclip_optax.clipped_value_and_grad`][] and [`psclip_optax.per_sample_clip`][] take it.
+
+    Raises:
+      TypeError: the threshold is neither a number nor a callable.
+      ValueError: the number is out of range, `depth` is no int of at least 1, or the tree has no
+        leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import psclip_optax as psc
+      >>> params = {"body": {"w": jnp.ones(3), "b": jnp.ones(1)}, "head": {"w": jnp.ones(3)}}
+      >>> thresholds = psc.by_layer(params, psc.growing_threshold(alpha=2**0.5, beta=2.0))
+      >>> print({name: one(jnp.array([1, 4])) for name, one in thresholds.items()})
+      {'body': Array([1., 2.], dtype=float32), 'head': Array([1., 2.], dtype=float32)}
+
+    References:
+      He et al., [Exploring the Limits of Differentially Private Deep Learning with Group-wise
+      Clipping](https://arxiv.org/abs/2212.01539), ICLR 2023.
+    """
+    if not is_integer(depth) or depth < 1:
+        raise ValueError(f"by_layer expects an int of at least 1 as `depth`, got {depth!r}")
+    threshold = as_threshold(threshold)
+    marked = _marked(params, depth)
+    number = len(jax.tree.leaves(marked))
+    if not number:
+        raise ValueError(f"by_layer makes groups of parameters, got a tree without any, {params!r}")
+    share = _scaled(threshold, 1 / math.sqrt(number))
+    return jax.tree.map(lambda _: share, marked)
+
+
+def _marked(tree: Any, depth: int) -> Any:
+    """The tree with 0 in the place of each subtree at that depth, but for those without leaves."""
+    if depth == 0:
+        return 0 if jax.tree.leaves(tree) else tree
+    return jax.tree.map(
+        lambda child: _marked(child, depth - 1), tree, is_leaf=lambda node: node is not tree
+    )
+
+
+def _scaled(threshold: Threshold, factor: float) -> Threshold:
+    if isinstance(threshold, ConstantThreshold):
+        return ConstantThreshold(threshold.value * factor)
+    if isinstance(threshold, GrowingThreshold):
+        return GrowingThreshold(threshold.alpha * factor, threshold.beta)
+    # A pytree where the threshold is one.
+    return jax.tree_util.Partial(_times, threshold, factor)
+
+
+def _times(threshold: Threshold, factor: Any, positions: jax.Array) -> jax.Array:
+    return jnp.asarray(threshold(positions)) * factor
+
+
+def is_threshold(node: Any, node_types: frozenset[type] = frozenset()) -> bool:
+    """Whether a node of a prefix is a threshold, and not a tree of some.
+
+    Args:
+      node: of the prefix.
+      node_types: of the parameters' nodes, which may be callable as Equinox's modules are.
+    """
+    if isinstance(node, AdaptiveThreshold | ConstantThreshold | GrowingThreshold):
+        return True
+    return callable(node) and type(node) not in node_types
+
+
+def is_prefix(threshold: Any, node_types: frozenset[type] = frozenset()) -> bool:
+    """Whether it is a tree of thresholds."""
+    # What psc.tails suggests is a tuple with a threshold in it.
+    has_one = hasattr(threshold, "threshold") and type(threshold) not in node_types
+    if has_one or is_threshold(threshold, node_types):
+        return False
+    treedef = jax.tree.structure(threshold)
+    return treedef.num_leaves > 0 and not jax.tree_util.treedef_is_leaf(treedef)
+
+
+def as_thresholds(threshold: Any) -> Any:
+    """The threshold, or the tree of them, constant ones in the place of numbers."""
+    if not is_prefix(threshold):
+        return as_threshold(threshold)
+    return jax.tree_util.tree_map_with_path(_as_threshold_at, threshold, is_leaf=is_threshold)
+
+
+def _as_threshold_at(path: Any, threshold: Any) -> Threshold:
+    try:
+        return as_threshold(threshold)
+    except (TypeError, ValueError) as error:
+        error.add_note(f"It came as threshold{jax.tree_util.keystr(path)}, for a group of its own.")
+        raise
+
+
+def in_groups_of(prefix: Any, threshold: Any) -> Any:
+    """The threshold for each group of a prefix, unless it has groups of its own."""
+    if is_prefix(threshold) or not is_prefix(prefix):
+        return threshold
+    return jax.tree.map(lambda _: threshold, prefix, is_leaf=is_threshold)
+
+
+def fitted(threshold: Any, params: Any) -> Limits:
+    """The limits that a threshold, or a tree of some, means for these parameters.
+
+    Args:
+      threshold: a number, a callable, or a tree prefix of the parameters with one for each group.
+      params: the parameters, or what has their structure.
+
+    Raises:
+      TypeError: what stands for a threshold is none.
+      ValueError: the prefix does not fit, or a group has no leaves.
+    """
+    node_types = _node_types(params)
+    if not is_prefix(threshold, node_types):
+        return Limits((as_threshold(threshold),), ALL_TOGETHER)
+    is_leaf: Callable[[Any], bool] = functools.partial(is_threshold, node_types=node_types)
+    named, treedef = jax.tree_util.tree_flatten_with_path(threshold, is_leaf=is_leaf)
+    try:
+        parts = treedef.flatten_up_to(params)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "a tree of thresholds is a prefix of the parameters' tree, one for each subtree that "
+            f"is clipped together, got {threshold!r} for parameters {described_tree(params)}; "
+            "psc.by_layer(params, threshold) makes one"
+        ) from error
+    sizes = [len(jax.tree.leaves(part)) for part in parts]
+    if 0 in sizes:
+        (path, _), part = named[sizes.index(0)], parts[sizes.index(0)]
+        name = jax.tree_util.keystr(path)
+        raise ValueError(
+            f"threshold{name} is for a group, but params{name} has no arrays to clip, got {part!r};"
+            " leave it in the prefix as it is, without a threshold"
+        )
+    of_leaf = tuple(group for group, size in enumerate(sizes) for _ in range(size))
+    return Limits(tuple(_as_threshold_at(*one) for one in named), Groups(of_leaf))
+
+
+def _node_types(tree: Any) -> frozenset[type]:
+    found: set[type] = set()
+
+    def note(node: Any) -> bool:
+        found.add(type(node))
+        return False
+
+    jax.tree.leaves(tree, is_leaf=note)
+    return frozenset(found)
+
+
+def has_rules(threshold: Any) -> bool:
+    """Whether it is a tree of thresholds with an adaptive one."""
+    if not is_prefix(threshold):
+        return False
+    leaves = jax.tree.leaves(threshold, is_leaf=is_threshold)
+    return any(isinstance(leaf, AdaptiveThreshold) for leaf in leaves)
+
+
+def fixed_rule(threshold: Any) -> AdaptiveThreshold:
+    """The rule without a state that always has this threshold, or tree of thresholds."""
+    fixed = as_thresholds(threshold)
+    return AdaptiveThreshold(tuple, lambda state: fixed, lambda state, *_, **__: state)
+
+
+def rule_by_group(prefix: Any) -> AdaptiveThreshold:
+    """One rule of a tree of them: states and thresholds are trees, norms are [n, groups]."""
+    leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_threshold)
+    rules = [one if isinstance(one, AdaptiveThreshold) else fixed_rule(one) for one in leaves]
+
+    def init() -> Any:
+        return treedef.unflatten([rule.init() for rule in rules])
+
+    def threshold(states: Any) -> Any:
+        both = zip(rules, treedef.flatten_up_to(states), strict=True)
+        return treedef.unflatten([rule.threshold(state) for rule, state in both])
+
+    def update(states: Any, norms: Any, sample_mask: Any = None, *, axis_name: Any = None) -> Any:
+        expected = (
+            "a tree of adaptive thresholds is updated with the norms of a batch by group, a float "
+            f"array of shape [n, {len(rules)}] such as stats.norms of psc.ClipStats"
+        )
+        norms = as_array(norms, expected)
+        if norms.ndim != 2 or norms.shape[1] != len(rules):
+            raise ValueError(f"{expected}, got {described(norms)}")
+        each = zip(rules, treedef.flatten_up_to(states), norms.T, strict=True)
+        new = [
+            rule.update(state, own, sample_mask, axis_name=axis_name) for rule, state, own in each
+        ]
+        return treedef.unflatten(new)
+
+    def is_new(states: Any) -> jax.Array:
+        both = zip(rules, treedef.flatten_up_to(states), strict=True)
+        return jnp.stack([rule.is_new(state) for rule, state in both if rule.is_new]).any()
+
+    has_new = any(rule.is_new for rule in rules)
+    return AdaptiveThreshold(init, threshold, update, is_new if has_new else None)
