@@ -129,6 +129,7 @@ def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: boo
         options.axis_name,
         options.spmd_axis_name,
         may_be_padded,
+        options.norm_precision,
     )
 
 

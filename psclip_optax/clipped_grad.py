@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 
 from psclip_optax import clipped_call, groups, meshes
 from psclip_optax.clipping import ClipStats, OnNonfinite
@@ -40,6 +41,7 @@ def clipped_value_and_grad(
     memory_limit_bytes: int | None = None,
     clip_at: ClipAt = "sample",
     reduction: Reduction = "mean",
+    norm_precision: lax.Precision | None = None,
 ) -> ClippedValueAndGrad:
     r"""Value and clipped mean gradient of a per-sample loss, without stacked gradients.
 
@@ -103,6 +105,10 @@ def clipped_value_and_grad(
         the groups j; a micro-batch, by its number of samples times its τ_j). That is the
         sensitivity which noise for differential privacy is scaled to. The value stays the mean
         loss.
+      norm_precision: the `jax.lax.Precision` of the products that norms are made of; None takes
+        JAX's default, as the loss does. A CPU's default is exact; a TPU's has bfloat16 operands, an
+        NVIDIA GPU's TF32, and `jax.lax.Precision.HIGHEST` those of float32, at up to six times the
+        time of these products. Gradients are never rounded by it, only their norms.
 
     Returns:
       `f(params, *batch, sample_mask=None, positions=None, threshold=None)`, which returns
@@ -162,6 +168,7 @@ def clipped_value_and_grad(
         memory_limit_bytes=memory_limit_bytes,
         clip_at=clip_at,
         reduction=reduction,
+        norm_precision=norm_precision,
     ).checked()
     return ClippedValueAndGrad(loss, groups.as_thresholds(threshold), options, return_stats)
 

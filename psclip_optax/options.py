@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from jax import lax
+
 from psclip_optax import clipping
 from psclip_optax.arrays import is_integer
 from psclip_optax.clipping import OnNonfinite
@@ -29,6 +31,7 @@ class Options(NamedTuple):
     memory_limit_bytes: int | None
     clip_at: ClipAt
     reduction: Reduction
+    norm_precision: lax.Precision | None
 
     def unit(self, num_samples: int) -> Unit:
         """What is clipped together of so many samples."""
@@ -42,6 +45,7 @@ class Options(NamedTuple):
         _check_mode(self.mode)
         _check_clip_at(self.clip_at, self.microbatch_size)
         _check_reduction(self.reduction)
+        _check_norm_precision(self.norm_precision)
         return self._replace(
             microbatch_size=checked_size("microbatch_size", self.microbatch_size),
             memory_limit_bytes=checked_size("memory_limit_bytes", self.memory_limit_bytes),
@@ -65,6 +69,14 @@ def _check_mode(mode: str) -> None:
 def _check_reduction(reduction: str) -> None:
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction is "mean" or "sum", got {reduction!r}')
+
+
+def _check_norm_precision(precision: Any) -> None:
+    if precision is not None and not isinstance(precision, lax.Precision):
+        raise TypeError(
+            "norm_precision is a jax.lax.Precision, such as jax.lax.Precision.HIGHEST, or None for "
+            f"JAX's default, got {precision!r}"
+        )
 
 
 def _check_clip_at(clip_at: str, microbatch_size: int | None) -> None:

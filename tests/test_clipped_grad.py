@@ -603,6 +603,19 @@ def test_explain_names_routes_and_the_line_that_made_a_fallback():
     assert "total" in str(plan)
 
 
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_norms_alone_have_the_precision_that_is_asked_for(mode):
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+    w, x = jnp.ones((40, 30)), jnp.ones((4, 5, 40))
+
+    def count(precision):
+        f = psc.clipped_grad(loss, 1.0, mode=mode, norm_precision=precision)
+        return str(jax.make_jaxpr(f)(w, x)).count("HIGHEST")
+
+    assert count(None) == 0
+    assert count(jax.lax.Precision.HIGHEST) > 0
+
+
 def test_auto_takes_two_passes_when_memory_is_short():
     x, y = heavy_batch(5)
     for limit, mode in ((1, "two_pass"), (10**9, "one_pass")):

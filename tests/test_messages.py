@@ -565,6 +565,12 @@ ROWS = [
         "by_layer makes groups of parameters, got a tree without any, {'w': {}}",
     ),
     Row(
+        lambda: grad(norm_precision="highest"),
+        TypeError,
+        "norm_precision is a jax.lax.Precision, such as jax.lax.Precision.HIGHEST, or None for JAX's "
+        "default, got 'highest'",
+    ),
+    Row(
         lambda: grad(reduction="max"),
         ValueError,
         'reduction is "mean" or "sum", got \'max\'',

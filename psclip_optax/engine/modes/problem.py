@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.extend import core
 
 from psclip_optax.clipping import OnNonfinite
@@ -26,6 +28,7 @@ class Problem(NamedTuple):
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
       spmd_axis_name: of the axis of samples, for constraints inside the loss.
       may_be_padded: whether some samples may not count.
+      norm_precision: of the products that norms are made of; None for JAX's default.
     """
 
     closed: core.ClosedJaxpr
@@ -36,6 +39,7 @@ class Problem(NamedTuple):
     axis_name: Any
     spmd_axis_name: Any
     may_be_padded: bool
+    norm_precision: lax.Precision | None
 
     @property
     def has_convolutions(self) -> bool:
@@ -51,6 +55,12 @@ class Problem(NamedTuple):
         jaxpr, num_leaves = self.plans.closed.jaxpr, self.plans.num_leaves
         varied = [i < num_leaves for i in range(len(jaxpr.invars))]
         return unproven_rule(jaxpr, varied, [i == 0 for i in range(len(jaxpr.outvars))])
+
+    def making_norms(self) -> contextlib.AbstractContextManager[Any]:
+        """Set the precision of the products that norms are made of, while they are traced."""
+        if self.norm_precision is None:
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.norm_precision.name.lower())
 
     def over_samples(self, function: Callable[..., Any], out_axes: Any = 0) -> Callable[..., Any]:
         in_axes, name = (None, None, 0), self.spmd_axis_name

@@ -104,7 +104,8 @@ def squared_norms(
         return _squares_together(problem, own, pull_back, weights, seen)
 
     members = problem.groups.members(len(problem.plans.pieces.boxes))
-    return problem.groups.stacked(map(over, members))
+    with problem.making_norms():
+        return problem.groups.stacked([over(own) for own in members])
 
 
 def _squares_together(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
 from psclip_optax.engine.analysis.linearity import described_rule
+from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.engine.modes.mode import Course, Mode
 from psclip_optax.engine.modes.one_pass import ONE_PASS
@@ -94,7 +95,11 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
     probed = [plan for plan in plans if _may_be_probed(plan)]
     others = [plan for plan in plans if not _may_be_probed(plan)]
     weights, pull_back = all_weights(problem, leaves)
-    norm = functools.partial(norms_of.site_squared_norm, dtype=problem.dtype)
+
+    def norm(site: Site, entered: tuple[jax.Array, ...], dy: jax.Array) -> jax.Array:
+        with problem.making_norms():
+            return norms_of.site_squared_norm(site, entered, dy, problem.dtype)
+
     actions = {
         site.path: taps.tap(site, keeps_y=plan.is_radial) for plan in others for site in plan.sites
     }
