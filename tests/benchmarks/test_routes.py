@@ -21,4 +21,4 @@ def test_no_published_loss_stacks_gradients():
     assert [row["loss"] for row in rows] == list(routes.NETS)
     for row in rows:
         plain, one_pass = (row["modes"][mode]["bytes"] for mode in ("plain", "one_pass"))
-        assert one_pass <= max(2.5 * plain, 0.1 * row["stack"]), row["loss"]
+        assert one_pass <= max(2.5 * plain, 0.3 * row["stack"]), row["loss"]
