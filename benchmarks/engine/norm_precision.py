@@ -34,10 +34,9 @@ def norms_of(model: Any, batch: tuple[Any, ...], bits: tuple[int, int] | None) -
     product = dense.product
 
     def rounded(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:
-        operands = (
-            (lax.reduce_precision(side, *bits) for side in (one, other)) if bits else (one, other)
-        )
-        return product(*operands, axis, dtype)
+        if bits is not None:
+            one, other = (lax.reduce_precision(side, *bits) for side in (one, other))
+        return product(one, other, axis, dtype)
 
     f = psc.clipped_value_and_grad(model.loss, 1.0, mode="one_pass", return_stats=True)
     with mock.patch.object(dense, "product", rounded):

@@ -18,7 +18,7 @@ import numpy as np
 from psclip_optax.training.checkpoints import open_checkpoints, restore_newest
 from psclip_optax.training.configs import TrainConfig
 from psclip_optax.training.datasets import load_dataset
-from psclip_optax.training.methods import Hyperparams
+from psclip_optax.training.methods import Hyperparams, method_of_alpha
 from psclip_optax.training.runs import build_task_model, build_trainer
 
 SMALL = {"width": 0.05, "batch_size": 16, "steps": 20, "log_every": 1, "checkpoint_every": 5}
@@ -75,7 +75,8 @@ def final_state(out: pathlib.Path) -> list[np.ndarray]:
     config = TrainConfig(**saved | folders)
     dataset = load_dataset("digits")
     model = build_task_model(config, dataset)
-    trainer = build_trainer(config.method, model, dataset, config, config.steps)
+    method = method_of_alpha(config.method, config.alpha)
+    trainer = build_trainer(method, model, dataset, config, config.steps)
     with open_checkpoints(out / "checkpoints") as manager:
         state, damaged = restore_newest(manager, trainer.init(0, Hyperparams(1.0, 1.0, 1.0)))
     assert not damaged
