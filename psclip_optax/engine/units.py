@@ -1,4 +1,4 @@
-"""What is clipped: single samples, or micro-batches of consecutive ones."""
+"""Tell what is clipped together: single samples, or micro-batches of consecutive ones."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _FLOOR = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class VerificationRow:
-    """How far one of the results is from that of `vmap(grad)`.
+    """The distance of one of the results from that of `vmap(grad)`.
 
     Attributes:
       parameter: its path in the tree of parameters; "norms" or "loss" for what else is compared.
@@ -48,7 +48,7 @@ class VerificationRow:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` returns; printed as a table.
+    """The result of `verify`; printed as a table.
 
     Attributes:
       rows: one for each parameter, then norms and loss.
@@ -68,12 +68,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether all errors are within the tolerance."""
+        """Tell whether all errors are within the tolerance."""
         return all(row.ok for row in self.rows)
 
     @property
     def largest_error(self) -> float:
-        """The largest of all relative errors."""
+        """Return the largest of all relative errors."""
         return max(row.error for row in self.rows)
 
     def __str__(self) -> str:
@@ -145,7 +145,7 @@ def verify(
 
 
 def _shares(num_samples: int, together: int) -> np.ndarray:
-    """What each that is clipped has of the mean; the last may be of fewer samples."""
+    """Return the share in the mean of each that is clipped; the last may be of fewer samples."""
     starts = np.arange(0, num_samples, together)
     return np.minimum(together, num_samples - starts) / num_samples
 
@@ -155,7 +155,7 @@ def _threshold_of(taus: np.ndarray) -> Threshold:
 
 
 def _in_widest(call: Call) -> Call:
-    """The call in float64 where x64 is on and the loss takes it, else as it is."""
+    """Return the call in float64 where x64 is on and the loss takes it, else as it is."""
     wide = call.of(*jax.tree.map(_widened, (call.params, call.examples)))
     try:
         _jaxpr(wide)
@@ -174,7 +174,7 @@ def _widened(leaf: jax.Array) -> jax.Array:
 
 
 def _reference(call: Call, together: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Losses and stacked gradients of samples, or of means over as many as are clipped together."""
+    """Make losses and stacked gradients of samples, or of means over those clipped together."""
     leaves, examples = call.params, call.examples
 
     def loss(leaves: list[jax.Array], example: list[jax.Array]) -> jax.Array:
@@ -204,7 +204,7 @@ def _squares(leaf: np.ndarray) -> np.ndarray:
 
 
 def _errors(got: Sequence[Any], wanted: Sequence[Any]) -> list[float]:
-    """The largest error of each array, relative to its largest entry; ∞ where one is NaN."""
+    """Find the largest error of each array, relative to its largest entry; ∞ where one is NaN."""
     largest = max((np.max(np.abs(want), initial=0) for want in wanted), default=0)
 
     def error(one: Any, want: Any) -> float:
@@ -217,7 +217,7 @@ def _errors(got: Sequence[Any], wanted: Sequence[Any]) -> list[float]:
 
 
 def _tolerance(jaxpr: core.Jaxpr) -> float:
-    """What rounding may do to a gradient: the root of the coarsest dtype's unit, float8's whole."""
+    """Bound what rounding may do: the root of the coarsest dtype's unit, float8's whole."""
     dtypes = _float_dtypes(jaxpr)
     wide = [float(jnp.finfo(dtype).eps) for dtype in dtypes if not is_narrow(dtype)]
     narrow = [float(jnp.finfo(dtype).eps) for dtype in dtypes if is_narrow(dtype)]
@@ -232,7 +232,7 @@ def _float_dtypes(jaxpr: core.Jaxpr) -> set[Any]:
 
 
 def _written(result: Verification, call: Call, plan: Plan) -> str:
-    """The path of a new file that describes an error."""
+    """Write a file that describes an error, and return its path."""
     text = "\n\n".join([f"jax {jax.__version__}", str(result), str(plan), str(_jaxpr(call))])
     with tempfile.NamedTemporaryFile(
         "w", prefix="psclip_verify_", suffix=".txt", delete=False, encoding="utf-8"

@@ -1,4 +1,4 @@
-"""Plain mean gradients of micro-batches, each clipped before it is added."""
+"""Clip the plain mean gradients of micro-batches, each before it is added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every mode has: how it makes the result of a slice of a batch, and what it says of that."""
+"""Give all modes one form: how a slice's result is made, and what is said of that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psclip_optax.engine.modes.slices import Result, Samples
 
 
 class Course(NamedTuple):
-    """How a mode goes over a batch.
+    """The course that a mode takes over a batch.
 
     Attributes:
       num_slices: over how many slices it makes one pass; None for two passes over all of it.

@@ -1,4 +1,4 @@
-"""One forward and one backward pass, keeping what enters and leaves each site."""
+"""Keep what enters and leaves each site in one forward and one backward pass."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _samples_at_a_time(problem: Problem, leaves: Sequence[Any], num_samples: int
 
 
 def _of_slice(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-    """One forward and one backward pass, keeping what enters and leaves each site."""
+    """Make one forward and one backward pass, keeping what enters and leaves each site."""
     plans, params = problem.plans.all, leaves
     leaves = problem.plans.pieces.of(params)
     weights, pull_back = all_weights(problem, leaves)
@@ -104,7 +104,10 @@ def _of_slice(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
 def _without_dropped(
     seen: Seen, axes: taps.Axes, dropped: jax.Array, kept: jax.Array
 ) -> tuple[dict[int, jax.Array], Entered]:
-    """Stacked gradients and what enters sites, 0 for dropped samples: weight 0 keeps no NaN out."""
+    """Zero stacked gradients and what enters sites, of dropped samples.
+
+    A weight of 0 would not keep NaN out.
+    """
 
     def zeroed(both: tuple[dict[int, jax.Array], Entered], kept: jax.Array) -> Any:
         def where_kept(array: jax.Array, axis: int) -> jax.Array:

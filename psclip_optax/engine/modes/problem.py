@@ -1,4 +1,4 @@
-"""A traced loss, and what all modes ask of it."""
+"""Hold a traced loss, and answer what all modes ask of it."""
 
 from __future__ import annotations
 

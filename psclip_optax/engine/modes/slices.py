@@ -1,4 +1,4 @@
-"""Slices of a batch, one after the other."""
+"""Run slices of a batch, one after the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one slice gives.
+    """The result of one slice.
 
     Attributes:
       sums: Σ γ_k g_k / N of each parameter.
@@ -64,7 +64,7 @@ def in_slices(
     has_convolutions: bool,
     consecutive: bool = False,
 ) -> Result:
-    """The results of slices of at most `size` samples, one after the other.
+    """Add up the results of slices of at most `size` samples, one after the other.
 
     Where it does not matter which samples are in a slice, slice j takes every num_slices-th from j
     on: consecutive slices of a batch that is sharded over devices would move it. Where the last
@@ -130,7 +130,7 @@ def _sliced(array: jax.Array, num_slices: int, axis: int) -> jax.Array:
 
 
 def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:
-    """The index, once the sums are known.
+    """Return the index, once the sums are known.
 
     XLA would run unrolled slices side by side, and hold what each of them saves. It drops an
     optimization_barrier before it orders what is to run, so that the index must seem to depend on
@@ -142,7 +142,7 @@ def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:
 
 
 def even_slices(numbers: Iterable[int], num_samples: int) -> list[int]:
-    """Those numbers of slices that leave samples where they are, should devices share them."""
+    """Choose the numbers of slices that leave samples where they are, should devices share them."""
     if not may_be_shared(num_samples):
         return [number for number in numbers if number <= num_samples]
     return [number for number in numbers if num_samples % (number * jax.device_count()) == 0]

@@ -1,4 +1,4 @@
-"""The reference: gradients stacked by vmap, then clipped as the other face does."""
+"""Stack gradients by vmap, then clip as the other face does: the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One forward and one backward pass with taps at the sites, and the norms from what they show."""
+"""Make one forward and one backward pass with taps at the sites, and norms of what they show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PullBack: TypeAlias = Callable[[list[jax.Array]], dict[int, jax.Array]]
 
 
 def all_weights(problem: Problem, leaves: Sequence[Any]) -> tuple[dict[int, Any], PullBack]:
-    """All weights, and from gradients of the computed ones to those of the parameters."""
+    """Return all weights, and what pulls gradients of the computed ones back to parameters."""
     weights: dict[int, Any] = dict(enumerate(leaves))
     others = [plan.weight for plan in problem.plans.others]
     if not others:
@@ -38,7 +38,7 @@ def all_weights(problem: Problem, leaves: Sequence[Any]) -> tuple[dict[int, Any]
 
 
 class Seen(NamedTuple):
-    """What one forward and one backward pass show of each sample.
+    """The arrays that one forward and one backward pass show of each sample.
 
     Attributes:
       stacked: gradients of the weights without sites.
@@ -96,7 +96,7 @@ def squared_norms(
     weights: dict[int, Any],
     seen: Seen,
 ) -> Any:
-    """‖g_k‖² over the parameters of these plans, [n], or over those of each group, [n, groups]."""
+    """Sum ‖g_k‖² over the parameters of these plans, [n], or those of each group, [n, groups]."""
     parameters = {plan.weight: problem.plans.parameter_of(plan.weight) for plan in plans}
 
     def over(members: Sequence[int]) -> Any:

@@ -1,4 +1,4 @@
-"""About a plain gradient's memory: one pass over a few slices, else two passes over all."""
+"""Take about a plain gradient's memory: one pass over a few slices, else two passes over all."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _why_never_weighted(problem: Problem) -> str:
 
 
 def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
-    """In how many slices one pass takes a plain gradient's memory; None: better in two passes."""
+    """Say in how many slices one pass takes a plain gradient's memory; None: take two passes."""
     plans = problem.plans
     # Behind a rule that is not linear, weighted cotangents give no weighted sum.
     is_weighted = not _why_never_weighted(problem)
@@ -89,7 +89,7 @@ def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> in
 
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-    """One forward pass and two backward: for the norms, then for the weighted sum."""
+    """Make one forward pass and two backward: for the norms, then for the weighted sum."""
     plans, params = problem.plans.all, leaves
     leaves = problem.plans.pieces.of(params)
     probed = [plan for plan in plans if _may_be_probed(plan)]
@@ -126,7 +126,7 @@ def _backward(
     kept: jax.Array,
     bad: jax.Array,
 ) -> list[jax.Array]:
-    """Σ of_samples_k g_k by a plain backward pass, and by another if samples must be left out."""
+    """Sum of_samples_k g_k by a plain backward pass, and by another if samples must be left out."""
     # As the first pass has it, so that both share one forward pass.
     closed = problem.plans.closed
 

@@ -1,4 +1,4 @@
-"""From norms to the weights of a sum, and how samples that are not finite are kept out of it."""
+"""Make the weights of a sum from norms, and keep samples that are not finite out of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Values = TypeVar("_Values")
 def weigh(
     problem: Problem, samples: Samples, losses: jax.Array, squares: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Norms, scales (0 for what is not kept), which samples are finite, and which are kept."""
+    """Return norms, scales (0 for what is not kept), and which samples are finite and kept."""
     # No number of samples is in it where no parameter reaches the loss.
     norms = clipping.norms_of(jnp.broadcast_to(squares, samples.taus.shape))
     is_told = jnp.isfinite(norms) & ~clipping.may_exceed(norms, samples.taus)
@@ -32,7 +32,7 @@ def weigh(
 
 
 def weights_of_sum(samples: Samples, norms: jax.Array, scales: jax.Array) -> jax.Array:
-    """γ_k / N; 0 at τ_k = 0, also where a norm that is not 0 has underflowed."""
+    """Return γ_k / N; 0 at τ_k = 0, also where a norm that is not 0 has underflowed."""
     shares = clipping.beside(samples.shares, scales)
     return jnp.where((samples.taus > 0) | (norms > 0), scales * shares, 0)
 
@@ -40,7 +40,7 @@ def weights_of_sum(samples: Samples, norms: jax.Array, scales: jax.Array) -> jax
 def changed_if_any(
     flags: jax.Array, change: Callable[..., _Values], values: _Values, *operands: Any
 ) -> _Values:
-    """change(values, *operands) where any flag is set, else the values as they are."""
+    """Return change(values, *operands) where any flag is set, else the values as they are."""
     any_flag = clipping.any_of(lax.stop_gradient(flags))
     known = concrete(any_flag)
     if known is not None:  # un-jitted: a loop would be compiled, anew in each call
