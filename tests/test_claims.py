@@ -71,7 +71,29 @@ def moved(rng, pool):
     return rng.choice(np.array(ops, object))(a)
 
 
-STEPS = [elementwise, elementwise, of_two, of_two, with_constant, summed, summed, broadcast, moved]
+def multiplied(rng, pool):
+    a = pick(rng, pool)
+    if a.ndim != 2:
+        return a
+    others = [b for b in pool if b.shape == a.shape]
+    fixed = jnp.cos(jnp.arange(a.shape[1] ** 2, dtype=a.dtype)).reshape(a.shape[1], a.shape[1])
+    ops = [lambda: a @ fixed, lambda: jnp.einsum("ij,ij->i", a, lax.stop_gradient(a) + 1)]
+    ops += [lambda: jnp.einsum("ij,ij->i", a, pick(rng, others)), lambda: a @ a.T @ a]
+    return rng.choice(np.array(ops, object))()
+
+
+STEPS = [
+    elementwise,
+    elementwise,
+    of_two,
+    of_two,
+    with_constant,
+    summed,
+    summed,
+    broadcast,
+    moved,
+    multiplied,
+]
 
 
 def pick(rng, pool):

@@ -18,7 +18,15 @@ from psclip_optax.engine.analysis.linearity import (
     with_cotangents,
 )
 from psclip_optax.engine.analysis.sites import OfParameters, Other, Role, Site, Usage, weight_of
-from psclip_optax.engine.analysis.views import Layer, Path, View, aval, layer_of, views_after
+from psclip_optax.engine.analysis.views import (
+    Layer,
+    Path,
+    View,
+    aval,
+    layer_of,
+    shifted,
+    views_after,
+)
 from psclip_optax.engine.analysis.walk import walk
 
 if TYPE_CHECKING:
@@ -186,7 +194,7 @@ def _views(eqn: core.JaxprEqn, roles: Sequence[Role]) -> list[View] | None:
         return None
     views = views_after(eqn, role.view)
     if views is None and _passes_cotangent_on(eqn, which):
-        views = [dataclasses.replace(role.view, is_shifted=True)]
+        views = [shifted(role.view, aval(eqn.invars[which]), aval(eqn.outvars[0]))]
     return views
 
 
@@ -195,6 +203,8 @@ def _passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
     outs = [aval(v) for v in eqn.outvars if has_gradient(v)]
     shape = aval(eqn.invars[which]).shape
     if len(eqn.outvars) != 1 or len(outs) != 1 or outs[0].shape != shape:
+        return False
+    if is_narrow(outs[0].dtype):
         return False
     if eqn.primitive.name in CUSTOM_RULES:
         return passes_cotangent_on(eqn, which)

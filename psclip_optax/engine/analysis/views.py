@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from psclip_optax.arrays import is_narrow
@@ -69,6 +70,17 @@ def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
         return None
     rule = _VIEW_RULES.get(eqn.primitive.name)
     return None if rule is None else rule(eqn, view)
+
+
+def shifted(view: View, before: Any, after: Any) -> View:
+    """Return the view of the sum of a view and something without a gradient, maybe cast."""
+    view = dataclasses.replace(view, is_shifted=True)
+    if after.dtype == before.dtype:
+        return view
+    shape = jax.ShapeDtypeStruct(before.shape, before.dtype)
+    (cast,) = jax.make_jaxpr(lambda w: lax.convert_element_type(w, after.dtype))(shape).eqns
+    (same,) = _moved(cast, view, view.axes)
+    return same
 
 
 def is_view(eqn: core.JaxprEqn) -> bool:
