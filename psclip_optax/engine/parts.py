@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
+
+from psclip_optax.engine.platforms import by_platform
 
 
 class Parts(NamedTuple):
@@ -47,10 +48,8 @@ def in_parts(
     run = functools.partial(_in_so_many, function, axes, num_samples)
     if on_cpu == elsewhere:
         return run(on_cpu, trees)
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
-        return run(on_cpu if jax.default_backend() == "cpu" else elsewhere, trees)
-    return lax.platform_dependent(
-        trees, cpu=functools.partial(run, on_cpu), default=functools.partial(run, elsewhere)
+    return by_platform(
+        trees, cpu=functools.partial(run, on_cpu), elsewhere=functools.partial(run, elsewhere)
     )
 
 

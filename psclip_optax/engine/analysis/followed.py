@@ -52,14 +52,15 @@ class Value(NamedTuple):
 
 
 def as_it_is(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Value]:
-    source = max([value.source for value in inputs], key=_order, default=Source.CONSTANTS)
+    source = source_of([value.source for value in inputs])
     traced = run_equation(eqn, [value.traced for value in inputs])
     numbers, is_stepped = _numbers(eqn, inputs), any(value.is_stepped for value in inputs)
     return [Value(out, source, n, is_stepped) for out, n in zip(traced, numbers, strict=True)]
 
 
-def _order(source: Source) -> int:
-    return source.value
+def source_of(inputs: Sequence[Source]) -> Source:
+    """Return the source of what is made of inputs with these."""
+    return max(inputs, key=lambda source: source.value, default=Source.CONSTANTS)
 
 
 def constant(value: Any) -> Value:

@@ -120,13 +120,11 @@ class _Parts(NamedTuple):
       inputs: the indices of the jaxpr's inputs that the first part reads.
       first: a function from these inputs to what the first part makes.
       second: a function from that and all inputs to the jaxpr's outputs.
-      num_made: how many variables the first part hands over.
     """
 
     inputs: list[int]
     first: Callable[..., list[Any]]
     second: Callable[..., list[Any]]
-    num_made: int
 
 
 def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | None:
@@ -144,7 +142,6 @@ def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | Non
         inputs=inputs,
         first=as_function(first, [jaxpr.invars[i] for i in inputs], made),
         second=core.jaxpr_as_fun(core.ClosedJaxpr(second, ())),
-        num_made=len(made),
     )
 
 

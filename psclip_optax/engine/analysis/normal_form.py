@@ -26,7 +26,6 @@ from psclip_optax.engine.analysis.equations import (
     CHECKPOINTS,
     checkpointed,
     inner_jaxpr,
-    inner_jaxprs,
     parted,
     scan_counts,
 )
@@ -38,6 +37,7 @@ from psclip_optax.engine.analysis.followed import (
     const_within,
     constant,
     layer_within,
+    source_of,
     with_traced,
 )
 from psclip_optax.engine.analysis.views import Path, aval
@@ -61,10 +61,10 @@ def normal_form(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
       closed: the loss for one example.
       num_leaves: how many of its inputs are parameters; the others are the example.
     """
-    if closed.effects or not _has_occasion(closed.jaxpr):
-        return closed
     sources = [Source.PARAMETERS] * num_leaves
     sources += [Source.DATA] * (len(closed.jaxpr.invars) - num_leaves)
+    if closed.effects or not _has_occasion(closed.jaxpr, sources):
+        return closed
 
     def run(*inputs: Any) -> list[Any]:
         values = [Value(*both) for both in zip(inputs, sources, strict=True)]
@@ -75,12 +75,39 @@ def normal_form(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
     return jax.make_jaxpr(run)(*shapes)
 
 
-def _has_occasion(jaxpr: core.Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name in ("dynamic_slice", "gather", "cond")
-        or any(map(_has_occasion, inner_jaxprs(eqn)))
-        for eqn in jaxpr.eqns
-    )
+def _has_occasion(jaxpr: core.Jaxpr, sources: Sequence[Source]) -> bool:
+    """Tell whether there may be something to bring into the form: to look costs less than to trace.
+
+    An integer in a scan's carry may be a counter, and counts as a constant.
+    """
+    found: list[core.JaxprEqn] = []
+
+    def equation(eqn: core.JaxprEqn, inputs: list[Source], path: Path) -> list[Source]:
+        del path
+        if Source.PARAMETERS in inputs and _is_occasion(eqn, inputs):
+            found.append(eqn)
+        return [source_of(inputs)] * len(eqn.outvars)
+
+    consts = [Source.CONSTANTS] * len(jaxpr.constvars)
+    walk(jaxpr, consts, sources, lambda _: Source.CONSTANTS, equation)
+    return bool(found)
+
+
+def _is_occasion(eqn: core.JaxprEqn, sources: list[Source]) -> bool:
+    name = eqn.primitive.name
+    if name in ("dynamic_slice", "gather"):
+        return Source.DATA not in sources
+    if name in CALLS:
+        return _has_occasion(inner_jaxpr(eqn)[0], sources)
+    if name == "scan":
+        body, (num_consts, num_carry) = inner_jaxpr(eqn)[0], scan_counts(eqn)
+        consts, _, xs = parted(sources, num_consts, num_carry)
+        carry = [
+            Source.CONSTANTS if jnp.issubdtype(aval(v).dtype, jnp.integer) else Source.DATA
+            for v in body.invars[num_consts : num_consts + num_carry]
+        ]
+        return _has_occasion(body, [*consts, *carry, *xs])
+    return name == "cond"
 
 
 class _Tracer(NamedTuple):
@@ -113,12 +140,14 @@ class _Tracer(NamedTuple):
 
     def call(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value] | None:
         jaxpr, consts = inner_jaxpr(eqn)
-        return self.jaxpr(jaxpr, consts, inputs, path) if _has_occasion(jaxpr) else None
+        if not _has_occasion(jaxpr, [value.source for value in inputs]):
+            return None
+        return self.jaxpr(jaxpr, consts, inputs, path)
 
     def checkpoint(
         self, eqn: core.JaxprEqn, inputs: list[Value], path: Path
     ) -> Sequence[Value] | None:
-        if not _has_occasion(inner_jaxpr(eqn)[0]):
+        if not _has_occasion(inner_jaxpr(eqn)[0], [value.source for value in inputs]):
             return None
         sources: list[Source] = []
 
@@ -181,7 +210,7 @@ class _Tracer(NamedTuple):
     def scan(self, eqn: core.JaxprEqn, inputs: list[Value], path: Path) -> Sequence[Value] | None:
         del path
         body = inner_jaxpr(eqn)[0]
-        if not eqn.params["length"] or not _has_occasion(body):
+        if not eqn.params["length"] or not _is_occasion(eqn, [value.source for value in inputs]):
             return None
         num_consts, num_carry = scan_counts(eqn)
         consts, init, xs = parted(inputs, num_consts, num_carry)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from psclip_optax import stacks
 from psclip_optax.engine import norms as norms_of
@@ -20,8 +19,8 @@ from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_sl
 from psclip_optax.engine.modes.tapped import Seen, all_weights, squared_norms, tapped
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
 from psclip_optax.engine.plan import LeafPlan
+from psclip_optax.engine.platforms import by_platform
 from psclip_optax.engine.routes.route import Entered
-from psclip_optax.thresholds import concrete
 
 # Stacked gradients of parameters without a route may take so many times what a plain gradient does.
 _MOST_STACKED = 2
@@ -124,14 +123,12 @@ def _without_dropped(
         )
 
     both = seen.stacked, seen.entered
-    if concrete(dropped) is not None:
-        return changed_if_any(dropped, zeroed, both, kept)
     # An accelerator takes the zeros in where the arrays are read next, and copies what a loop would
     # carry; a CPU would write all of it anew.
-    return lax.platform_dependent(
-        both,
+    return by_platform(
         dropped,
+        both,
         kept,
-        cpu=lambda both, dropped, kept: changed_if_any(dropped, zeroed, both, kept),
-        default=lambda both, _, kept: zeroed(both, kept),
+        cpu=lambda dropped, both, kept: changed_if_any(dropped, zeroed, both, kept),
+        elsewhere=lambda _, both, kept: zeroed(both, kept),
     )

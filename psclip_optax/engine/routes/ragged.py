@@ -19,7 +19,6 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site, viewed
 from psclip_optax.engine.analysis.views import aval, run_equation
-from psclip_optax.engine.parts import Parts
 from psclip_optax.engine.routes import dense
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route
 
@@ -101,10 +100,9 @@ class Ragged(Route):
         layers = [rows.shape[axis] for axis in layered]
         return viewed(site), total.reshape(*layers, *w.shape)
 
-    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
-        least = super().least_parts(sites, num_samples, dtype)
+    def least_parts_on_cpu(self, sites: Sequence[Site], num_samples: int, num_bytes: int) -> float:
         made = num_samples * self.entries_made(sites) / _MOST_MADE_ON_CPU
-        return least._replace(on_cpu=least.on_cpu + made)
+        return super().least_parts_on_cpu(sites, num_samples, num_bytes) + made
 
     def entries_made(self, sites: Sequence[Site]) -> int:
         (site,) = sites

@@ -22,8 +22,8 @@ Cotangents = dict[Path, jax.Array]
 # How many entries of what enters and leaves are taken at a time on a CPU.
 _MOST_READ_ON_CPU = 2**22
 # What may be made at a time on other devices, and in how many parts at the most.
-BYTES_AT_ONCE = 2**26
-MOST_PARTS = 16
+_BYTES_AT_ONCE = 2**26
+_MOST_PARTS = 16
 
 
 class Route(abc.ABC):
@@ -105,8 +105,13 @@ class Route(abc.ABC):
     def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
         """Say in how many parts the samples go at least, for what is made on the way."""
         num_bytes = num_samples * self.entries_made(sites) * jnp.dtype(dtype).itemsize
-        on_cpu = num_samples * entries_read(sites) / _MOST_READ_ON_CPU
-        return Parts(on_cpu, min(num_bytes / BYTES_AT_ONCE, MOST_PARTS))
+        elsewhere = min(num_bytes / _BYTES_AT_ONCE, _MOST_PARTS)
+        return Parts(self.least_parts_on_cpu(sites, num_samples, num_bytes), elsewhere)
+
+    def least_parts_on_cpu(self, sites: Sequence[Site], num_samples: int, num_bytes: int) -> float:
+        """Say the same for a CPU, where all samples together make so many bytes on the way."""
+        del num_bytes
+        return num_samples * entries_read(sites) / _MOST_READ_ON_CPU
 
     def entries_made(self, sites: Sequence[Site]) -> int:
         """Say how many entries are made on the way to the norm of one sample's gradient."""

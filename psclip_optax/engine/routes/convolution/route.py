@@ -26,24 +26,13 @@ from jax.extend import core
 from psclip_optax.engine.analysis.operations import convolution_leaving
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
-from psclip_optax.engine.parts import Parts
 from psclip_optax.engine.routes.convolution.geometry import Axis, window
 from psclip_optax.engine.routes.convolution.layouts import Pixels, block_sizes, sides
 from psclip_optax.engine.routes.convolution.ways import Way, ways
-from psclip_optax.engine.routes.route import (
-    BYTES_AT_ONCE,
-    MOST_PARTS,
-    Cotangents,
-    Entered,
-    Route,
-    samples_first,
-)
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples_first
 
-# A few samples may take what a CPU's cache holds. Elsewhere every step of a loop costs, and they
-# may take more.
+# A few samples may take what a CPU's cache holds.
 _BYTES_AT_ONCE_ON_CPU = 2**22
-_BYTES_AT_ONCE = 2**26
-_MOST_PARTS = 16
 
 
 class Convolution(Route):
@@ -96,10 +85,9 @@ class Convolution(Route):
         leaving = tuple(samples_first(site, cotangents[site.path]) for site in sites)
         return way.squared_norms(*sides(Pixels(tuple(sites), inputs, leaving)), axes, dtype)
 
-    def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
-        num_bytes = num_samples * self.entries_made(sites) * jnp.dtype(dtype).itemsize
-        elsewhere = min(num_bytes / BYTES_AT_ONCE, MOST_PARTS)
-        return Parts(num_bytes / _BYTES_AT_ONCE_ON_CPU, elsewhere)
+    def least_parts_on_cpu(self, sites: Sequence[Site], num_samples: int, num_bytes: int) -> float:
+        del sites, num_samples
+        return num_bytes / _BYTES_AT_ONCE_ON_CPU
 
     def entries_made(self, sites: Sequence[Site]) -> int:
         way, _ = _way(sites)
