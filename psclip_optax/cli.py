@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 from psclip_optax import __version__
-from psclip_optax.training.configs import (
+from psclip_optax.training.command.encodings import spelling_out
+from psclip_optax.training.config.commands import (
     CompareConfig,
     Config,
     DoctorConfig,
@@ -20,7 +21,6 @@ from psclip_optax.training.configs import (
     UsageError,
     check_config,
 )
-from psclip_optax.training.encodings import spelling_out
 
 _DESCRIPTION = """Per-sample gradient clipping for JAX and Optax.
 
@@ -110,9 +110,9 @@ def _run(arguments: list[str]) -> int:
     # Here, because these import Flax, Grain, Orbax and Matplotlib.
     from rich.console import Console
 
-    from psclip_optax.training.archives import DatasetError
-    from psclip_optax.training.distributed import ProcessLostError
-    from psclip_optax.training.doctor import why_no_device
+    from psclip_optax.training.command.doctor import why_no_device
+    from psclip_optax.training.data.archives import DatasetError
+    from psclip_optax.training.run.distributed import ProcessLostError
 
     command = {
         CompareConfig: _compare,
@@ -154,14 +154,14 @@ def _parse(arguments: list[str]) -> Config:
 
 
 def _compare(config: Any, console: Any) -> None:
-    from psclip_optax.training.comparison import compare
+    from psclip_optax.training.compare.comparison import compare
 
     compare(config, console)
 
 
 def _train(config: Any, console: Any) -> None:
-    from psclip_optax.training.distributed import is_first_process
-    from psclip_optax.training.runs import train
+    from psclip_optax.training.run.distributed import is_first_process
+    from psclip_optax.training.run.runs import train
 
     result = train(config, console)
     if not is_first_process():
@@ -184,20 +184,20 @@ def _train(config: Any, console: Any) -> None:
 
 
 def _plot(config: Any, console: Any) -> None:
-    from psclip_optax.training.plots import plot
+    from psclip_optax.training.plot.plots import plot
 
     console.print(f"Figure: {plot(config)}", highlight=False, soft_wrap=True)
 
 
 def _explain(config: Any, console: Any) -> None:
-    from psclip_optax.training.explanation import explain
+    from psclip_optax.training.command.explanation import explain
 
     # As it is: a table wider than the terminal is not to be wrapped, nor its brackets read.
     console.out(explain(config), highlight=False)
 
 
 def _doctor(config: DoctorConfig) -> int:
-    from psclip_optax.training.doctor import diagnose, report
+    from psclip_optax.training.command.doctor import diagnose, report
 
     findings = diagnose(config)
     print(report(findings))

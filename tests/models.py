@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psclip_optax.training.losses import classification_loss
-from psclip_optax.training.models import build_model
+from psclip_optax.training.models.classifiers import build_model
+from psclip_optax.training.models.losses import classification_loss
 
 Size = Literal["small", "full"]
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 import psclip_optax as psc
 from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
-from psclip_optax.training.losses import classification_loss
-from psclip_optax.training.models import build_model
+from psclip_optax.training.models.classifiers import build_model
+from psclip_optax.training.models.losses import classification_loss
 from tests.models import ZOO
 
 IMAGES = jnp.ones((2, 6, 6, 3))

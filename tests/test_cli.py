@@ -13,7 +13,7 @@ import pytest
 
 import psclip_optax
 from psclip_optax.cli import main
-from psclip_optax.training import doctor
+from psclip_optax.training.command import doctor
 
 TINY = ["--width", "0.05", "--batch-size", "16", "--steps", "4"]
 

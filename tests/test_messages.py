@@ -35,30 +35,21 @@ from rich.console import Console
 
 import psclip_optax as psc
 from psclip_optax.cli import main
-from psclip_optax.training import (
-    archives,
-    checkpoints,
-    comparison,
-    corruptions,
-    datasets,
-    distributed,
-    files,
-    methods,
-    pipeline,
-    plots,
-    runs,
-    tensorboard,
-)
-from psclip_optax.training.archives import DatasetError
-from psclip_optax.training.configs import (
+from psclip_optax.training.compare import comparison
+from psclip_optax.training.config.commands import (
     CompareConfig,
     PlotConfig,
     TrainConfig,
     UsageError,
     check_config,
 )
-from psclip_optax.training.distributed import ProcessLostError
-from psclip_optax.training.models import build_model
+from psclip_optax.training.data import archives, corruptions, datasets, pipeline
+from psclip_optax.training.data.archives import DatasetError
+from psclip_optax.training.models.classifiers import build_model
+from psclip_optax.training.output import files
+from psclip_optax.training.plot import plots
+from psclip_optax.training.run import checkpoints, distributed, methods, runs, tensorboard
+from psclip_optax.training.run.distributed import ProcessLostError
 from psclip_optax.training.steps import linen_eval_step, linen_train_step, nnx_train_step
 from tests.training.official_archives import cifar100, closed_port_url, serve
 
@@ -1915,18 +1906,18 @@ WITHOUT_ROW = {
     ("cli.py", "_status", "raise"): "passes on that something else is not installed",
     ("cli.py", "_run", "raise"): "passes on what is no lack of a device",
     ("cli.py", "_end_at_once", "print"): (
-        "tests/training/test_distributed.py::"
+        "tests/training/run/test_distributed.py::"
         "test_a_lost_process_ends_the_run_and_one_process_goes_on_from_its_checkpoint"
     ),
     ("meshes.py", "with_auto_axes", "raise"): "passes on any other error of the function",
-    ("training/distributed.py", "noticing_lost_processes", "raise"): (
+    ("training/run/distributed.py", "noticing_lost_processes", "raise"): (
         "passes on the error of a process that is alone"
     ),
-    ("training/files.py", "noticing_what_cannot_be_written", "raise"): (
+    ("training/output/files.py", "noticing_what_cannot_be_written", "raise"): (
         "passes on what is no error of writing"
     ),
-    ("training/runs.py", "_check_devices", "raise UsageError"): (
-        "tests/training/test_distributed.py::test_a_batch_that_devices_cannot_share_is_refused"
+    ("training/run/runs.py", "_check_devices", "raise UsageError"): (
+        "tests/training/run/test_distributed.py::test_a_batch_that_devices_cannot_share_is_refused"
     ),
 }
 

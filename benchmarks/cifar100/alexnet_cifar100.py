@@ -55,8 +55,8 @@ from benchmarks.engine.accumulation import (
     mean_loss,
     time_windows,
 )
-from psclip_optax.training.losses import classification_loss
-from psclip_optax.training.models import build_model
+from psclip_optax.training.models.classifiers import build_model
+from psclip_optax.training.models.losses import classification_loss
 
 BASELINES = ("SGD", "momentum", "batch clipping")
 RATES = (0.01, 0.025, 0.06, 0.15)

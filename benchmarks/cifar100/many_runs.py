@@ -26,10 +26,10 @@ from rich.console import Console
 import psclip_optax as psc
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.machine import describe_machine
-from psclip_optax.training.corruptions import with_label_noise, with_student_t_pixels
-from psclip_optax.training.datasets import Dataset, Split, train_validation_split
-from psclip_optax.training.files import to_json
-from psclip_optax.training.models import build_model
+from psclip_optax.training.data.corruptions import with_label_noise, with_student_t_pixels
+from psclip_optax.training.data.datasets import Dataset, Split, train_validation_split
+from psclip_optax.training.models.classifiers import build_model
+from psclip_optax.training.output.files import to_json
 
 PADDING = 4  # pixels that a random crop may shift an image by
 MOMENT = 1.5  # p of the automatic threshold, whose growth it is too

@@ -34,7 +34,7 @@ from benchmarks.common.machine import describe
 from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.statistics import describe_difference, describe_mean, paired_difference
 from benchmarks.common.style import tidy
-from psclip_optax.training.summary import estimate
+from psclip_optax.training.compare.summary import estimate
 
 BETA = 2.0
 RATES = (0.006, 0.02, 0.06, 0.2)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from psclip_optax.training.files import to_json
+from psclip_optax.training.output.files import to_json
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 

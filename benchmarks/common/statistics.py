@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy import stats
 
-from psclip_optax.training.summary import estimate
+from psclip_optax.training.compare.summary import estimate
 
 
 def paired_difference(own: list[float], other: list[float]) -> dict[str, Any]:

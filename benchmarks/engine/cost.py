@@ -33,7 +33,7 @@ from benchmarks.common.publishing import RESULTS, load
 from benchmarks.common.style import show_ticks, tidy
 from benchmarks.common.timing import Case, quartiles, time_interleaved
 from psclip_optax.engine.flops import count_flops
-from psclip_optax.training.files import write_atomically
+from psclip_optax.training.output.files import write_atomically
 from tests.models import ZOO, Model, Size, gpt
 
 Mode = Literal["plain", "one_pass", "two_pass", "vmap"]

@@ -22,7 +22,7 @@ import psclip_optax as psc
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS, markdown_table
 from psclip_optax.engine.routes import dense
-from psclip_optax.training.files import to_json
+from psclip_optax.training.output.files import to_json
 from tests.models import ZOO
 
 # Bits of the exponent and of the mantissa.

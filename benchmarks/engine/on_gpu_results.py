@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks.common.machine import describe, describe_machine
-from psclip_optax.training.files import to_json, write_atomically
+from psclip_optax.training.output.files import to_json, write_atomically
 
 
 def say(line: str) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psclip_optax.training.models import build_model
+from psclip_optax.training.models.classifiers import build_model
 
 Size = Literal["tiny", "small", "full"]
 COMPUTE = jnp.bfloat16

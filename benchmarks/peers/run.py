@@ -31,7 +31,7 @@ from benchmarks.common.timing import quartiles
 from benchmarks.peers.common import PEERS
 from benchmarks.peers.reference import DTYPES, Reference, errors_of, prepare
 from benchmarks.peers.report import NOTE, draw, problems, to_errors, to_markdown, to_table
-from psclip_optax.training.files import write_atomically
+from psclip_optax.training.output.files import write_atomically
 
 Model = Literal["alexnet", "gpt"]
 SAMPLES: dict[str, int] = {"alexnet": 32, "gpt": 16}

@@ -24,7 +24,7 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.third_party.libraries import LIBRARIES, Library
 from benchmarks.third_party.report import summarise, to_markdown
 from benchmarks.third_party.worker import rows_in
-from psclip_optax.training.files import write_atomically
+from psclip_optax.training.output.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERSIONS = (

@@ -34,9 +34,9 @@ from benchmarks.common.machine import describe, describe_machine
 from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.style import tidy
 from benchmarks.thresholds.auto_rules import AUTO, BATCH, FIXED, METHODS, NONE
-from psclip_optax.training.corruptions import with_label_noise, with_student_t_pixels
-from psclip_optax.training.datasets import load_dataset, train_validation_split
-from psclip_optax.training.files import to_json, write_atomically
+from psclip_optax.training.data.corruptions import with_label_noise, with_student_t_pixels
+from psclip_optax.training.data.datasets import load_dataset, train_validation_split
+from psclip_optax.training.output.files import to_json, write_atomically
 
 RATES = {"momentum": (0.01, 0.03, 0.1, 0.3, 1.0), "AdamW": (0.001, 0.003, 0.01, 0.03, 0.1)}
 REGRESSION_FACTOR = 0.3  # of the rates of momentum SGD, whose gradients are as large as the targets

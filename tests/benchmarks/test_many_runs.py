@@ -25,9 +25,9 @@ from benchmarks.cifar100.many_runs import NOISES, Data, Numbers, Run, Setting
 from benchmarks.cifar100.tuned import Options, edges, enlarged_digits, stopped_accuracy
 from benchmarks.common.cache import RunsCache, digest
 from benchmarks.common.publishing import RESULTS
-from psclip_optax.training.datasets import Split
-from psclip_optax.training.losses import classification_loss
-from psclip_optax.training.models import build_model
+from psclip_optax.training.data.datasets import Split
+from psclip_optax.training.models.classifiers import build_model
+from psclip_optax.training.models.losses import classification_loss
 
 STEPS, EPOCHS, SIZE, CLASSES = 3, 2, 16, 10
 SETTING = Setting(width=0.05, batch_size=SIZE, augment=False)

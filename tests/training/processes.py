@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from psclip_optax.training.checkpoints import open_checkpoints, restore_newest
-from psclip_optax.training.configs import TrainConfig
-from psclip_optax.training.datasets import load_dataset
-from psclip_optax.training.methods import Hyperparams, method_of_alpha
-from psclip_optax.training.runs import build_task_model, build_trainer
+from psclip_optax.training.config.commands import TrainConfig
+from psclip_optax.training.data.datasets import load_dataset
+from psclip_optax.training.run.checkpoints import open_checkpoints, restore_newest
+from psclip_optax.training.run.methods import Hyperparams, method_of_alpha
+from psclip_optax.training.run.runs import build_task_model, build_trainer
 
 SMALL = {"width": 0.05, "batch_size": 16, "steps": 20, "log_every": 1, "checkpoint_every": 5}
 

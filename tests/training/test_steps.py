@@ -13,8 +13,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import psclip_optax as psc
-from psclip_optax.training.losses import classification_loss
-from psclip_optax.training.models import build_model
+from psclip_optax.training.models.classifiers import build_model
+from psclip_optax.training.models.losses import classification_loss
 from psclip_optax.training.steps import linen_eval_step, linen_train_step, nnx_train_step
 from tests.numerics import enable_x64
 

@@ -1,0 +1,58 @@
+"""`psclip explain`: what the engine does with a model that `psclip train` can train."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax.clipped_grad import clipped_value_and_grad
+from psclip_optax.engine.explain import Plan
+from psclip_optax.training.config.commands import ExplainConfig, TaskConfig, check_config
+from psclip_optax.training.data.datasets import dataset_shape
+from psclip_optax.training.models.losses import classification_loss
+from psclip_optax.training.run.methods import build_gradients
+from psclip_optax.training.run.runs import build_task_model
+
+
+def explain(config: ExplainConfig) -> Plan:
+    """The plan of a train step: for each parameter its route, the extra cost, and why.
+
+    Nothing is trained, and nothing downloaded: a plan is of shapes.
+
+    Args:
+      config: names model, dataset, batch size and engine.
+
+    Returns:
+      What `clipped_value_and_grad(…).explain` returns, to be printed; of a slice of the batch where
+      it is worked through in several.
+
+    Raises:
+      UsageError: a number is out of range, or the model does not take the dataset's images.
+
+    Examples:
+      >>> plan = explain(ExplainConfig(model="small_cnn", width=0.25, batch_size=8))
+      >>> sorted({row.route for row in plan.rows})
+      ['conv', 'dense', 'direct']
+    """
+    check_config(config)
+    shape = dataset_shape(config.dataset)
+    model = build_task_model(config, shape)
+    n, has_dropout = config.batch_size, config.dropout > 0
+    image = jnp.zeros((n, *shape.image_shape))
+    variables = jax.eval_shape(model.init, jax.random.key(0), image[:1])
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["params"])
+    keys = (jax.random.split(jax.random.key(0), n),) if has_dropout else ()
+    # The options of the train step: those that name its threshold have no part in the plan.
+    options = build_gradients("ps-clip", TaskConfig(**vars(config)))
+    value_and_grad = clipped_value_and_grad(
+        classification_loss(model, dropout=has_dropout),
+        math.inf,
+        has_aux=True,
+        mode=options["mode"],
+        microbatch_size=options["microbatch_size"],
+        clip_at=options["clip_at"],
+    )
+    labels = jnp.zeros(n, jnp.int32)
+    return value_and_grad.explain(params, image, labels, *keys)

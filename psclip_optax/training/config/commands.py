@@ -1,0 +1,424 @@
+"""What the commands of `psclip` are told, and which of it they refuse.
+
+Nothing heavy is imported here, so that `psclip --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+DatasetName: TypeAlias = Literal["digits", "cifar10", "cifar100"]
+ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
+MethodName: TypeAlias = Literal[
+    "sgd",
+    "momentum",
+    "batch-clip",
+    "ps-clip",
+    "ps-clip-constant",
+    "ps-clip-auto",
+    "ps-clip-median",
+]
+ScheduleName: TypeAlias = Literal["cosine", "constant"]
+EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
+ClipAtName: TypeAlias = Literal["sample", "micro-batch", "batch"]
+
+# What may change when a run goes on: none of it touches the parameters.
+FREE_FIELDS = {
+    "out",
+    "resume",
+    "cache_dir",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "tensorboard",
+    "distributed",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "distributed_timeout",
+}
+
+
+class UsageError(Exception):
+    """A command cannot do what it was told: its message is one line that says why.
+
+    Examples:
+      >>> raise UsageError("--lr: expected a finite number above 0, got -1.0")
+      Traceback (most recent call last):
+      psclip_optax.training.config.commands.UsageError: --lr: expected a finite number ...
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A classifier, the shapes of its data, and how its batches are clipped.
+
+    Examples:
+      >>> ModelConfig(dataset="cifar10", model="resnet18").batch_size
+      64
+    """
+
+    dataset: DatasetName = "digits"
+    """What to learn. digits comes with scikit-learn; CIFAR is downloaded once."""
+    model: ModelName = "mlp"
+    """The classifier."""
+    width: float = 1.0
+    """Multiplies the classifier's hidden sizes and channels."""
+    dropout: float = 0.0
+    """Dropout rate in [0, 1)."""
+    batch_size: int = 64
+    """Samples in a batch."""
+    engine: EngineName = "auto"
+    """How samples are clipped: vmap stacks their gradients, for reference; the others don't."""
+    accumulate: int = 1
+    """Micro-batches that each batch is worked through in, one after the other."""
+    clip_at: ClipAtName = "sample"
+    """What ps-clip clips: each sample's gradient, each micro-batch's mean, or the batch's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig(ModelConfig):
+    """What is trained, on what: all that the methods have in common.
+
+    Examples:
+      >>> TaskConfig(dataset="cifar10", model="resnet18").schedule
+      'cosine'
+    """
+
+    data_dir: pathlib.Path | None = None
+    """Folder with an existing copy of CIFAR in its official layout."""
+    cache_dir: pathlib.Path | None = None
+    """Folder for downloads; by default the user's cache folder."""
+    momentum: float = 0.9
+    """Decay of the momentum, of every method but sgd."""
+    schedule: ScheduleName = "cosine"
+    """What becomes of the learning rate: down to 0 along half a cosine, or constant."""
+    beta: float = 1.5
+    """β of the threshold α k^(1/β) of the k-th sample; also the moment's order of ps-clip-auto."""
+    label_noise: float = 0.0
+    """Share of the training labels replaced by other ones."""
+    pixel_df: float | None = None
+    """Degrees of freedom of the Student-t factor that multiplies each training image."""
+    augment: bool = False
+    """Crop the training images at random and flip half of them."""
+    seed: int = 0
+    """Seed of the initial parameters, the corruption, the order of samples and the dropout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(TaskConfig):
+    """Train one model with one method; write configuration, metrics and checkpoints.
+
+    Examples:
+      >>> TrainConfig(method="ps-clip", lr=0.05, alpha=2.0).steps
+      1000
+    """
+
+    method: MethodName = "ps-clip"
+    """The optimizer. ps-clip… clip each sample's gradient (-auto finds α), batch-clip the mean."""
+    lr: float = 0.05
+    """Learning rate."""
+    alpha: float | None = None
+    """α of ps-clip, without which it is ps-clip-median; 1 by default of the others' thresholds."""
+    steps: int = 1000
+    """Updates to make."""
+    eval_every: int = 100
+    """Steps between two evaluations on the test set."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints, of which the last three are kept."""
+    log_every: int = 10
+    """Steps between two lines in metrics.jsonl."""
+    out: pathlib.Path = pathlib.Path("run")
+    """Folder for the configuration, the metrics and the checkpoints."""
+    resume: bool = False
+    """Go on from the last checkpoint in the folder."""
+    tensorboard: bool = False
+    """Write what metrics.jsonl holds for TensorBoard too, to the folder's tensorboard/."""
+    distributed: bool = False
+    """Train on all devices of several processes, each started with the same flags."""
+    coordinator: str | None = None
+    """HOST:PORT at which the first process listens; by default what the cluster tells."""
+    num_processes: int | None = None
+    """How many processes there are; by default what the cluster tells."""
+    process_id: int | None = None
+    """Which of them this is, from 0; by default what the cluster tells."""
+    distributed_timeout: int = 300
+    """Seconds after which a process that does not come, or does not answer, ends the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig(TaskConfig):
+    """Compare momentum SGD, batch clipping and per-sample clipping, each tuned on equal grids.
+
+    Examples:
+      >>> config = CompareConfig(dataset="cifar100", model="alexnet", steps=4000)
+      >>> config.num_seeds, config.label_noise
+      (5, 0.2)
+    """
+
+    width: float = 0.5
+    label_noise: float = 0.2
+    pixel_df: float | None = 1.5
+    steps: int = 300
+    """Updates of each run."""
+    num_seeds: int = 5
+    """Final runs of each method, at least 3."""
+    eval_every: int = 20
+    """Steps between two evaluations on the test set."""
+    validation_share: float = 0.2
+    """Share of the training set that is held out to choose on."""
+    momentum_learning_rates: tuple[float, ...] = (
+        0.0005,
+        0.001,
+        0.002,
+        0.005,
+        0.01,
+        0.02,
+        0.05,
+        0.1,
+        0.2,
+    )
+    """Learning rates that momentum SGD chooses from."""
+    batch_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
+    """Learning rates that batch clipping chooses from."""
+    batch_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
+    """Its thresholds, in units of the initial norm of a batch's mean gradient."""
+    ps_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
+    """Learning rates that per-sample clipping chooses from."""
+    ps_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
+    """Its thresholds α, in units of the initial median norm of a sample's gradient."""
+    out: pathlib.Path = pathlib.Path("compare")
+    """Folder for compare.json and compare.png."""
+    overwrite: bool = False
+    """Replace an existing result in the folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainConfig(ModelConfig):
+    """Print how each parameter's per-sample gradients are clipped, what it costs, and why.
+
+    Examples:
+      >>> ExplainConfig(model="small_cnn", engine="two_pass").dataset
+      'digits'
+    """
+
+    clip_at: Literal["sample", "micro-batch"] = "sample"
+    """What ps-clip clips: each sample's gradient, or each micro-batch's mean."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draw the curves and the norms of runs, finished or not, into one figure.
+
+    Examples:
+      >>> PlotConfig(runs=(pathlib.Path("run"),)).out.name
+      'plot.png'
+    """
+
+    runs: tuple[pathlib.Path, ...]
+    """Folders that psclip train or compare wrote; of comparisons, each method's mean over seeds."""
+    out: pathlib.Path = pathlib.Path("plot.png")
+    """The figure, a PNG; replaced if there is one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Print versions and devices, and check that clipping is right, and fast, on this machine.
+
+    Ends with status 0 if all is well, and 1 if the numbers are wrong or take a slow route.
+
+    Examples:
+      >>> DoctorConfig().cache_dir is None
+      True
+    """
+
+    cache_dir: pathlib.Path | None = None
+    """Folder for downloads that is checked; by default the user's cache folder."""
+
+
+Config: TypeAlias = TrainConfig | CompareConfig | PlotConfig | ExplainConfig | DoctorConfig
+
+
+class _Range(NamedTuple):
+    expected: str
+    contains: Callable[[Any], bool]
+
+
+_POSITIVE = _Range("a finite number above 0", lambda x: 0 < x < math.inf)
+_ABOVE_ZERO = _Range("a number above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _Range("a number of at least 0", lambda x: x >= 0)
+_PROPER_RATE = _Range("a number in [0, 1)", lambda x: 0 <= x < 1)
+_COUNT = _Range("at least 1", lambda n: n >= 1)
+
+_RANGES = {
+    "width": _POSITIVE,
+    "dropout": _PROPER_RATE,
+    "batch_size": _COUNT,
+    "momentum": _PROPER_RATE,
+    "accumulate": _COUNT,
+    "beta": _ABOVE_ZERO,
+    "label_noise": _Range("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "pixel_df": _POSITIVE,
+    "seed": _Range("an integer from 0 to 4294967295", lambda n: 0 <= n < 2**32),
+    "lr": _POSITIVE,
+    "alpha": _NOT_NEGATIVE,
+    "steps": _COUNT,
+    "eval_every": _COUNT,
+    "checkpoint_every": _COUNT,
+    "log_every": _COUNT,
+    "num_processes": _COUNT,
+    "process_id": _NOT_NEGATIVE,
+    "distributed_timeout": _COUNT,
+    "num_seeds": _Range("at least 3, for a standard error", lambda n: n >= 3),
+    "validation_share": _Range("a number between 0 and 1", lambda x: 0 < x < 1),
+    "momentum_learning_rates": _POSITIVE,
+    "batch_clip_learning_rates": _POSITIVE,
+    "batch_clip_thresholds": _POSITIVE,
+    "ps_clip_learning_rates": _POSITIVE,
+    "ps_clip_thresholds": _POSITIVE,
+}
+
+
+def check_config(config: Config) -> None:
+    """Checks every number before any work starts.
+
+    Args:
+      config: what a command was told.
+
+    Raises:
+      UsageError: a number is out of its range, the grids of `compare` differ in size, or flags
+        contradict each other, or there is nothing to plot or no PNG to plot it into.
+
+    Examples:
+      >>> check_config(TrainConfig(lr=-1.0))
+      Traceback (most recent call last):
+      psclip_optax.training.config.commands.UsageError: --lr: expected a finite number ...
+    """
+    for name, value in vars(config).items():
+        values = value if isinstance(value, tuple) else (value,)
+        for number in values:
+            if name in _RANGES and number is not None and not _RANGES[name].contains(number):
+                raise UsageError(f"{flag(name)}: expected {_RANGES[name].expected}, got {number}")
+    if isinstance(config, ModelConfig):
+        _check_parts(config)
+    if isinstance(config, TaskConfig):
+        _check_data(config)
+    if isinstance(config, CompareConfig):
+        _check_grids(config)
+    if isinstance(config, TrainConfig):
+        _check_training(config)
+    if isinstance(config, PlotConfig):
+        _check_plot(config)
+
+
+def _check_parts(config: ModelConfig) -> None:
+    if config.batch_size % config.accumulate:
+        raise UsageError(
+            f"--accumulate: expected a divisor of --batch-size {config.batch_size}, got "
+            f"{config.accumulate}"
+        )
+
+
+def _check_data(config: TaskConfig) -> None:
+    if config.data_dir is not None and config.dataset == "digits":
+        raise UsageError(
+            "--data-dir: of cifar10 and cifar100 alone, got it with --dataset digits, which comes "
+            "with scikit-learn"
+        )
+
+
+def _check_plot(config: PlotConfig) -> None:
+    if not config.runs:
+        raise UsageError("plot: expected at least one folder that psclip train wrote, got none")
+    if config.out.suffix.lower() != ".png":
+        raise UsageError(f"--out: expected a file that ends in .png, got {config.out}")
+
+
+def _check_training(config: TrainConfig) -> None:
+    if config.clip_at != "sample" and not config.method.startswith("ps-clip"):
+        raise UsageError(
+            f"--clip-at: expected sample with --method {config.method}, got {config.clip_at}; "
+            "leave it out, or take --method ps-clip, ps-clip-constant, ps-clip-auto or "
+            "ps-clip-median"
+        )
+    if config.method == "ps-clip-auto" and not 1 <= config.beta <= 2:
+        raise UsageError(
+            f"--beta: expected a number in [1, 2] with --method ps-clip-auto, got {config.beta}"
+        )
+    if config.method in ("ps-clip-auto", "ps-clip-median"):
+        _check_following(config)
+    _check_processes(config)
+
+
+def _check_following(config: TrainConfig) -> None:
+    if config.clip_at == "batch":
+        raise UsageError(
+            f"--clip-at: expected sample or micro-batch with --method {config.method}, got batch"
+        )
+    if config.method == "ps-clip-median" and config.alpha is not None:
+        raise UsageError(
+            f"--alpha: expected none with --method ps-clip-median, got {config.alpha}; leave it "
+            "out, or take --method ps-clip"
+        )
+
+
+def _check_processes(config: TrainConfig) -> None:
+    told = {
+        "coordinator": config.coordinator,
+        "num_processes": config.num_processes,
+        "process_id": config.process_id,
+    }
+    given = [flag(name) for name, value in told.items() if value is not None]
+    if given and not config.distributed:
+        raise UsageError(f"{given[0]}: expected --distributed with it")
+    if given and len(given) < len(told):
+        missing = [flag(name) for name, value in told.items() if value is None]
+        raise UsageError(f"{given[0]}: expected {' and '.join(missing)} with it")
+    if config.coordinator is not None and not re.fullmatch(r".+:\d+", config.coordinator):
+        raise UsageError(f"--coordinator: expected HOST:PORT, got {config.coordinator}")
+    if config.process_id is not None and config.process_id >= (config.num_processes or 0):
+        raise UsageError(
+            f"--process-id: expected less than --num-processes {config.num_processes}, got "
+            f"{config.process_id}"
+        )
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field: `--batch-size` of `batch_size`.
+
+    Args:
+      name: a field of a configuration.
+
+    Returns:
+      The flag.
+
+    Examples:
+      >>> flag("batch_size")
+      '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def _check_grids(config: CompareConfig) -> None:
+    sizes = {
+        "momentum": (len(config.momentum_learning_rates),),
+        "batch-clip": (len(config.batch_clip_learning_rates), len(config.batch_clip_thresholds)),
+        "ps-clip": (len(config.ps_clip_learning_rates), len(config.ps_clip_thresholds)),
+    }
+    if len(set(map(math.prod, sizes.values()))) > 1 or math.prod(sizes["momentum"]) == 0:
+        found = ", ".join(
+            f"{name} {' × '.join(map(str, size))} = {math.prod(size)}"
+            if len(size) > 1
+            else f"{name} {size[0]}"
+            for name, size in sizes.items()
+        )
+        raise UsageError(
+            f"expected as many trials for every method, at least 1, got {found}; give each the "
+            "same budget with --momentum-learning-rates, --batch-clip-learning-rates, "
+            "--batch-clip-thresholds, --ps-clip-learning-rates and --ps-clip-thresholds"
+        )

@@ -1,0 +1,247 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import filelock
+import numpy as np
+
+from psclip_optax.training.config.commands import UsageError
+
+# What a run's folder holds.
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+RUN = (CONFIG, METRICS, CHECKPOINTS)
+LOCK = ".lock"  # while something is written there
+# What a comparison's folder holds.
+COMPARISON, COMPARISON_FIGURE = "compare.json", "compare.png"
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that a crash leaves as it was, or whole.
+
+    Args:
+      path: the file, replaced if there is one.
+      content: all of it.
+
+    Raises:
+      OSError: it cannot be written; what was there stays.
+
+    Examples:
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers"
+      >>> write_atomically(path, b"1 2 3")
+      >>> path.read_bytes(), len(list(path.parent.iterdir()))
+      (b'1 2 3', 1)
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Valid JSON: NaN and ∞, which JSON has not, become null.
+
+    Args:
+      value: dicts, lists, strings, paths, and numbers and arrays of Python, NumPy or JAX.
+      indent: spaces by which what is nested is indented; None writes one line.
+
+    Returns:
+      The text.
+
+    Raises:
+      TypeError: something else is in it.
+
+    Examples:
+      >>> to_json({"loss": np.float32("nan"), "steps": np.arange(2), "out": pathlib.Path("run")})
+      '{"loss": null, "steps": [0, 1], "out": "run"}'
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def writable_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Makes a folder and finds out now, not after the work, whether files may be put there.
+
+    Args:
+      folder: made if missing, with its parents; what was made is gone again if it stays empty.
+
+    Yields:
+      Its absolute path.
+
+    Raises:
+      UsageError: it cannot be made or written.
+
+    Examples:
+      >>> with writable_folder(pathlib.Path(tempfile.mkdtemp()) / "new") as folder:
+      ...     folder.is_dir()
+      True
+      >>> folder.is_dir()
+      False
+    """
+    folder = folder.expanduser().absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        _check_writable(folder)
+        yield folder
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # of one that is not empty, or was not made
+                path.rmdir()
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> UsageError:
+    return UsageError(f"--out: cannot write to {folder}: {error.strerror}; choose another folder")
+
+
+@contextlib.contextmanager
+def held_alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from writing to the same folder.
+
+    A process that dies holds nothing any more, so that its run can go on.
+
+    Args:
+      folder: it is there.
+
+    Raises:
+      UsageError: another process holds it, or it cannot be written.
+
+    Examples:
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> with held_alone(folder), held_alone(folder):
+      ...     pass
+      Traceback (most recent call last):
+      psclip_optax.training.config.commands.UsageError: --out: another psclip is writing to ...
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UsageError(
+            f"--out: another psclip is writing to {folder}; wait until it ends, or choose another "
+            "folder"
+        ) from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # before another process could hold it
+        lock.release()
+
+
+def named_in(folder: pathlib.Path, names: Sequence[str]) -> str:
+    """Lists which of these a folder holds.
+
+    Args:
+      folder: it need not be there.
+      names: of files and folders.
+
+    Returns:
+      Their names, parted by commas; empty if there is none of them.
+
+    Examples:
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> (folder / CONFIG).touch()
+      >>> named_in(folder, RUN)
+      'config.json'
+    """
+    return ", ".join(name for name in names if (folder / name).exists())
+
+
+def check_holds_none_of(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Refuses a folder in which a run and a comparison would lie together.
+
+    Args:
+      folder: it need not be there.
+      names: what the other command writes.
+
+    Raises:
+      UsageError: one of them is there.
+
+    Examples:
+      >>> check_holds_none_of(pathlib.Path(tempfile.mkdtemp()), RUN)
+    """
+    found = named_in(folder, names)
+    if found:
+        raise UsageError(
+            f"--out: {folder} holds what another command wrote ({found}), and of a run and a "
+            "comparison in one folder psclip plot shows the run alone; choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def noticing_what_cannot_be_written(folder: pathlib.Path) -> Iterator[None]:
+    """Turns the errors of a disk that is full, or gone, into one line.
+
+    Args:
+      folder: what is written to.
+
+    Raises:
+      UsageError: something could not be written.
+
+    Examples:
+      >>> import errno
+      >>> with noticing_what_cannot_be_written(pathlib.Path("run")):
+      ...     raise OSError(errno.ENOSPC, "No space left on device")
+      Traceback (most recent call last):
+      psclip_optax.training.config.commands.UsageError: --out: cannot write to run: No space ...
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _why_not_written(error)
+        if reason is None:
+            raise
+        # Each of Orbax's tasks that failed would tell it again, with a traceback.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise UsageError(
+            f"--out: cannot write to {folder}: {reason}; the checkpoints before are whole: make "
+            "room, and go on with --resume"
+        ) from error
+
+
+def _why_not_written(error: BaseException | None) -> str | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, beneath Orbax
+    if code:
+        return os.strerror(int(code[1]))
+    return None if error is None else _why_not_written(error.__cause__ or error.__context__)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    array = np.asarray(value)
+    if array.ndim:
+        return _plain(array.tolist())
+    number = array.item()
+    return None if isinstance(number, float) and not np.isfinite(number) else number

@@ -1,0 +1,210 @@
+"""Checkpoints by Orbax, each with the digests of its files: damage is found before it is loaded.
+
+Orbax itself restores a checkpoint with a flipped bit without a word, as other parameters.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.training.train_state import TrainState
+
+from psclip_optax.training.config.commands import UsageError
+from psclip_optax.training.output.files import to_json, write_atomically
+from psclip_optax.training.run.distributed import (
+    is_first_process,
+    told_by_first_process,
+    wait_for_all,
+)
+
+_DIGESTS, _NORMS = "digests.json", "norms.npy"
+_NUM_KEPT = 3
+_MIB = 2**20
+
+
+class Restored(NamedTuple):
+    """What was found.
+
+    Attributes:
+      state: the newest state whose checkpoint is intact; the one that was given if there is none.
+      damaged_steps: steps of newer checkpoints, which were damaged and are removed.
+    """
+
+    state: TrainState
+    damaged_steps: list[int]
+
+
+def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
+    """Opens a folder of checkpoints, of which the last three are kept.
+
+    Args:
+      folder: made if missing; an absolute path.
+
+    Returns:
+      Orbax's manager, to be closed, e.g. by `with`.
+
+    Examples:
+      >>> import tempfile
+      >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
+      ...     manager.latest_step()
+    """
+    # Not in the background: the digests are of files that are complete.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=_NUM_KEPT, create=True, enable_async_checkpointing=False
+    )
+    # It reads all metadata, and logs what is damaged; the digests tell that, in one line.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        return ocp.CheckpointManager(folder, options=options)
+    finally:
+        logger.setLevel(level)
+
+
+def save_checkpoint(
+    manager: ocp.CheckpointManager, state: TrainState, norms: np.ndarray | None = None
+) -> None:
+    """Saves parameters, optimizer state and step, and the digests of the files.
+
+    Args:
+      manager: what `open_checkpoints` returned.
+      state: the state, named by its step.
+      norms: the window of gradient norms `[N]` that what is recorded goes on from, if there is one.
+
+    Raises:
+      OSError: the disk has no room for it; nothing was written.
+
+    Examples:
+      >>> import tempfile, jax.numpy as jnp, optax
+      >>> state = TrainState.create(apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1))
+      >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
+      ...     save_checkpoint(manager, state)
+      ...     restore_newest(manager, state).state.params
+      Array([1., 1.], dtype=float32)
+    """
+    step = int(state.step)
+    _check_room(manager, state)
+    manager.save(step, args=ocp.args.StandardSave(_saved_part(state)))
+    wait_for_all(f"checkpoint {step}")
+    if is_first_process():
+        folder = _folder(manager, step)
+        if norms is not None:
+            write_atomically(folder / _NORMS, _npy(norms))
+        write_atomically(folder / _DIGESTS, to_json(_digests(folder), indent=1).encode())
+
+
+def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restored:
+    """Restores the newest checkpoint that is intact.
+
+    Args:
+      manager: what `open_checkpoints` returned.
+      state: any state of the same structure, shapes and dtypes; on the devices that it is on.
+
+    Returns:
+      The state, and which checkpoints were damaged.
+
+    Raises:
+      UsageError: there are checkpoints, but none is intact; they stay as they are.
+
+    Example: see `save_checkpoint`.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    intact = _newest_intact(manager, steps)
+    if intact is None:
+        if steps:
+            raise UsageError(
+                f"--resume: no checkpoint in {manager.directory} is intact (steps "
+                f"{', '.join(map(str, steps))}); start again in another folder"
+            )
+        return Restored(state, [])
+    # Restored before anything is removed, so that no failure can lose more.
+    like = ocp.args.StandardRestore(_saved_part(state))
+    restored = state.replace(**manager.restore(intact, args=like))
+    damaged = [step for step in steps if step > intact]
+    for step in damaged:
+        manager.delete(step)
+    return Restored(restored, damaged)
+
+
+def saved_norms(manager: ocp.CheckpointManager, step: int) -> np.ndarray:
+    """The window of gradient norms that a checkpoint was saved with.
+
+    Args:
+      manager: what `open_checkpoints` returned.
+      step: of the checkpoint; there may be none.
+
+    Returns:
+      The norms `[N]`; none where none were saved.
+
+    Examples:
+      >>> import tempfile
+      >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
+      ...     saved_norms(manager, 0)
+      array([], dtype=float32)
+    """
+    path = _folder(manager, step) / _NORMS
+    return np.load(path) if path.exists() else np.empty(0, np.float32)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _check_room(manager: ocp.CheckpointManager, state: TrainState) -> None:
+    # Before Orbax starts, all of whose tasks would tell that they failed.
+    free = shutil.disk_usage(manager.directory).free if is_first_process() else 0
+    leaves = jax.tree.leaves(_saved_part(state))
+    needed = sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in leaves)
+    if told_by_first_process(free // _MIB) < needed // _MIB + 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(manager.directory))
+
+
+def _newest_intact(manager: ocp.CheckpointManager, steps: list[int]) -> int | None:
+    """The first process looks, and tells the others."""
+    none = -1
+    found = none
+    if is_first_process():
+        found = next((step for step in steps if _is_intact(_folder(manager, step))), none)
+    found = told_by_first_process(found)
+    return None if found == none else found
+
+
+def _saved_part(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+
+
+def _folder(manager: ocp.CheckpointManager, step: int) -> pathlib.Path:
+    return pathlib.Path(manager.directory) / str(step)
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): _digest(p) for p in files if p.name != _DIGESTS}
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_intact(folder: pathlib.Path) -> bool:
+    try:
+        expected = json.loads((folder / _DIGESTS).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return expected == _digests(folder)

@@ -1,0 +1,185 @@
+"""Processes that train one model together, on JAX's distributed runtime.
+
+Each holds the whole model and its slice of every batch. The first writes what there is one of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from psclip_optax.training.config.commands import TrainConfig, UsageError
+
+
+class ProcessLostError(Exception):
+    """Another process of this run has ended or does not answer.
+
+    Examples:
+      >>> raise ProcessLostError("another process of this run was lost")
+      Traceback (most recent call last):
+      psclip_optax.training.run.distributed.ProcessLostError: another process of this run was lost
+    """
+
+
+def join_processes(config: TrainConfig) -> None:
+    """Waits for the other processes of a run, and makes all their devices one set.
+
+    Before anything is computed. Each then notices within `distributed_timeout` when another has
+    died or hangs.
+
+    Args:
+      config: where the first process listens, how many there are, and which this is; what is None
+        comes from the cluster's own variables (Slurm, Open MPI, Kubernetes, Cloud TPU).
+
+    Raises:
+      UsageError: the others did not come in time, or the cluster does not tell who they are.
+    """
+    options: dict[str, Any] = {
+        "coordinator_address": config.coordinator,
+        "num_processes": config.num_processes,
+        "process_id": config.process_id,
+        "initialization_timeout": config.distributed_timeout,
+    }
+    if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
+        options["heartbeat_timeout_seconds"] = config.distributed_timeout  # JAX ≥ 0.7.1
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(
+            f"--distributed: the processes did not come together: {reason}; start all of them "
+            "within --distributed-timeout seconds, and where no cluster tells who they are, give "
+            "each --coordinator HOST:PORT, --num-processes and its --process-id"
+        ) from error
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and reports.
+
+    Returns:
+      True without `join_processes`.
+
+    Examples:
+      >>> is_first_process()
+      True
+    """
+    return jax.process_index() == 0
+
+
+def data_parallel_mesh() -> Mesh:
+    """All devices of all processes along one axis, "data".
+
+    Returns:
+      A mesh, in the order of the processes.
+
+    Examples:
+      >>> data_parallel_mesh().axis_names
+      ('data',)
+    """
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
+    """Puts each process's slice of a batch on its devices, as one batch of all.
+
+    Args:
+      mesh: what `data_parallel_mesh` returned.
+      batch: a tree of arrays, samples on axis 0, a multiple of this process's devices.
+
+    Returns:
+      The tree of global arrays, sharded over "data".
+
+    Examples:
+      >>> batch = shard_batch(data_parallel_mesh(), {"label": np.zeros(jax.device_count())})
+      >>> len(batch["label"].sharding.device_set) == jax.device_count()
+      True
+    """
+    return _global(NamedSharding(mesh, P("data")), batch)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Puts what is the same in all processes on all devices.
+
+    Args:
+      mesh: what `data_parallel_mesh` returned.
+      tree: of arrays.
+
+    Returns:
+      The tree of global arrays.
+
+    Examples:
+      >>> replicate(data_parallel_mesh(), {"step": np.int32(0)})["step"].is_fully_replicated
+      True
+    """
+    return _global(NamedSharding(mesh, P()), tree)
+
+
+def _global(sharding: NamedSharding, tree: Any) -> Any:
+    def put(leaf: Any) -> jax.Array:
+        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+        data = put(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(put, tree)
+
+
+def told_by_first_process(number: int) -> int:
+    """The number that the first process has.
+
+    Args:
+      number: what this process has; of no matter but in the first.
+
+    Returns:
+      The same in all processes.
+
+    Examples:
+      >>> told_by_first_process(3)
+      3
+    """
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def wait_for_all(point: str) -> None:
+    """Waits until every process has come to this point.
+
+    Args:
+      point: its name, the same in all.
+
+    Examples:
+      >>> wait_for_all("start")
+    """
+    multihost_utils.sync_global_devices(point)
+
+
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Turns the error of a sum over processes that cannot be had into one that says why.
+
+    Raises:
+      ProcessLostError: a process of several was lost.
+
+    Examples:
+      >>> with noticing_lost_processes():
+      ...     pass
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        told = str(error).strip().splitlines()[0]
+        raise ProcessLostError(
+            f"process {jax.process_index()} of {jax.process_count()}: another one ended or does "
+            f"not answer ({told}); end those that are left, and go on from the last checkpoint "
+            "with --resume, with any number of processes"
+        ) from error

@@ -1,0 +1,344 @@
+"""The methods that `psclip` trains with, each an Optax chain whose numbers live in its state.
+
+Learning rate and threshold are leaves of the optimizer's state, so that all the trials of a tuning
+grid share one compiled step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from psclip_optax.thresholds import (
+    AdaptiveThreshold,
+    Threshold,
+    constant_threshold,
+    growing_threshold,
+)
+from psclip_optax.thresholds.adaptive import moment_threshold
+from psclip_optax.thresholds.auto import auto_threshold
+from psclip_optax.thresholds.tracking import track_norms
+from psclip_optax.training.config.commands import ClipAtName, MethodName, ScheduleName, TaskConfig
+
+
+class Hyperparams(NamedTuple):
+    """The numbers of a method that its state holds.
+
+    Attributes:
+      learning_rate: before the schedule.
+      threshold: α, or the largest norm, in the units of the gradient's norm; of "ps-clip-auto" a
+        factor of the scale that it finds; "ps-clip-median" has no use for it. ∞ clips nothing.
+      beta: growth of the threshold with a sample's position, of "ps-clip" and "ps-clip-auto".
+    """
+
+    learning_rate: float
+    threshold: float
+    beta: float
+
+
+class BatchNormState(NamedTuple):
+    """Figures of the last batch's mean gradient.
+
+    Attributes:
+      gradient_norm: float, its norm before clipping.
+      clipped: bool, whether that is above the threshold.
+    """
+
+    gradient_norm: jax.Array
+    clipped: jax.Array
+
+
+class Method(NamedTuple):
+    """One way to train.
+
+    Attributes:
+      label: name in tables and figures.
+      has_threshold: whether it clips.
+      has_momentum: whether it is SGD with momentum that follows the clipping.
+      clip: (threshold, β) → the first link of the chain, for gradients of the mean loss.
+      threshold: (threshold, β) → the threshold of each sample; None for what does not clip them.
+    """
+
+    label: str
+    has_threshold: bool
+    has_momentum: bool
+    clip: Callable[[Any, Any], optax.GradientTransformation]
+    threshold: Callable[[Any, Any], Threshold | AdaptiveThreshold] | None = None
+
+
+def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
+    """Changes nothing, and keeps the norm of what it saw for the log."""
+
+    def init(params: Any) -> BatchNormState:
+        del params
+        return BatchNormState(jnp.float32(0), jnp.bool_(False))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, BatchNormState]:
+        del state, params
+        norm = optax.tree.norm(updates).astype(jnp.float32)
+        return updates, BatchNormState(norm, norm > threshold)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _no_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    del threshold, beta
+    return _recorded_norm(jnp.inf)
+
+
+def _batch_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    del beta
+    return optax.chain(_recorded_norm(threshold), optax.clip_by_global_norm(threshold))
+
+
+def _clipped_already(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    del threshold, beta
+    return optax.identity()
+
+
+def _following_the_norms(threshold: Any, beta: Any) -> AdaptiveThreshold:
+    return moment_threshold(beta, scale=threshold)
+
+
+def _tracked_norms(threshold: Any, beta: Any) -> optax.GradientTransformation:
+    return track_norms(_following_the_norms(threshold, beta))
+
+
+METHODS: dict[MethodName, Method] = {
+    "sgd": Method("SGD", False, False, _no_clip),
+    "momentum": Method("momentum SGD", False, True, _no_clip),
+    "batch-clip": Method("batch clipping", True, True, _batch_clip),
+    "ps-clip": Method("per-sample clipping", True, True, _clipped_already, growing_threshold),
+    "ps-clip-constant": Method(
+        "per-sample clipping, constant",
+        True,
+        True,
+        _clipped_already,
+        lambda threshold, beta: constant_threshold(threshold),
+    ),
+    "ps-clip-auto": Method(
+        "per-sample clipping, automatic", True, True, _tracked_norms, _following_the_norms
+    ),
+    "ps-clip-median": Method(
+        "per-sample clipping, running median",
+        True,
+        True,
+        lambda threshold, beta: track_norms(),
+        lambda threshold, beta: auto_threshold(),
+    ),
+}
+
+
+def _method(name: str) -> Method:
+    if name not in list(METHODS):
+        raise ValueError(f"name: expected one of {', '.join(map(repr, METHODS))}, got {name!r}")
+    return METHODS[name]
+
+
+def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
+    """The method that a name stands for: clipping at the batch is batch clipping.
+
+    Args:
+      name: one of `METHODS`.
+      clip_at: what is clipped, by the methods that clip before they average.
+
+    Returns:
+      One of `METHODS`.
+
+    Raises:
+      ValueError: `name` is none of them; so do the functions below.
+
+    Examples:
+      >>> method_that_clips("ps-clip", "batch"), method_that_clips("ps-clip", "micro-batch")
+      ('batch-clip', 'ps-clip')
+    """
+    clips_before = _method(name).threshold is not None
+    return "batch-clip" if clips_before and clip_at == "batch" else name
+
+
+def method_of_alpha(name: MethodName, alpha: float | None) -> MethodName:
+    """Tell the method that clips where none was given an α: by the running median.
+
+    Args:
+      name: one of `METHODS`.
+      alpha: what was given; None if nothing was.
+
+    Returns:
+      One of `METHODS`.
+
+    Examples:
+      >>> method_of_alpha("ps-clip", None), method_of_alpha("ps-clip", 1.0)
+      ('ps-clip-median', 'ps-clip')
+    """
+    return "ps-clip-median" if name == "ps-clip" and alpha is None else name
+
+
+def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
+    """Which gradients a method's optimizer takes.
+
+    Args:
+      name: one of `METHODS`.
+      config: names the engine, what is clipped, and in how many micro-batches.
+
+    Returns:
+      Arguments for `linen_train_step`. The threshold comes from the optimizer's state.
+
+    Examples:
+      >>> build_gradients("momentum", TaskConfig(accumulate=2))
+      {'microbatch_size': 32, 'gradients': 'mean'}
+    """
+    threshold = _method(name).threshold
+    in_parts = config.accumulate > 1 or config.clip_at == "micro-batch"
+    size = {"microbatch_size": config.batch_size // config.accumulate if in_parts else None}
+    if threshold is None:
+        return size | {"gradients": "mean"}
+
+    def threshold_from(opt_state: Any) -> Threshold | AdaptiveThreshold:
+        numbers = opt_state.hyperparams
+        return threshold(numbers["threshold"], numbers["beta"])
+
+    return size | {
+        "gradients": "clipped",
+        "threshold_from": threshold_from,
+        "mode": config.engine,
+        "clip_at": config.clip_at,
+    }
+
+
+def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule:
+    """The factor of the learning rate over the steps of a run.
+
+    Args:
+      name: "cosine", from 1 to 0 along half a cosine, or "constant".
+      num_steps: length of the run, at least 1.
+
+    Returns:
+      An Optax schedule, from a step that counts from 0 to the factor.
+
+    Raises:
+      ValueError: `name` is neither.
+
+    Examples:
+      >>> factor = learning_rate_schedule("cosine", 4)
+      >>> [f"{factor(step):.3f}" for step in range(4)]
+      ['1.000', '0.854', '0.500', '0.146']
+    """
+    if name == "constant":
+        return optax.constant_schedule(1.0)
+    if name != "cosine":
+        raise ValueError(f"name: expected 'cosine' or 'constant', got {name!r}")
+    return optax.cosine_decay_schedule(1.0, num_steps)
+
+
+def build_optimizer(
+    name: MethodName, hyperparams: Hyperparams, *, momentum: float, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a method's chain: clipping, (momentum) SGD, schedule.
+
+    Args:
+      name: one of `METHODS`.
+      hyperparams: the numbers that its initial state holds.
+      momentum: decay of the momentum, in [0, 1).
+      schedule: factor of the learning rate over steps.
+
+    Returns:
+      An optimizer for the gradients that `build_gradients` names; see `with_hyperparams`.
+
+    Examples:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("batch-clip", Hyperparams(1.0, 5.0, 2.0), momentum=0.0,
+      ...                      schedule=schedule)
+      >>> updates, state = tx.update(jnp.array([6.0, 8.0]), tx.init(jnp.zeros(2)))
+      >>> updates, gradient_figures(state)
+      (Array([-3., -4.], dtype=float32),
+       {'gradient_norm': Array(10., dtype=float32), 'clipped_share': Array(1., dtype=float32),
+        'num_nonfinite': Array(0, dtype=int32)})
+    """
+    method = _method(name)
+
+    def chain(learning_rate: Any, threshold: Any, beta: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            method.clip(threshold, beta),
+            optax.sgd(learning_rate, momentum=momentum if method.has_momentum else None),
+            optax.scale_by_schedule(schedule),
+        )
+
+    # A dtype of its own for the numbers: weakly typed ones would have the step compiled again.
+    return optax.inject_hyperparams(chain, hyperparam_dtype=jnp.float32)(**hyperparams._asdict())
+
+
+def with_hyperparams(opt_state: Any, hyperparams: Hyperparams) -> Any:
+    """Sets a method's numbers without a recompile.
+
+    Args:
+      opt_state: state of an optimizer that `build_optimizer` built.
+      hyperparams: the new numbers.
+
+    Returns:
+      The state with these numbers.
+
+    Examples:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("sgd", Hyperparams(1.0, 1.0, 2.0), momentum=0.0, schedule=schedule)
+      >>> state = with_hyperparams(tx.init(jnp.zeros(2)), Hyperparams(0.5, 1.0, 2.0))
+      >>> tx.update(jnp.array([6.0, 8.0]), state)[0]
+      Array([-3., -4.], dtype=float32)
+    """
+    numbers = {name: jnp.float32(value) for name, value in hyperparams._asdict().items()}
+    return opt_state._replace(hyperparams=numbers)
+
+
+def learning_rate_of(opt_state: Any) -> jax.Array:
+    """The learning rate before the schedule.
+
+    Args:
+      opt_state: state of an optimizer that `build_optimizer` built.
+
+    Returns:
+      float32 scalar.
+
+    Examples:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("sgd", Hyperparams(0.5, 1.0, 2.0), momentum=0.0, schedule=schedule)
+      >>> float(learning_rate_of(tx.init(jnp.zeros(2))))
+      0.5
+    """
+    return opt_state.hyperparams["learning_rate"]
+
+
+def gradient_figures(opt_state: Any) -> dict[str, jax.Array]:
+    """What the log says of a mean gradient, under the names that per-sample clipping uses.
+
+    Args:
+      opt_state: state of an optimizer that `build_optimizer` built.
+
+    Returns:
+      Scalars: `gradient_norm`, the mean gradient's norm before clipping; `clipped_share`, 1 if it
+      was clipped and 0 if not; `num_nonfinite`, 1 if it is not finite. Empty for the per-sample
+      methods, whose figures come with the train step's metrics.
+
+    Examples:
+      >>> schedule = optax.constant_schedule(1.0)
+      >>> tx = build_optimizer("sgd", Hyperparams(1.0, 1.0, 2.0), momentum=0.0, schedule=schedule)
+      >>> sorted(gradient_figures(tx.init(jnp.zeros(2))))
+      ['clipped_share', 'gradient_norm', 'num_nonfinite']
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, BatchNormState))
+    return {
+        name: value
+        for node in nodes
+        if isinstance(node, BatchNormState)
+        for name, value in _named(node).items()
+    }
+
+
+def _named(state: BatchNormState) -> dict[str, jax.Array]:
+    return {
+        "gradient_norm": state.gradient_norm,
+        "clipped_share": state.clipped.astype(jnp.float32),
+        "num_nonfinite": (~jnp.isfinite(state.gradient_norm)).astype(jnp.int32),
+    }
