@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import psclip_optax as psc
+from benchmarks.zoo.models import ZOO
 from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.models.losses import classification_loss
-from tests.models import ZOO
 
 IMAGES = jnp.ones((2, 6, 6, 3))
 VECTORS = jnp.ones((2, 4))

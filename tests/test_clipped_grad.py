@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import psclip_optax as psc
+from benchmarks.zoo.models import ZOO
 from psclip_optax.engine.modes import one_pass, slices, two_pass
 from psclip_optax.engine.routes import route
-from tests.models import ZOO
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing, in_float64
 
 MODES = ["one_pass", "two_pass", "vmap"]

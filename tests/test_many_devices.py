@@ -10,9 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psclip_optax as psc
+from benchmarks.common.collectives import collectives, moving_operations, num_bytes, num_elements
+from benchmarks.zoo.models import ZOO
 from psclip_optax import meshes
-from tests.collectives import collectives, moving_operations, num_bytes, num_elements
-from tests.models import ZOO
 from tests.numerics import assert_close, enable_x64, in_float64
 
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # JAX < 0.8

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import psclip_optax as psc
+from benchmarks.zoo.models import ZOO
 from tests import random_programs
-from tests.models import ZOO
 from tests.numerics import assert_close, enable_x64
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.3], [-0.7, 1.1]]), "b": jnp.zeros(2, jnp.bfloat16)}

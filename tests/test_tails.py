@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 import psclip_optax as psc
+from benchmarks.zoo import laws
+from benchmarks.zoo.laws import LAWS, LIGHT_LAWS, POWER_LAWS
 from psclip_optax import tails
-from tests import laws
-from tests.laws import LAWS, LIGHT_LAWS, POWER_LAWS
 
 ACCEPTED_LAWS = [name for name in POWER_LAWS if "in Gaussian" not in name]
 PURE_LIGHT_LAWS = [name for name in LIGHT_LAWS if "30%" not in name]

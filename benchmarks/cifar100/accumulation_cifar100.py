@@ -39,9 +39,9 @@ from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.statistics import describe_difference, describe_mean
 from benchmarks.common.timing import quartiles
 from benchmarks.engine.accumulation import CASES, optimizers, time_windows, train_step
+from benchmarks.zoo.models import Model
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.models.losses import classification_loss
-from tests.models import Model
 
 MICROBATCH_SIZE = 32
 BETA = 2.0

@@ -24,7 +24,7 @@ import psclip_optax as psc
 from benchmarks.common.machine import describe, describe_machine
 from benchmarks.common.publishing import RESULTS, publish
 from benchmarks.common.timing import quartiles
-from tests.models import ZOO, Model
+from benchmarks.zoo.models import ZOO, Model
 
 NUM_MICROBATCHES = 8
 # About the norm of a micro-batch's gradient here, so that some are clipped and some are not.

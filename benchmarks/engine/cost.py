@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine.cost --sweep n length
 
-For each model of tests/models.py, `jax.value_and_grad` of the mean loss in the same process and
+For each model of the zoo, `jax.value_and_grad` of the mean loss in the same process and
 round is the unit. Prints a table and writes benchmarks/results/engine.json and .png. A model that
 is in the JSON already is not measured again, so an interrupted run goes on where it stopped.
 """
@@ -32,9 +32,9 @@ from benchmarks.common.machine import describe, describe_machine
 from benchmarks.common.publishing import RESULTS, load
 from benchmarks.common.style import show_ticks, tidy
 from benchmarks.common.timing import Case, quartiles, time_interleaved
+from benchmarks.zoo.models import ZOO, Model, Size, gpt
 from psclip_optax.engine.flops import count_flops
 from psclip_optax.training.output.files import write_atomically
-from tests.models import ZOO, Model, Size, gpt
 
 Mode = Literal["plain", "one_pass", "two_pass", "vmap"]
 Sweep = Literal["n", "length"]

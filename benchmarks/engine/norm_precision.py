@@ -21,9 +21,9 @@ from jax import lax
 import psclip_optax as psc
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS, markdown_table
+from benchmarks.zoo.models import ZOO
 from psclip_optax.engine.routes import dense
 from psclip_optax.training.output.files import to_json
-from tests.models import ZOO
 
 # Bits of the exponent and of the mantissa.
 FORMATS = {"bfloat16": (8, 7), "TF32": (8, 10)}

@@ -21,7 +21,7 @@ from benchmarks.engine import real_models
 from benchmarks.engine.accumulation import mean_loss
 from benchmarks.engine.on_gpu_results import Results, say
 from benchmarks.engine.real_models import Model, Size
-from tests.models import ZOO
+from benchmarks.zoo.models import ZOO
 
 Step = Callable[..., Any]
 

@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from benchmarks.common.collectives import num_bytes
 from benchmarks.common.machine import describe, describe_machine
 from benchmarks.common.publishing import RESULTS, publish
 from benchmarks.common.style import tidy
 from benchmarks.engine.cost import step
+from benchmarks.zoo.models import ZOO
 from psclip_optax.engine.flops import count_flops
-from tests.collectives import num_bytes
-from tests.models import ZOO
 
 DEVICES = (1, 2, 4, 8)
 SIMULATED = tuple(2**i for i in range(13))

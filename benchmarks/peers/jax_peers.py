@@ -13,7 +13,7 @@ from flax import traverse_util
 
 import psclip_optax as psc
 from benchmarks.peers.common import Inputs, Steps
-from tests.models import ZOO, Model, Size
+from benchmarks.zoo.models import ZOO, Model, Size
 
 # The fastest tried for either model. Of a whole batch, XLA's CPU backend fuses what
 # jax_privacy does with the gradients, scaling and the sum over samples, so that time grows about

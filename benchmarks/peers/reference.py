@@ -15,7 +15,7 @@ import psclip_optax as psc
 from benchmarks.engine.cost import largest_error
 from benchmarks.peers.common import Inputs, Peer
 from benchmarks.peers.jax_peers import as_names, as_tree
-from tests.models import ZOO
+from benchmarks.zoo.models import ZOO
 
 DTYPES = ("float32", "float64")
 # In float64 few samples will do: what is compared are the algorithms, not their rounding.

@@ -1,4 +1,4 @@
-"""AlexNet and GPT as in psclip_optax/training/models and tests/models.py, in PyTorch.
+"""AlexNet and GPT as in psclip_optax/training/models and benchmarks/zoo/models.py, in PyTorch.
 
 Modules are called as in Flax and take their sizes from Flax's parameters, so that weights go over
 by name.

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from benchmarks.common.machine import describe, describe_machine
 from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.zoo.laws import LAWS, POWER_LAWS, Law
 from psclip_optax import tails
-from tests.laws import LAWS, POWER_LAWS, Law
 
 NOTE = (
     "Intervals of 95%: of the index, and of σ(p) at the p that was chosen. Covers: the share of "

@@ -12,7 +12,7 @@ import numpy as np
 
 import psclip_optax as psc
 from benchmarks.third_party.common import LIMITS, MODES, Case, Dtype, Mode, Model
-from tests.numerics import clipped_mean, enable_x64
+from benchmarks.zoo.reference import clipped_mean, enable_x64
 
 # A leaf whose gradient vanishes but for rounding is held against this share of the largest entry of
 # all leaves, and a sample's norm likewise.

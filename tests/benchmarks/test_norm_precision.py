@@ -6,7 +6,7 @@ import re
 
 from benchmarks.common.publishing import RESULTS
 from benchmarks.engine import norm_precision
-from tests.models import ZOO
+from benchmarks.zoo.models import ZOO
 
 GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "pages" / "guide" / "engine.md"
 

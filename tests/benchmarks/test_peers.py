@@ -14,7 +14,7 @@ from benchmarks.peers import report, run, weights, worker
 from benchmarks.peers.common import PEERS, Inputs
 from benchmarks.peers.jax_peers import as_names, as_tree
 from benchmarks.peers.reference import DTYPES, errors_of, limit, prepare, thresholds_with
-from tests.models import ZOO
+from benchmarks.zoo.models import ZOO
 
 ROOT = pathlib.Path(__file__).parents[2]
 MISSING = [

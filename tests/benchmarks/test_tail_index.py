@@ -7,7 +7,7 @@ from scipy import stats
 
 from benchmarks.common.publishing import RESULTS
 from benchmarks.theory import tail_index
-from tests.laws import LAWS, POWER_LAWS
+from benchmarks.zoo.laws import LAWS, POWER_LAWS
 
 COMMITTED = RESULTS / "tail_index.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 _OPERATION = re.compile(
@@ -80,13 +81,13 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _times_run(text: str):
+def _times_run(text: str) -> Callable[[str], int]:
     """From a computation's name to how often it is run."""
     calls: dict[str, list[tuple[str, int]]] = {}
     for caller, lines in _computations(text).items():
         for line in lines:
-            for called, times in _calls(line):
-                calls.setdefault(called, []).append((caller, times))
+            for called, number in _calls(line):
+                calls.setdefault(called, []).append((caller, number))
 
     @functools.cache
     def times(name: str) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 Sampler: TypeAlias = Callable[[np.random.Generator, int], np.ndarray]
 
 
-class Law(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Law:
     """A law of norms.
 
     Attributes:

@@ -119,7 +119,7 @@ def gpt(*, tied: bool, scanned: bool, length: int | None = None) -> Callable[[Si
         params = jax.jit(module.init)(jax.random.key(0), jnp.zeros(steps, int))["params"]
 
         def loss(params: Any, tokens: jax.Array) -> jax.Array:
-            logits = module.apply({"params": params}, tokens[:-1])
+            logits: Any = module.apply({"params": params}, tokens[:-1])
             return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]).mean()
 
         return Model(loss, params, _tokens(steps, module.vocabulary))
@@ -236,7 +236,8 @@ def dilated_cnn(size: Size) -> Model:
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((length, 1)))["params"]
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.square(module.apply({"params": params}, x[:-1]) - x[1:]).mean()
+        predicted: Any = module.apply({"params": params}, x[:-1])
+        return jnp.square(predicted - x[1:]).mean()
 
     return Model(
         loss, params, lambda n: (jax.random.normal(jax.random.key(1), (n, length + 1, 1)),)
