@@ -623,7 +623,7 @@ def test_a_sum_over_devices():
     assert_close(jax.jit(run)(PARAMS, *batch), expected, 1e-5)
 
 
-# Mistakes; their words are in tests/test_messages.py
+# Mistakes; their words are in tests/messages
 
 
 @pytest.mark.parametrize(
