@@ -10,7 +10,7 @@ from tests.fuzz import computed_tables, coverage, lax_tables, library_tables, re
 from tests.fuzz.check import TOLERANCE, check, tolerance_of
 from tests.fuzz.programs import draw_program
 from tests.numerics import enable_x64
-from tests.random_programs import reduced, relative_error
+from tests.random_programs.checks import reduced, relative_error
 from tests.test_random_programs import WRONG, altered
 
 # Without its optimizations XLA's CPU backend aborts on some of the programs.

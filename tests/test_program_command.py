@@ -4,9 +4,9 @@ from concurrent import futures
 
 import pytest
 
-from tests import random_programs
 from tests.fuzz import command
 from tests.fuzz.check import SOURCE
+from tests.random_programs import source as random_programs
 
 
 def test_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

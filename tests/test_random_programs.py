@@ -4,20 +4,12 @@ import pytest
 
 import psclip_optax as psc
 from tests.fuzz import record
-from tests.random_programs import (
-    DATA_STEPS,
-    FREE_STEPS,
-    LEAST_OPERATIONS,
-    MIXTURES,
-    PRODUCTS,
-    WEIGHTS,
-    WRAPPERS,
-    check,
-    draw_program,
-    reduced,
-    relative_error,
-    shortened,
-)
+from tests.random_programs.checks import check, reduced, relative_error, shortened
+from tests.random_programs.drawing import draw_program
+from tests.random_programs.products import PRODUCTS
+from tests.random_programs.program import LEAST_OPERATIONS, MIXTURES
+from tests.random_programs.uses import DATA_STEPS, FREE_STEPS, WEIGHTS
+from tests.random_programs.wrappers import WRAPPERS
 
 # Without its optimizations XLA's CPU backend aborts on some of the programs.
 pytestmark = pytest.mark.optimized

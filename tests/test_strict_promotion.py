@@ -11,8 +11,9 @@ import pytest
 
 import psclip_optax as psc
 from benchmarks.zoo.models import ZOO
-from tests import random_programs
 from tests.numerics import assert_close, enable_x64
+from tests.random_programs.drawing import draw_program
+from tests.random_programs.program import MIXTURES
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.3], [-0.7, 1.1]]), "b": jnp.zeros(2, jnp.bfloat16)}
 N = 8
@@ -126,12 +127,12 @@ def test_zoo(name, mode):
 @pytest.mark.filterwarnings("ignore:the loss of one example takes statistics")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_random_programs(mode):
-    programs = map(random_programs.draw_program, range(30))
+    programs = map(draw_program, range(30))
     # JAX calls a rule of a loss's own, which may promote, only where it is differentiated.
     plain = [program for program in programs if not re.search("vjp|jvp", str(program))]
     assert len(plain) >= 8
     for program in plain:
-        with enable_x64(random_programs.MIXTURES[program.mixture].has_float64):
+        with enable_x64(MIXTURES[program.mixture].has_float64):
             _, grads = traced(program.loss, program.params, program.batch, mode=mode)
         dtypes = {name: leaf.dtype for name, leaf in grads.items()}
         assert dtypes == {name: leaf.dtype for name, leaf in program.params.items()}

@@ -17,15 +17,8 @@ from psclip_optax.engine.modes import two_pass
 from tests.fuzz.command import NO_REFERENCE, Outcome, Source, shower
 from tests.fuzz.programs import Program, draw_program, every_equation
 from tests.numerics import clipped_mean, enable_x64
-from tests.random_programs import (
-    MODES,
-    NUM_SAMPLES,
-    NoReferenceError,
-    Run,
-    _compiled,
-    reduced,
-    relative_error,
-)
+from tests.random_programs.checks import NoReferenceError, compiled, reduced, relative_error
+from tests.random_programs.program import MODES, NUM_SAMPLES, Run
 
 TOLERANCE = 1e-8
 # Where a program computes in less than float64 it is held to so many roundings.
@@ -108,7 +101,7 @@ def _nudged(program: Program) -> Program:
 
 
 def _reference(program: Program) -> tuple[Any, Any]:
-    return jax.device_get(_compiled(stacked_of(program))(program.params, program.batch))
+    return jax.device_get(compiled(stacked_of(program))(program.params, program.batch))
 
 
 def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
@@ -138,7 +131,7 @@ def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
 
 def _checked(program: Program, clip: Run) -> tuple[dict[str, float], float]:
     raised: dict[str, str] = {}
-    run = _compiled(_all_in_one(program, clip, raised))
+    run = compiled(_all_in_one(program, clip, raised))
     try:
         losses, stacked, tau, results = jax.device_get(run(program.params, program.batch))
     except NoReferenceError:
@@ -168,7 +161,7 @@ def _raise_if_jax_fails(program: Program) -> None:
 
     try:
         _reference(program)
-        jax.block_until_ready(_compiled(jax.grad(mean_loss))(program.params, program.batch))
+        jax.block_until_ready(compiled(jax.grad(mean_loss))(program.params, program.batch))
     except Exception as error:
         raise NoReferenceError(f"{type(error).__name__}: {error}") from error
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import random_programs
 from tests.fuzz import rules
 from tests.numerics import enable_x64
-from tests.random_programs import FREE, NUM_SAMPLES, Run, Shape, Step
+from tests.random_programs.draft import Draft as RandomDraft
+from tests.random_programs.program import FREE, MIXTURES, NUM_SAMPLES, Run, Shape, Step
+from tests.random_programs.program import Program as RandomProgram
 
 MIXTURE = "float64"
 # Seldom of several dtypes, for errors must then be large to be seen.
@@ -21,7 +22,7 @@ LEAST_OPERATIONS, MOST_OPERATIONS = 2, 6
 UNFIT = (TypeError, ValueError, IndexError, ZeroDivisionError, NotImplementedError, AssertionError)
 
 
-class Program(random_programs.Program):
+class Program(RandomProgram):
     """A program whose loss may read parameters and what is computed from them alone."""
 
     @property
@@ -36,13 +37,13 @@ class Program(random_programs.Program):
             return jax.make_jaxpr(self.loss)(self.params, example)
 
 
-class Draft(random_programs.Draft):
+class Draft(RandomDraft):
     """A program that is being drawn, in which parameters are used as freely as data."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
         self.seed, self.mixture = seed, MIXTURE
-        self.dtypes = random_programs.MIXTURES[MIXTURE]
+        self.dtypes = MIXTURES[MIXTURE]
         if self.chance(0.1):
             self.dtypes = self.dtypes._replace(params=PARAMS, data=PARAMS)
         self.values, self.params, self.batch = {}, {}, {}

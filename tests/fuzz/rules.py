@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tests import random_programs
 from tests.fuzz import computed_tables, lax_tables, library_tables
 from tests.fuzz.lax_tables import Run, positive, real_parts
-from tests.random_programs import Step
+from tests.random_programs import drawing, products, program, wrappers
+from tests.random_programs.program import Step
 
 if TYPE_CHECKING:
     from tests.fuzz.programs import Draft
@@ -65,16 +65,16 @@ def regulariser(d: Draft) -> Step:
 
 
 def computed(d: Draft) -> Step:
-    w, (name, run) = d.some_weight(random_programs.COMPUTED), d.pick(COMPUTED)
+    w, (name, run) = d.some_weight(program.COMPUTED), d.pick(COMPUTED)
     return Step(name, (w,), run)
 
 
 def difference(d: Draft) -> Step:
     v, (name, run) = (
-        d.some_weight(random_programs.COMPUTED),
+        d.some_weight(program.COMPUTED),
         d.pick(computed_tables.DIFFERENCES),
     )
-    return Step(name, (v, d.weight(d.shape_of(v), random_programs.COMPUTED)), run)
+    return Step(name, (v, d.weight(d.shape_of(v), program.COMPUTED)), run)
 
 
 def ruled(d: Draft) -> Step:
@@ -137,7 +137,7 @@ def mixture_of_experts(d: Draft) -> Step:
 
 def product(d: Draft) -> Step:
     """A product of data and parameters, as `random_programs` draws them."""
-    return random_programs._drawn(d, random_programs.PRODUCTS)(d)
+    return drawing.drawn(d, products.PRODUCTS)(d)
 
 
 def in_complex_numbers(d: Draft) -> Step:
@@ -173,11 +173,11 @@ def random_by_sample(d: Draft) -> Step:
 
 def scaled_weight(d: Draft) -> Step:
     """A weight and one along one of its axes, its own or another."""
-    w = d.some_weight(random_programs.COMPUTED)
+    w = d.some_weight(program.COMPUTED)
     shape = d.shape_of(w)
     axis = d.integer(0, len(shape) - 1)
     others = tuple(a for a in range(len(shape)) if a != axis)
-    v = d.weight((shape[axis],), random_programs.COMPUTED)
+    v = d.weight((shape[axis],), program.COMPUTED)
     sizes: dict[str, Run] = {
         "sum of squares": lambda w: 0.3 + jnp.sum(w * w, others),
         "sum of squares of a difference": lambda w: 0.3 + jnp.sum(jnp.square(w - 0.5), others),
@@ -258,7 +258,7 @@ def _led(d: Draft, step: Step) -> Step:
 
 
 WRAPPERS = {
-    **random_programs.WRAPPERS,
+    **wrappers.WRAPPERS,
     _led: 6,
     _nested_remat: 1,
     _ruled_within: 1,
@@ -270,12 +270,12 @@ def wrapped(d: Draft) -> Step:
     step = any_rule(d)
     for probability in (1.0, 0.3):
         if d.chance(probability):
-            step = random_programs._drawn(d, WRAPPERS)(d, step)
+            step = drawing.drawn(d, WRAPPERS)(d, step)
     return step
 
 
 def any_rule(d: Draft) -> Step:
-    return random_programs._drawn(d, RULES)(d)
+    return drawing.drawn(d, RULES)(d)
 
 
 RULES: dict[Rule, float] = {
