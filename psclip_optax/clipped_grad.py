@@ -27,7 +27,7 @@ _VERIFIED_ALONE = (
 
 def clipped_value_and_grad(
     loss: Callable[..., Any],
-    threshold: Threshold | jax.typing.ArrayLike | Any,
+    threshold: Threshold | jax.typing.ArrayLike | Any = None,
     *,
     has_aux: bool = False,
     in_axes: Any = 0,
@@ -61,7 +61,8 @@ def clipped_value_and_grad(
         such as `psc.growing_threshold`, or any callable from positions [n] to norms [n]. A tree
         prefix of the parameters with one of these for each group of leaves clips by group: ‖g_k‖
         and γ_k are then of a group's leaves alone, and a sample that is not finite in one is
-        dropped from all. [`psclip_optax.by_layer`][] makes one for the layers.
+        dropped from all. [`psclip_optax.by_layer`][] makes one for the layers. None leaves it to
+        each call, and to the train steps of `psclip_optax.training`.
       has_aux: whether the loss returns `(loss, aux)`.
       in_axes: where the samples lie in each argument after `params`: an int, None for what all
         share, or a tuple of them (or of tree prefixes), one for each argument.
@@ -170,11 +171,14 @@ def clipped_value_and_grad(
         reduction=reduction,
         norm_precision=norm_precision,
     ).checked()
-    return ClippedValueAndGrad(loss, groups.as_thresholds(threshold), options, return_stats)
+    thresholds = None if threshold is None else groups.as_thresholds(threshold)
+    return ClippedValueAndGrad(loss, thresholds, options, return_stats)
 
 
 def clipped_grad(
-    loss: Callable[..., Any], threshold: Threshold | jax.typing.ArrayLike | Any, **options: Any
+    loss: Callable[..., Any],
+    threshold: Threshold | jax.typing.ArrayLike | Any = None,
+    **options: Any,
 ) -> ClippedGrad:
     """Clipped mean gradient of a per-sample loss: `clipped_value_and_grad` without the value.
 
@@ -233,7 +237,7 @@ class ClippedValueAndGrad:
     ) -> Any:
         """Return value and clipped mean gradient, and the figures if asked for."""
         _check_known(unknown)
-        rule = self.threshold if threshold is None else groups.as_thresholds(threshold)
+        rule = self._own_threshold() if threshold is None else groups.as_thresholds(threshold)
         rule = groups.in_groups_of(self.threshold, rule)
         arguments = (params, batch, sample_mask, positions, rule)
         mesh = meshes.explicit_mesh(arguments)
@@ -257,7 +261,7 @@ class ClippedValueAndGrad:
 
         def of_values(params: Any, batch: tuple[Any, ...]) -> None:
             call = clipped_call.prepare(self.loss, params, batch, self.options)
-            limits = groups.fitted(self.threshold, params)
+            limits = groups.fitted(self._own_threshold(), params)
             plans.append(clipped_call.explain(call, params, limits, self.options))
 
         if _has_shapes_alone((params, batch)):
@@ -295,8 +299,17 @@ class ClippedValueAndGrad:
             value, grads, stats = clipped_call.clip(one, None, None, limits, own)
             return value[0] if own.has_aux else value, jax.tree.leaves(grads), stats
 
-        of_threshold = groups.fitted(self.threshold, params).groups
+        of_threshold = groups.fitted(self._own_threshold(), params).groups
         return verify.verify(clip, call.first(num_samples * together), together, plan, of_threshold)
+
+    def _own_threshold(self) -> Any:
+        if self.threshold is None:
+            raise TypeError(
+                "a threshold is a number or a callable from positions [n] to norms [n], got None "
+                "both for the function and for the call; pass clipped_value_and_grad(loss, "
+                "threshold), or threshold=… to the call"
+            )
+        return self.threshold
 
     def _compute(
         self,

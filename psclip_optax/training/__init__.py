@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psclip_optax.training.data.corruptions import corrupt as corrupt
+    from psclip_optax.training.data.corruptions import with_label_noise as with_label_noise
+    from psclip_optax.training.data.corruptions import (
+        with_student_t_pixels as with_student_t_pixels,
+    )
     from psclip_optax.training.data.datasets import Dataset as Dataset
     from psclip_optax.training.data.datasets import Split as Split
     from psclip_optax.training.data.datasets import dataset_shape as dataset_shape
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from psclip_optax.training.data.pipeline import train_batches as train_batches
     from psclip_optax.training.models.classifiers import build_model as build_model
     from psclip_optax.training.models.losses import classification_loss as classification_loss
+    from psclip_optax.training.steps import gradient_function as gradient_function
     from psclip_optax.training.steps import linen_eval_step as linen_eval_step
     from psclip_optax.training.steps import linen_train_step as linen_train_step
     from psclip_optax.training.steps import nnx_train_step as nnx_train_step
@@ -33,6 +38,7 @@ _MODULE_OF = {
     "corrupt": "data.corruptions",
     "dataset_shape": "data.datasets",
     "evaluation_batches": "data.pipeline",
+    "gradient_function": "steps",
     "iterate": "data.pipeline",
     "linen_eval_step": "steps",
     "linen_train_step": "steps",
@@ -40,6 +46,8 @@ _MODULE_OF = {
     "nnx_train_step": "steps",
     "train_batches": "data.pipeline",
     "train_validation_split": "data.datasets",
+    "with_label_noise": "data.corruptions",
+    "with_student_t_pixels": "data.corruptions",
 }
 
 

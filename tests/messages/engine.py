@@ -23,9 +23,11 @@ ROWS = [
         "GrowingThreshold(alpha=1.0, beta=1.5)",
     ),
     Row(
-        lambda: psc.clipped_grad(loss, None),
+        lambda: grad(threshold=None),
         TypeError,
-        "a threshold is a number or a callable from positions [n] to norms [n], got None",
+        "a threshold is a number or a callable from positions [n] to norms [n], got None both for "
+        "the function and for the call; pass clipped_value_and_grad(loss, threshold), or "
+        "threshold=… to the call",
     ),
     Row(
         lambda: psc.clipped_grad(loss, psc.tails.suggest_threshold(NORMS)),

@@ -63,6 +63,34 @@ ROWS = [
         '"mean", got 2',
     ),
     Row(
+        lambda: linen_train_step(psc.clipped_value_and_grad(loss, 1.0), mode="vmap", has_aux=True),
+        ValueError,
+        "a gradient function that is built has its options already, got mode, has_aux beside it; "
+        "give them to what builds it, as in linen_train_step("
+        "psclip_optax.clipped_value_and_grad(loss, threshold, has_aux=True))",
+    ),
+    Row(
+        lambda: linen_train_step(psc.clipped_value_and_grad(loss, 1.0, in_axes=(0, None))),
+        ValueError,
+        "a train step takes batches with the samples on axis 0, of all devices together, got a "
+        "clipped_value_and_grad with in_axes=(0, None) and axis_name=None; leave both out, close "
+        "over what samples share, and shard the batch by its jax.sharding",
+    ),
+    Row(
+        lambda: linen_train_step(
+            psc.clipped_value_and_grad(loss), threshold=1.0, threshold_from=lambda _: 1.0
+        ),
+        ValueError,
+        "a train step takes one of threshold and threshold_from, or neither, got threshold=1.0, "
+        "threshold_from=⟨a function⟩",
+    ),
+    Row(
+        lambda: linen_train_step(psc.clipped_grad(loss, 1.0)),
+        TypeError,
+        "a train step logs the loss too, but clipped_grad leaves it out; pass "
+        "psclip_optax.clipped_value_and_grad(loss, threshold)",
+    ),
+    Row(
         lambda: step(tx=optax.sgd(0.1)),
         ValueError,
         'gradients="per_sample", which is meant where no threshold is given, has stacked '

@@ -15,7 +15,12 @@ from flax.training.train_state import TrainState
 import psclip_optax as psc
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.models.losses import classification_loss
-from psclip_optax.training.steps import linen_eval_step, linen_train_step, nnx_train_step
+from psclip_optax.training.steps import (
+    gradient_function,
+    linen_eval_step,
+    linen_train_step,
+    nnx_train_step,
+)
 from tests.numerics import enable_x64
 
 ALPHA, BETA, LEARNING_RATE, MOMENTUM = 2.0, 1.5, 0.05, 0.9
@@ -434,15 +439,61 @@ def test_clipped_gradients_train_as_stacked_ones_do(mode):
     assert_relative_error(leaves(nnx.state(model)), leaves(nnx.state(nnx_stacked[0])), 1e-5)
 
 
+@pytest.mark.parametrize("train_step", [linen_train_step, nnx_train_step])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "two_pass"},
+        {"microbatch_size": 3},
+        {"clip_at": "micro-batch", "microbatch_size": 2},
+    ],
+)
+def test_a_built_gradient_function_trains_as_the_loss_with_its_options(train_step, options):
+    batches, sgd = list(heavy_tailed_batches(np.float32, 3)), optax.sgd(LEARNING_RATE)
+    threshold = psc.growing_threshold(ALPHA, BETA)
+    loss = linen_loss if train_step is linen_train_step else nnx_loss
+    built = psc.clipped_value_and_grad(loss, threshold, **options)
+    results = [
+        trained(train_step, sgd, batches, built),
+        trained(train_step, sgd, batches, gradient_function(built)),
+        trained(
+            train_step,
+            sgd,
+            batches,
+            psc.clipped_value_and_grad(loss, **options),
+            threshold=threshold,
+        ),
+        trained(train_step, sgd, batches, threshold=threshold, **options),
+    ]
+    chex.assert_trees_all_equal(*((params, metrics) for params, _, metrics in results))
+
+
+def test_a_built_gradient_function_keeps_its_aux():
+    loss = lambda params, x, y: (linen_loss(params, x, y), {"y": y})
+    step = linen_train_step(psc.clipped_value_and_grad(loss, 1.0, has_aux=True), return_norms=True)
+    _, metrics = step(linen_state(optax.sgd(0.1)), X, 2 * Y)
+    assert metrics["aux"]["y"] == 2
+    assert metrics["norms"].shape == (4,)
+
+
+def test_without_a_threshold_a_built_gradient_function_takes_the_automatic_one():
+    tx = optax.chain(psc.track_norms(), optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
+    batches = list(heavy_tailed_batches(np.float32))
+    got, _, metrics = trained(linen_train_step, tx, batches, psc.clipped_value_and_grad(linen_loss))
+    expected, _, _ = trained(linen_train_step, tx, batches)
+    chex.assert_trees_all_equal(got, expected)
+    assert metrics[0]["threshold_scale"] > 0
+
+
 def adaptive_rule():
     return psc.moment_threshold(1.5, scale=0.3, decay=0.9)
 
 
-def trained(train_step, tx, batches, **options):
+def trained(train_step, tx, batches, loss=None, **options):
     """Parameters, the state of the optimizer and all metrics, of Linen or NNX."""
     pair = nnx_pair(tx) if train_step is nnx_train_step else None
     state = None if pair else linen_state(tx)
-    step = train_step(nnx_loss if pair else linen_loss, **options)
+    step = train_step(loss or (nnx_loss if pair else linen_loss), **options)
     metrics = []
     for x, y, mask in batches:
         if pair:

@@ -1,0 +1,19 @@
+"""Jitted train and evaluation steps for Flax: Linen's `TrainState` and NNX's `Optimizer`.
+
+Both faces share everything but how parameters are taken out of a model and put back. How a loss
+becomes gradients is told once, to `gradient_function` or to `psclip_optax.clipped_value_and_grad`.
+"""
+
+from psclip_optax.training.steps.batch import Metrics
+from psclip_optax.training.steps.functions import GradientFunction, gradient_function
+from psclip_optax.training.steps.linen import linen_eval_step, linen_train_step
+from psclip_optax.training.steps.nnx import nnx_train_step
+
+__all__ = [
+    "GradientFunction",
+    "Metrics",
+    "gradient_function",
+    "linen_eval_step",
+    "linen_train_step",
+    "nnx_train_step",
+]

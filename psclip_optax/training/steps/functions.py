@@ -1,0 +1,295 @@
+"""Build what a train step takes its gradients by, from a loss or a function that clips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax.clipped_grad import (
+    ClippedGrad,
+    ClippedValueAndGrad,
+    check_loss,
+    clipped_value_and_grad,
+)
+from psclip_optax.options import ClipAt, Mode
+from psclip_optax.thresholds import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.auto import auto_threshold
+from psclip_optax.thresholds.tracking import TrackNormsState
+from psclip_optax.training.steps.batch import (
+    Batch,
+    Loss,
+    Metrics,
+    checked_batch,
+    logged,
+    mean_logs,
+)
+from psclip_optax.training.steps.optimizers import check_optimizer, clip_states, nodes_of_kind
+from psclip_optax.training.steps.ways import (
+    MEAN,
+    PER_SAMPLE,
+    Computed,
+    ThresholdFrom,
+    Way,
+    clipped,
+    mean_in_parts,
+)
+
+Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]
+StepThreshold: TypeAlias = Threshold | AdaptiveThreshold | jax.typing.ArrayLike
+
+_OF_THE_STEP = ("threshold", "threshold_from", "return_norms")
+
+
+class GradientOptions(TypedDict, total=False):
+    """The options of `gradient_function`, which tells what they mean."""
+
+    gradients: Gradients | None
+    has_aux: bool
+    threshold: StepThreshold | None
+    threshold_from: Callable[[Any], StepThreshold] | None
+    mode: Mode
+    microbatch_size: int | None
+    clip_at: ClipAt
+    return_norms: bool
+
+
+class GradientFunction(NamedTuple):
+    """What a train step takes its gradients by, as `gradient_function` builds it.
+
+    Attributes:
+      loss: of one example.
+      has_aux: whether it gives a pair (loss, aux).
+      way: from the optimizer's state to the way from the loss to gradients.
+    """
+
+    loss: Loss
+    has_aux: bool
+    way: Callable[[Any], Way]
+
+    def compute(self, loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+        """Give the gradients of `loss`, which is this one's own as a function of `params`."""
+        way = self.way(opt_state)
+        return way.compute(logged(loss, self.has_aux), params, batch, opt_state)
+
+    def checked_batch(
+        self, opt_state: Any, examples: tuple[Any, ...], sample_mask: Any, positions: Any
+    ) -> Batch:
+        """Refuse an optimizer that does not fit the gradients, and a batch that is none."""
+        way = self.way(opt_state)
+        check_optimizer(opt_state, way.stacked)
+        _check_use_of_positions(positions, way.by_position)
+        return checked_batch(examples, sample_mask, positions)
+
+
+def gradient_function(
+    loss: Callable[..., Any] | ClippedValueAndGrad | GradientFunction,
+    **options: Unpack[GradientOptions],
+) -> GradientFunction:
+    """Builds what `linen_train_step` and `nnx_train_step` take their gradients by.
+
+    Args:
+      loss: What [`psclip_optax.clipped_value_and_grad`][] returned, whose options then hold and
+        whose samples lie on axis 0. Or a loss of one example, as of
+        [`linen_train_step`][psclip_optax.training.steps.linen_train_step] or
+        [`nnx_train_step`][psclip_optax.training.steps.nnx_train_step], for which these options say
+        how it becomes gradients. Or what this function returned.
+      **options: `threshold` is a number, a threshold such as `psclip_optax.growing_threshold`, or
+        an adaptive one such as `psclip_optax.moment_threshold()`, whose state is that of a
+        [`psclip_optax.track_norms`][] of the same rule in the optimizer. It replaces the one that
+        `clipped_value_and_grad` was given; without either it is
+        [`psclip_optax.auto_threshold`][], that of a `track_norms()`.
+
+        `threshold_from` stands instead of it: a function from the optimizer's state to the
+        threshold, for one that is scheduled or tuned.
+
+        `return_norms`, False by default: whether "norms" is among the metrics, float [n] (of
+        micro-batches one for each), the gradient norms before clipping; NaN for padding.
+
+        The others are for a loss. `gradients` is "clipped", the default where a threshold is given
+        or the optimizer has a [`psclip_optax.track_norms`][]: any Optax optimizer gets the clipped
+        mean gradient of [`psclip_optax.clipped_value_and_grad`][]. "per_sample", the default
+        without either, gives it the stacked gradients [n, …] and the mask and positions; its first
+        link is [`psclip_optax.per_sample_clip`][]. "mean" gives the gradient of the mean loss, for
+        baselines.
+
+        `has_aux`, False by default: whether the loss gives a pair (loss, aux), aux a pytree of
+        scalars.
+
+        `mode` and `clip_at` are for "clipped", as for [`psclip_optax.clipped_value_and_grad`][].
+        Of micro-batches there are no `positions`, and "num_microbatches" is among the metrics, of
+        which "num_clipped" and "num_nonfinite" speak.
+
+        `microbatch_size` is for "clipped" and "mean": the batch is worked through in slices of at
+        most this many samples.
+
+    Returns:
+      A value to pass to a train step.
+
+    Raises:
+      ValueError: On unknown `gradients` or options, a threshold where it has no use, or options
+        that `clipped_value_and_grad` was to be told.
+      TypeError: If the loss or `threshold_from` is no function.
+
+    Examples:
+      >>> import psclip_optax as psc
+      >>> loss = lambda params, x: params["w"] * x
+      >>> clipped = gradient_function(psc.clipped_value_and_grad(loss, 1.0, mode="two_pass"))
+      >>> baseline = gradient_function(loss, gradients="mean")
+    """
+    if isinstance(loss, GradientFunction):
+        _check_unsaid(options, ())
+        return loss
+    if isinstance(loss, ClippedValueAndGrad):
+        _check_unsaid(options, _OF_THE_STEP)
+        of_the_step: dict[str, Any] = {**options}
+        return _of_built(loss, **of_the_step)
+    return _of_loss(loss, **options)
+
+
+def _of_built(
+    function: ClippedValueAndGrad,
+    threshold: Any = None,
+    threshold_from: ThresholdFrom | None = None,
+    return_norms: bool = False,
+) -> GradientFunction:
+    if function.options.in_axes != 0 or function.options.axis_name is not None:
+        raise ValueError(
+            "a train step takes batches with the samples on axis 0, of all devices together, got a "
+            f"clipped_value_and_grad with in_axes={function.options.in_axes!r} and "
+            f"axis_name={function.options.axis_name!r}; leave both out, close over what samples "
+            "share, and shard the batch by its jax.sharding"
+        )
+    if None not in (threshold, threshold_from):
+        raise ValueError(
+            "a train step takes one of threshold and threshold_from, or neither, got "
+            f"{threshold=}, {threshold_from=}"
+        )
+    _check_threshold_from(threshold_from)
+    own = function.threshold if threshold is None else threshold
+    way = clipped(function, _source(own, threshold_from), return_norms)
+    return GradientFunction(function.loss, function.options.has_aux, lambda opt_state: way)
+
+
+def _of_loss(
+    loss: Loss,
+    *,
+    gradients: str | None = None,
+    has_aux: bool = False,
+    threshold: Any = None,
+    threshold_from: ThresholdFrom | None = None,
+    mode: Mode = "auto",
+    microbatch_size: int | None = None,
+    clip_at: ClipAt = "sample",
+    return_norms: bool = False,
+) -> GradientFunction:
+    _check_built_whole(loss)
+    function = clipped_value_and_grad(
+        loss, has_aux=has_aux, mode=mode, microbatch_size=microbatch_size, clip_at=clip_at
+    )
+    has_threshold = threshold is not None or threshold_from is not None
+    name = gradients or ("clipped" if has_threshold else "per_sample")
+    _check_name(name, threshold, threshold_from)
+    _check_threshold_from(threshold_from)
+    by_clipping = clipped(function, _source(threshold, threshold_from), return_norms)
+    if name == "clipped":
+        return GradientFunction(loss, has_aux, lambda opt_state: by_clipping)
+    _check_is_of_clipped(name, clip_at, return_norms)
+    named = _unclipped(name, microbatch_size)
+
+    def way(opt_state: Any) -> Way:
+        tracks_norms = nodes_of_kind(opt_state, TrackNormsState) and not clip_states(opt_state)
+        return by_clipping if gradients is None and tracks_norms else named
+
+    return GradientFunction(loss, has_aux, way)
+
+
+def _source(threshold: Any, threshold_from: ThresholdFrom | None) -> ThresholdFrom:
+    given = auto_threshold() if threshold is None else threshold
+    return threshold_from or (lambda _: given)
+
+
+def _unclipped(name: str, microbatch_size: int | None) -> Way:
+    if microbatch_size is None:
+        return PER_SAMPLE if name == "per_sample" else MEAN
+    if name == "per_sample":
+        raise ValueError(
+            'gradients="per_sample" stacks the whole batch; microbatch_size is of "clipped" and '
+            f'"mean", got {microbatch_size}'
+        )
+    return mean_in_parts(microbatch_size)
+
+
+def _check_unsaid(options: GradientOptions, known: tuple[str, ...]) -> None:
+    misplaced = [name for name in options if name not in known]
+    if misplaced:
+        raise ValueError(
+            "a gradient function that is built has its options already, got "
+            f"{', '.join(misplaced)} beside it; give them to what builds it, as in "
+            "linen_train_step(psclip_optax.clipped_value_and_grad(loss, threshold, has_aux=True))"
+        )
+
+
+def _check_built_whole(loss: Any) -> None:
+    check_loss(loss)
+    if isinstance(loss, ClippedGrad):
+        raise TypeError(
+            "a train step logs the loss too, but clipped_grad leaves it out; pass "
+            "psclip_optax.clipped_value_and_grad(loss, threshold)"
+        )
+
+
+def _check_name(name: str, threshold: Any, threshold_from: Any) -> None:
+    known = ("per_sample", "mean", "clipped")
+    if name not in known:
+        raise ValueError(f"gradients is one of {', '.join(map(repr, known))}, got {name!r}")
+    has_threshold = threshold is not None or threshold_from is not None
+    if (has_threshold and name != "clipped") or None not in (threshold, threshold_from):
+        raise ValueError(
+            'gradients="clipped" takes one of threshold and threshold_from, or neither, the others '
+            f"take none, got gradients={name!r}, {threshold=}, {threshold_from=}; per_sample_clip "
+            "has its threshold in the optimizer"
+        )
+
+
+def _check_threshold_from(threshold_from: Any) -> None:
+    if threshold_from is not None and not callable(threshold_from):
+        raise TypeError(
+            "threshold_from is a function from the optimizer's state to the threshold, got "
+            f"{threshold_from!r}; a threshold itself is passed as threshold"
+        )
+
+
+def _check_is_of_clipped(name: str, clip_at: str, return_norms: bool) -> None:
+    if clip_at != "sample":
+        raise ValueError(
+            f'clip_at is of gradients="clipped", got {clip_at!r} with gradients={name!r}; give '
+            "the step a threshold, or leave clip_at out"
+        )
+    if return_norms:
+        raise ValueError(
+            f'return_norms is of gradients="clipped", got gradients={name!r}, whose step has no '
+            "norms to return; give the step a threshold, jnp.inf to clip nothing"
+        )
+
+
+def _check_use_of_positions(positions: Any, by_position: bool) -> None:
+    if positions is not None and not by_position:
+        raise ValueError(
+            "positions are of samples that are clipped one by one; a step with "
+            'gradients="mean" or clip_at="micro-batch" has no use for them: leave them out'
+        )
+
+
+def metrics_of(computed: Computed, batch: Batch, opt_state: Any) -> Metrics:
+    """What a step returns to be logged."""
+    states = clip_states(opt_state)
+    figures = states[0]._asdict() if states else computed.figures
+    unlogged = ("num_updates", "all_finite", "threshold_state")
+    figures = {name: value for name, value in figures.items() if name not in unlogged}
+    if figures:
+        number = figures.get("num_microbatches", figures["num_samples"])
+        figures["clipped_share"] = figures["num_clipped"] / jnp.maximum(number, 1)
+    return mean_logs(computed.logs, batch.sample_mask) | figures

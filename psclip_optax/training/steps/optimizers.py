@@ -1,0 +1,66 @@
+"""The state of an optimizer: which clipping it holds, and what that tells of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax.thresholds import AdaptiveThreshold
+from psclip_optax.thresholds.tracking import TrackNormsState
+from psclip_optax.transforms import PerSampleClipState
+
+
+def nodes_of_kind(opt_state: Any, kind: type) -> list[Any]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
+def clip_states(opt_state: Any) -> list[PerSampleClipState]:
+    """Without the states of their thresholds."""
+    # NNX wraps every array of an optimizer's state in a Variable; the leaves are what is inside.
+    nodes = nodes_of_kind(opt_state, PerSampleClipState)
+    return [
+        PerSampleClipState(*jax.tree.leaves(node._replace(threshold_state=()))) for node in nodes
+    ]
+
+
+def tracked_state(rule: AdaptiveThreshold, opt_state: Any) -> Any:
+    """What `track_norms` keeps in the optimizer's state."""
+    expected = jax.eval_shape(rule.init)
+    tracked = [node.threshold_state for node in nodes_of_kind(opt_state, TrackNormsState)]
+    if len(tracked) != 1 or not _are_alike(tracked[0], expected):
+        raise ValueError(
+            "an AdaptiveThreshold has its state in the optimizer's, where one track_norms of the "
+            f"same rule keeps it; this one holds {len(tracked)} TrackNormsState"
+            f"{', of another rule' if len(tracked) == 1 else ''}. Write "
+            "optax.chain(psclip_optax.track_norms(rule), …) with the rule that the step has"
+        )
+    # As in clip_states: the leaves are what NNX has in Variables.
+    return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(tracked))
+
+
+def _are_alike(state: Any, expected: Any) -> bool:
+    # Not by their structures, which NNX's Variables are a part of.
+    leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
+    return type(state) is type(expected) and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]
+
+
+def check_optimizer(opt_state: Any, stacked: bool) -> None:
+    number = len(clip_states(opt_state))
+    if stacked and number != 1:
+        raise ValueError(
+            'gradients="per_sample", which is meant where no threshold is given, has stacked '
+            "gradients [n, …] for one per_sample_clip in the optimizer, whose state holds "
+            f"{number} PerSampleClipState. For any optimizer pass threshold=… to the step, or "
+            "write optax.chain(psclip_optax.track_norms(), …) for the automatic one; or write "
+            "optax.chain(psclip_optax.per_sample_clip(threshold), …) or "
+            'psclip_optax.ps_clip_sgd(…), or gradients="mean", which clips nothing'
+        )
+    if not stacked and number:
+        raise ValueError(
+            'gradients="mean" and "clipped" give the optimizer gradients of the parameters\' own '
+            "shapes, but its per_sample_clip would take their first axis for samples. Write "
+            'gradients="per_sample", or leave per_sample_clip out of the optimizer'
+        )

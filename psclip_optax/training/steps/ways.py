@@ -1,0 +1,164 @@
+"""The ways from a logged loss and a batch to the gradients that an optimizer takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_grad
+from psclip_optax.clipping import batch_figures, beside
+from psclip_optax.groups import in_groups_of
+from psclip_optax.thresholds import AdaptiveThreshold
+from psclip_optax.thresholds.tracking import state_for_batch
+from psclip_optax.training.steps.batch import (
+    Batch,
+    Loss,
+    Metrics,
+    at_least_one,
+    over_samples,
+    sum_over,
+    which_count,
+    with_samples_for_padding,
+)
+from psclip_optax.training.steps.optimizers import tracked_state
+
+ThresholdFrom: TypeAlias = Callable[[Any], Any]
+
+
+class Computed(NamedTuple):
+    """Gradients for the optimizer, and what there is to log.
+
+    Attributes:
+      logs: what the loss logged, stacked [n].
+      gradients: stacked [n, …], or of the parameters' own shapes.
+      extra_args: further arguments of the optimizer's update.
+      figures: of the clipping, where it is done already; "norms" among them where asked for.
+    """
+
+    logs: Metrics
+    gradients: Any
+    extra_args: dict[str, Any]
+    figures: Metrics
+
+
+class Way(NamedTuple):
+    """One way from a loss to gradients.
+
+    Attributes:
+      compute: (logged loss, params, batch, state of the optimizer) → gradients.
+      stacked: Whether the gradients still have their sample axis, for per_sample_clip to take.
+      by_position: Whether each sample is clipped at the threshold of its position.
+    """
+
+    compute: Callable[[Loss, Any, Batch, Any], Computed]
+    stacked: bool
+    by_position: bool
+
+
+def _per_sample(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+    del opt_state
+    gradients, logs = over_samples(jax.grad(loss, has_aux=True), params, batch.examples)
+    extra_args = {"sample_mask": batch.sample_mask, "positions": batch.positions}
+    return Computed(logs, gradients, extra_args, {})
+
+
+def _mean(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+    del opt_state
+    examples = with_samples_for_padding(batch)
+
+    def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
+        losses, logs = over_samples(loss, params, examples)
+        counts = which_count(losses, batch.sample_mask)
+        return sum_over(losses, counts) / at_least_one(counts), logs
+
+    gradients, logs = jax.grad(mean_loss, has_aux=True)(params)
+    return Computed(logs, gradients, {}, {})
+
+
+PER_SAMPLE = Way(_per_sample, stacked=True, by_position=True)
+MEAN = Way(_mean, stacked=False, by_position=False)
+
+
+def mean_in_parts(microbatch_size: int) -> Way:
+    """The mean gradient of micro-batches one after the other, none of them clipped."""
+
+    def compute(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+        del opt_state
+        value_and_grad = clipped_value_and_grad(
+            loss,
+            jnp.inf,
+            has_aux=True,
+            microbatch_size=microbatch_size,
+            clip_at="micro-batch",
+            on_nonfinite="propagate",
+        )
+        (_, logs), gradients = value_and_grad(
+            params, *batch.examples, sample_mask=batch.sample_mask
+        )
+        return Computed(logs, gradients, {}, {})
+
+    return Way(compute, stacked=False, by_position=False)
+
+
+def clipped(
+    function: ClippedValueAndGrad, threshold_from: ThresholdFrom, return_norms: bool
+) -> Way:
+    """The clipped mean gradient, at the threshold that the optimizer's state gives.
+
+    Args:
+      function: whose options are taken; its loss is replaced by the logged one.
+      threshold_from: from the optimizer's state to a threshold, a tree of them or a rule.
+      return_norms: whether the norms are among the figures.
+    """
+    options = function.options
+
+    def compute(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+        value_and_grad = functools.partial(
+            dataclasses.replace(
+                function, loss=loss, options=options._replace(has_aux=True), return_stats=True
+            ),
+            params,
+            *batch.examples,
+            sample_mask=batch.sample_mask,
+            positions=batch.positions,
+        )
+        counts = batch.counts()
+        units = options.unit(counts.size).counting(counts)
+        threshold, rule = threshold_from(opt_state), None
+        if isinstance(threshold, AdaptiveThreshold):
+            rule = threshold
+            threshold = _threshold_of(rule, opt_state, units, value_and_grad)
+        (_, logs), gradients, stats = value_and_grad(threshold=threshold)
+        figures = _figures(stats, units)
+        if options.clip_at == "micro-batch":
+            number = {"num_microbatches": figures["num_samples"]}
+            figures |= number | {"num_samples": jnp.sum(counts, dtype=jnp.int32)}
+        if return_norms:
+            figures["norms"] = jnp.where(beside(units, stats.norms), stats.norms, jnp.nan)
+        if rule is None:
+            return Computed(logs, gradients, {}, figures)
+        figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]
+        extra_args = {"norms": stats.norms, "sample_mask": units}
+        return Computed(logs, gradients, extra_args, figures)
+
+    return Way(compute, stacked=False, by_position=options.clip_at == "sample")
+
+
+def _threshold_of(
+    rule: AdaptiveThreshold, opt_state: Any, units: jax.Array, value_and_grad: Callable[..., Any]
+) -> Any:
+    """The rule's threshold for this batch, from whose norms a new rule takes its first one."""
+    state = tracked_state(rule, opt_state)
+    limits = in_groups_of(rule.threshold(state), jnp.inf)
+    measure = lambda: value_and_grad(threshold=limits)[-1].norms  # noqa: E731
+    return rule.threshold(state_for_batch(rule, state, measure, units))
+
+
+def _figures(stats: Any, units: jax.Array) -> Metrics:
+    finite = jnp.all(jnp.isfinite(stats.norms).reshape(units.size, -1), axis=1)
+    return batch_figures(stats, units, units & finite)._asdict()
