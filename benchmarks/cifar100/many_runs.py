@@ -27,7 +27,7 @@ import psclip_optax as psc
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.machine import describe_machine
 from psclip_optax.training.data.corruptions import with_label_noise, with_student_t_pixels
-from psclip_optax.training.data.datasets import Dataset, Split, train_validation_split
+from psclip_optax.training.data.splits import Dataset, Split, train_validation_split
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.output.files import to_json
 

@@ -43,7 +43,7 @@ from benchmarks.common.statistics import describe_difference, describe_mean, pai
 from benchmarks.common.timing import Case, quartiles, time_interleaved
 from benchmarks.engine.accumulation import mean_loss
 from benchmarks.engine.on_gpu_results import Results, say
-from psclip_optax.training.data.datasets import Dataset, Split
+from psclip_optax.training.data.splits import Dataset, Split
 from psclip_optax.training.models.classifiers import build_model
 
 # What is asked first comes first, for the time may end before the list does.

@@ -18,7 +18,8 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS
 from benchmarks.common.statistics import paired_difference
 from benchmarks.common.style import tidy
-from psclip_optax.training.data.datasets import Dataset, Split, load_dataset
+from psclip_optax.training.data.datasets import load_dataset
+from psclip_optax.training.data.splits import Dataset, Split
 
 # About the norm of a sample's and of a batch's gradient in the first epochs. Learning rates of
 # methods whose thresholds are smaller are raised by as much, for clipping shortens their steps.

@@ -35,7 +35,8 @@ from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.style import tidy
 from benchmarks.thresholds.auto_rules import AUTO, BATCH, FIXED, METHODS, NONE
 from psclip_optax.training.data.corruptions import with_label_noise, with_student_t_pixels
-from psclip_optax.training.data.datasets import load_dataset, train_validation_split
+from psclip_optax.training.data.datasets import load_dataset
+from psclip_optax.training.data.splits import train_validation_split
 from psclip_optax.training.output.files import to_json, write_atomically
 
 RATES = {"momentum": (0.01, 0.03, 0.1, 0.3, 1.0), "AdamW": (0.001, 0.003, 0.01, 0.03, 0.1)}

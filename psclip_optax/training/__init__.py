@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from psclip_optax.training.data.corruptions import (
         with_student_t_pixels as with_student_t_pixels,
     )
-    from psclip_optax.training.data.datasets import Dataset as Dataset
-    from psclip_optax.training.data.datasets import Split as Split
     from psclip_optax.training.data.datasets import dataset_shape as dataset_shape
     from psclip_optax.training.data.datasets import load_dataset as load_dataset
-    from psclip_optax.training.data.datasets import train_validation_split as train_validation_split
     from psclip_optax.training.data.pipeline import evaluation_batches as evaluation_batches
     from psclip_optax.training.data.pipeline import iterate as iterate
     from psclip_optax.training.data.pipeline import train_batches as train_batches
+    from psclip_optax.training.data.splits import Dataset as Dataset
+    from psclip_optax.training.data.splits import Split as Split
+    from psclip_optax.training.data.splits import train_validation_split as train_validation_split
     from psclip_optax.training.models.classifiers import build_model as build_model
     from psclip_optax.training.models.losses import classification_loss as classification_loss
     from psclip_optax.training.steps import gradient_function as gradient_function
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from psclip_optax.training.steps import nnx_train_step as nnx_train_step
 
 _MODULE_OF = {
-    "Dataset": "data.datasets",
-    "Split": "data.datasets",
+    "Dataset": "data.splits",
+    "Split": "data.splits",
     "build_model": "models.classifiers",
     "classification_loss": "models.losses",
     "corrupt": "data.corruptions",
@@ -45,7 +45,7 @@ _MODULE_OF = {
     "load_dataset": "data.datasets",
     "nnx_train_step": "steps",
     "train_batches": "data.pipeline",
-    "train_validation_split": "data.datasets",
+    "train_validation_split": "data.splits",
     "with_label_noise": "data.corruptions",
     "with_student_t_pixels": "data.corruptions",
 }

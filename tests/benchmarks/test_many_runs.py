@@ -25,7 +25,7 @@ from benchmarks.cifar100.many_runs import NOISES, Data, Numbers, Run, Setting
 from benchmarks.cifar100.tuned import Options, edges, enlarged_digits, stopped_accuracy
 from benchmarks.common.cache import RunsCache, digest
 from benchmarks.common.publishing import RESULTS
-from psclip_optax.training.data.datasets import Split
+from psclip_optax.training.data.splits import Split
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.models.losses import classification_loss
 

@@ -12,12 +12,12 @@ from unittest import mock
 
 import numpy as np
 
-from psclip_optax.training.data import archives, corruptions, datasets, pipeline
+from psclip_optax.training.data import archives, corruptions, datasets, pipeline, splits
 from psclip_optax.training.data.archives import DatasetError
 from tests.messages.rows import Row, in_folder, under_a_file
 from tests.training.official_archives import cifar100, closed_port_url, serve
 
-SPLIT = datasets.Split(np.zeros((6, 2, 2, 1), np.uint8), np.zeros(6, np.int32))
+SPLIT = splits.Split(np.zeros((6, 2, 2, 1), np.uint8), np.zeros(6, np.int32))
 
 
 def batches(**options: Any):
@@ -88,19 +88,19 @@ ROWS = [
         "with the folder that holds it, or leave it out to download",
     ),
     Row(
-        lambda: datasets.train_validation_split(SPLIT, num_validation=6, seed=0),
+        lambda: splits.train_validation_split(SPLIT, num_validation=6, seed=0),
         ValueError,
         "num_validation: expected an int, 0 to 5, so that some of the 6 examples are left to "
         "train on, got 6",
     ),
     Row(
-        lambda: datasets.train_validation_split(SPLIT, num_validation=0.1, seed=0),
+        lambda: splits.train_validation_split(SPLIT, num_validation=0.1, seed=0),
         ValueError,
         "num_validation: expected an int, 0 to 5, so that some of the 6 examples are left to "
         "train on, got 0.1",
     ),
     Row(
-        lambda: datasets.random_generator(-1, "order"),
+        lambda: splits.random_generator(-1, "order"),
         ValueError,
         "seed: expected a non-negative int, got -1",
     ),
@@ -110,22 +110,22 @@ ROWS = [
         "seed: expected a non-negative int, got 1.5",
     ),
     Row(
-        lambda: datasets.check_images(SPLIT.images / 255),
+        lambda: splits.check_images(SPLIT.images / 255),
         ValueError,
         "images: expected a NumPy array, uint8 or float32 [N, H, W, C], got float64[6, 2, 2, 1]",
     ),
     Row(
-        lambda: datasets.check_split(SPLIT.images),
+        lambda: splits.check_split(SPLIT.images),
         ValueError,
         "split: expected a Split of images and labels, got uint8[6, 2, 2, 1]",
     ),
     Row(
-        lambda: datasets.check_split(SPLIT._replace(labels=[0] * 6)),
+        lambda: splits.check_split(SPLIT._replace(labels=[0] * 6)),
         ValueError,
         "labels: expected a NumPy array, int32 [6], one label an image, got a list",
     ),
     Row(
-        lambda: datasets.check_split(datasets.Split(*(part[:0] for part in SPLIT))),
+        lambda: splits.check_split(splits.Split(*(part[:0] for part in SPLIT))),
         ValueError,
         "split: expected at least one example, got none",
     ),

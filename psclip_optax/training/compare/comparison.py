@@ -23,8 +23,9 @@ from psclip_optax.training.config.commands import (
     UsageError,
     check_config,
 )
-from psclip_optax.training.data.datasets import Dataset, Split, load_dataset, train_validation_split
+from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.pipeline import Batch, iterate
+from psclip_optax.training.data.splits import Dataset, Split, train_validation_split
 from psclip_optax.training.models.losses import classification_loss
 from psclip_optax.training.output.files import (
     COMPARISON,

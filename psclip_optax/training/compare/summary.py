@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from psclip_optax.training.config.commands import CompareConfig, flag
-from psclip_optax.training.data.datasets import Dataset, Split
+from psclip_optax.training.data.register import DATASETS
+from psclip_optax.training.data.splits import Dataset, Split
 
 _MODEL_TITLES = {
     "mlp": "MLP",
@@ -19,7 +20,6 @@ _MODEL_TITLES = {
     "alexnet": "AlexNet",
     "resnet18": "ResNet-18",
 }
-_DATASET_TITLES = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
 class Estimate(NamedTuple):
@@ -106,7 +106,7 @@ def describe_task(config: CompareConfig) -> str:
         noises.append(f"Student-t pixel factors (ν = {config.pixel_df:g})")
     corruption = f" with {' and '.join(noises)}" if noises else ""
     model = f"{_MODEL_TITLES[config.model]} of width {config.width:g}"
-    return f"{_DATASET_TITLES[config.dataset]}{corruption}, {model}"
+    return f"{DATASETS[config.dataset].title}{corruption}, {model}"
 
 
 def introduction(

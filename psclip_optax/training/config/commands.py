@@ -10,9 +10,14 @@ import math
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-DatasetName: TypeAlias = Literal["digits", "cifar10", "cifar100"]
+from psclip_optax.training.data.register import DATASETS
+
+if TYPE_CHECKING:
+    DatasetName: TypeAlias = str
+else:  # the choices of the command line, by the register
+    DatasetName = Literal[tuple(DATASETS)]
 ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
 MethodName: TypeAlias = Literal[
     "sgd",
@@ -325,10 +330,12 @@ def _check_parts(config: ModelConfig) -> None:
 
 
 def _check_data(config: TaskConfig) -> None:
-    if config.data_dir is not None and config.dataset == "digits":
+    comes_with = DATASETS[config.dataset].comes_with
+    if config.data_dir is not None and comes_with is not None:
+        with_files = [name for name, source in DATASETS.items() if source.comes_with is None]
         raise UsageError(
-            "--data-dir: of cifar10 and cifar100 alone, got it with --dataset digits, which comes "
-            "with scikit-learn"
+            f"--data-dir: of {' and '.join(with_files)} alone, got it with --dataset "
+            f"{config.dataset}, which comes with {comes_with}"
         )
 
 

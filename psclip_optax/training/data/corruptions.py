@@ -6,7 +6,7 @@ import numpy as np
 
 from psclip_optax.arrays import described, is_integer
 from psclip_optax.thresholds import check_number
-from psclip_optax.training.data.datasets import (
+from psclip_optax.training.data.splits import (
     Split,
     check_images,
     check_split,

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from psclip_optax.arrays import is_integer
-from psclip_optax.training.data.datasets import Split, check_split, random_generator, to_unit_scale
+from psclip_optax.training.data.splits import Split, check_split, random_generator, to_unit_scale
 
 Batch = dict[str, np.ndarray]
 

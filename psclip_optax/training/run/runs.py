@@ -35,8 +35,9 @@ from psclip_optax.training.config.commands import (
     flag,
 )
 from psclip_optax.training.data.corruptions import corrupt
-from psclip_optax.training.data.datasets import Dataset, DatasetShape, Split, load_dataset
+from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.pipeline import Batch, evaluation_batches, iterate, train_batches
+from psclip_optax.training.data.splits import Dataset, DatasetShape, Split
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.models.losses import classification_loss
 from psclip_optax.training.output.files import (

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from psclip_optax.training.data.corruptions import corrupt, with_label_noise, with_student_t_pixels
-from psclip_optax.training.data.datasets import Split, to_unit_scale
+from psclip_optax.training.data.splits import Split, to_unit_scale
 
 LABELS = np.random.default_rng(0).integers(10, size=20_000, dtype=np.int32)
 ONES = np.ones((20_000, 1, 1, 1), np.float32)

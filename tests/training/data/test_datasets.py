@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from psclip_optax.training.data.archives import DatasetError
-from psclip_optax.training.data.datasets import (
+from psclip_optax.training.data.datasets import load_dataset
+from psclip_optax.training.data.splits import (
     Dataset,
     Split,
     check_split,
-    load_dataset,
     random_generator,
     to_unit_scale,
     train_validation_split,

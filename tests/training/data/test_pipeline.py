@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psclip_optax.training.data.datasets import Split, to_unit_scale
 from psclip_optax.training.data.pipeline import Batch, evaluation_batches, iterate, train_batches
+from psclip_optax.training.data.splits import Split, to_unit_scale
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 

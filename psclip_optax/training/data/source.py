@@ -1,0 +1,43 @@
+"""What the register knows of a data set, without its images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from psclip_optax.training.data.splits import Dataset, DatasetShape
+
+_Path: TypeAlias = str | os.PathLike[str]
+
+
+class Origin(NamedTuple):
+    """Where a data set is to be had from, as `load_dataset` was told.
+
+    Attributes:
+      data_dir: an existing copy.
+      cache_dir: where downloads are kept; the user's cache folder by default.
+      url: a mirror.
+      known_hash: `"<algorithm>:<hex digest>"` of what the mirror has.
+    """
+
+    data_dir: _Path | None
+    cache_dir: _Path | None
+    url: str | None
+    known_hash: str | None
+
+
+class Source(NamedTuple):
+    """A data set that can be loaded.
+
+    Attributes:
+      title: name in tables and figures.
+      shape: of an image, and the number of classes.
+      load: from where it is to be had to the data set.
+      comes_with: the library that it is part of; None if it has files of its own.
+    """
+
+    title: str
+    shape: DatasetShape
+    load: Callable[[Origin], Dataset]
+    comes_with: str | None = None
