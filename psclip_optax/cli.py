@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 from psclip_optax import __version__
 from psclip_optax.training.command.encodings import spelling_out
+from psclip_optax.training.config.checks import check_config
 from psclip_optax.training.config.commands import (
     CompareConfig,
     Config,
@@ -19,7 +20,6 @@ from psclip_optax.training.config.commands import (
     PlotConfig,
     TrainConfig,
     UsageError,
-    check_config,
 )
 
 _DESCRIPTION = """Per-sample gradient clipping for JAX and Optax.

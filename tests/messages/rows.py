@@ -14,10 +14,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import psclip_optax as psc
-from psclip_optax.training.config.commands import (
-    TrainConfig,
-    check_config,
-)
+from psclip_optax.training.config.checks import check_config
+from psclip_optax.training.config.commands import TrainConfig
 
 
 class Row(NamedTuple):

@@ -11,10 +11,7 @@ from unittest import mock
 import jax
 
 from psclip_optax.cli import main
-from psclip_optax.training.config.commands import (
-    CompareConfig,
-    UsageError,
-)
+from psclip_optax.training.config.commands import CompareConfig, UsageError
 from psclip_optax.training.run import tensorboard
 from tests.messages.rows import Printed, Row, check, in_folder
 

@@ -13,12 +13,7 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 
 from psclip_optax.training.compare import comparison
-from psclip_optax.training.config.commands import (
-    CompareConfig,
-    PlotConfig,
-    TrainConfig,
-    UsageError,
-)
+from psclip_optax.training.config.commands import CompareConfig, PlotConfig, TrainConfig, UsageError
 from psclip_optax.training.output import files
 from psclip_optax.training.plot import plots
 from psclip_optax.training.run import checkpoints, distributed, runs

@@ -19,7 +19,7 @@ from psclip_optax.training.config.commands import TrainConfig
 from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.run.checkpoints import open_checkpoints, restore_newest
 from psclip_optax.training.run.methods import Hyperparams, method_of_alpha
-from psclip_optax.training.run.runs import build_task_model, build_trainer
+from psclip_optax.training.run.trainer import build_task_model, build_trainer
 
 SMALL = {"width": 0.05, "batch_size": 16, "steps": 20, "log_every": 1, "checkpoint_every": 5}
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from psclip_optax.clipped_grad import clipped_value_and_grad
 from psclip_optax.engine.explain import Plan
-from psclip_optax.training.config.commands import ExplainConfig, TaskConfig, check_config
+from psclip_optax.training.config.checks import check_config
+from psclip_optax.training.config.commands import ExplainConfig, TaskConfig
 from psclip_optax.training.data.datasets import dataset_shape
 from psclip_optax.training.models.losses import classification_loss
 from psclip_optax.training.run.methods import build_gradients
-from psclip_optax.training.run.runs import build_task_model
+from psclip_optax.training.run.trainer import build_task_model
 
 
 def explain(config: ExplainConfig) -> Plan:

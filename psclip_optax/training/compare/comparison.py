@@ -17,12 +17,8 @@ from rich.console import Console
 
 from psclip_optax.clipped_grad import clipped_value_and_grad
 from psclip_optax.training.compare import summary
-from psclip_optax.training.config.commands import (
-    CompareConfig,
-    MethodName,
-    UsageError,
-    check_config,
-)
+from psclip_optax.training.config.checks import check_config
+from psclip_optax.training.config.commands import CompareConfig, MethodName, UsageError
 from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.pipeline import Batch, iterate
 from psclip_optax.training.data.splits import Dataset, Split, train_validation_split
@@ -41,7 +37,7 @@ from psclip_optax.training.output.files import (
 from psclip_optax.training.output.progress import Report, reporting_progress
 from psclip_optax.training.plot.figures import draw_comparison, to_png
 from psclip_optax.training.run.methods import METHODS, Hyperparams
-from psclip_optax.training.run.runs import (
+from psclip_optax.training.run.trainer import (
     Trainer,
     build_evaluation,
     build_task_model,

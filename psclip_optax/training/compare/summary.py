@@ -10,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from psclip_optax.training.config.commands import CompareConfig, flag
+from psclip_optax.training.config.checks import flag
+from psclip_optax.training.config.commands import CompareConfig
 from psclip_optax.training.data.register import DATASETS
 from psclip_optax.training.data.splits import Dataset, Split
 

@@ -22,7 +22,13 @@ from psclip_optax.training.models.losses import classification_loss
 from psclip_optax.training.output.files import held_alone
 from psclip_optax.training.run import runs
 from psclip_optax.training.run.methods import Hyperparams
-from psclip_optax.training.run.runs import RunResult, build_task_model, build_trainer, train
+from psclip_optax.training.run.runs import RunResult, train
+from psclip_optax.training.run.trainer import (
+    build_task_model,
+    build_trainer,
+    dropout_key,
+    training_batches,
+)
 from tests.training.run.test_checkpoints import flip_a_bit
 
 NUM_STEPS = 10
@@ -323,7 +329,7 @@ def test_clipping_at_the_micro_batch_is_accumulate_clipped(tmp_path: pathlib.Pat
     config = tiny(tmp_path)
     digits = load_dataset("digits")
     model = build_task_model(config, digits)
-    batch: Any = runs.training_batches(digits.train, digits, config, 0)[0]
+    batch: Any = training_batches(digits.train, digits, config, 0)[0]
     init = build_trainer("momentum", model, digits, config, 1).init
     params = init(0, Hyperparams(lr, alpha, config.beta)).params
     loss = classification_loss(model)
@@ -355,13 +361,13 @@ def test_clipping_at_the_batch_is_batch_clipping(tmp_path: pathlib.Path):
 def trainer_and_batch(**changes: Any):
     digits, config = load_dataset("digits"), tiny(pathlib.Path(), dropout=0.5, **changes)
     trainer = build_trainer("momentum", build_task_model(config, digits), digits, config, 10)
-    batch: Any = runs.training_batches(digits.train, digits, config, 0)[0]
+    batch: Any = training_batches(digits.train, digits, config, 0)[0]
     return trainer, batch
 
 
 def test_dropout_is_a_function_of_seed_step_and_position():
     trainer, batch = trainer_and_batch()
-    key = runs.dropout_key(0)
+    key = dropout_key(0)
 
     def loss(batch, key=key, step=0):
         state = trainer.init(0, Hyperparams(0.1, 1.0, 1.5))
@@ -373,7 +379,7 @@ def test_dropout_is_a_function_of_seed_step_and_position():
     others = [
         loss(batch | {"position": batch["position"] + 1}),
         loss(batch, step=1),
-        loss(batch, key=runs.dropout_key(1)),
+        loss(batch, key=dropout_key(1)),
     ]
     assert all(other != pytest.approx(loss(batch), rel=1e-3) for other in others)
 
