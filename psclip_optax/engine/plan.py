@@ -15,6 +15,7 @@ from psclip_optax.engine.analysis.normal_form import normal_form
 from psclip_optax.engine.analysis.pieces import Pieces, in_pieces
 from psclip_optax.engine.analysis.rewrites import rewritten
 from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage
+from psclip_optax.engine.analysis.unit_axes import without_unit_axes
 from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
 from psclip_optax.engine.routes import route_of, route_of_all
@@ -126,7 +127,7 @@ def plan_weights(
         escape = Escape("is in a loss with mutable references", "")
         leaves = [LeafPlan(i, escape=escape) for i in range(num_leaves)]
         return Plans(leaves, [], [], closed, Pieces((None,) * num_leaves))
-    closed = normal_form(closed, num_leaves)
+    closed = without_unit_axes(normal_form(closed, num_leaves))
     usage = find_usage(closed, num_leaves, route_of)
     for improved in (rewritten, _hoisted):
         better = improved(closed, usage)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.engine.analysis.equations import CALLS, inner_jaxpr, scan_counts
-from psclip_optax.engine.analysis.operations import product_axes
+from psclip_optax.engine.analysis.operations import ELEMENTWISE, product_axes
 from psclip_optax.engine.analysis.sites import Computed
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
@@ -270,14 +270,8 @@ def _multiplied(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
     return _spread(shared, separable)
 
 
-_ELEMENTWISE = (
-    *("abs", "add", "add_any", "cbrt", "clamp", "convert_element_type", "copy", "cos", "div"),
-    *("erf", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min"),
-    *("mul", "neg", "pow", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
-    *("sub", "tanh"),
-)
 _SPREAD_RULES: dict[str, Callable[[Any, _Known], _Spread | None]] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"), _reduced),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshaped),
     "broadcast_in_dim": _broadcast,

@@ -9,6 +9,14 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.views import aval
 
+# Operations whose result at a place depends on their operands at that place alone.
+ELEMENTWISE = (
+    *("abs", "add", "add_any", "cbrt", "clamp", "convert_element_type", "copy", "cos", "div"),
+    *("erf", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min"),
+    *("mul", "neg", "pow", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
+    *("sub", "tanh"),
+)
+
 
 class ProductAxes(NamedTuple):
     """The axes of W, x and y in a dot_general: blocks, contracted, free in x, free in W.
