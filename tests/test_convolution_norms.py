@@ -12,13 +12,19 @@ import psclip_optax as psc
 from psclip_optax.engine import parts
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import View
+from psclip_optax.engine.routes.convolution import patches
 from psclip_optax.engine.routes.convolution import route as conv
 from psclip_optax.engine.routes.convolution.geometry import window
+from psclip_optax.engine.routes.convolution.layouts import Pixels
 from psclip_optax.engine.routes.convolution.route import CONVOLUTION
-from psclip_optax.engine.routes.convolution.ways import ways as ways_of
+from psclip_optax.engine.routes.convolution.ways import ways, ways_on_tpu
+from psclip_optax.engine.routes.route import samples_first
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
-WAYS = ["unfolded inputs", "unfolded cotangents", "multiplied", "gram of pixels", "gram of patches"]
+WAYS = [
+    *("unfolded inputs", "unfolded cotangents", "multiplied", "gram of pixels", "gram of patches"),
+    "offsets",  # a TPU's
+]
 
 
 class Case(NamedTuple):
@@ -136,7 +142,7 @@ def squared_norms(site, x, dy):
 def by_each_way(site, x, dy):
     """Norms by the name of the way, with the cost of the others out of reach."""
     norms = {}
-    all_ways = ways_of
+    all_ways = ways_on_tpu
     for name in WAYS:
         with pytest.MonkeyPatch.context() as patch:
             chosen = lambda *shapes, name=name: {name: all_ways(*shapes)[name]}
@@ -159,6 +165,32 @@ def test_each_way_to_the_norms(name):
     assert len(by_way) >= 4
     for norms in by_way.values():
         assert_close(norms, wanted, 1e-10, floor=1e-300)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_norms_from_patches(name):
+    case = CASES[name]
+    with enable_x64(True):
+        site = site_of(case)
+        x, dy = sides_of(site, case, 3)
+
+        def from_patches(x, dy):
+            sides = (tuple(samples_first(site, side) for side in both) for both in ((x,), (dy,)))
+            return patches.squared_norms(Pixels((site,), *sides), jnp.float64)
+
+        assert_close(jax.jit(from_patches)(x, dy), expected(case, x, dy), 1e-10, floor=1e-300)
+
+
+@pytest.mark.parametrize(
+    ("case", "is_patchwise"),
+    [
+        (Case((8, 8), (4, 4), stride=(4, 4), padding="VALID"), True),
+        (Case((8, 8), (4, 4), stride=(2, 2)), False),
+        (Case((8, 8), (1, 1)), False),
+    ],
+)
+def test_patches_are_taken_where_they_do_not_overlap(case, is_patchwise):
+    assert conv._is_patchwise([site_of(case)]) == is_patchwise
 
 
 def test_pixels_that_nothing_reads_do_not_matter():
@@ -286,13 +318,32 @@ CHOICES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_the_way_that_costs_least(name):
-    case, wanted = CHOICES[name]
+CHOICES_ON_TPU = {
+    "AlexNet's fourth": (Case((4, 4), (3, 3), (384, 256)), "gram of pixels"),
+    "ResNet-50's first stage": (Case((56, 56), (3, 3), (64, 64)), "offsets"),
+    "ResNet-50's third stage": (Case((14, 14), (3, 3), (256, 256)), "offsets"),
+    "an image's three channels": (Case((32, 32), (3, 3), (3, 64)), "unfolded inputs"),
+    "depthwise": (Case((32, 32), (3, 3), (1, 1), groups=64), "multiplied"),
+}
+
+
+def cheapest(list_of_ways, case):
     kernel, image = (
         jax.ShapeDtypeStruct(a.shape[i:], a.dtype)
         for i, a in enumerate(jax.eval_shape(lambda: case.arguments(1)))
     )
     (eqn,) = jax.make_jaxpr(case)(image, kernel).eqns
-    ways = ways_of(window(site_at(eqn)), *case.channels)
-    assert min(ways, key=lambda name: ways[name].cost) == wanted
+    costs = list_of_ways(window(site_at(eqn)), *case.channels)
+    return min(costs, key=lambda name: costs[name].cost)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_way_that_costs_least(name):
+    case, wanted = CHOICES[name]
+    assert cheapest(ways, case) == wanted
+
+
+@pytest.mark.parametrize("name", CHOICES_ON_TPU)
+def test_the_way_that_costs_least_on_a_tpu(name):
+    case, wanted = CHOICES_ON_TPU[name]
+    assert cheapest(ways_on_tpu, case) == wanted

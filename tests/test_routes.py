@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
+from psclip_optax.engine.routes import tied
 from tests.numerics import assert_close, enable_x64
 
 N, T, D, Q, E = 6, 8, 4, 5, 3
@@ -211,3 +212,10 @@ def test_a_rule_that_is_not_known_does_not_stack_all_samples():
     assert memory.temp_size_in_bytes < 0.3 * len(x) * w.nbytes
     assert "samples at a time" in str(f.explain(w, x))
     assert_close(f(w, x), psc.clipped_grad(loss, 1.0, mode="vmap")(w, x), 1e-5)
+
+
+def test_entries_are_looked_up_alike_on_all_platforms():
+    over_rows = jax.random.normal(jax.random.key(0), (N, 2, T, 9))
+    indices = jax.random.randint(jax.random.key(1), (N, 2, 4), 0, 9)
+    looked_up, selected = (f(over_rows, indices) for f in (tied._looked_up, tied._selected))
+    assert_close(selected, looked_up, 1e-6)

@@ -14,11 +14,17 @@ _Result = TypeVar("_Result")
 
 
 def by_platform(
-    *arguments: Any, cpu: Callable[..., _Result], elsewhere: Callable[..., _Result]
+    *arguments: Any, elsewhere: Callable[..., _Result], **on: Callable[..., _Result]
 ) -> _Result:
-    """Call one of two functions with the same results, for the platform that is lowered for."""
+    """Call one of several functions with the same results, for the platform that is lowered for.
+
+    Args:
+      *arguments: what the functions are called with.
+      elsewhere: the function for all platforms that are not named.
+      **on: the functions for platforms, such as `cpu` and `tpu`.
+    """
     first = jax.tree.leaves(arguments)[0]
     if concrete(first.ravel()[:0]) is None:
-        return lax.platform_dependent(*arguments, cpu=cpu, default=elsewhere)
+        return lax.platform_dependent(*arguments, **on, default=elsewhere)
     # Outside of jit a choice that is traced would be compiled, anew in each call.
-    return (cpu if jax.default_backend() == "cpu" else elsewhere)(*arguments)
+    return on.get(jax.default_backend(), elsewhere)(*arguments)

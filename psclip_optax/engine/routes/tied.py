@@ -17,6 +17,7 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.platforms import by_platform
 from psclip_optax.engine.routes import dense, embedding
 from psclip_optax.engine.routes.dense import DENSE
 from psclip_optax.engine.routes.embedding import EMBEDDING
@@ -86,5 +87,20 @@ def _twice_inner_products(
     """
     over, taken = (side.reshape(-1, *side.shape[2:]) for side in (over_columns, rows.cotangents))
     products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)
-    at_indices = jnp.take_along_axis(over_rows, rows.indices[:, :, None, :], axis=3)
+    # A TPU looks up along the last axis in a copy of the whole array alone.
+    at_indices = by_platform(over_rows, rows.indices, tpu=_selected, elsewhere=_looked_up)
     return 2 * jnp.sum(products * at_indices.astype(dtype), axis=(1, 2, 3))
+
+
+def _looked_up(over_rows: jax.Array, indices: jax.Array) -> jax.Array:
+    """Return the entries of [n, B, S, V] at indices [n, T] along the last axis, [n, B, S, T]."""
+    return jnp.take_along_axis(over_rows, indices[:, :, None, :], axis=3)
+
+
+def _selected(over_rows: jax.Array, indices: jax.Array) -> jax.Array:
+    """Return the same by a product with ones at the indices, which the product makes as it goes."""
+    parts, (num_rows, size) = over_rows.shape[:2], over_rows.shape[2:]
+    ones = jax.nn.one_hot(indices, size, dtype=over_rows.dtype)
+    left, right = (side.reshape(math.prod(parts), -1, size) for side in (over_rows, ones))
+    chosen = dense.product(left, right, 2, over_rows.dtype)
+    return chosen.reshape(*parts, num_rows, -1)

@@ -68,6 +68,21 @@ def by_unfolding_cotangents(
         yield Piece(piece.offsets, piece.gradients.swapaxes(2, 3))
 
 
+def by_offsets(
+    entering: Sequence[Side], leaving: Sequence[Side], axes: Sequence[Axis], dtype: Any
+) -> Iterator[Piece]:
+    """Multiply at each offset what is read with the cotangents, channels last as a TPU has them."""
+    inputs, cotangents = layouts.channels_last(entering), layouts.channels_last(leaving)
+    for reads in geometry.reads_of_all(axes):
+        readers = geometry.readers(cotangents, 1, reads)
+        readers = readers.reshape(len(readers), -1, readers.shape[-1])
+        padded, moved = geometry.padded(inputs, 1, reads)
+        for offset in geometry.offsets(moved):
+            read = geometry.read(padded, 1, moved, offset)
+            gradients = dense.product(read.reshape(*readers.shape[:2], -1), readers, 1, dtype)
+            yield Piece([offset], gradients[:, None])
+
+
 def by_multiplying(
     entering: Sequence[Side], leaving: Sequence[Side], axes: Sequence[Axis], dtype: Any
 ) -> Iterator[Piece]:

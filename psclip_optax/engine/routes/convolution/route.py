@@ -5,6 +5,8 @@ There are several ways to ‖G_k‖². The one that costs least at a site's shap
 
 - Unfolded: G_k comes from products of shifted copies of one side, input or cotangents, with the
   other.
+- Offsets: the same on a TPU, one offset of the kernel after the other.
+- Patches: on a TPU, where the kernel's places do not overlap, the rows of a product.
 - Multiplied: G_k is summed entry by entry, where a group has too few channels for products.
 - Gram of pixels: ‖G_k‖² = Σ_offsets Σ (X_offset X_offsetᵀ) ⊙ (dY dYᵀ). The Gram matrices of all
   X_offset are parts of one, that of the input's pixels. It is made once and summed over shifts.
@@ -16,7 +18,8 @@ taken at a time. That needs little memory, and on a CPU it is faster while it st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +29,11 @@ from jax.extend import core
 from psclip_optax.engine.analysis.operations import convolution_leaving
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
+from psclip_optax.engine.platforms import by_platform
+from psclip_optax.engine.routes.convolution import patches
 from psclip_optax.engine.routes.convolution.geometry import Axis, window
 from psclip_optax.engine.routes.convolution.layouts import Pixels, block_sizes, sides
-from psclip_optax.engine.routes.convolution.ways import Way, ways
+from psclip_optax.engine.routes.convolution.ways import Way, ways, ways_on_tpu
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples_first
 
 # A few samples may take what a CPU's cache holds.
@@ -80,17 +85,22 @@ class Convolution(Route):
     def squared_norms_of_part(
         self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
     ) -> jax.Array:
-        way, axes = _way(sites)
         inputs = tuple(samples_first(site, *entered[site.path]) for site in sites)
         leaving = tuple(samples_first(site, cotangents[site.path]) for site in sites)
-        return way.squared_norms(*sides(Pixels(tuple(sites), inputs, leaving)), axes, dtype)
+        on_tpu = patches.squared_norms if _is_patchwise(sites) else _by_ways_on_tpu
+        return by_platform(
+            inputs,
+            leaving,
+            tpu=lambda *both: on_tpu(Pixels(tuple(sites), *both), dtype),
+            elsewhere=lambda *both: _by(ways, Pixels(tuple(sites), *both), dtype),
+        )
 
     def least_parts_on_cpu(self, sites: Sequence[Site], num_samples: int, num_bytes: int) -> float:
         del sites, num_samples
         return num_bytes / _BYTES_AT_ONCE_ON_CPU
 
     def entries_made(self, sites: Sequence[Site]) -> int:
-        way, _ = _way(sites)
+        way, _ = _cheapest(ways, sites)
         return block_sizes(sites[0]).number * way.entries
 
 
@@ -106,10 +116,27 @@ def _read_alike(one: Site, other: Site) -> bool:
     )
 
 
-def _way(sites: Sequence[Site]) -> tuple[Way, list[Axis]]:
+def _is_patchwise(sites: Sequence[Site]) -> bool:
+    """Tell whether the kernel is as large as its stride, so that no pixel is in two patches."""
+    return all(
+        len(axis.shifts) == axis.stride > 1 and axis.dilation == 1 for axis in window(sites[0])
+    )
+
+
+def _by(list_of_ways: Callable[..., dict[str, Way]], pixels: Pixels, dtype: Any) -> jax.Array:
+    way, axes = _cheapest(list_of_ways, pixels.sites)
+    return way.squared_norms(*sides(pixels), axes, dtype)
+
+
+_by_ways_on_tpu = functools.partial(_by, ways_on_tpu)
+
+
+def _cheapest(
+    list_of_ways: Callable[..., dict[str, Way]], sites: Sequence[Site]
+) -> tuple[Way, list[Axis]]:
     """Choose the way that costs least, with the axes that it goes over: images first."""
     sizes = [block_sizes(site) for site in sites]
     images = sum(size.images for size in sizes)
     axes = [Axis(images, images, (0,), 1, 1), *window(sites[0])]
-    by_name = ways(axes, sizes[0].num_in, sizes[0].num_out)
+    by_name = list_of_ways(axes, sizes[0].num_in, sizes[0].num_out)
     return min(by_name.values(), key=lambda way: way.cost), axes
