@@ -70,9 +70,9 @@ def zoo_model(name: str, n: int) -> Callable[[Size], Model]:
         model = ZOO[name]("full" if full else "small")
         label = f"{name} (zoo)"
         # The zoo draws its parameters and batches from keys of its own.
-        return Model(
-            label, model.loss, lambda _: model.params, lambda _, n: model.batch(n), n if full else 4
-        )
+        samples = n if full else 4
+        losses = model.loss, mean_loss(model.loss)
+        return Model(label, *losses, lambda _: model.params, lambda _, n: model.batch(n), samples)
 
     return build
 
@@ -102,8 +102,8 @@ JOBS = (
 # Time, memory, compilation
 
 
-def plain_step(loss: Step) -> Step:
-    gradient = jax.value_and_grad(mean_loss(loss))
+def plain_step(batch_loss: Step) -> Step:
+    gradient = jax.value_and_grad(batch_loss)
     return lambda params, threshold, *batch: gradient(params, *batch)
 
 
@@ -116,7 +116,7 @@ def clipped_step(loss: Step, **options: Any) -> Step:
 def steps_of(model: Model, leaves_out: tuple[str, ...]) -> dict[str, Step]:
     chosen = {name: options for name, options in MODES.items() if name not in leaves_out}
     clipped = {name: clipped_step(model.loss, **options) for name, options in chosen.items()}
-    return {"plain": plain_step(model.loss), **clipped}
+    return {"plain": plain_step(model.batch_loss), **clipped}
 
 
 def make_arguments(model: Model, threshold: float = float("inf")) -> tuple[Any, ...]:

@@ -28,6 +28,7 @@ class Model(NamedTuple):
     Attributes:
       name: in tables.
       loss: `loss(params, *example)`, of one example.
+      batch_loss: `batch_loss(params, *batch)`, the mean loss as one writes it for a batch.
       make_params: key → initial parameters, float32.
       make_batch: (key, n) → the arguments after `params`, samples on axis 0.
       n: samples in its usual batch.
@@ -35,6 +36,7 @@ class Model(NamedTuple):
 
     name: str
     loss: Callable[..., jax.Array]
+    batch_loss: Callable[..., jax.Array]
     make_params: Callable[[jax.Array], Any]
     make_batch: Callable[[jax.Array, int], tuple[jax.Array, ...]]
     n: int
@@ -46,14 +48,28 @@ class Model(NamedTuple):
         return jax.eval_shape(self.make_params, key), *batch
 
 
+def of_one_and_all(
+    losses: Callable[..., jax.Array],
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Makes a loss of one example and the mean loss of a batch from `losses(params, *batch)`."""
+
+    def loss(params: Any, *example: jax.Array) -> jax.Array:
+        return losses(params, *(array[None] for array in example))[0]
+
+    def batch_loss(params: Any, *batch: jax.Array) -> jax.Array:
+        return losses(params, *batch).mean()
+
+    return loss, batch_loss
+
+
 def classifier(
     name: str, network: nn.Module, shape: tuple[int, ...], num_classes: int, n: int
 ) -> Model:
     """Model of images [H, W, C] and their labels."""
 
-    def loss(params: Any, image: jax.Array, label: jax.Array) -> jax.Array:
-        logits = network.apply({"params": params}, image[None])[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    def losses(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits: Any = network.apply({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def make_params(key: jax.Array) -> Any:
         return network.init(key, jnp.zeros((1, *shape)))["params"]
@@ -61,16 +77,15 @@ def classifier(
     def make_batch(key: jax.Array, n: int) -> tuple[jax.Array, ...]:
         return jax.random.normal(key, (n, *shape)), jnp.arange(n) % num_classes
 
-    return Model(name, loss, make_params, make_batch, n)
+    return Model(name, *of_one_and_all(losses), make_params, make_batch, n)
 
 
 def language_model(name: str, network: nn.Module, vocabulary: int, length: int, n: int) -> Model:
     """Model of the next token of texts [T + 1]."""
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = network.apply({"params": params}, tokens[None, :-1])[0]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
-        return losses.mean()
+    def losses(params: Any, tokens: jax.Array) -> jax.Array:
+        logits: Any = network.apply({"params": params}, tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(axis=1)
 
     def make_params(key: jax.Array) -> Any:
         return network.init(key, jnp.zeros((1, length), jnp.int32))["params"]
@@ -78,7 +93,7 @@ def language_model(name: str, network: nn.Module, vocabulary: int, length: int, 
     def make_batch(key: jax.Array, n: int) -> tuple[jax.Array, ...]:
         return (jax.random.randint(key, (n, length + 1), 0, vocabulary),)
 
-    return Model(name, loss, make_params, make_batch, n)
+    return Model(name, *of_one_and_all(losses), make_params, make_batch, n)
 
 
 # Networks

@@ -1,0 +1,195 @@
+"""Reads from a compiled program's text what it costs on a device, be the device here or not.
+
+The text is XLA's optimized HLO. A loop counts as often as it has steps. Where a loop has no known
+number of steps its body does not count, nor does a branch but the first: they run only where there
+are samples to drop.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_INSTRUCTION = re.compile(
+    r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\([^=]*?\)|\S+) "
+    r"(?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)"
+)
+_COLLECTIVE = re.compile(
+    "(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
+    "(?:-start)?"
+)
+# What a GPU launches as a kernel of its own; the rest is bookkeeping.
+_KERNELS = {"fusion", "custom-call", "copy", "copy-start", "sort", "reduce"} | {
+    "convolution",
+    "dot",
+    "scatter",
+}
+
+_CALLS = {
+    "call": "to_apply=",
+    "async-start": "calls=",
+    "conditional": r"(?:branch_computations=\{|false_computation=)",
+}
+
+
+class Instruction(NamedTuple):
+    """One instruction of a program.
+
+    Attributes:
+      name: unique in its computation.
+      opcode: such as "fusion".
+      shape: as text; of a tuple, all of its arrays.
+      operands: shapes of what it reads, as text.
+      times: how often it is run.
+      waits: whether it is a branch, or a loop without a known number of steps.
+      line: its whole text.
+    """
+
+    name: str
+    opcode: str
+    shape: str
+    operands: tuple[str, ...]
+    times: int
+    waits: bool
+    line: str
+
+
+class GpuCost(NamedTuple):
+    """What a program does on a GPU.
+
+    Attributes:
+      kernels: number that are launched.
+      bytes: read and written by these.
+      waits: conditionals and loops whose condition the host must read.
+    """
+
+    kernels: int
+    bytes: int
+    waits: int
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """Yields what is run: the entry's instructions and those of loops and calls, not of fusions."""
+    computations = _computations(re.sub(r"/\*.*?\*/", "", text))
+    entry = next(name for name, lines in computations.items() if lines[0].startswith("ENTRY"))
+    return _run(computations, entry, 1)
+
+
+def tpu_cycles(text: str) -> int:
+    """Sums the compiler's own estimates of each instruction's cycles."""
+    estimate = re.compile(r'"estimated_cycles":"(\d+)"')
+    found = ((one.times, estimate.search(one.line)) for one in instructions(text))
+    return sum(times * int(cycles[1]) for times, cycles in found if cycles)
+
+
+def gpu_cost(text: str) -> GpuCost:
+    """Counts what a GPU launches, moves and waits for."""
+    kernels = moved = waits = 0
+    for one in instructions(text):
+        if one.opcode in _KERNELS:
+            kernels += one.times
+            moved += one.times * sum(map(num_bytes, (one.shape, *one.operands)))
+        waits += one.times * one.waits
+    return GpuCost(kernels, moved, waits)
+
+
+def elements_sent(text: str) -> dict[str, int]:
+    """Counts by kind of collective the elements that a device has at its larger end."""
+    found: collections.Counter[str] = collections.Counter()
+    for one in instructions(text):
+        if kind := _COLLECTIVE.fullmatch(one.opcode):
+            found[kind[1]] += one.times * _num_sent(one, kind[1])
+    return dict(found)
+
+
+def num_bytes(shape: str) -> int:
+    """Counts the bytes of the arrays in the text of a shape."""
+    return sum(size * max(bits // 8, 1) for size, bits in _arrays(shape))
+
+
+def _num_sent(one: Instruction, kind: str) -> int:
+    sizes = [size for size, _ in _arrays(one.shape)]
+    if one.opcode == f"{kind}-start" and kind != "all-reduce":
+        sizes = sizes[len(sizes) // 2 :]  # operands stand before results
+    # Of what is scattered a device has all before.
+    return sum(sizes) * (_group_size(one.line) if kind == "reduce-scatter" else 1)
+
+
+def _arrays(shape: str) -> Iterator[tuple[int, int]]:
+    """Yields the number of elements and the bits of each array."""
+    for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+))\w*\[([\d,]*)\]", shape):
+        yield math.prod(int(d) for d in dims.split(",") if d), int(bits or 8)
+
+
+def _group_size(line: str) -> int:
+    listed = re.search(r"replica_groups={{([\d,]+)}", line)
+    if listed:
+        return len(listed[1].split(","))
+    folded = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if folded is None:
+        raise ValueError(f"no groups of devices in {line}")
+    return int(folded[1])
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Splits the program into its computations, each with its head as the first line."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head:
+            lines = found.setdefault(head[1], [])
+        lines.append(line)
+    return found
+
+
+def _run(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Instruction]:
+    shapes: dict[str, str] = {}
+    for line in computations[name][1:]:
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        shapes[match["name"]] = match["shape"]
+        read = re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])
+        operands = tuple(shapes.get(operand, "") for operand in read)
+        called = _called(line, match["opcode"], computations)
+        waits = match["opcode"] == "conditional" or any(number == 0 for _, number in called)
+        yield Instruction(
+            match["name"], match["opcode"], match["shape"], operands, times, waits, line
+        )
+        for body, number in called:
+            if number:
+                yield from _run(computations, body, times * number)
+
+
+def _called(line: str, opcode: str, computations: dict[str, list[str]]) -> list[tuple[str, int]]:
+    """Lists the computations that an instruction runs, and how often each."""
+    if opcode == "while":
+        return [(_named(line, "body="), _steps(line, computations))]
+    attribute = _CALLS.get(opcode)
+    return [(_named(line, attribute), 1)] if attribute else []
+
+
+def _named(line: str, attribute: str) -> str:
+    found = re.search(attribute + r"%?([\w.\-]+)", line)
+    if found is None:
+        raise ValueError(f"expected {attribute} in {line}")
+    return found[1]
+
+
+def _steps(line: str, computations: dict[str, list[str]]) -> int:
+    """Gives the number of a loop's steps, 0 where no constant tells it.
+
+    Where the compiler does not say it, it is the constant that the loop's counter is compared with.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    condition = computations[_named(line, "condition=")]
+    fused = re.findall(r"calls=%?([\w.\-]+)", "\n".join(condition))
+    lines = condition + [line for name in fused for line in computations[name]]
+    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+    return max(map(int, constants), default=0)

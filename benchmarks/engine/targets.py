@@ -1,0 +1,92 @@
+"""Compiles for accelerators that are not here, and reads what the programs cost there.
+
+XLA's compilers for TPUs and NVIDIA GPUs run on any machine: `pip install '.[accelerators]'`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.common import hlo
+
+# The machine has no TPU, and libtpu would look for one; several processes may compile at once.
+_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+_H100 = pathlib.Path(__file__).with_name("h100.txtpb")
+TARGETS = ("v5e", "v6e", "h100")
+
+
+class Cost(NamedTuple):
+    """What a compiled program costs.
+
+    Attributes:
+      cycles: of a TPU, by the compiler's own estimates; 0 for a GPU.
+      kernels: that a GPU launches; 0 for a TPU.
+      bytes: that these read and write.
+      waits: of a GPU for the host.
+      temp_bytes: peak of the temporary memory.
+      compile_seconds: tracing included.
+    """
+
+    cycles: int
+    kernels: int
+    bytes: int
+    waits: int
+    temp_bytes: int
+    compile_seconds: float
+
+
+@functools.cache
+def devices(target: str, topology: str = "2x2") -> Any:
+    """Gives the devices of a target, an array of the topology's shape for a TPU."""
+    os.environ.update(_ENVIRONMENT)
+    if target == "h100":
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="h100",
+            topology="1x1x1",
+            target_config=_H100.read_text(),
+        ).devices
+    name = f"{target}:{topology}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def on_one_device(target: str, tree: Any) -> Any:
+    """Places the shapes of a tree on one device of the target."""
+    sharding = SingleDeviceSharding(devices(target)[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def compile_for(target: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return jax.jit(function).lower(*on_one_device(target, arguments)).compile()
+
+
+def cost_of(target: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Cost:
+    """Compiles a function of arrays with these shapes, and reads its cost.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the program does not fit into the device's memory.
+    """
+    start = time.perf_counter()
+    program = compile_for(target, function, arguments)
+    seconds = time.perf_counter() - start
+    text = program.as_text()
+    gpu = hlo.gpu_cost(text) if target == "h100" else hlo.GpuCost(0, 0, 0)
+    cycles = 0 if target == "h100" else hlo.tpu_cycles(text)
+    return Cost(cycles, *gpu, program.memory_analysis().temp_size_in_bytes, seconds)
