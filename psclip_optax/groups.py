@@ -38,6 +38,11 @@ class Groups(NamedTuple):
         """What arrays of samples have behind their axis of samples."""
         return () if self.of_leaf is None else (1 + max(self.of_leaf),)
 
+    def columns(self, leaf: int) -> range:
+        """Say which columns of arrays [n, groups] are of a leaf."""
+        group = 0 if self.of_leaf is None else self.of_leaf[leaf]
+        return range(group, group + 1)
+
     def part(self, values: Any, leaf: int) -> Any:
         """Take what arrays [..., groups] hold for the group of a leaf."""
         return values if self.of_leaf is None else values[..., self.of_leaf[leaf]]

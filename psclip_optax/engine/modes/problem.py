@@ -12,6 +12,7 @@ from jax.extend import core
 
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.engine.analysis.linearity import unproven_rule
+from psclip_optax.engine.fusion import Fusion
 from psclip_optax.engine.plan import Plans
 from psclip_optax.groups import Groups
 
@@ -28,6 +29,7 @@ class Problem(NamedTuple):
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
       spmd_axis_name: of the axis of samples, for constraints inside the loss.
       may_be_padded: whether some samples may not count.
+      fusion: which groups may be clipped in the backward pass; None where that is not asked for.
       norm_precision: of the products that norms are made of; None for JAX's default.
     """
 
@@ -39,6 +41,7 @@ class Problem(NamedTuple):
     axis_name: Any
     spmd_axis_name: Any
     may_be_padded: bool
+    fusion: Fusion | None
     norm_precision: lax.Precision | None
 
     @property

@@ -108,6 +108,33 @@ def squared_norms(
         return problem.groups.stacked([over(own) for own in members])
 
 
+def weighted_sums(
+    problem: Problem,
+    plans: Sequence[LeafPlan],
+    pull_back: PullBack,
+    weights: dict[int, Any],
+    seen: Seen,
+    of_samples: jax.Array,
+) -> list[Any]:
+    """Sum of_samples_k g_k for each parameter, or piece of one; None for those without a plan."""
+
+    def contracted(plan: LeafPlan) -> jax.Array:
+        weight = weights[plan.weight]
+        own = problem.part(of_samples, plan.weight)
+        if plan.is_direct:
+            return stacks.weighted_sum(seen.stacked[plan.weight], 0, own)
+        if not plan.groups:
+            return jnp.zeros_like(weight)
+        return norms.weighted_sum(plan, weight, seen.entered, seen.cotangents, own)
+
+    sums = {plan.weight: contracted(plan) for plan in plans}
+    others = [plan.weight for plan in problem.plans.others]
+    given = [sums[i] if i in sums else jnp.zeros_like(weights[i]) for i in others]
+    pulled = pull_back(given)
+    leaves = range(problem.plans.num_leaves)
+    return [norms.added(sums[i], pulled.get(i)) if i in sums else None for i in leaves]
+
+
 def _squares_together(
     problem: Problem,
     plans: Sequence[LeafPlan],
