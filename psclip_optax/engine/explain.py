@@ -35,7 +35,7 @@ class PlanRow:
       extra_bytes: what a batch keeps until the norms are known, beyond a plain gradient.
       reason: why the route was taken; for a fallback the operation and the user's line.
       group: where gradients are clipped by group, the column of norms and scales that is of the
-        parameter's, from 0 on.
+        parameter's, from 0 on; their range where it has one for each slice.
     """
 
     parameter: str
@@ -45,7 +45,7 @@ class PlanRow:
     extra_flops: float
     extra_bytes: int
     reason: str
-    group: int | None = None
+    group: int | range | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,10 @@ class Plan:
         """Name each parameter's group."""
         if groups.of_leaf is None:
             return self
-        both = zip(self.rows, groups.of_leaf, strict=True)
-        rows = tuple(dataclasses.replace(row, group=group) for row, group in both)
+        rows = tuple(
+            dataclasses.replace(row, group=columns[0] if len(columns) == 1 else columns)
+            for row, columns in ((row, groups.columns(i)) for i, row in enumerate(self.rows))
+        )
         return dataclasses.replace(self, rows=rows)
 
     def _how(self) -> str:
@@ -98,8 +100,12 @@ class Plan:
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
     numbers = _short(row.extra_flops), _short(row.extra_bytes)
-    group = [] if row.group is None else [str(row.group)]
+    group = [] if row.group is None else [_described_group(row.group)]
     return (row.parameter, *group, row.shape, row.route, str(row.num_sites), *numbers, row.reason)
+
+
+def _described_group(group: int | range) -> str:
+    return str(group) if isinstance(group, int) else f"{group[0]}-{group[-1]}"
 
 
 def _short(number: float) -> str:

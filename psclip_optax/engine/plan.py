@@ -104,7 +104,10 @@ class Plans(NamedTuple):
 
     def columns(self, weight: int, groups: Groups) -> range:
         """Say which columns of norms and scales by group are of a weight."""
-        return groups.columns(self.parameter_of(weight))
+        leaf = self.parameter_of(weight)
+        columns = groups.columns(leaf)
+        box = self.pieces.box_of(weight) if len(columns) > 1 else None
+        return columns if box is None else columns[slice(*box[0])]
 
     def parameter_of(self, weight: int) -> int:
         """Find a parameter that a weight is, or is a piece of, or is computed from."""
@@ -138,7 +141,8 @@ def plan_weights(
         better = improved(closed, usage)
         if better is not closed:
             closed, usage = better, find_usage(better, num_leaves, route_of)
-    closed, pieces = in_pieces(closed, usage)
+    by_slice = [leaf for leaf in range(num_leaves) if len(together.columns(leaf)) > 1]
+    closed, pieces = in_pieces(closed, usage, by_slice)
     if any(pieces.boxes):
         num_leaves = len(pieces.leaf_of)
         usage = find_usage(closed, num_leaves, route_of)
@@ -170,21 +174,25 @@ def _planned(
     plan_one = functools.partial(_plan_weight, usage=usage, may_be_small=are_small_direct)
     leaves = [plan_one(i, shaped) for i, shaped in enumerate(avals)]
     plans = Plans(leaves, [], [], closed, pieces)
+    for plan in plans.leaves:
+        if len(plans.columns(plan.weight, together)) > 1 and plan.is_used:
+            leaves[plan.weight] = LeafPlan(plan.weight, escape=plan.escape or _BY_SLICE)
     for family in _families(usage):
         if _is_of_one_group(plans, family, together):
             _add_family(plans, family, plan_one, avals)
         else:
-            _differentiate(plans, family, Escape(_OF_SEVERAL_GROUPS, ""))
+            _differentiate(plans, family, _OF_SEVERAL_GROUPS)
     return plans
 
 
-_OF_SEVERAL_GROUPS = "enters weights that are computed from parameters of several groups"
+_OF_SEVERAL_GROUPS = Escape("enters weights computed from parameters of several groups", "")
+_BY_SLICE = Escape("is clipped by slices", "")
 
 
 def _is_of_one_group(plans: Plans, family: _Family, together: Groups) -> bool:
     """Whether one norm and one weight a sample will do for all that is in a family."""
-    parameters = (plans.parameter_of(leaf) for leaf in _relatives(family))
-    return together.of_leaf is None or len({together.of_leaf[p] for p in parameters}) == 1
+    columns = {plans.columns(leaf, together) for leaf in _relatives(family)}
+    return len(columns) == 1 and len(*columns) == 1
 
 
 def _relatives(family: _Family) -> list[int]:

@@ -134,10 +134,17 @@ def _and_again(problem: Problem, given: _Given) -> Result:
 
 
 class _State(NamedTuple):
-    """What a loop over passes carries: one pass, and another if samples have to be left out."""
+    """What a loop over passes carries.
 
+    Attributes:
+      num_left: how many passes are to be made: at first one, then another where it must be.
+      is_first: whether none was made.
+      kept: which samples are in the sums of the next one.
+      result: of the first one, with the sums of the last.
+    """
+
+    num_left: jax.Array
     is_first: jax.Array
-    is_wanted: jax.Array
     kept: jax.Array
     result: Result
 
@@ -156,21 +163,21 @@ def _in_a_loop(problem: Problem, given: _Given) -> Result:
         result = jax.tree.map(lambda *both: jnp.where(state.is_first, *both), *both)
         is_spoilt = clipping.any_of(lax.stop_gradient(new.is_spoilt))
         return _State(
+            num_left=(state.is_first & is_spoilt).astype(jnp.int32),
             is_first=jnp.zeros_like(state.is_first),
-            is_wanted=state.is_first & is_spoilt,
             kept=jnp.where(state.is_first, new.kept, state.kept),
             result=result._replace(sums=sums),
         )
 
     @jax.custom_jvp
     def run(state: _State, given: _Given) -> _State:
-        return lax.while_loop(lambda s: s.is_wanted, lambda s: step(s, given), state)
+        return lax.while_loop(lambda s: s.num_left >= 1, lambda s: step(s, given), state)
 
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         def twice(state: _State, given: _Given) -> _State:
             first = step(state, given)
-            return lax.cond(first.is_wanted, lambda: step(first, given), lambda: first)
+            return lax.cond(first.num_left >= 1, lambda: step(first, given), lambda: first)
 
         return jax.jvp(twice, primals, tangents)
 
@@ -192,5 +199,5 @@ def _start(problem: Problem, given: _Given) -> _State:
         scales=zeros(samples.taus.shape, samples.taus.dtype),
         finite=zeros((n,), bool),
     )
-    yes = meshes.varying(jnp.ones((), bool), axes)
-    return _State(yes, yes, meshes.varying(samples.counts, axes), result)
+    one, yes = (meshes.varying(jnp.ones((), kind), axes) for kind in (jnp.int32, bool))
+    return _State(one, yes, meshes.varying(samples.counts, axes), result)

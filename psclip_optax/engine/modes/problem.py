@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -50,8 +51,11 @@ class Problem(NamedTuple):
         return any(site.route.is_slow_in_loops for site in sites)
 
     def part(self, of_samples: Any, weight: int) -> Any:
-        """Take what arrays [n] or [n, groups] hold for the group of a weight."""
-        return self.groups.part(of_samples, self.plans.parameter_of(weight))
+        """Take what arrays [n] or [n, groups] hold for the group of a weight, or its groups."""
+        if self.groups.of_leaf is None:
+            return of_samples
+        columns = self.plans.columns(weight, self.groups)
+        return of_samples[:, columns[0]] if len(columns) == 1 else of_samples[:, np.array(columns)]
 
     def unproven_rule(self) -> core.JaxprEqn | None:
         """Find what keeps the backward pass from being proven linear in the losses' cotangents."""
