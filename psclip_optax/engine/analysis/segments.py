@@ -18,7 +18,7 @@ from jax.extend import core
 from psclip_optax.engine.analysis.equations import inner_jaxpr
 from psclip_optax.engine.analysis.linearity import has_gradient
 from psclip_optax.engine.analysis.sites import OfParameters, Other, Role, Usage
-from psclip_optax.engine.analysis.views import Path, are_disjoint
+from psclip_optax.engine.analysis.views import Path, View, are_disjoint
 
 
 class Members(NamedTuple):
@@ -40,6 +40,7 @@ class Segment(NamedTuple):
       path: that of its last equation, in whose place it runs.
       equations: the indices of the equations of that body that are in it alone.
       weights: the variables of the body that are the group's parameters, or views of them.
+      parameters: the number of each one's parameter.
       data: those that come from before it and pass a cotangent on.
       others: those that come from before it and pass none on.
       outputs: those that it makes for what comes behind it; first those that have a gradient.
@@ -49,6 +50,7 @@ class Segment(NamedTuple):
     path: Path
     equations: frozenset[int]
     weights: tuple[core.Var, ...]
+    parameters: tuple[int, ...]
     data: tuple[core.Var, ...]
     others: tuple[core.Var, ...]
     outputs: tuple[core.Var, ...]
@@ -138,7 +140,8 @@ def _in_body(
         return Obstacle("meet data where there are side effects")
     before = _before(body.jaxpr, inner, roles, members)
     weights = [v for v in before.inputs if _is_of(roles.get(v), members)]
-    if not _are_views([roles[v] for v in weights], members, scans):
+    views = [_view(roles[v], members, scans) for v in weights]
+    if None in views or not _are_apart(views):
         return Obstacle("are computed with before they come to where they meet data")
     rest = [v for v in before.inputs if v not in set(weights)]
     is_data = {v for v in rest if roles.get(v) is Other.DATA and has_gradient(v)}
@@ -159,6 +162,7 @@ def _in_body(
         path=(*body.path, inner[-1]),
         equations=frozenset(inner),
         weights=tuple(weights),
+        parameters=tuple(view.weight for view in views if view),
         data=tuple(data),
         others=tuple(others),
         outputs=tuple(outputs),
@@ -199,16 +203,16 @@ def _is_of(role: Role | None, members: Members) -> bool:
     return isinstance(role, OfParameters) and bool(role.leaves & members.leaves)
 
 
-def _are_views(roles: Sequence[Role], members: Members, scans: Sequence[Path]) -> bool:
-    """Tell whether variables hold entries of parameters, each once, one slice of each in a step."""
-    views = []
-    for role in roles:
-        view = role.view if isinstance(role, OfParameters) else None
-        if view is None or view.is_repeated or view.weight not in members.leaves:
-            return False
-        # Sliced before anything else was done to it, the slices are those of its leading axis.
-        if view.frame[: len(scans)] != tuple(((), "layer", path) for path in scans):
-            return False
-        views.append(view)
-    pairs = itertools.combinations(views, 2)
+def _view(role: Role, members: Members, scans: Sequence[Path]) -> View | None:
+    """Return the view of a parameter that holds entries once each, one slice of it in a step."""
+    view = role.view if isinstance(role, OfParameters) else None
+    if view is None or view.is_repeated or view.weight not in members.leaves:
+        return None
+    # Sliced before anything else was done to it, the slices are those of its leading axis.
+    is_sliced = view.frame[: len(scans)] == tuple(((), "layer", path) for path in scans)
+    return view if is_sliced else None
+
+
+def _are_apart(views: Sequence[View | None]) -> bool:
+    pairs = itertools.combinations([view for view in views if view], 2)
     return all(one.weight != other.weight or are_disjoint(one, other) for one, other in pairs)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from psclip_optax import clipping, meshes
+from psclip_optax.engine.explain import Plan, explained
 from psclip_optax.engine.modes.batched import Inputs, Operand, forward
 from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.operation import operation
@@ -35,6 +36,22 @@ class FusedPass(Mode):
         if is_traced and not (is_cpu and problem.has_convolutions):
             return _in_a_loop(problem, given)
         return _and_again(problem, given)
+
+    def explain(
+        self, problem: Problem, leaves: Sequence[Any], params: Any, num_samples: int, note: str
+    ) -> Plan:
+        del leaves
+        fusion = problem.fusion
+        assert fusion is not None
+        return explained(
+            fusion.plans,
+            params,
+            num_samples,
+            problem.dtype,
+            mode=self.name,
+            note=note,
+            fusion=fusion,
+        )
 
 
 FUSED = FusedPass()
