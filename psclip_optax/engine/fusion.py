@@ -54,6 +54,9 @@ def plan_fusion(plans: Plans, groups: Groups) -> Fusion:
       plans: of the loss.
       groups: which parameters are clipped together.
     """
+    if plans.closed.effects:  # an operation with a derivative of its own may have none
+        reasons = {plan.weight: "are of a loss with side effects" for plan in plans.leaves}
+        return Fusion((), plans, reasons)
     usage = find_usage(plans.closed, plans.num_leaves, route_of)
     columns: dict[range, set[int]] = {}
     for plan in plans.leaves:

@@ -136,8 +136,6 @@ def _in_body(
         is_inside = path[:depth] == body.path and len(path) > depth and path[depth] in inner
         if is_inside and not leaves <= members.leaves:
             return Obstacle("meet data where, or between where, parameters of other groups do")
-    if any(eqns[i].effects for i in between):
-        return Obstacle("meet data where there are side effects")
     before = _before(body.jaxpr, inner, roles, members)
     weights = [v for v in before.inputs if _is_of(roles.get(v), members)]
     views = [_view(roles[v], members, scans) for v in weights]

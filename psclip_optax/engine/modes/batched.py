@@ -187,7 +187,9 @@ class _Run(NamedTuple):
             for path, zero in zeros.items()
         }
         operations = {path: operation for path, (operation, _) in self.operations.items()}
-        values = [direct.get(i, value) for i, value in enumerate(values)]
+        # Behind its weights the jaxpr has other inputs, numbered as computed weights are.
+        weights = [direct.get(i, value) for i, value in enumerate(values[: plans.num_leaves])]
+        values = [*weights, *values[plans.num_leaves :]]
         return taps.run_with(plans.closed, values, tapped, {**self.taps, **operations}, given)
 
 
