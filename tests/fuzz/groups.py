@@ -25,7 +25,9 @@ def tree_of(groups: Groups, leaves: dict[str, Any]) -> list[dict[str, Any]]:
     return [{name: leaves[name] for name in names} for names in groups]
 
 
-def clipped_by_group(program: Program, clip: Run = psc.clipped_value_and_grad, **options: Any) -> Run:
+def clipped_by_group(
+    program: Program, clip: Run = psc.clipped_value_and_grad, **options: Any
+) -> Run:
     """A function from parameters, batch and a threshold of each group to the clipped gradient."""
     groups = groups_of(program)
 
