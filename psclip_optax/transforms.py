@@ -267,7 +267,7 @@ def per_sample_clip(
         this one, as kept in the state. None is [`psclip_optax.auto_threshold`][], which needs no
         number. A tree prefix of the parameters with one of these for each group of leaves clips by
         group: ‖g_k‖ and γ_k are then of a group's leaves alone; [`psclip_optax.by_layer`][] makes
-        one.
+        one, and [`psclip_optax.each_slice`][] is for layers that are stacked in one array.
       sample_axis: the axis of every leaf along which the n samples are stacked.
       on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
         keeps its position and its share in N. "propagate" lets it through, so that the result is

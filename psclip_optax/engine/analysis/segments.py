@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
-from psclip_optax.engine.analysis.equations import inner_jaxpr
+from psclip_optax.engine.analysis.equations import inner_jaxpr, scan_counts
 from psclip_optax.engine.analysis.linearity import has_gradient
 from psclip_optax.engine.analysis.sites import OfParameters, Other, Role, Usage
 from psclip_optax.engine.analysis.views import Path, View, are_disjoint
@@ -85,7 +85,8 @@ def find_segment(closed: core.ClosedJaxpr, usage: Usage, members: Members) -> Se
         return Obstacle("do not reach the loss")
     if () in meetings:
         return Obstacle("are the loss itself, without data")
-    bodies = list(_bodies(closed.jaxpr, _common([path[:-1] for path in meetings])))
+    varied = set(closed.jaxpr.invars[: usage.num_leaves])
+    bodies = list(_bodies(closed.jaxpr, varied, _common([path[:-1] for path in meetings])))
     steps = [i for i, body in enumerate(bodies) if body.is_step]
     # Steps that share parameters have one gradient together.
     first, crossed = 0, steps[: 1 if members.by_slice else 0]
@@ -106,9 +107,19 @@ def find_segment(closed: core.ClosedJaxpr, usage: Usage, members: Members) -> Se
 
 
 class _Body(NamedTuple):
+    """What an equation runs, or the loss itself.
+
+    Attributes:
+      path: that of the equation.
+      jaxpr: what it runs.
+      is_step: whether that is a step of a scan.
+      varied: the variables that depend on parameters.
+    """
+
     path: Path
     jaxpr: core.Jaxpr
     is_step: bool
+    varied: set[core.Var]
 
 
 def _common(paths: Sequence[Path]) -> Path:
@@ -116,13 +127,30 @@ def _common(paths: Sequence[Path]) -> Path:
     return tuple(own[0] for own in alike)
 
 
-def _bodies(jaxpr: core.Jaxpr, path: Path) -> Iterator[_Body]:
+def _bodies(jaxpr: core.Jaxpr, varied: set[core.Var], path: Path) -> Iterator[_Body]:
     """Return the bodies on the way to an equation, from the loss itself on."""
-    yield _Body((), jaxpr, False)
+    varied = _all_varied(jaxpr, varied)
+    yield _Body((), jaxpr, False, varied)
     for depth, i in enumerate(path, 1):
         eqn = jaxpr.eqns[i]
+        is_step = eqn.primitive.name == "scan"
+        flags = [isinstance(v, core.Var) and v in varied for v in eqn.invars]
         jaxpr, _ = inner_jaxpr(eqn)
-        yield _Body(path[:depth], jaxpr, eqn.primitive.name == "scan")
+        if is_step:
+            consts, carry = scan_counts(eqn)
+            flags[consts : consts + carry] = [any(flags)] * carry
+        of_inputs = zip(jaxpr.invars, flags, strict=True)
+        varied = _all_varied(jaxpr, {v for v, is_varied in of_inputs if is_varied})
+        yield _Body(path[:depth], jaxpr, is_step, varied)
+
+
+def _all_varied(jaxpr: core.Jaxpr, varied: set[core.Var]) -> set[core.Var]:
+    """Add what may depend on these variables and pass a cotangent on to them."""
+    varied = set(varied)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name != "stop_gradient" and not varied.isdisjoint(_read([eqn])):
+            varied.update(v for v in eqn.outvars if has_gradient(v))
+    return varied
 
 
 def _in_body(
@@ -142,7 +170,7 @@ def _in_body(
     if None in views or not _are_apart(views):
         return Obstacle("are computed with before they come to where they meet data")
     rest = [v for v in before.inputs if v not in set(weights)]
-    is_data = {v for v in rest if roles.get(v) is Other.DATA and has_gradient(v)}
+    is_data = {v for v in rest if roles.get(v) is Other.DATA and v in body.varied}
     read = _read([eqn for i, eqn in enumerate(eqns) if i not in inner])
     read |= dict.fromkeys(v for v in body.jaxpr.outvars if isinstance(v, core.Var))
     outputs = [v for i in inner for v in eqns[i].outvars if v in read]
