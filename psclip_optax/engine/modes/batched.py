@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from psclip_optax import meshes
 from psclip_optax.engine import taps
@@ -124,7 +125,7 @@ def forward(
     wanted = [inputs.values[i] for i in inputs.wanted]
     variables = run.direct(num_samples), run.zeros(num_samples), wanted
     outs, pull_back, (others, kept) = jax.vjp(of_batch, *variables, has_aux=True)
-    return Forward([*outs, *others], _PullBack(pull_back), kept)
+    return Forward([*outs, *others], lambda given: Backward(*pull_back(given)), kept)
 
 
 class _Run(NamedTuple):
@@ -193,19 +194,120 @@ class _Run(NamedTuple):
         return taps.run_with(plans.closed, values, tapped, {**self.taps, **operations}, given)
 
 
-@jax.tree_util.register_pytree_node_class
-class _PullBack:
-    """A pull-back as a pytree, whose leaves are what is saved for it."""
+def forward_of_each(
+    problem: Problem,
+    plans: Sequence[LeafPlan],
+    weights: dict[int, Any],
+    inputs: Inputs,
+    *,
+    num_cotangents: int,
+    num_samples: int,
+) -> Forward:
+    """Do the same without operations, so that no weight need be held for each sample.
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    The derivative is that of one sample. What is saved for it and does not depend on the sample is
+    saved once.
+    """
+    run = _Run(problem, plans, weights, {})
+    jaxpr, structures = problem.plans.closed.jaxpr, []
+
+    def of_sample(direct: dict[int, Any], zeros: taps.Taps, values: list[Any]) -> Any:
+        def outs(direct: dict[int, Any], zeros: taps.Taps, wanted: list[Any]) -> Any:
+            given = dict(zip(inputs.wanted, wanted, strict=True))
+            own = [given.get(i, value) for i, value in enumerate(values)]
+            outs, kept = run.of_sample(direct, zeros, {}, own)
+            return outs[:num_cotangents], (outs[num_cotangents:], kept)
+
+        wanted = [values[i] for i in inputs.wanted]
+        outs_, pull_back, (others, kept) = jax.vjp(outs, direct, zeros, wanted, has_aux=True)
+        saved, structure = jax.tree.flatten(pull_back)
+        structures.append(structure)
+        return outs_, others, kept, saved
+
+    direct = {plan.weight: weights[plan.weight] for plan in plans if plan.is_direct}
+    axes_of_loss = meshes.axes_of_type(problem.closed.out_avals[0])
+    zeros = {path: meshes.varying(one.zero, axes_of_loss) for path, one in run.taps.items()}
+    one = [meshes.shape_of_type(v.aval) for v in jaxpr.invars]
+    closed, (outs, others, kept, saved) = jax.make_jaxpr(of_sample, return_shape=True)(
+        direct, zeros, one
+    )
+    axes_of_inputs = [None] * len(jax.tree.leaves((direct, zeros))) + inputs.axes
+    of_sample_alone = _batched(closed.jaxpr, axes_of_inputs)[-len(saved) :] if saved else []
+    axes_saved = [0 if is_batched else None for is_batched in of_sample_alone]
+    axes_kept = {key: [run.axes_kept[key]] * len(arrays) for key, arrays in kept.items()}
+    axes = [*[0] * (len(outs) + len(others)), *jax.tree.leaves(axes_kept), *axes_saved]
+    batched = jax.vmap(
+        core.jaxpr_as_fun(closed),
+        in_axes=axes_of_inputs,
+        out_axes=axes,
+        axis_size=num_samples,
+        spmd_axis_name=problem.spmd_axis_name,
+    )
+    flat = batched(*jax.tree.leaves((direct, zeros)), *inputs.values)
+    structure = jax.tree.structure((outs, others, kept, saved))
+    outs, others, kept, saved = jax.tree.unflatten(structure, flat)
+    shared = tuple(inputs.axes[i] is None for i in inputs.wanted)
+    static = _Static(
+        structures[-1], tuple(axes_saved), tuple(run.axes.items()), shared, problem.spmd_axis_name
+    )
+    return Forward([*outs, *others], _PullBackOfEach(saved, static), kept)
+
+
+def _batched(jaxpr: core.Jaxpr, axes: Sequence[int | None]) -> list[bool]:
+    """Tell which outputs depend on inputs that have an axis of samples."""
+    known = {v for v, axis in zip(jaxpr.invars, axes, strict=True) if axis is not None}
+    is_known = lambda v: isinstance(v, core.Var) and v in known  # noqa: E731
+    for eqn in jaxpr.eqns:
+        if any(map(is_known, eqn.invars)):
+            known.update(eqn.outvars)
+    return [is_known(v) for v in jaxpr.outvars]
+
+
+class _Static(NamedTuple):
+    """What is known of a pull-back of each sample before it runs.
+
+    Attributes:
+      structure: of one sample's pull-back.
+      axes_saved: the axis of samples of what is saved for it, or None.
+      axes: that of the cotangent at each tap.
+      shared: which of the inputs whose cotangents are wanted all samples share.
+      spmd_axis_name: of the axis of samples.
+    """
+
+    structure: Any
+    axes_saved: tuple[int | None, ...]
+    axes: tuple[tuple[taps.Path, int], ...]
+    shared: tuple[bool, ...]
+    spmd_axis_name: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class _PullBackOfEach:
+    """A pull-back of each sample as a pytree, whose leaves are what is saved for it."""
+
+    def __init__(self, saved: list[Any], static: _Static) -> None:
+        self._saved, self._static = saved, static
 
     def __call__(self, cotangents: list[jax.Array]) -> Backward:
-        return Backward(*self._function(cotangents))
+        static = self._static
+
+        def of_sample(saved: list[Any], cotangents: list[Any]) -> Any:
+            pull_back: Any = jax.tree.unflatten(static.structure, saved)
+            return pull_back(cotangents)
+
+        stacked, at_taps, wanted = jax.vmap(
+            of_sample,
+            in_axes=([*static.axes_saved], 0),
+            out_axes=(0, dict(static.axes), 0),
+            spmd_axis_name=static.spmd_axis_name,
+        )(self._saved, cotangents)
+        both = zip(wanted, static.shared, strict=True)
+        return Backward(stacked, at_taps, [jnp.sum(g, 0) if own else g for g, own in both])
 
     def tree_flatten(self) -> Any:
-        return (self._function,), None
+        return (self._saved,), self._static
 
     @classmethod
-    def tree_unflatten(cls, _: Any, children: Any) -> _PullBack:
-        return cls(*children)
+    def tree_unflatten(cls, static: _Static, children: Any) -> _PullBackOfEach:
+        (saved,) = children
+        return cls(saved, static)

@@ -15,7 +15,7 @@ from jax.extend import core
 
 from psclip_optax import clipping
 from psclip_optax.engine.fusion import Fused
-from psclip_optax.engine.modes.batched import Forward, Inputs, Operand, forward
+from psclip_optax.engine.modes.batched import Forward, Inputs, Operand, forward_of_each
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.tapped import all_weights, squared_norms, weighted_sums
 from psclip_optax.engine.modes.weighing import told_scales, weights_of_sum
@@ -56,8 +56,8 @@ def _over_batch(problem: Problem, n: int, axes: list[int | None], num_cotangents
         wanted = [*range(len(weights), len(weights) + len(data))]
         inputs = Inputs([*weights, *data, *others], axes, wanted)
         all_of_them, _ = all_weights(problem, weights)
-        return forward(
-            problem, plans, all_of_them, inputs, {}, num_cotangents=num_cotangents, num_samples=n
+        return forward_of_each(
+            problem, plans, all_of_them, inputs, num_cotangents=num_cotangents, num_samples=n
         )
 
     @jax.custom_vjp
