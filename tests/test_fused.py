@@ -230,6 +230,30 @@ def test_a_loss_with_side_effects_is_not_fused():
     assert (plan.mode, fused) == ("one_pass", set())
 
 
+def test_a_loss_whose_batch_has_no_gradient_is_not_fused():
+    """As a custom_vjp within a custom_jvp, of which JAX has the gradient for one sample alone."""
+
+    @jax.custom_vjp
+    def inner(h):
+        return jnp.sin(h)
+
+    inner.defvjp(lambda h: (jnp.sin(h), h), lambda h, g: (g * jnp.cos(h),))
+
+    @jax.custom_jvp
+    def outer(h):
+        return inner(h)
+
+    outer.defjvp(lambda primals, tangents: (outer(*primals), jnp.cos(*primals) * tangents[0]))
+
+    def loss(params, x, y):
+        layer = jax.checkpoint(lambda h, own: (outer(h @ own), None))
+        return squared(lax.scan(layer, x, params["w"])[0] + params["b"], y)
+
+    params, prefix = {"w": normal(0, 2, 3, 3), "b": normal(1, 3)}, {"w": 0.3, "b": 0.2}
+    expected = results_of(loss, prefix, params, batch_of(), mode="vmap")
+    assert_close(results_of(loss, prefix, params, batch_of()), expected, 1e-5)
+
+
 def test_what_does_not_fit_into_memory_is_not_fused():
     loss, params, prefix, _ = LOSSES["by layer"]
     f = psc.clipped_grad(loss, prefix, memory_limit_bytes=1)

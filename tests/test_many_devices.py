@@ -466,19 +466,20 @@ def test_zoo_by_group_is_that_of_one_device_and_sends_no_more(name, groups, layo
         threshold = jax.tree.map(lambda _: psc.growing_threshold(0.1, 1.5), params)
         if groups == "by layer":
             threshold = psc.by_layer(params, 0.3)
-            stacks = [name for name in params if name.startswith("Scan")]
-            threshold |= {name: slices_of(params[name]) for name in stacks}
+            stacks = ["CheckpointBlock_0"] if name == "gpt_scanned" else []
+            threshold |= {stack: slices_of(params[stack]) for stack in stacks}
         run = functools.partial(psc.clipped_value_and_grad, threshold=threshold, return_stats=True)
         expected = jax.jit(run(model.loss, mode="vmap"))(params, *batch)
         assert run(model.loss).explain(params, *batch).mode == "fused"
         mesh = mesh_of(layout)
         loss = gathering(mesh, model.loss) if layout == "sharded parameters" else model.loss
         params, batch = placed(mesh, layout, params, batch)
-        compiled = jax.jit(run(loss)).lower(params, *batch).compile()
-        assert_close(compiled(params, *batch), expected, 1e-9, floor=1e-3)
+        assert_close(jax.jit(run(loss))(params, *batch), expected, 1e-9, floor=1e-3)
+        # Without a loop that may make a pass again, whose collectives are not counted.
+        once = jax.jit(run(loss, on_nonfinite="propagate")).lower(params, *batch).compile()
         plain = plain_gradient(loss).lower(params, *batch).compile().as_text()
-        sent, by_plain = num_elements(compiled.as_text()), num_elements(plain)
-        most = 1.5 * by_plain + 32 * n * expected[2].norms.shape[1]
+        sent, by_plain = num_elements(once.as_text()), num_elements(plain)
+        most = 1.02 * by_plain + 32 * n * expected[2].norms.shape[1]
         assert sent <= most, f"{sent} against {by_plain}"
 
 

@@ -11,8 +11,10 @@ from jax import lax
 
 from psclip_optax import clipping, meshes
 from psclip_optax.engine.explain import Plan, explained
+from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.engine.modes.batched import Inputs, Operand, forward
 from psclip_optax.engine.modes.mode import Mode
+from psclip_optax.engine.modes.one_pass import ONE_PASS
 from psclip_optax.engine.modes.operation import operation
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples
@@ -27,6 +29,12 @@ class FusedPass(Mode):
     name = "fused"
 
     def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+        try:
+            return self._run(problem, leaves, samples)
+        except NO_GRADIENT_OF_VMAP:
+            return ONE_PASS.run(problem, leaves, samples)
+
+    def _run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
         given = _Given(list(problem.plans.closed.consts), list(leaves), samples)
         if problem.on_nonfinite == "propagate" and not problem.may_be_padded:
             return _passed(problem, given, samples.counts).result
@@ -40,7 +48,8 @@ class FusedPass(Mode):
     def explain(
         self, problem: Problem, leaves: Sequence[Any], params: Any, num_samples: int, note: str
     ) -> Plan:
-        del leaves
+        if not _has_gradient_of_batch(problem, leaves):
+            return ONE_PASS.explain(problem, leaves, params, num_samples, note)
         fusion = problem.fusion
         assert fusion is not None
         return explained(
@@ -55,6 +64,11 @@ class FusedPass(Mode):
 
 
 FUSED = FusedPass()
+
+
+def _has_gradient_of_batch(problem: Problem, leaves: Sequence[Any]) -> bool:
+    """Tell whether JAX has the gradient of the loss under vmap, and not that of a sample alone."""
+    return estimated_bytes(problem.closed, problem.plans, leaves, 1).saved is not None
 
 
 class _Given(NamedTuple):
