@@ -6,6 +6,7 @@ from psclip_optax.clipped_grad import clipped_grad, clipped_value_and_grad
 from psclip_optax.clipping import ClipStats
 from psclip_optax.groups import by_layer
 from psclip_optax.optimizers import ps_clip_sgd
+from psclip_optax.slices import each_slice
 from psclip_optax.thresholds import AdaptiveThreshold, constant_threshold, growing_threshold
 from psclip_optax.thresholds.adaptive import (
     min_norm_threshold,
@@ -27,6 +28,7 @@ __all__ = [
     "clipped_grad",
     "clipped_value_and_grad",
     "constant_threshold",
+    "each_slice",
     "growing_threshold",
     "min_norm_threshold",
     "moment_threshold",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from psclip_optax.clipping import ClipStats
 from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
 from psclip_optax.engine.calls import Call, axes_of_leaves, take_apart, trace
 from psclip_optax.engine.explain import Plan
+from psclip_optax.engine.fusion import plan_fusion
 from psclip_optax.engine.memory import estimated_bytes
 from psclip_optax.engine.modes import MODES
+from psclip_optax.engine.modes.fused import FUSED
 from psclip_optax.engine.modes.micro_batches import MICRO_BATCHES
 from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.one_pass import ONE_PASS
@@ -120,15 +123,18 @@ def _share(counts: jax.Array, mask: Any, dtype: Any, options: Options) -> jax.Ar
 def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: bool) -> Problem:
     closed = trace(call, options.axis_name)
     warn_of_batch_statistics(closed, len(call.params))
+    plans = plan_weights(closed, len(call.params), groups)
+    may_be_fused = math.prod(groups.shape) > 1 and options.mode in ("auto", FUSED.name)
     return Problem(
         closed,
-        plan_weights(closed, len(call.params), groups),
+        plans,
         groups,
         options.on_nonfinite,
         stacks.norm_dtype(call.params),
         options.axis_name,
         options.spmd_axis_name,
         may_be_padded,
+        plan_fusion(plans, groups) if may_be_fused else None,
         options.norm_precision,
     )
 
@@ -145,11 +151,16 @@ def _mode(problem: Problem, call: Call, taus: Any, options: Options) -> Mode:
         return MODES[options.mode]
     limit = options.memory_limit_bytes or stacks.bytes_limit(jax.local_devices()[0])
     n = min(call.num_samples, options.microbatch_size or call.num_samples)
+    fusion = problem.fusion
+    at_once = FUSED if fusion is not None and fusion.fused else ONE_PASS
     if limit is None:
-        return ONE_PASS
+        return at_once
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in call.params)
-    of_batch = estimated_bytes(problem.closed, problem.plans, call.params, n).of_one_pass
-    return ONE_PASS if 2 * parameters + of_batch <= limit else TWO_PASS
+    estimate = estimated_bytes(problem.closed, problem.plans, call.params, n)
+    of_batch = estimate.of_one_pass
+    if fusion is not None and fusion.fused:
+        of_batch = estimate.of_fused([plan.weight for plan in fusion.rest])
+    return at_once if 2 * parameters + of_batch <= limit else TWO_PASS
 
 
 def _packed(

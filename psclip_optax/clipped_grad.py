@@ -61,7 +61,8 @@ def clipped_value_and_grad(
         such as `psc.growing_threshold`, or any callable from positions [n] to norms [n]. A tree
         prefix of the parameters with one of these for each group of leaves clips by group: ‖g_k‖
         and γ_k are then of a group's leaves alone, and a sample that is not finite in one is
-        dropped from all. [`psclip_optax.by_layer`][] makes one for the layers. None leaves it to
+        dropped from all. [`psclip_optax.by_layer`][] makes one for the layers, and
+        [`psclip_optax.each_slice`][] is for layers that are stacked in one array. None leaves it to
         each call, and to the train steps of `psclip_optax.training`.
       has_aux: whether the loss returns `(loss, aux)`.
       in_axes: where the samples lie in each argument after `params`: an int, None for what all
@@ -80,7 +81,8 @@ def clipped_value_and_grad(
           gradients are clipped by group.
         * "vmap" stacks gradients, for reference. All modes do so for a threshold below 1e-13.
         * "auto" is "one_pass" if, by an estimate, it fits into `memory_limit_bytes`, else
-          "two_pass".
+          "two_pass". By group it clips each that meets data in one place where its cotangents are,
+          within the one pass, and keeps nothing of it: "fused" in the plan.
       on_nonfinite: "drop" gives a sample whose loss or gradient is not finite weight 0 and counts
         it; it keeps its position and its share in N. In "one_pass" and "two_pass" so does a sample
         whose norm cannot be told from its square: above 1.8e19 in float32, or below 1e-13 under a

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psclip_optax.arrays import as_array, described, described_tree, is_integer
+from psclip_optax.slices import EachSlice
 from psclip_optax.thresholds import (
     AdaptiveThreshold,
     ConstantThreshold,
@@ -27,16 +27,28 @@ class Groups(NamedTuple):
     """Which leaves of the parameters are clipped together.
 
     Attributes:
-      of_leaf: the number of each leaf's group; None where one threshold is for all of them, and
-        arrays of samples have no axis of groups.
+      of_leaf: the number of each leaf's group, or of its first slice's; None where one threshold is
+        for all of them, and arrays of samples have no axis of groups.
+      num_slices: of each leaf whose slices are in groups of their own, one after the other, how
+        many there are; else 0.
     """
 
     of_leaf: tuple[int, ...] | None = None
+    num_slices: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What arrays of samples have behind their axis of samples."""
-        return () if self.of_leaf is None else (1 + max(self.of_leaf),)
+        if self.of_leaf is None:
+            return ()
+        return (max(self.columns(leaf).stop for leaf in range(len(self.of_leaf))),)
+
+    def columns(self, leaf: int) -> range:
+        """Which columns of arrays [n, groups] are of a leaf: one, or one for each of its slices."""
+        if self.of_leaf is None:
+            return range(1)
+        first = self.of_leaf[leaf]
+        return range(first, first + (self.num_slices[leaf] or 1))
 
     def part(self, values: Any, leaf: int) -> Any:
         """Take what arrays [..., groups] hold for the group of a leaf."""
@@ -50,6 +62,35 @@ class Groups(NamedTuple):
         for leaf, group in enumerate(self.of_leaf):
             leaves[group].append(leaf)
         return [*leaves]
+
+    def apart(self) -> Groups:
+        """The groups where each slice that has one of its own is a leaf."""
+        if not any(self.num_slices):
+            return self
+        leaves = range(len(self.num_slices))
+        of_leaf = tuple(column for leaf in leaves for column in self.columns(leaf))
+        return Groups(of_leaf, (0,) * len(of_leaf))
+
+    def slices(self, arrays: Sequence[Any], axes: Sequence[int]) -> list[Any]:
+        """Take arrays like the leaves apart into slices along an axis, those that are by slice."""
+        if not any(self.num_slices):
+            return [*arrays]
+        each = zip(arrays, axes, self.num_slices, strict=True)
+        parted = [
+            [array[(slice(None),) * axis + (i,)] for i in range(number)] if number else [array]
+            for array, axis, number in each
+        ]
+        return [part for parts in parted for part in parts]
+
+    def whole(self, slices: Sequence[Any]) -> list[Any]:
+        """Put arrays like the leaves together again, from slices along their leading axis."""
+        if not any(self.num_slices):
+            return [*slices]
+        rest = iter(slices)
+        return [
+            jnp.stack([next(rest) for _ in range(number)]) if number else next(rest)
+            for number in self.num_slices
+        ]
 
     def stacked(self, arrays: Iterable[Any]) -> Any:
         """Put what belongs to each group side by side, on a last axis."""
@@ -200,21 +241,26 @@ def in_groups_of(prefix: Any, threshold: Any) -> Any:
     return jax.tree.map(lambda _: threshold, prefix, is_leaf=is_threshold)
 
 
-def fitted(threshold: Any, params: Any) -> Limits:
+def fitted(threshold: Any, params: Any, sample_axis: int | None = None) -> Limits:
     """The limits that a threshold, or a tree of some, means for these parameters.
 
     Args:
       threshold: a number, a callable, or a tree prefix of the parameters with one for each group.
       params: the parameters, or what has their structure.
+      sample_axis: where that is a stack for each of them, its axis of samples.
 
     Raises:
       TypeError: what stands for a threshold is none.
-      ValueError: the prefix does not fit, or a group has no leaves.
+      ValueError: the prefix does not fit, a group has no leaves, or slices are not as many as
+        thresholds for them.
     """
     node_types = _node_types(params)
     if not is_prefix(threshold, node_types):
         return Limits((as_threshold(threshold),), ALL_TOGETHER)
-    is_leaf: Callable[[Any], bool] = functools.partial(is_threshold, node_types=node_types)
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, EachSlice) or is_threshold(node, node_types)
+
     named, treedef = jax.tree_util.tree_flatten_with_path(threshold, is_leaf=is_leaf)
     try:
         parts = treedef.flatten_up_to(params)
@@ -224,16 +270,41 @@ def fitted(threshold: Any, params: Any) -> Limits:
             f"is clipped together, got {threshold!r} for parameters {described_tree(params)}; "
             "psc.by_layer(params, threshold) makes one"
         ) from error
-    sizes = [len(jax.tree.leaves(part)) for part in parts]
-    if 0 in sizes:
-        (path, _), part = named[sizes.index(0)], parts[sizes.index(0)]
-        name = jax.tree_util.keystr(path)
-        raise ValueError(
-            f"threshold{name} is for a group, but params{name} has no arrays to clip, got {part!r};"
-            " leave it in the prefix as it is, without a threshold"
-        )
-    of_leaf = tuple(group for group, size in enumerate(sizes) for _ in range(size))
-    return Limits(tuple(_as_threshold_at(*one) for one in named), Groups(of_leaf))
+    thresholds: list[Threshold] = []
+    of_leaf: list[int] = []
+    num_slices: list[int] = []
+    for (path, node), part in zip(named, parts, strict=True):
+        number = len(jax.tree.leaves(part))
+        if not number:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"threshold{name} is for a group, but params{name} has no arrays to clip, got "
+                f"{part!r}; leave it in the prefix as it is, without a threshold"
+            )
+        of_leaf += [len(thresholds)] * number
+        num_slices += [_num_slices(node, path, part, sample_axis)] * number
+        own = node.thresholds if isinstance(node, EachSlice) else [node]
+        thresholds += [_as_threshold_at(path, one) for one in own]
+    return Limits(tuple(thresholds), Groups(tuple(of_leaf), tuple(num_slices)))
+
+
+def _num_slices(node: Any, path: Any, part: Any, sample_axis: int | None) -> int:
+    """How many slices of the leaves are groups of their own; 0 where a group has them whole."""
+    if not isinstance(node, EachSlice):
+        return 0
+    number = len(node.thresholds)
+    for leaf in jax.tree.leaves(part):
+        shape = [*jnp.shape(leaf)]
+        if sample_axis is not None and -len(shape) <= sample_axis < len(shape):
+            del shape[sample_axis]
+        if shape[:1] != [number]:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"threshold{name} has {number} thresholds, one for each slice along the leading "
+                f"axis of each leaf of params{name}, but one has shape {shape}; give each_slice as "
+                "many as there are slices"
+            )
+    return number
 
 
 def _node_types(tree: Any) -> frozenset[type]:

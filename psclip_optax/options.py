@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from jax import lax
 
 from psclip_optax import clipping
 from psclip_optax.arrays import is_integer
 from psclip_optax.clipping import OnNonfinite
-from psclip_optax.engine.modes import MODES
 from psclip_optax.engine.units import Unit
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
@@ -61,7 +60,7 @@ def checked_size(name: str, size: Any) -> int | None:
 
 
 def _check_mode(mode: str) -> None:
-    known = ["auto", *MODES]
+    known = get_args(Mode)
     if mode not in known:
         raise ValueError(f"mode is one of {', '.join(map(repr, known))}, got {mode!r}")
 

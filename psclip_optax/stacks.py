@@ -35,6 +35,21 @@ class Stack(NamedTuple):
     def num_samples(self) -> int:
         return self.leaves[0].shape[self.axes[0]]
 
+    def apart(self) -> Stack:
+        """The stack with a leaf for each slice that is in a group of its own."""
+        apart = self.groups.apart()
+        if apart is self.groups:
+            return self
+        # What comes first of one sample's leaf is its leading axis.
+        leading = [int(axis == 0) for axis in self.axes]
+        axes = [
+            axis - (axis > 0) if n else axis
+            for axis, n in zip(self.axes, self.groups.num_slices, strict=True)
+        ]
+        each = zip(axes, self.groups.num_slices, strict=True)
+        leaves = self.groups.slices(self.leaves, leading)
+        return Stack(leaves, tuple(axis for axis, n in each for _ in range(n or 1)), apart)
+
     def with_own(self, *by_group: jax.Array) -> Iterator[tuple[Any, ...]]:
         """Give each leaf, its axis, and what arrays [n] or [n, groups] hold for its group."""
         for i, both in enumerate(zip(self.leaves, self.axes, strict=True)):

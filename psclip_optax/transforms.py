@@ -161,7 +161,7 @@ def clip_and_sum(
     on_nonfinite: OnNonfinite,
 ) -> tuple[list[jax.Array], ClipStats, jax.Array]:
     """Σ γ_k g_k per leaf, the figures, and which samples count and were not dropped, bool [n]."""
-    stack = Stack(leaves, axes, groups)
+    stack = Stack(leaves, axes, groups).apart()
     squared_norms = stacks.squared_norms(stack, batch.taus.dtype)
     if on_nonfinite == "propagate" and not masked:
         sums, norms, scales, finite = _clip_in_two_reads(stack, batch, squared_norms)
@@ -172,7 +172,7 @@ def clip_and_sum(
             lambda: _clip_in_two_reads(stack, batch, squared_norms),
         )
     kept = batch.counts & finite
-    return sums, clipping.clip_stats(norms, scales, batch.counts, finite), kept
+    return groups.whole(sums), clipping.clip_stats(norms, scales, batch.counts, finite), kept
 
 
 def clipped_alone(
@@ -182,7 +182,7 @@ def clipped_alone(
 
     By group, τ, ‖g‖ and γ are [groups].
     """
-    stack = Stack([leaf[None] for leaf in leaves], (0,) * len(leaves), groups)
+    stack = Stack([leaf[None] for leaf in leaves], (0,) * len(leaves), groups).apart()
     taus = tau.reshape(1, *groups.shape)
     squared_norms = stacks.squared_norms(stack, taus.dtype)
 
@@ -203,8 +203,12 @@ def clipped_alone(
         scaled = leaf.astype(promoted(leaf.dtype, factor.dtype)) * factor * weight
         return scaled.astype(leaf.dtype)
 
-    own = [(groups.part(factor, i), groups.part(weight, i)) for i in range(len(leaves))]
-    return [clipped(leaf, *two) for leaf, two in zip(leaves, own, strict=True)], norm, scale
+    both = stack.with_own(factor[None], weight[None])
+    return (
+        groups.whole([clipped(leaf[0], *(x[0] for x in own)) for leaf, _, *own in both]),
+        norm,
+        scale,
+    )
 
 
 def _next_state(
@@ -263,7 +267,7 @@ def per_sample_clip(
         this one, as kept in the state. None is [`psclip_optax.auto_threshold`][], which needs no
         number. A tree prefix of the parameters with one of these for each group of leaves clips by
         group: ‖g_k‖ and γ_k are then of a group's leaves alone; [`psclip_optax.by_layer`][] makes
-        one.
+        one, and [`psclip_optax.each_slice`][] is for layers that are stacked in one array.
       sample_axis: the axis of every leaf along which the n samples are stacked.
       on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
         keeps its position and its share in N. "propagate" lets it through, so that the result is
@@ -365,7 +369,7 @@ def per_sample_clip(
     ) -> tuple[optax.Updates, PerSampleClipState]:
         meshes.check_axis_name(axis_name)
         stacks.refuse_masked_nodes(per_sample_grads)
-        limits = groups.fitted(threshold, per_sample_grads)
+        limits = groups.fitted(threshold, per_sample_grads, sample_axis)
         if not jax.tree.leaves((per_sample_grads, params)):
             figures = clipping.no_figures()
             return per_sample_grads, _next_state(state, figures, state.threshold_state)
@@ -397,7 +401,7 @@ def per_sample_clip(
         own_limits = limits
         if rule.is_new is not None:
             own = state_for_batch(rule, state.threshold_state, measure, counts, axis_name=axis_name)
-            own_limits = groups.fitted(rule.threshold(own), per_sample_grads)
+            own_limits = groups.fitted(rule.threshold(own), per_sample_grads, sample_axis)
         sums, stats, kept = clipped_sum(Batch(thresholds(own_limits), counts))
         if axis_name is not None:
             sums = lax.psum(sums, axis_name)

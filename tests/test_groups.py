@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import psclip_optax as psc
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing, in_float64
 
-MODES = ["one_pass", "two_pass", "vmap"]
+MODES = ["auto", "one_pass", "two_pass", "vmap"]
 N = 7
 
 

@@ -444,6 +444,67 @@ def test_zoo_is_that_of_one_device_and_sends_no_more_than_a_plain_gradient(name,
         assert sent <= 1.5 * by_plain + 16 * n, f"{sent} against {by_plain}"
 
 
+def slices_of(tree):
+    """Each layer of a stack a group of its own."""
+    return psc.each_slice([0.1] * len(jax.tree.leaves(tree)[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "layout"),
+    [
+        ("alexnet", "by leaf", "data parallel"),
+        ("gpt_tied", "by layer", "sharded parameters"),
+        ("gpt_scanned", "by leaf", "sharded parameters"),
+        ("gpt_scanned", "by layer", "data parallel"),
+    ],
+)
+def test_zoo_by_group_is_that_of_one_device_and_sends_no_more(name, groups, layout):
+    n = 16
+    with enable_x64(True):
+        model = ZOO[name]("small")
+        params, batch = in_float64(model.params), in_float64(model.batch(n))
+        threshold = jax.tree.map(lambda _: psc.growing_threshold(0.1, 1.5), params)
+        if groups == "by layer":
+            threshold = psc.by_layer(params, 0.3)
+            stacks = ["CheckpointBlock_0"] if name == "gpt_scanned" else []
+            threshold |= {stack: slices_of(params[stack]) for stack in stacks}
+        run = functools.partial(psc.clipped_value_and_grad, threshold=threshold, return_stats=True)
+        expected = jax.jit(run(model.loss, mode="vmap"))(params, *batch)
+        assert run(model.loss).explain(params, *batch).mode == "fused"
+        mesh = mesh_of(layout)
+        loss = gathering(mesh, model.loss) if layout == "sharded parameters" else model.loss
+        params, batch = placed(mesh, layout, params, batch)
+        assert_close(jax.jit(run(loss))(params, *batch), expected, 1e-9, floor=1e-3)
+        # Without a loop that may make a pass again, whose collectives are not counted.
+        once = jax.jit(run(loss, on_nonfinite="propagate")).lower(params, *batch).compile()
+        plain = plain_gradient(loss).lower(params, *batch).compile().as_text()
+        sent, by_plain = num_elements(once.as_text()), num_elements(plain)
+        most = 1.02 * by_plain + 32 * n * expected[2].norms.shape[1]
+        assert sent <= most, f"{sent} against {by_plain}"
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 8}], ids=in_words)
+def test_groups_under_shard_map(options):
+    with enable_x64(True):
+        params, batch = sequences()
+        prefix = {"table": 0.2, "w": THRESHOLD, "b": 0.3}
+        f = functools.partial(psc.clipped_value_and_grad, sequence_loss, prefix, return_stats=True)
+        expected = jax.jit(f(mode="vmap"))(params, *batch, sample_mask=MASK)
+        by_sample = P("data")
+        specs = (P(), P(), psc.ClipStats(by_sample, by_sample, P(), P()))
+
+        def run(params, batch, mask):
+            return f(axis_name="data", **options)(params, *batch, sample_mask=mask)
+
+        sharded = jax.shard_map(
+            run,
+            mesh=mesh_of("data parallel"),
+            in_specs=(P(), by_sample, by_sample),
+            out_specs=specs,
+        )
+        assert_same(jax.jit(sharded)(params, batch, jnp.asarray(MASK)), expected)
+
+
 @pytest.mark.as_is
 @pytest.mark.parametrize("name", ["alexnet", "gpt", "lstm"])
 def test_two_passes_send_the_gradient_once_as_users_have_them(name):

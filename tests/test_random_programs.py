@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
+from tests.fuzz import check as fuzz
 from tests.fuzz import record
 from tests.random_programs.checks import check, reduced, relative_error, shortened
 from tests.random_programs.drawing import draw_program
@@ -25,6 +26,13 @@ def test_random_programs_have_the_clipped_gradients_of_vmap_of_grad(chunk, runni
         with record.noted(running_programs, f"python -m tests.random_programs --show {seed}"):
             outcome = check(program)
         assert outcome.ok or not outcome.has_reference, f"{outcome.message}\n{program}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_programs_by_group_have_the_clipped_gradients_of_vmap_of_grad(seed):
+    programs = (p for p in map(draw_program, range(9 * seed, 900)) if p.mixture == "float64")
+    outcome = fuzz.check(next(programs), by_group=True)
+    assert outcome.ok, outcome.message
 
 
 # The programs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from psclip_optax.engine import norms
 from psclip_optax.engine.analysis.computed import compute
 from psclip_optax.engine.flops import count_flops
+from psclip_optax.engine.fusion import Fusion
 from psclip_optax.engine.memory import entering, kept_bytes_of, leaving
 from psclip_optax.engine.plan import LeafPlan, Plans
 from psclip_optax.groups import Groups
 from psclip_optax.table import table
 
+# Columns that only some plans have, by the field of a row.
+_BY_GROUP = {"group": "group", "is_fused": "fused"}
 _COLUMNS = ("parameter", "shape", "route", "sites", "extra FLOPs", "extra bytes", "reason")
 
 
@@ -32,10 +35,13 @@ class PlanRow:
         site); "plain" where micro-batches are clipped.
       num_sites: how many times it enters the loss, the steps of a scan counted once.
       extra_flops: floating-point operations for the norms of a batch, as XLA counts them.
-      extra_bytes: what a batch keeps until the norms are known, beyond a plain gradient.
-      reason: why the route was taken; for a fallback the operation and the user's line.
+      extra_bytes: what a batch keeps until the norms are known, beyond a plain gradient; 0 where
+        the group is fused, for it is clipped where it is differentiated.
+      reason: why the route was taken; for a fallback the operation and the user's line. Where
+        other groups are fused, what keeps this one from it.
       group: where gradients are clipped by group, the column of norms and scales that is of the
-        parameter's, from 0 on.
+        parameter's, from 0 on; their range where it has one for each slice.
+      is_fused: in mode "fused", whether its group is clipped within the one backward pass.
     """
 
     parameter: str
@@ -45,7 +51,8 @@ class PlanRow:
     extra_flops: float
     extra_bytes: int
     reason: str
-    group: int | None = None
+    group: int | range | None = None
+    is_fused: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +75,11 @@ class Plan:
     note: str = ""
 
     def __str__(self) -> str:
-        by_group = any(row.group is not None for row in self.rows)
-        columns = (_COLUMNS[0], "group", *_COLUMNS[1:]) if by_group else _COLUMNS
-        cells = [columns, *(_cells(row) for row in self.rows)]
+        has = [
+            name for name in _BY_GROUP if any(getattr(row, name) is not None for row in self.rows)
+        ]
+        columns = (_COLUMNS[0], *(_BY_GROUP[name] for name in has), *_COLUMNS[1:])
+        cells = [columns, *(_cells(row, has) for row in self.rows)]
         flops, extra = (
             _short(sum(getattr(row, name) for row in self.rows))
             for name in ("extra_flops", "extra_bytes")
@@ -84,8 +93,10 @@ class Plan:
         """Name each parameter's group."""
         if groups.of_leaf is None:
             return self
-        both = zip(self.rows, groups.of_leaf, strict=True)
-        rows = tuple(dataclasses.replace(row, group=group) for row, group in both)
+        rows = tuple(
+            dataclasses.replace(row, group=columns[0] if len(columns) == 1 else columns)
+            for row, columns in ((row, groups.columns(i)) for i, row in enumerate(self.rows))
+        )
         return dataclasses.replace(self, rows=rows)
 
     def _how(self) -> str:
@@ -96,10 +107,16 @@ class Plan:
         return " (one pass)" if self.num_slices == 1 else f" (one pass in {self.num_slices} slices)"
 
 
-def _cells(row: PlanRow) -> tuple[str, ...]:
+def _cells(row: PlanRow, by_group: Sequence[str]) -> tuple[str, ...]:
     numbers = _short(row.extra_flops), _short(row.extra_bytes)
-    group = [] if row.group is None else [str(row.group)]
-    return (row.parameter, *group, row.shape, row.route, str(row.num_sites), *numbers, row.reason)
+    some = [_in_words(getattr(row, name)) for name in by_group]
+    return (row.parameter, *some, row.shape, row.route, str(row.num_sites), *numbers, row.reason)
+
+
+def _in_words(value: bool | int | range) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, int) else f"{value[0]}-{value[-1]}"
 
 
 def _short(number: float) -> str:
@@ -116,20 +133,41 @@ def explained(
     dtype: Any,
     *,
     mode: str,
-    num_slices: int | None,
-    note: str,
+    num_slices: int | None = 1,
+    note: str = "",
+    fusion: Fusion | None = None,
 ) -> Plan:
     """Explain the plans of all weights to the caller, a row for each parameter."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     costs = _Costs(plans, num_samples, dtype)
-    by_leaf: dict[int, list[LeafPlan]] = {}
+    of_piece: dict[int, list[_Costed]] = {plan.weight: [(costs, plan)] for plan in plans.leaves}
+    obstacles: dict[int, str | None] = {}
+    if fusion is not None:
+        of_piece |= _fused(fusion, num_samples, dtype)
+        obstacles = {plan.weight: fusion.obstacles.get(plan.weight) for plan in plans.leaves}
+    pieces: dict[int, list[int]] = {}
     for plan, leaf in zip(plans.leaves, plans.pieces.leaf_of, strict=True):
-        by_leaf.setdefault(leaf, []).append(plan)
+        pieces.setdefault(leaf, []).append(plan.weight)
     rows = [
-        _row(costs, by_leaf[i], jax.tree_util.keystr(path), jnp.asarray(leaf))
+        _row(
+            [one for piece in pieces[i] for one in of_piece[piece]],
+            jax.tree_util.keystr(path),
+            jnp.asarray(leaf),
+            None if fusion is None else [obstacles[piece] for piece in pieces[i]],
+        )
         for i, (path, leaf) in enumerate(paths)
     ]
     return Plan(tuple(rows), mode, num_samples, num_slices, note)
+
+
+def _fused(fusion: Fusion, num_samples: int, dtype: Any) -> dict[int, list[_Costed]]:
+    """Find the plans of each fused parameter's views within its segment."""
+    found: dict[int, list[_Costed]] = {}
+    for one in fusion.fused:
+        costs = _Costs(one.plans, num_samples, dtype, len(one.columns), is_kept=False)
+        for parameter, plan in zip(one.segment.parameters, one.plans.leaves, strict=True):
+            found.setdefault(parameter, []).append((costs, plan))
+    return found
 
 
 def explained_microbatches(params: Any, num_samples: int) -> Plan:
@@ -153,28 +191,39 @@ def _described(leaf: Any) -> str:
     return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
 
 
-def _row(costs: _Costs, pieces: Sequence[LeafPlan], path: str, leaf: jax.Array) -> PlanRow:
-    through = [other for plan in pieces for other in costs.through(plan)]
-    both = [*pieces, *(other for plan in pieces for other in costs.accounted_to(plan))]
-    routes = dict.fromkeys(group.route.name for p in [*pieces, *through] for group in p.groups)
-    reasons = [reason for plan in pieces for reason in costs.reasons(plan)]
+def _row(
+    pieces: Sequence[_Costed],
+    path: str,
+    leaf: jax.Array,
+    obstacles: Sequence[str | None] | None,
+) -> PlanRow:
+    """Describe a parameter, from the plans of its pieces and what keeps each from being fused."""
+    through = [other for costs, plan in pieces for other in costs.through(plan)]
+    plans = [*(plan for _, plan in pieces), *through]
+    both = [(costs, one) for costs, plan in pieces for one in (plan, *costs.accounted_to(plan))]
+    routes = dict.fromkeys(group.route.name for plan in plans for group in plan.groups)
+    reasons = [reason for costs, plan in pieces for reason in costs.reasons(plan)]
+    reasons += [f"not fused: {obstacle}" for obstacle in obstacles or () if obstacle]
     return PlanRow(
         parameter=path,
         shape=_described(leaf),
         route=", ".join(routes) or "direct",
-        num_sites=sum(len(p.sites) for p in [*pieces, *through]),
-        extra_flops=sum(map(costs.flops, both)),
-        extra_bytes=sum(map(costs.kept_bytes, both)),
+        num_sites=sum(len(plan.sites) for plan in plans),
+        extra_flops=sum(costs.flops(plan) for costs, plan in both),
+        extra_bytes=sum(costs.kept_bytes(plan) for costs, plan in both),
         reason="; ".join(dict.fromkeys(reason for reason in reasons if reason)),
+        is_fused=None if obstacles is None else not any(obstacles),
     )
 
 
 class _Costs(NamedTuple):
-    """The costs of the plans of all weights, for so many samples."""
+    """The costs of the plans of all weights, for so many samples, in so many steps of a scan."""
 
     plans: Plans
     num_samples: int
     dtype: Any
+    num_steps: int = 1
+    is_kept: bool = True
 
     def through(self, plan: LeafPlan) -> list[LeafPlan]:
         return [other for other in self.plans.others if other.weight in plan.through]
@@ -195,9 +244,14 @@ class _Costs(NamedTuple):
         return next(aval for one, aval in both if one.weight == plan.weight)
 
     def kept_bytes(self, plan: LeafPlan) -> int:
+        if not self.is_kept:
+            return 0
         return kept_bytes_of(plan, self.aval(plan), self.num_samples)
 
     def flops(self, plan: LeafPlan) -> float:
+        return self.num_steps * self._flops_of_a_step(plan)
+
+    def _flops_of_a_step(self, plan: LeafPlan) -> float:
         if plan.norm == "pulled back":
             return self._flops_of_pulling_back(plan)
         aval = self.aval(plan)
@@ -254,6 +308,9 @@ class _Costs(NamedTuple):
             jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.plans.avals[:num_leaves]
         ]
         return count_flops(squared_norms, (parameters, stacks, entered, left))
+
+
+_Costed: TypeAlias = tuple[_Costs, LeafPlan]
 
 
 def _reason(plan: LeafPlan) -> str:

@@ -45,6 +45,11 @@ class Bytes(NamedTuple):
         """Sum the bytes of one pass at the worst: a scan's loop frees nothing before it ends."""
         return max(self.saved_rewritten or 0, self.entering) + sum(self.kept.values())
 
+    def of_fused(self, rest: Iterable[int]) -> int:
+        """Sum the bytes of a pass that keeps nothing of any weights but these."""
+        kept = [self.kept[weight] for weight in rest]
+        return max(self.saved_rewritten or 0, self.entering if kept else 0) + sum(kept)
+
 
 def estimated_bytes(
     closed: core.ClosedJaxpr, plans: Plans, leaves: Sequence[Any], num_samples: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jax.extend import core
@@ -14,6 +15,7 @@ from psclip_optax.engine.analysis.hoisting import hoisted
 from psclip_optax.engine.analysis.normal_form import normal_form
 from psclip_optax.engine.analysis.pieces import Pieces, in_pieces
 from psclip_optax.engine.analysis.rewrites import rewritten
+from psclip_optax.engine.analysis.segments import Segment
 from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage
 from psclip_optax.engine.analysis.unit_axes import without_unit_axes
 from psclip_optax.engine.analysis.usage import find_usage
@@ -101,6 +103,13 @@ class Plans(NamedTuple):
     def all(self) -> list[LeafPlan]:
         return [*self.leaves, *self.others]
 
+    def columns(self, weight: int, groups: Groups) -> range:
+        """Say which columns of norms and scales by group are of a weight."""
+        leaf = self.parameter_of(weight)
+        columns = groups.columns(leaf)
+        box = self.pieces.box_of(weight) if len(columns) > 1 else None
+        return columns if box is None else columns[slice(*box[0])]
+
     def parameter_of(self, weight: int) -> int:
         """Find a parameter that a weight is, or is a piece of, or is computed from."""
         leaf_of = self.pieces.leaf_of
@@ -133,28 +142,58 @@ def plan_weights(
         better = improved(closed, usage)
         if better is not closed:
             closed, usage = better, find_usage(better, num_leaves, route_of)
-    closed, pieces = in_pieces(closed, usage)
+    by_slice = [leaf for leaf in range(num_leaves) if len(together.columns(leaf)) > 1]
+    closed, pieces = in_pieces(closed, usage, by_slice)
     if any(pieces.boxes):
         num_leaves = len(pieces.leaf_of)
         usage = find_usage(closed, num_leaves, route_of)
-    avals = [aval(variable) for variable in closed.jaxpr.invars[:num_leaves]]
-    leaves = [_plan_weight(i, shaped, usage) for i, shaped in enumerate(avals)]
+    return _planned(closed, pieces, usage, together)
+
+
+def plan_segment(segment: Segment) -> Plans:
+    """Plan the gradients of the weights of a segment, which are clipped together."""
+    closed, num_weights = segment.closed, len(segment.weights)
+    usage = find_usage(closed, num_weights, route_of, segment.num_cotangents)
+    pieces = Pieces((None,) * num_weights)
+    return _planned(closed, pieces, usage, ALL_TOGETHER, are_small_direct=False)
+
+
+def without_small(plans: Plans, usage: Usage, together: Groups) -> Plans:
+    """Plan anew, so that no weight that has sites is direct because it is small."""
+    return _planned(plans.closed, plans.pieces, usage, together, are_small_direct=False)
+
+
+def _planned(
+    closed: core.ClosedJaxpr,
+    pieces: Pieces,
+    usage: Usage,
+    together: Groups,
+    *,
+    are_small_direct: bool = True,
+) -> Plans:
+    avals = [aval(variable) for variable in closed.jaxpr.invars[: usage.num_leaves]]
+    plan_one = functools.partial(_plan_weight, usage=usage, may_be_small=are_small_direct)
+    leaves = [plan_one(i, shaped) for i, shaped in enumerate(avals)]
     plans = Plans(leaves, [], [], closed, pieces)
+    for plan in plans.leaves:
+        if len(plans.columns(plan.weight, together)) > 1 and plan.is_used:
+            leaves[plan.weight] = LeafPlan(plan.weight, escape=plan.escape or _BY_SLICE)
     for family in _families(usage):
         if _is_of_one_group(plans, family, together):
-            _add_family(plans, family, usage, avals)
+            _add_family(plans, family, plan_one, avals)
         else:
-            _differentiate(plans, family, Escape(_OF_SEVERAL_GROUPS, ""))
+            _differentiate(plans, family, _OF_SEVERAL_GROUPS)
     return plans
 
 
-_OF_SEVERAL_GROUPS = "enters weights that are computed from parameters of several groups"
+_OF_SEVERAL_GROUPS = Escape("enters weights computed from parameters of several groups", "")
+_BY_SLICE = Escape("is clipped by slices", "")
 
 
 def _is_of_one_group(plans: Plans, family: _Family, together: Groups) -> bool:
     """Whether one norm and one weight a sample will do for all that is in a family."""
-    parameters = (plans.parameter_of(leaf) for leaf in _relatives(family))
-    return together.of_leaf is None or len({together.of_leaf[p] for p in parameters}) == 1
+    columns = {plans.columns(leaf, together) for leaf in _relatives(family)}
+    return len(columns) == 1 and len(*columns) == 1
 
 
 def _relatives(family: _Family) -> list[int]:
@@ -172,9 +211,11 @@ def _hoisted(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
     return hoisted(closed, usage.num_leaves) if usage.is_computed_in_steps else closed
 
 
-def _add_family(plans: Plans, family: _Family, usage: Usage, avals: Sequence[Any]) -> None:
+def _add_family(
+    plans: Plans, family: _Family, plan_one: Callable[[int, Any], LeafPlan], avals: Sequence[Any]
+) -> None:
     """Plan computed weights, and anew the parameters that they are computed from."""
-    others = [_plan_weight(weight, one.aval, usage) for weight, one in family.items()]
+    others = [plan_one(weight, one.aval) for weight, one in family.items()]
     parents = [plans.leaves[leaf] for leaf in _relatives(family)]
     if _is_better_differentiated(parents, others, avals, family):
         _differentiate(plans, family, next((p.escape for p in others if p.escape), None))
@@ -276,12 +317,12 @@ def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
     return [in_y[axis] for axis in axes] if all(axis in in_y for axis in axes) else None
 
 
-def _plan_weight(weight: int, shaped: Any, usage: Usage) -> LeafPlan:
+def _plan_weight(weight: int, shaped: Any, usage: Usage, may_be_small: bool) -> LeafPlan:
     """Plan a weight by itself."""
     sites = [site for site in usage.sites if site.view.weight == weight]
     escape = usage.escapes.get(weight)
     is_used = bool(sites) or escape is not None
-    if escape is not None or _is_small(shaped, sites):
+    if escape is not None or (may_be_small and _is_small(shaped, sites)):
         return LeafPlan(weight, escape=escape, is_used=is_used)
     frames: dict[Any, list[Site]] = {}
     for site in sites:

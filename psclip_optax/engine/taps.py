@@ -3,14 +3,15 @@
 A *tap* is an array of zeros that is added to what leaves a site. Its cotangent is that of what
 leaves, and what enters (and leaves, if asked for) is kept: it is returned beside the loss. A
 *probe* is a zero whose cotangent is the squared norm of the gradient at its site, so that nothing
-is kept. Equations without sites in them are run as they are: the derivative rules of the user,
-rematerialisation and control flow stay.
+is kept. An *operation* takes the place of all equations of a segment. Equations without any of
+these in them are run as they are: the derivative rules of the user, rematerialisation and control
+flow stay.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -27,10 +28,12 @@ from psclip_optax.engine.analysis.equations import (
     parted,
     scan_counts,
 )
+from psclip_optax.engine.analysis.segments import Segment
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import Path, as_function, aval, run_equation
 
-Taps: TypeAlias = dict[Path, jax.Array]
+# By path the zeros of taps and probes, and the tuples of arrays that operations are given.
+Taps: TypeAlias = dict[Path, Any]
 Axes: TypeAlias = dict[Path, int]
 Side: TypeAlias = Literal["entering", "leaving"]
 Kept: TypeAlias = dict[tuple[Path, Side], tuple[jax.Array, ...]]
@@ -53,6 +56,18 @@ class Action(NamedTuple):
     num_scans: int
     keeps: tuple[Side, ...]
     run: Callable[..., Any]
+
+
+class Operation(NamedTuple):
+    """What takes the place of a segment's equations.
+
+    Attributes:
+      segment: where it stands.
+      run: a function from what it is given besides, and the segment's inputs, to its outputs.
+    """
+
+    segment: Segment
+    run: Callable[..., list[Any]]
 
 
 def tap(site: Site, *, keeps_y: bool = False) -> Action:
@@ -117,7 +132,7 @@ def run_with(
     closed: core.ClosedJaxpr,
     inputs: Sequence[Any],
     zeros: Taps,
-    actions: dict[Path, Action],
+    actions: Mapping[Path, Action | Operation],
     given: dict[tuple[Path, int], Any],
 ) -> tuple[list[Any], Kept]:
     """Run a jaxpr, and return its outputs and what the actions at its sites keep.
@@ -125,8 +140,8 @@ def run_with(
     Args:
       closed: the jaxpr.
       inputs: its inputs.
-      zeros: each action's array of zeros.
-      actions: the action at each site.
+      zeros: each action's array of zeros, and what each operation is given.
+      actions: the action at each site, and the operation in the place of each segment.
       given: values to take for outputs of equations, by the equation's path and the output's index.
     """
     return _Runner(actions, given).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
@@ -143,26 +158,49 @@ class _Stretch:
         self.run = as_function(eqns, self.inputs, self.outputs)
 
 
-def _stretches(jaxpr: core.Jaxpr, tapped: list[int]) -> Iterator[tuple[int, Any]]:
-    """Return the equations in order: those with taps, and what lies between two of them as one."""
+_Part: TypeAlias = core.JaxprEqn | Segment | _Stretch
+
+
+def _parts(
+    jaxpr: core.Jaxpr, tapped: set[int], segments: dict[int, Segment]
+) -> Iterator[tuple[int, _Part]]:
+    """Return the equations in order: those with taps, segments, and what lies between as one.
+
+    Args:
+      jaxpr: the jaxpr.
+      tapped: the indices of equations with taps in them.
+      segments: by the index of its last equation, in whose place it is.
+    """
     needed: set[Any] = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
-    parts: list[tuple[int, Any]] = []
-    stop = len(jaxpr.eqns)
-    for i in [*reversed(tapped), -1]:
-        between = jaxpr.eqns[i + 1 : stop]
+    parts: list[tuple[int, _Part]] = []
+    between: list[core.JaxprEqn] = []
+    inside = frozenset().union(*(segment.equations for segment in segments.values()))
+
+    def add(i: int, part: _Part, inputs: Sequence[Any]) -> None:
+        parts.append((i, part))
+        needed.update(var for var in inputs if not isinstance(var, core.Literal))
+
+    def add_between(i: int) -> None:
         if between:
-            parts.append((i + 1, _Stretch(between, set(needed))))
-            needed |= set(parts[-1][1].inputs)
-        if i >= 0:
-            eqn = jaxpr.eqns[i]
-            parts.append((i, eqn))
-            needed |= {var for var in eqn.invars if not isinstance(var, core.Literal)}
-        stop = i
+            stretch = _Stretch(between[::-1], set(needed))
+            between.clear()
+            add(i, stretch, stretch.inputs)
+
+    for i in reversed(range(len(jaxpr.eqns))):
+        if i in segments:
+            add_between(i)
+            add(i, segments[i], segments[i].inputs)
+        elif i in tapped and i not in inside:
+            add_between(i)
+            add(i, jaxpr.eqns[i], jaxpr.eqns[i].invars)
+        elif i not in inside:
+            between.append(jaxpr.eqns[i])
+    add_between(0)
     return reversed(parts)
 
 
 class _Runner(NamedTuple):
-    actions: dict[Path, Action]
+    actions: Mapping[Path, Action | Operation]
     given: dict[tuple[Path, int], Any]
 
     def jaxpr(
@@ -181,18 +219,26 @@ class _Runner(NamedTuple):
 
         kept: Kept = {}
         of_interest = [*taps, *(p for p, _ in self.given if p[: len(path)] == path)]
-        tapped = sorted({p[len(path)] for p in of_interest})
-        for i, stretch in _stretches(jaxpr, tapped):
-            if isinstance(stretch, _Stretch):
-                outs = stretch.run(*map(read, stretch.inputs))
-                values.update(zip(stretch.outputs, outs, strict=True))
-                continue
+        tapped = {p[len(path)] for p in of_interest}
+        segments = {i: one for i in tapped if (one := self.segment((*path, i)))}
+        for i, part in _parts(jaxpr, tapped, segments):
             here = (*path, i)
-            inside = {p: tap for p, tap in taps.items() if p[: len(here)] == here}
-            outs, new = self.eqn(stretch, [read(atom) for atom in stretch.invars], inside, here)
-            values.update(zip(stretch.outvars, outs, strict=True))
-            kept |= new
+            if isinstance(part, _Stretch):
+                outs, variables = part.run(*map(read, part.inputs)), part.outputs
+            elif isinstance(part, Segment):
+                run = self.actions[here].run
+                outs, variables = run(taps[here], *map(read, part.inputs)), part.outputs
+            else:
+                inside = {p: tap for p, tap in taps.items() if p[: len(here)] == here}
+                outs, new = self.eqn(part, [*map(read, part.invars)], inside, here)
+                variables = part.outvars
+                kept |= new
+            values.update(zip(variables, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars], kept
+
+    def segment(self, path: Path) -> Segment | None:
+        action = self.actions.get(path)
+        return action.segment if isinstance(action, Operation) else None
 
     def eqn(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
@@ -203,6 +249,7 @@ class _Runner(NamedTuple):
         if path not in taps:
             return _NESTED[eqn.primitive.name](self, eqn, inputs, taps, path)
         action = self.actions[path]
+        assert isinstance(action, Action)
         w, x = inputs[action.operand], [x for i, x in enumerate(inputs) if i != action.operand]
         y = action.run(taps[path], w, *x)
         sides: dict[Side, Any] = {"entering": tuple(map(_as_array, x)), "leaving": (y,)}

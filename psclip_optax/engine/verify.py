@@ -110,7 +110,8 @@ def verify(
     call = _in_widest(call)
     with jax.default_matmul_precision("highest"):
         losses, stack = _reference(call, together)
-        members = groups.members(len(stack))
+        stack = groups.slices(stack, [1] * len(stack))
+        members = groups.apart().members(len(stack))
         # Of each sample and each group.
         norms = np.sqrt(np.stack([sum(_squares(stack[i]) for i in own) for own in members], -1))
         # Each sample with a weight of its own, for what is wrong to show.
@@ -127,7 +128,8 @@ def verify(
         for own, leaves in zip(weights.T, members, strict=True)
         for leaf in leaves
     }
-    errors = _errors(grads, [wanted[leaf] for leaf in range(len(stack))])
+    means = groups.whole([wanted[leaf] for leaf in range(len(stack))])
+    errors = _errors(grads, [np.asarray(mean) for mean in means])
     errors += _errors([np.reshape(stats.norms, norms.shape)[finite]], [norms[finite]])
     mean = np.average(losses[finite], weights=shares[finite]) if finite.any() else 0
     errors += _errors([value], [mean])

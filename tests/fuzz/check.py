@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -15,12 +16,14 @@ import numpy as np
 import psclip_optax as psc
 from psclip_optax.engine.modes import two_pass
 from tests.fuzz.command import NO_REFERENCE, Outcome, Source, shower
+from tests.fuzz.groups import clipped_by_group, errors_by_group, norms_of, taus_of
 from tests.fuzz.programs import Program, draw_program, every_equation
 from tests.numerics import clipped_mean, enable_x64
 from tests.random_programs.checks import NoReferenceError, compiled, reduced, relative_error
 from tests.random_programs.program import MODES, NUM_SAMPLES, Run
 
 TOLERANCE = 1e-8
+BY_GROUP = "by group"
 # Where a program computes in less than float64 it is held to so many roundings.
 ROUNDINGS, MOST = 16, 0.4
 # An input is moved by this share of itself to see how far the reference moves.
@@ -50,7 +53,7 @@ def _norms(stacked: Any) -> Any:
     return jnp.sqrt(sum(jnp.sum(g.reshape(NUM_SAMPLES, -1) ** 2, 1) for g in stacked.values()))
 
 
-def _all_in_one(program: Program, clip: Run, raised: dict[str, str]) -> Run:
+def _all_in_one(program: Program, clip: Run, raised: dict[str, str], by_group: bool) -> Run:
     """The reference and all modes' results; what a mode raises is written into `raised`."""
 
     def run(params: Any, batch: Any) -> Any:
@@ -60,14 +63,21 @@ def _all_in_one(program: Program, clip: Run, raised: dict[str, str]) -> Run:
             raise NoReferenceError(f"{type(error).__name__}: {error}") from error
         tau = jnp.median(_norms(stacked))
         # "drop" compiles the backward pass twice, so that it comes less often.
-        on_nonfinite = "propagate" if program.seed % 3 else "drop"
+        options: dict[str, Any] = {"on_nonfinite": "propagate" if program.seed % 3 else "drop"}
         results = {}
-        for mode in MODES:
-            f = clip(program.loss, 1.0, mode=mode, on_nonfinite=on_nonfinite, return_stats=True)
+
+        def note(how: str, run: Callable[[], Any]) -> None:
             try:
-                results[mode] = f(params, batch, threshold=tau)
+                results[how] = run()
             except Exception as error:
-                raised[mode] = f"{type(error).__name__}: {error}"[:500]
+                raised[how] = f"{type(error).__name__}: {error}"[:500]
+
+        for mode in MODES:
+            f = clip(program.loss, 1.0, mode=mode, return_stats=True, **options)
+            note(mode, lambda f=f: f(params, batch, threshold=tau))
+        if by_group:
+            f = clipped_by_group(program, clip, **options)
+            note(BY_GROUP, lambda: f(params, batch, taus_of(norms_of(program, stacked))))
         return losses, stacked, tau, results
 
     return run
@@ -104,15 +114,17 @@ def _reference(program: Program) -> tuple[Any, Any]:
     return jax.device_get(compiled(stacked_of(program))(program.params, program.batch))
 
 
-def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
-    """Compares what `clip` gives in all modes with the reference."""
+def check(
+    program: Program, clip: Run = psc.clipped_value_and_grad, by_group: bool = False
+) -> Outcome:
+    """Compares what `clip` gives in all modes, and maybe by group, with the reference."""
     started = time.perf_counter()
     # Two passes even where slices would do, as in all programs as small as these.
     two_passes = mock.patch.multiple(two_pass, MOST_SLICES=0, MOST_KEPT=math.inf)
     with enable_x64(True), warnings.catch_warnings(), two_passes:
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")
         try:
-            errors, tolerance = _checked(program, clip)
+            errors, tolerance = _checked(program, clip, by_group)
         except NoReferenceError as error:
             errors, tolerance = {f"{NO_REFERENCE}{error}"[:500]: math.inf}, 0.0
     wrong = [f"{what}: {e:.2g}" for what, e in errors.items() if not e <= tolerance]
@@ -120,7 +132,7 @@ def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
         program.seed,
         program.mixture,
         len(program.operations),
-        MODES,
+        (*MODES, BY_GROUP) if by_group else MODES,
         not wrong,
         max(errors.values()),
         round(time.perf_counter() - started, 3),
@@ -129,9 +141,9 @@ def check(program: Program, clip: Run = psc.clipped_value_and_grad) -> Outcome:
     )
 
 
-def _checked(program: Program, clip: Run) -> tuple[dict[str, float], float]:
+def _checked(program: Program, clip: Run, by_group: bool) -> tuple[dict[str, float], float]:
     raised: dict[str, str] = {}
-    run = compiled(_all_in_one(program, clip, raised))
+    run = compiled(_all_in_one(program, clip, raised, by_group))
     try:
         losses, stacked, tau, results = jax.device_get(run(program.params, program.batch))
     except NoReferenceError:
@@ -143,7 +155,12 @@ def _checked(program: Program, clip: Run) -> tuple[dict[str, float], float]:
         raise NoReferenceError("not finite or too large")
     errors = {f"{mode}, raised {error}": math.inf for mode, error in raised.items()}
     for mode, result in results.items():
-        found = _errors(result, losses, stacked, tau)
+        of_groups = mode == BY_GROUP
+        found = (
+            errors_by_group(program, result, losses, stacked)
+            if of_groups
+            else _errors(result, losses, stacked, tau)
+        )
         errors |= {f"{mode}, {what}": error for what, error in found.items()}
     if max(errors.values()) <= TOLERANCE:
         return errors, TOLERANCE
@@ -178,7 +195,7 @@ def _raise_if_ill_conditioned(
 def _check_of_seed(seed: int) -> Outcome:
     if seed % CLEAR_EVERY == 0:
         jax.clear_caches()
-    return check(draw_program(seed))
+    return check(draw_program(seed), by_group=True)
 
 
 def _run_reference(seed: int) -> None:

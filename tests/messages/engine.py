@@ -55,6 +55,23 @@ ROWS = [
         "the prefix as it is, without a threshold",
     ),
     Row(
+        lambda: psc.each_slice(0.5),
+        TypeError,
+        "each_slice expects a sequence of thresholds, one for each slice, such as [0.5] * 12, got "
+        "0.5",
+    ),
+    Row(
+        lambda: psc.each_slice([]),
+        ValueError,
+        "each_slice expects a threshold for each slice, got none",
+    ),
+    Row(
+        lambda: grad(threshold={"w": psc.each_slice([0.5] * 4), "b": 1.0}),
+        ValueError,
+        "threshold['w'] has 4 thresholds, one for each slice along the leading axis of each leaf "
+        "of params['w'], but one has shape [3, 2]; give each_slice as many as there are slices",
+    ),
+    Row(
         lambda: psc.by_layer(PARAMS, 1.0, depth=0),
         ValueError,
         "by_layer expects an int of at least 1 as `depth`, got 0",

@@ -7,7 +7,7 @@ positions. Each slice then has a plan by itself, and what no slice takes costs n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -34,6 +34,10 @@ class Pieces(NamedTuple):
     def leaf_of(self) -> list[int]:
         """Return, for each piece, the index of its parameter."""
         return [leaf for leaf, boxes in enumerate(self.boxes) for _ in boxes or (None,)]
+
+    def box_of(self, piece: int) -> Box | None:
+        """Return the slice that a piece is of its parameter; None where it is all of it."""
+        return [box for boxes in self.boxes for box in boxes or (None,)][piece]
 
     def of(self, leaves: Sequence[Any]) -> list[Any]:
         """Cut the parameters into their pieces."""
@@ -75,14 +79,17 @@ def _with_box(whole: jax.Array, box: Box, piece: jax.Array) -> jax.Array:
     return whole.at[tuple(slice(*along) for along in box)].set(piece)
 
 
-def in_pieces(closed: core.ClosedJaxpr, usage: Usage) -> tuple[core.ClosedJaxpr, Pieces]:
+def in_pieces(
+    closed: core.ClosedJaxpr, usage: Usage, by_slice: Iterable[int] = ()
+) -> tuple[core.ClosedJaxpr, Pieces]:
     """Trace a loss anew as one of pieces, where a plan for each of them may be better.
 
     Args:
       closed: the loss for one example.
       usage: what becomes of the parameters in it.
+      by_slice: the parameters whose slices are clipped by themselves.
     """
-    wanted = _without_route(usage)
+    wanted = _without_route(usage).union(by_slice)
     leaves = range(usage.num_leaves)
     boxes = tuple(_boxes(closed.jaxpr, leaf) if leaf in wanted else None for leaf in leaves)
     pieces = Pieces(boxes)

@@ -148,6 +148,8 @@ class Usage:
       to_rewrite: the operand that is the weight, by the path of an equation that may have a better
         form. Such an equation is linear in a computed weight, or takes a slice where data tell.
       roles: the role of each variable, by the path of the equation that holds its jaxpr.
+      meetings: the path of each equation where weights meet data or escape, and the parameters that
+        these depend on.
       is_computed_in_steps: whether data meet what steps of a scan compute from parameters.
     """
 
@@ -157,9 +159,19 @@ class Usage:
     escapes: dict[int, Escape] = dataclasses.field(default_factory=dict)
     to_rewrite: dict[Path, int] = dataclasses.field(default_factory=dict)
     roles: dict[Path, dict[core.Var, Role]] = dataclasses.field(default_factory=dict)
+    meetings: list[tuple[Path, frozenset[int]]] = dataclasses.field(default_factory=list)
     is_computed_in_steps: bool = False
 
-    def escape(self, roles: Iterable[Role], reason: str, eqn: core.JaxprEqn | None) -> None:
+    def meet(self, roles: Iterable[Role], path: Path) -> None:
+        """Note that the parameters among these roles are followed no further than an equation."""
+        leaves = [role.leaves for role in roles if isinstance(role, OfParameters)]
+        if leaves:
+            self.meetings.append((path, frozenset().union(*leaves)))
+
+    def escape(
+        self, roles: Sequence[Role], reason: str, eqn: core.JaxprEqn | None, path: Path
+    ) -> None:
+        self.meet(roles, path)
         source = "" if eqn is None else source_info_util.summarize(eqn.source_info)
         for role in roles:
             if isinstance(role, OfParameters):

@@ -43,7 +43,9 @@ class _Scope(NamedTuple):
 RouteOf: TypeAlias = Callable[[core.JaxprEqn, int], "Route | None"]
 
 
-def find_usage(closed: core.ClosedJaxpr, num_leaves: int, route_of: RouteOf) -> Usage:
+def find_usage(
+    closed: core.ClosedJaxpr, num_leaves: int, route_of: RouteOf, num_outputs: int = 1
+) -> Usage:
     """Find the use that a loss makes of its first `num_leaves` inputs, the others being an example.
 
     Args:
@@ -51,6 +53,7 @@ def find_usage(closed: core.ClosedJaxpr, num_leaves: int, route_of: RouteOf) -> 
       num_leaves: how many of its inputs are parameters.
       route_of: a function from an equation, and the index of the operand that is the parameter, to
         the route if there is one.
+      num_outputs: how many outputs have a cotangent, the first ones: 1 of a loss, for aux has none.
 
     Returns:
       Every site, and the weights that escape. A weight may have both.
@@ -61,10 +64,9 @@ def find_usage(closed: core.ClosedJaxpr, num_leaves: int, route_of: RouteOf) -> 
     ]
     roles += [Other.DATA] * (len(jaxpr.invars) - num_leaves)
     walk = _Walk(usage, route_of)
-    # The loss comes first; aux has no cotangent.
-    wanted = [i == 0 for i in range(len(jaxpr.outvars))]
-    out = walk.jaxpr(jaxpr, roles, _Scope((), ()), wanted)
-    usage.escape(out[:1], "is the loss itself, without data", None)
+    wanted = [i < num_outputs for i in range(len(jaxpr.outvars))]
+    outs = walk.jaxpr(jaxpr, roles, _Scope((), ()), wanted)
+    usage.escape(outs[:num_outputs], "is the loss itself, without data", None, ())
     return usage
 
 
@@ -126,7 +128,7 @@ class _Walk(NamedTuple):
         unproven = unproven_equation(eqn, varied, [has_gradient(v) for v in eqn.outvars])
         if unproven is not None:
             # For a computed weight the weighted sum would be pulled back, not each cotangent.
-            self.usage.escape(roles, f"passes {described_rule(unproven)}", None)
+            self.usage.escape(roles, f"passes {described_rule(unproven)}", None, scope.path)
             return [Other.DATA] * len(eqn.outvars)
         return self.usage.compute(eqn, roles, leaves, scope.path)
 
@@ -142,19 +144,20 @@ class _Walk(NamedTuple):
             self.usage.to_rewrite[scope.path] = 0
         is_rounded = any(is_narrow(aval(v).dtype) for v in eqn.outvars)
         if route is None or is_rounded:
-            self.usage.escape(roles, f"enters {name}", eqn)
+            self.usage.escape(roles, f"enters {name}", eqn, scope.path)
             return
         if not isinstance(weight, OfParameters):
             return
         if weight.view is None or weight.view.weight >= self.usage.num_leaves:
             self.usage.to_rewrite[scope.path] = operands[0]
         if weight.view is not None and weight.view.is_repeated:
-            self.usage.escape(roles, f"is repeated before it enters {name}", eqn)
+            self.usage.escape(roles, f"is repeated before it enters {name}", eqn, scope.path)
             return
         if weight.view is None:
             reason = f"is computed with in each step of a scan before it enters {name}"
-            self.usage.escape(roles, reason, eqn)
+            self.usage.escape(roles, reason, eqn, scope.path)
             return
+        self.usage.meet(roles, scope.path)
         view = weight.view
         layers = {step.path for step in view.steps if isinstance(step, Layer)}
         self.usage.sites.append(
@@ -175,7 +178,7 @@ class _Walk(NamedTuple):
         num_consts, num_carry = scan_counts(eqn)
         (body, _), length = inner_jaxpr(eqn), eqn.params["length"]
         consts, carry = roles[:num_consts], roles[num_consts : num_consts + num_carry]
-        self.usage.escape(carry, "is the initial state of a scan", eqn)
+        self.usage.escape(carry, "is the initial state of a scan", eqn, scope.path)
         if length == 0:
             return [Other.DATA] * len(eqn.outvars)
         xs = [_layer(role, scope.path) for role in roles[num_consts + num_carry :]]
@@ -183,7 +186,7 @@ class _Walk(NamedTuple):
         inner_scope = _Scope(scope.path, (*scope.scans, (scope.path, length)))
         wanted = [*[True] * num_carry, *wanted[num_carry:]]
         outs = self.jaxpr(body, inner, inner_scope, wanted)
-        self.usage.escape(outs, "leaves a scan as it is", eqn)
+        self.usage.escape(outs, "leaves a scan as it is", eqn, scope.path)
         return [Other.DATA] * len(eqn.outvars)
 
 

@@ -9,16 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psclip_optax import stacks
-from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
 from psclip_optax.engine.memory import estimated_bytes, num_bytes
 from psclip_optax.engine.modes.mode import Course, Mode
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_slices
-from psclip_optax.engine.modes.tapped import Seen, all_weights, squared_norms, tapped
+from psclip_optax.engine.modes.tapped import (
+    Seen,
+    all_weights,
+    squared_norms,
+    tapped,
+    weighted_sums,
+)
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
-from psclip_optax.engine.plan import LeafPlan
 from psclip_optax.engine.platforms import by_platform
 from psclip_optax.engine.routes.route import Entered
 
@@ -80,22 +83,12 @@ def _of_slice(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
     squares = squared_norms(problem, plans, pull_back, weights, seen)
     norms, scales, finite, kept = weigh(problem, samples, seen.outs[0], squares)
 
-    of_samples = weights_of_sum(samples, norms, scales)
+    of_samples = weights_of_sum(samples.taus, samples.shares, norms, scales)
     axes = {site.path: site.sample_axis for plan in plans for site in plan.sites}
     stacked, entered = _without_dropped(seen, axes, ~finite & ~kept, kept)
 
-    def contracted(plan: LeafPlan) -> jax.Array:
-        weight = weights[plan.weight]
-        own = problem.part(of_samples, plan.weight)
-        if plan.is_direct:
-            return stacks.weighted_sum(stacked[plan.weight], 0, own)
-        if not plan.groups:
-            return jnp.zeros_like(weight)
-        return norms_of.weighted_sum(plan, weight, entered, seen.cotangents, own)
-
-    sums = {plan.weight: contracted(plan) for plan in plans}
-    pulled = pull_back([sums[plan.weight] for plan in problem.plans.others])
-    sums = [norms_of.added(sums[leaf], pulled.get(leaf)) for leaf in range(len(leaves))]
+    seen = seen._replace(stacked=stacked, entered=entered)
+    sums = weighted_sums(problem, plans, pull_back, weights, seen, of_samples)
     sums = problem.plans.pieces.together(sums, params)
     return Result(sums, seen.outs, norms, scales, finite)
 

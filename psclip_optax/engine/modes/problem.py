@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend import core
 
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.engine.analysis.linearity import unproven_rule
+from psclip_optax.engine.fusion import Fusion
 from psclip_optax.engine.plan import Plans
 from psclip_optax.groups import Groups
 
@@ -28,6 +30,7 @@ class Problem(NamedTuple):
       axis_name: of the mesh axes that the batch is sharded over, under shard_map.
       spmd_axis_name: of the axis of samples, for constraints inside the loss.
       may_be_padded: whether some samples may not count.
+      fusion: which groups may be clipped in the backward pass; None where that is not asked for.
       norm_precision: of the products that norms are made of; None for JAX's default.
     """
 
@@ -39,6 +42,7 @@ class Problem(NamedTuple):
     axis_name: Any
     spmd_axis_name: Any
     may_be_padded: bool
+    fusion: Fusion | None
     norm_precision: lax.Precision | None
 
     @property
@@ -47,8 +51,11 @@ class Problem(NamedTuple):
         return any(site.route.is_slow_in_loops for site in sites)
 
     def part(self, of_samples: Any, weight: int) -> Any:
-        """Take what arrays [n] or [n, groups] hold for the group of a weight."""
-        return self.groups.part(of_samples, self.plans.parameter_of(weight))
+        """Take what arrays [n] or [n, groups] hold for the group of a weight, or its groups."""
+        if self.groups.of_leaf is None:
+            return of_samples
+        columns = self.plans.columns(weight, self.groups)
+        return of_samples[:, columns[0]] if len(columns) == 1 else of_samples[:, np.array(columns)]
 
     def unproven_rule(self) -> core.JaxprEqn | None:
         """Find what keeps the backward pass from being proven linear in the losses' cotangents."""

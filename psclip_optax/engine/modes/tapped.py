@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -97,15 +98,50 @@ def squared_norms(
     seen: Seen,
 ) -> Any:
     """Sum ‖g_k‖² over the parameters of these plans, [n], or those of each group, [n, groups]."""
-    parameters = {plan.weight: problem.plans.parameter_of(plan.weight) for plan in plans}
+    columns = {p.weight: problem.plans.columns(p.weight, problem.groups) for p in plans}
+    by_slice = [plan for plan in plans if len(columns[plan.weight]) > 1]
 
-    def over(members: Sequence[int]) -> Any:
-        own = [plan for plan in plans if parameters[plan.weight] in members]
-        return _squares_together(problem, own, pull_back, weights, seen)
+    def over(column: int) -> Any:
+        own = [plan for plan in plans if columns[plan.weight] == range(column, column + 1)]
+        squares = _squares_together(problem, own, pull_back, weights, seen)
+        for weight in (p.weight for p in by_slice if column in columns[p.weight]):
+            slices = seen.stacked[weight][:, columns[weight].index(column)]
+            squares += _stacked_squares([slices], problem.dtype)
+        return squares
 
-    members = problem.groups.members(len(problem.plans.pieces.boxes))
     with problem.making_norms():
-        return problem.groups.stacked([over(own) for own in members])
+        return problem.groups.stacked(map(over, range(math.prod(problem.groups.shape))))
+
+
+def weighted_sums(
+    problem: Problem,
+    plans: Sequence[LeafPlan],
+    pull_back: PullBack,
+    weights: dict[int, Any],
+    seen: Seen,
+    of_samples: jax.Array,
+) -> list[Any]:
+    """Sum of_samples_k g_k for each parameter, or piece of one; None for those without a plan."""
+
+    def contracted(plan: LeafPlan) -> jax.Array:
+        weight = weights[plan.weight]
+        own = problem.part(of_samples, plan.weight)
+        if plan.is_direct:
+            summed = stacks.weighted_sum if own.ndim == 1 else _sums_by_slice
+            return summed(seen.stacked[plan.weight], 0, own)
+        if not plan.groups:
+            return jnp.zeros_like(weight)
+        return norms.weighted_sum(plan, weight, seen.entered, seen.cotangents, own)
+
+    sums = {plan.weight: contracted(plan) for plan in plans}
+    others = [plan.weight for plan in problem.plans.others]
+    given = [sums[i] if i in sums else jnp.zeros_like(weights[i]) for i in others]
+    pulled = pull_back(given)
+    leaves = range(problem.plans.num_leaves)
+    return [norms.added(sums[i], pulled.get(i)) if i in sums else None for i in leaves]
+
+
+_sums_by_slice = jax.vmap(stacks.weighted_sum, (1, None, 1))
 
 
 def _squares_together(

@@ -112,7 +112,7 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
         squares += jnp.sum(probed_squares, axis=tuple(range(site.sample_axis)))
     norms, scales, finite, kept = weigh(problem, samples, seen.outs[0], squares)
 
-    of_samples, bad = weights_of_sum(samples, norms, scales), ~finite & ~kept
+    of_samples, bad = weights_of_sum(samples.taus, samples.shares, norms, scales), ~finite & ~kept
     sums = _backward(problem, list(leaves), samples.examples, of_samples, kept, bad)
     sums = problem.plans.pieces.together(sums, params)
     return Result(sums, seen.outs, norms, scales, finite)

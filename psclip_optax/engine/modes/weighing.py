@@ -23,18 +23,24 @@ def weigh(
     """Return norms, scales (0 for what is not kept), and which samples are finite and kept."""
     # No number of samples is in it where no parameter reaches the loss.
     norms = clipping.norms_of(jnp.broadcast_to(squares, samples.taus.shape))
-    is_told = jnp.isfinite(norms) & ~clipping.may_exceed(norms, samples.taus)
-    finite = problem.groups.in_all(is_told) & jnp.isfinite(losses)
+    scales = told_scales(norms, samples.taus)
+    finite = problem.groups.in_all(~jnp.isnan(scales)) & jnp.isfinite(losses)
     kept = samples.counts & finite if problem.on_nonfinite == "drop" else samples.counts
-    scales = clipping.clip_scales(norms, samples.taus)
-    scales = jnp.where(is_told, scales, jnp.nan)
     return norms, jnp.where(clipping.beside(kept, scales), scales, 0), finite, kept
 
 
-def weights_of_sum(samples: Samples, norms: jax.Array, scales: jax.Array) -> jax.Array:
+def told_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
+    """Return γ_k; NaN where the norm cannot be told from its square, or is not finite."""
+    is_told = jnp.isfinite(norms) & ~clipping.may_exceed(norms, taus)
+    return jnp.where(is_told, clipping.clip_scales(norms, taus), jnp.nan)
+
+
+def weights_of_sum(
+    taus: jax.Array, shares: jax.Array, norms: jax.Array, scales: jax.Array
+) -> jax.Array:
     """Return γ_k / N; 0 at τ_k = 0, also where a norm that is not 0 has underflowed."""
-    shares = clipping.beside(samples.shares, scales)
-    return jnp.where((samples.taus > 0) | (norms > 0), scales * shares, 0)
+    shares = clipping.beside(shares, scales)
+    return jnp.where((taus > 0) | (norms > 0), scales * shares, 0)
 
 
 def changed_if_any(

@@ -1,0 +1,234 @@
+"""Clip each group in the backward pass, where its cotangents are; the others as one pass does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from psclip_optax import clipping, meshes
+from psclip_optax.engine.explain import Plan, explained
+from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
+from psclip_optax.engine.modes.batched import Inputs, Operand, forward
+from psclip_optax.engine.modes.mode import Mode
+from psclip_optax.engine.modes.one_pass import ONE_PASS
+from psclip_optax.engine.modes.operation import operation
+from psclip_optax.engine.modes.problem import Problem
+from psclip_optax.engine.modes.slices import Result, Samples
+from psclip_optax.engine.modes.tapped import all_weights, squared_norms, weighted_sums
+from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
+from psclip_optax.thresholds import concrete
+
+
+class FusedPass(Mode):
+    """One backward pass of the batch, in which groups are clipped where their cotangents are."""
+
+    name = "fused"
+
+    def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+        try:
+            return self._run(problem, leaves, samples)
+        except NO_GRADIENT_OF_VMAP:
+            return ONE_PASS.run(problem, leaves, samples)
+
+    def _run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
+        given = _Given(list(problem.plans.closed.consts), list(leaves), samples)
+        if problem.on_nonfinite == "propagate" and not problem.may_be_padded:
+            return _passed(problem, given, samples.counts).result
+        is_cpu = jax.default_backend() == "cpu"
+        is_traced = concrete(samples.counts) is None
+        # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
+        if is_traced and not (is_cpu and problem.has_convolutions):
+            return _in_a_loop(problem, given)
+        return _and_again(problem, given)
+
+    def explain(
+        self, problem: Problem, leaves: Sequence[Any], params: Any, num_samples: int, note: str
+    ) -> Plan:
+        if not _has_gradient_of_batch(problem, leaves):
+            return ONE_PASS.explain(problem, leaves, params, num_samples, note)
+        fusion = problem.fusion
+        assert fusion is not None
+        return explained(
+            fusion.plans,
+            params,
+            num_samples,
+            problem.dtype,
+            mode=self.name,
+            note=note,
+            fusion=fusion,
+        )
+
+
+FUSED = FusedPass()
+
+
+def _has_gradient_of_batch(problem: Problem, leaves: Sequence[Any]) -> bool:
+    """Tell whether JAX has the gradient of the loss under vmap, and not that of a sample alone."""
+    return estimated_bytes(problem.closed, problem.plans, leaves, 1).saved is not None
+
+
+class _Given(NamedTuple):
+    """What a pass takes: the loss's constants, the parameters' leaves and the samples."""
+
+    consts: list[Any]
+    leaves: list[Any]
+    samples: Samples
+
+
+class _Passed(NamedTuple):
+    """The result of a pass, and which samples are kept in it."""
+
+    result: Result
+    kept: jax.Array
+
+    @property
+    def is_spoilt(self) -> jax.Array:
+        """Tell of each sample whether it is left out of the sum but not finite, [n]."""
+        return ~self.result.finite & ~self.kept
+
+
+def _passed(problem: Problem, given: _Given, kept: jax.Array) -> _Passed:
+    """Make one pass with the samples that are kept; others are not clipped but left out."""
+    fusion = problem.fusion
+    assert fusion is not None
+    plans = fusion.plans
+    problem = problem._replace(
+        plans=plans._replace(closed=plans.closed.replace(consts=given.consts))
+    )
+    samples = given.samples
+    n, leaves = samples.number, problem.plans.pieces.of(given.leaves)
+    weights, pull_back = all_weights(problem, leaves)
+    shares = jnp.where(kept, samples.shares, 0)
+
+    def operand(columns: range) -> Operand:
+        taus = samples.taus[:, columns.start : columns.stop : columns.step].T
+        values = jnp.zeros_like(taus), taus, jnp.broadcast_to(shares, taus.shape)
+        return Operand(*(value if len(columns) > 1 else value[0] for value in values))
+
+    operations = {
+        one.segment.path: (operation(problem, one), operand(one.columns)) for one in fusion.fused
+    }
+    apart = [i for i in range(len(leaves)) if i not in fusion.obstacles]
+    inputs = Inputs(
+        [*leaves, *samples.examples], [None] * len(leaves) + [0] * len(samples.examples), apart
+    )
+    one = forward(
+        problem, fusion.rest, weights, inputs, operations, num_cotangents=1, num_samples=n
+    )
+    backward = one.pull_back([jnp.ones_like(one.outs[0])])
+    seen = one.seen(backward)
+    squares = squared_norms(problem, fusion.rest, pull_back, weights, seen)
+    squares = jnp.broadcast_to(squares, samples.taus.shape)
+    for own in fusion.fused:
+        new = backward.cotangents[own.segment.path].reshape(len(own.columns), n).T
+        squares = squares.at[:, jnp.array(own.columns)].set(new)
+    norms, scales, finite, kept_of_all = weigh(problem, samples, one.outs[0], squares)
+    of_samples = weights_of_sum(samples.taus, shares, norms, scales)
+    sums = weighted_sums(problem, fusion.rest, pull_back, weights, seen, of_samples)
+    for i, total in zip(apart, backward.inputs, strict=True):
+        sums[i] = total
+    sums = problem.plans.pieces.together(sums, given.leaves)
+    return _Passed(Result(sums, one.outs, norms, scales, finite), kept_of_all)
+
+
+def _without(given: _Given, kept: jax.Array) -> _Given:
+    """Put one of the samples that are kept in the place of each other, for its sum is finite."""
+    first = jnp.argmax(kept)
+
+    def replaced(example: jax.Array) -> jax.Array:
+        flags = kept.reshape(-1, *[1] * (example.ndim - 1))
+        return jnp.where(flags, example, lax.dynamic_index_in_dim(example, first, 0))
+
+    samples = given.samples
+    examples = [replaced(example) for example in samples.examples]
+    return given._replace(samples=samples._replace(examples=examples))
+
+
+def _sums_without(problem: Problem, given: _Given, kept: jax.Array) -> list[jax.Array]:
+    sums = _passed(problem, _without(given, kept), kept).result.sums
+    return [jnp.where(jnp.any(kept), total, 0) for total in sums]
+
+
+def _and_again(problem: Problem, given: _Given) -> Result:
+    """Make a pass, and another if the sums of the first are not finite for what is left out."""
+    first = _passed(problem, given, given.samples.counts)
+
+    def again(_: Any, given: _Given, kept: jax.Array) -> list[jax.Array]:
+        return _sums_without(problem, given, kept)
+
+    sums = changed_if_any(first.is_spoilt, again, first.result.sums, given, first.kept)
+    return first.result._replace(sums=sums)
+
+
+class _State(NamedTuple):
+    """What a loop over passes carries.
+
+    Attributes:
+      num_left: how many passes are to be made: at first one, then another where it must be.
+      is_first: whether none was made.
+      kept: which samples are in the sums of the next one.
+      result: of the first one, with the sums of the last.
+    """
+
+    num_left: jax.Array
+    is_first: jax.Array
+    kept: jax.Array
+    result: Result
+
+
+def _in_a_loop(problem: Problem, given: _Given) -> Result:
+    """Make the passes in a loop, so that what may be run twice is compiled once."""
+
+    def step(state: _State, given: _Given) -> _State:
+        present = state.kept | state.is_first
+        new = _passed(problem, _without(given, present), state.kept)
+        sums = [
+            jnp.where(jnp.any(state.kept), total, 0).astype(old.dtype)
+            for total, old in zip(new.result.sums, state.result.sums, strict=True)
+        ]
+        both = (one._replace(sums=[]) for one in (new.result, state.result))
+        result = jax.tree.map(lambda *both: jnp.where(state.is_first, *both), *both)
+        is_spoilt = clipping.any_of(lax.stop_gradient(new.is_spoilt))
+        return _State(
+            num_left=(state.is_first & is_spoilt).astype(jnp.int32),
+            is_first=jnp.zeros_like(state.is_first),
+            kept=jnp.where(state.is_first, new.kept, state.kept),
+            result=result._replace(sums=sums),
+        )
+
+    @jax.custom_jvp
+    def run(state: _State, given: _Given) -> _State:
+        return lax.while_loop(lambda s: s.num_left >= 1, lambda s: step(s, given), state)
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        def twice(state: _State, given: _Given) -> _State:
+            first = step(state, given)
+            return lax.cond(first.num_left >= 1, lambda: step(first, given), lambda: first)
+
+        return jax.jvp(twice, primals, tangents)
+
+    return run(_start(problem, given), given).result
+
+
+def _start(problem: Problem, given: _Given) -> _State:
+    axes = meshes.axes_of_type(problem.closed.out_avals[0])
+    samples, closed = given.samples, problem.plans.closed
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return meshes.varying(jnp.zeros(shape, dtype), axes)
+
+    n = samples.number
+    result = Result(
+        sums=[zeros(leaf.shape, leaf.dtype) for leaf in given.leaves],
+        outs=[zeros((n, *out.shape), out.dtype) for out in closed.out_avals],
+        norms=zeros(samples.taus.shape, samples.taus.dtype),
+        scales=zeros(samples.taus.shape, samples.taus.dtype),
+        finite=zeros((n,), bool),
+    )
+    one, yes = (meshes.varying(jnp.ones((), kind), axes) for kind in (jnp.int32, bool))
+    return _State(one, yes, meshes.varying(samples.counts, axes), result)

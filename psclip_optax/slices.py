@@ -1,0 +1,70 @@
+"""Clipping by slice: a threshold for each slice along the leading axis of stacked leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from psclip_optax.thresholds import AdaptiveThreshold, as_threshold
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EachSlice:
+    """A subtree of thresholds: one for each slice along the leading axis of all leaves there.
+
+    Attributes:
+      thresholds: in the order of the slices.
+    """
+
+    thresholds: tuple[Any, ...]
+
+
+def each_slice(thresholds: Sequence[Any]) -> EachSlice:
+    r"""Clip each slice along the leading axis by itself, for layers that are stacked in one array.
+
+    Stands in a tree of thresholds for a subtree of the parameters, whose leaves have shapes
+    [L, …]. Slice l of all of them is one group, for each l: layer l of a model whose layers
+    `jax.lax.scan` runs over. Norms and scales have L columns for it, in order.
+
+    Args:
+      thresholds: L of them, each as [`psclip_optax.clipped_value_and_grad`][] takes it for a group:
+        a number, a threshold, or an adaptive one where those are taken.
+
+    Returns:
+      A subtree for a tree prefix of the parameters.
+
+    Raises:
+      TypeError: they are no sequence, or one of them is neither a number nor a callable.
+      ValueError: there are none, or a number is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import psclip_optax as psc
+      >>> loss = lambda params, x: jnp.sum(params["layers"] @ x) + params["bias"] * x[0]
+      >>> params = {"layers": jnp.ones((2, 3, 4)), "bias": jnp.ones(())}
+      >>> thresholds = {"layers": psc.each_slice([0.5, 1.0]), "bias": 1.0}
+      >>> f = psc.clipped_value_and_grad(loss, thresholds, return_stats=True)
+      >>> _, grads, stats = f(params, jnp.ones((8, 4)))
+      >>> print(stats.scales[0].round(3), jnp.linalg.norm(grads["layers"], axis=(1, 2)).round(3))
+      [1.    0.144 0.289] [0.5 1. ]
+
+    References:
+      He et al., [Exploring the Limits of Differentially Private Deep Learning with Group-wise
+      Clipping](https://arxiv.org/abs/2212.01539), ICLR 2023.
+    """
+    if not isinstance(thresholds, Sequence) or isinstance(thresholds, str):
+        raise TypeError(
+            "each_slice expects a sequence of thresholds, one for each slice, such as [0.5] * 12, "
+            f"got {thresholds!r}"
+        )
+    if not thresholds:
+        raise ValueError("each_slice expects a threshold for each slice, got none")
+    return EachSlice(tuple(_as_given(one) for one in thresholds))
+
+
+def _as_given(threshold: Any) -> Any:
+    return threshold if isinstance(threshold, AdaptiveThreshold) else as_threshold(threshold)

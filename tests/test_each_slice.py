@@ -1,0 +1,249 @@
+"""Clipping by slice: layers that are stacked in one array, each a group of its own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import psclip_optax as psc
+from tests.numerics import assert_close, enable_x64, in_float64
+
+N, L = 6, 3
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+PARAMS = {
+    "layers": {"w": normal(0, L, 3, 3), "b": normal(1, L, 3)},
+    "out": normal(2, 3),
+}
+THRESHOLDS = [0.3, psc.growing_threshold(0.1, 1.5), 0.2]
+PREFIX = {"layers": psc.each_slice(THRESHOLDS), "out": 0.2}
+# Columns of norms and scales that each leaf has.
+COLUMNS = {"layers": {"w": [0, 1, 2], "b": [0, 1, 2]}, "out": 3}
+APART = {
+    "layers": {"w": psc.each_slice(THRESHOLDS), "b": 0.1},
+    "out": 0.2,
+}
+COLUMNS_APART = {"layers": {"w": [1, 2, 3], "b": 0}, "out": 4}
+
+
+def layer(h, own):
+    return jnp.tanh(h @ own["w"] + own["b"]), None
+
+
+def scanned(params, x, y):
+    hidden, _ = lax.scan(layer, x, params["layers"])
+    return jnp.square(jnp.dot(hidden, params["out"]) - y)
+
+
+def rematerialised(params, x, y):
+    hidden, _ = lax.scan(jax.checkpoint(layer), x, params["layers"])
+    return jnp.square(jnp.dot(hidden, params["out"]) - y)
+
+
+def backwards(params, x, y):
+    hidden, _ = lax.scan(layer, x, params["layers"], reverse=True)
+    return jnp.square(jnp.dot(hidden, params["out"]) - y)
+
+
+def cast(params, x, y):
+    """Cast and moved about before the scan, with the layers in front as they are."""
+    layers = {
+        "w": params["layers"]["w"].swapaxes(1, 2).astype(x.dtype).swapaxes(1, 2),
+        "b": params["layers"]["b"],
+    }
+    return scanned({**params, "layers": layers}, x, y)
+
+
+def unrolled(params, x, y):
+    for i in range(L):
+        x, _ = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]))
+    return jnp.square(jnp.dot(x, params["out"]) - y)
+
+
+def nested(params, x, y):
+    """Each layer is applied twice, by a scan within its step."""
+
+    def twice(h, own):
+        return lax.scan(lambda h, _: layer(h, own), h, None, length=2)[0], None
+
+    return jnp.square(jnp.dot(lax.scan(twice, x, params["layers"])[0], params["out"]) - y)
+
+
+def shared(params, x, y):
+    """One layer enters outside of the scan as well."""
+    own = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    return scanned(params, layer(x, own)[0], y)
+
+
+def flipped(params, x, y):
+    """Turned around before the scan, so that a step has another slice."""
+    layers = jax.tree.map(lambda leaf: leaf[::-1], params["layers"])
+    return scanned({**params, "layers": layers}, x, y)
+
+
+# The loss, and whether its layers are fused.
+LOSSES = {
+    scanned: True,
+    rematerialised: True,
+    backwards: True,
+    cast: True,
+    unrolled: True,
+    nested: True,
+    shared: False,
+    flipped: False,
+}
+
+
+def batch_of():
+    random = np.random.default_rng(5)
+    x, y = random.standard_t(1.5, (N, 3)), random.standard_t(1.5, N)
+    return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+
+
+def stacked_of(loss, params, batch):
+    return jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(params, *batch)
+
+
+def taus_of(prefix):
+    flat = jax.tree.leaves(prefix, is_leaf=callable)
+    positions = jnp.arange(1, N + 1)
+    taus = [one(positions) if callable(one) else np.full(N, one) for one in flat]
+    return np.stack([np.asarray(tau, np.float64) for tau in taus], 1)
+
+
+def expected_of(stacked, columns, taus):
+    """The clipped mean and the norms [n, groups], slice by slice."""
+    squares = np.zeros(taus.shape)
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(stacked)]
+    of_leaves = jax.tree.leaves(columns, is_leaf=lambda node: isinstance(node, list))
+    for leaf, own in zip(leaves, of_leaves, strict=True):
+        for i, column in enumerate(own if isinstance(own, list) else [own]):
+            part = leaf[:, i] if isinstance(own, list) else leaf
+            squares[:, column] += np.sum(part.reshape(N, -1) ** 2, 1)
+    norms = np.sqrt(squares)
+    scales = np.minimum(1, taus / norms) / N
+    means = [
+        np.einsum("nl,nl...->l...", scales[:, own], leaf)
+        if isinstance(own, list)
+        else np.tensordot(scales[:, own], leaf, 1)
+        for leaf, own in zip(leaves, of_leaves, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(stacked), means), norms
+
+
+@pytest.mark.parametrize("mode", ["auto", "one_pass", "two_pass", "vmap"])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_slices_equal_the_formula_on_both_faces(loss, mode):
+    with enable_x64(True):
+        params, batch = in_float64(PARAMS), in_float64(batch_of())
+        stacked = stacked_of(loss, params, batch)
+        for prefix, columns in ((PREFIX, COLUMNS), (APART, COLUMNS_APART)):
+            expected, norms = expected_of(stacked, columns, taus_of(prefix))
+            f = psc.clipped_value_and_grad(loss, prefix, mode=mode, return_stats=True)
+            _, grads, stats = jax.jit(f)(params, *batch)
+            assert_close(grads, expected, 1e-10)
+            np.testing.assert_allclose(stats.norms, norms, rtol=1e-9)
+            np.testing.assert_array_equal(stats.num_clipped, (norms > taus_of(prefix)).sum(0))
+        if mode == "vmap":
+            tx = psc.per_sample_clip(prefix)
+            updates, state = tx.update(stacked, tx.init(params), params)
+            assert_close(updates, expected, 1e-10)
+            np.testing.assert_allclose(state.max_norm, norms.max(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_layers_are_fused_in_their_step(loss):
+    plan = psc.clipped_grad(loss, PREFIX).explain(PARAMS, *batch_of())
+    assert plan.mode == "fused"
+    assert [row.is_fused for row in plan.rows] == [LOSSES[loss], LOSSES[loss], True]
+    assert [row.group for row in plan.rows] == [range(3), range(3), 3]
+    assert "0-2" in str(plan)
+    assert psc.clipped_grad(loss, PREFIX).verify(PARAMS, *batch_of()).ok
+
+
+def test_slices_of_a_stack_whose_samples_are_elsewhere():
+    stacked = stacked_of(scanned, PARAMS, batch_of())
+    expected, _ = expected_of(stacked, COLUMNS, taus_of(PREFIX))
+    for axis in (1, -1):
+        moved = jax.tree.map(lambda leaf, axis=axis: jnp.moveaxis(leaf, 0, axis), stacked)
+        moved["out"] = stacked["out"].T
+        tx = psc.per_sample_clip(PREFIX, sample_axis=axis)
+        updates, _ = tx.update(moved, tx.init(PARAMS))
+        assert_close(updates, expected, 1e-5)
+
+
+def test_micro_batches_are_clipped_by_slice():
+    batch = batch_of()
+    options = {"clip_at": "micro-batch", "microbatch_size": 2}
+    f = psc.clipped_grad(scanned, {"layers": psc.each_slice([0.3] * L), "out": 0.2}, **options)
+    grads = f(PARAMS, *batch)
+
+    def mean(params, x, y):
+        return jnp.mean(jax.vmap(scanned, (None, 0, 0))(params, x, y))
+
+    total = jax.tree.map(jnp.zeros_like, PARAMS)
+    for i in range(0, N, 2):
+        g = jax.grad(mean)(PARAMS, *(one[i : i + 2] for one in batch))
+        for j in range(L):
+            own = jax.tree.map(lambda leaf, j=j: leaf[j], g["layers"])
+            scale = jnp.minimum(1, 0.3 / optax.tree.norm(own)) / 3
+            add = lambda t, leaf, j=j, s=scale: t.at[j].add(s * leaf)
+            total["layers"] = jax.tree.map(add, total["layers"], own)
+        total["out"] += jnp.minimum(1, 0.2 / jnp.linalg.norm(g["out"])) / 3 * g["out"]
+    assert_close(grads, total, 1e-5)
+
+
+def test_rules_by_slice_follow_the_norms_of_their_slices():
+    batch = batch_of()
+    stacked = stacked_of(scanned, PARAMS, batch)
+    rules = {"layers": psc.each_slice([psc.quantile_threshold(0.5)] * L), "out": 0.2}
+    tx = psc.per_sample_clip(rules)
+    _, state = tx.update(stacked, tx.init(PARAMS), PARAMS)
+    updates, _ = tx.update(stacked, state, PARAMS)
+    _, norms = expected_of(stacked, COLUMNS, np.ones((N, L + 1)))
+    rule = psc.quantile_threshold(0.5)
+    own = [rule.threshold(rule.update(rule.init(), jnp.float32(norms[:, i]))) for i in range(L)]
+    prefix = {"layers": psc.each_slice(own), "out": 0.2}
+    expected, _ = expected_of(stacked, COLUMNS, taus_of(prefix))
+    assert_close(updates, expected, 1e-5)
+    assert state.threshold_state["layers"].thresholds[0] is not None
+
+
+def test_a_call_replaces_the_thresholds_of_all_slices():
+    batch = batch_of()
+    f = jax.jit(psc.clipped_grad(scanned, PREFIX))
+    for threshold in (0.1, {"layers": psc.each_slice([0.1] * L), "out": 0.1}):
+        grads = f(PARAMS, *batch, threshold=threshold)
+        taus = np.full((N, L + 1), 0.1)
+        expected, _ = expected_of(stacked_of(scanned, PARAMS, batch), COLUMNS, taus)
+        assert_close(grads, expected, 1e-5)
+
+
+def test_all_parameters_may_be_slices():
+    params, (x, y) = PARAMS["layers"], batch_of()
+    loss = functools.partial(lambda params, x, y: jnp.sum(lax.scan(layer, x, params)[0]) - y)
+    f = psc.clipped_value_and_grad(loss, psc.each_slice([0.1] * L), return_stats=True)
+    _, grads, stats = f(params, x, y)
+    columns = {"w": [0, 1, 2], "b": [0, 1, 2]}
+    expected, norms = expected_of(stacked_of(loss, params, (x, y)), columns, np.full((N, L), 0.1))
+    assert_close(grads, expected, 1e-5)
+    np.testing.assert_allclose(stats.norms, norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [L - 1, L + 1])
+def test_as_many_thresholds_as_slices(number):
+    prefix = {"layers": psc.each_slice([0.1] * number), "out": 0.2}
+    with pytest.raises(ValueError, match=f"has {number} thresholds"):
+        psc.clipped_grad(scanned, prefix)(PARAMS, *batch_of())
+    with pytest.raises(ValueError, match=f"has {number} thresholds"):
+        psc.per_sample_clip(prefix).init(PARAMS)
+    with pytest.raises(ValueError, match="leading axis"):
+        psc.per_sample_clip(psc.each_slice([0.1])).init({"scalar": jnp.ones(())})
