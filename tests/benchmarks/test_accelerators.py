@@ -1,0 +1,103 @@
+"""Costs of programs that are compiled for accelerators, read from their text."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.common import hlo
+from benchmarks.engine import accelerators
+
+# One of each kind that is counted: a loop of six steps by the constant it is compared with, one of
+# unknown length, a branch, and a collective.
+TEXT = """\
+HloModule a
+
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %inner = f32[8]{0} fusion(%p), calls=%f, backend_config={"estimated_cycles":"10"}
+}
+
+%bound (p: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+  %six = s32[]{:T(128)} constant(6)
+  ROOT %less = pred[] compare(%p, %six), direction=LT
+}
+
+%unbound (p: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+  ROOT %less = pred[] compare(%p, %p), direction=LT
+}
+
+ENTRY %main (x: f32[8], y: bf16[4,2]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %y = bf16[4,2]{1,0} parameter(1)
+  %known = f32[8]{0} while(%x), condition=%bound, body=%body
+  %unknown = f32[8]{0} while(%x), condition=%unbound, body=%body
+  %chosen = f32[8]{0} conditional(%x, %x), branch_computations={%body, %body}
+  %sum = (f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%known, %y), to_apply=%add
+  %gathered = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
+  %scattered = f32[2]{0} reduce-scatter(%x), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %copy = f32[8]{0} copy(%known), backend_config={"estimated_cycles":"3"}
+}
+"""
+
+
+def test_loops_count_by_their_steps():
+    assert hlo.tpu_cycles(TEXT) == 6 * 10 + 10 + 3
+
+
+def test_kernels_and_their_bytes_are_counted():
+    cost = hlo.gpu_cost(TEXT)
+    assert cost.kernels == 6 + 1 + 1
+    assert cost.bytes == 8 * (32 + 32)
+    assert cost.waits == 2
+
+
+def test_elements_are_those_of_the_larger_end():
+    sent = hlo.elements_sent(TEXT)
+    assert sent == {"all-reduce": 8 + 8, "all-gather": 32, "reduce-scatter": 4 * 2}
+
+
+def test_a_program_of_this_jax_is_read():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    sharded = NamedSharding(mesh, PartitionSpec("data"))
+
+    def summed(x):
+        step = lambda carry, _: (jnp.sin(carry) + x.sum(), None)
+        return lax.scan(step, jnp.zeros(()), None, length=5)[0]
+
+    x = jax.device_put(jnp.ones((4, 3)), sharded)
+    text = jax.jit(summed).lower(x).compile().as_text()
+    assert sum(hlo.elements_sent(text or "").values()) in (1, 5)  # in the loop or before it
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    pytest.importorskip(
+        "libtpu", reason="compiles for a TPU: pip install 'psclip_optax[accelerators]'"
+    )
+    out = tmp_path_factory.mktemp("accelerators")
+    chosen = {"target": ("v5e",), "model": ("alexnet", "gpt2_scanned"), "mode": ("one_pass",)}
+    accelerators.main(out, **chosen, quick=True)
+    return out, chosen
+
+
+def test_small_models_are_compiled_for_a_tpu(compiled):
+    out, _ = compiled
+    result = json.loads((out / "accelerators.json").read_text())
+    assert [row["mode"] for row in result["ratios"]] == ["one_pass"] * 2
+    for row in result["ratios"]:
+        assert row["ratios"]["cycles"] > 0.5
+        assert row["ratios"]["waits"] == 0
+    assert (out / "accelerators.png").stat().st_size > 1000
+
+
+def test_what_was_compiled_is_not_compiled_again(compiled, monkeypatch):
+    out, chosen = compiled
+    monkeypatch.setattr(accelerators, "measure", lambda *_: pytest.fail("compiled again"))
+    accelerators.main(out, **chosen, quick=True)
