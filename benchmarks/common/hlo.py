@@ -28,6 +28,7 @@ _KERNELS = {"fusion", "custom-call", "copy", "copy-start", "sort", "reduce"} | {
     "scatter",
 }
 
+_KNOWN_STEPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLS = {
     "call": "to_apply=",
     "async-start": "calls=",
@@ -44,7 +45,7 @@ class Instruction(NamedTuple):
       shape: as text; of a tuple, all of its arrays.
       operands: shapes of what it reads, as text.
       times: how often it is run.
-      waits: whether it is a branch, or a loop without a known number of steps.
+      waits: whether a GPU's host decides on it: a branch, or a loop not known to be counted.
       line: its whole text.
     """
 
@@ -156,7 +157,9 @@ def _run(computations: dict[str, list[str]], name: str, times: int) -> Iterator[
         read = re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])
         operands = tuple(shapes.get(operand, "") for operand in read)
         called = _called(line, match["opcode"], computations)
-        waits = match["opcode"] == "conditional" or any(number == 0 for _, number in called)
+        waits = match["opcode"] == "conditional" or (
+            match["opcode"] == "while" and _KNOWN_STEPS.search(line) is None
+        )
         yield Instruction(
             match["name"], match["opcode"], match["shape"], operands, times, waits, line
         )
@@ -185,7 +188,7 @@ def _steps(line: str, computations: dict[str, list[str]]) -> int:
 
     Where the compiler does not say it, it is the constant that the loop's counter is compared with.
     """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    known = _KNOWN_STEPS.search(line)
     if known:
         return int(known[1])
     condition = computations[_named(line, "condition=")]

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.common import hlo
 from benchmarks.engine import accelerators
 
-# One of each kind that is counted: a loop of six steps by the constant it is compared with, one of
-# unknown length, a branch, and a collective.
+# One of each kind that is counted: a loop of six steps by the constant it is compared with, one that
+# is known to have two, one of unknown length, a branch, and collectives.
 TEXT = """\
 HloModule a
 
@@ -37,6 +37,7 @@ ENTRY %main (x: f32[8], y: bf16[4,2]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %y = bf16[4,2]{1,0} parameter(1)
   %known = f32[8]{0} while(%x), condition=%bound, body=%body
+  %counted = f32[8]{0} while(%x), condition=%unbound, body=%body, backend_config={"known_trip_count":{"n":"2"}}
   %unknown = f32[8]{0} while(%x), condition=%unbound, body=%body
   %chosen = f32[8]{0} conditional(%x, %x), branch_computations={%body, %body}
   %sum = (f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%known, %y), to_apply=%add
@@ -48,14 +49,14 @@ ENTRY %main (x: f32[8], y: bf16[4,2]) -> f32[8] {
 
 
 def test_loops_count_by_their_steps():
-    assert hlo.tpu_cycles(TEXT) == 6 * 10 + 10 + 3
+    assert hlo.tpu_cycles(TEXT) == (6 + 2 + 1) * 10 + 3
 
 
 def test_kernels_and_their_bytes_are_counted():
     cost = hlo.gpu_cost(TEXT)
-    assert cost.kernels == 6 + 1 + 1
-    assert cost.bytes == 8 * (32 + 32)
-    assert cost.waits == 2
+    assert cost.kernels == 6 + 2 + 1 + 1
+    assert cost.bytes == 10 * (32 + 32)
+    assert cost.waits == 3
 
 
 def test_elements_are_those_of_the_larger_end():
