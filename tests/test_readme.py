@@ -51,6 +51,25 @@ def test_python_runs_and_prints_what_it_says(snippet: str):
     snippets.run(snippet, "README.md")
 
 
+def test_readme_is_read_in_a_few_minutes():
+    assert len(README.split()) <= 900
+    assert len(README.splitlines()) <= 120
+
+
+def test_programs_for_accelerators_are_compiled_as_it_says():
+    said = "`pip install -e '.[train,accelerators]'` and `python -m benchmarks.engine.accelerators`"
+    assert said in " ".join(README.split())
+    assert {"train", "accelerators"} <= PROJECT["optional-dependencies"].keys()
+    assert (ROOT / "benchmarks" / "engine" / "accelerators.py").is_file()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)]+\.md#[^)]+)", README))))
+def test_anchors_are_headings(target: str):
+    path, anchor = target.split("#")
+    headings = re.findall("^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+    assert anchor in [title.lower().replace(" ", "-") for title in headings]
+
+
 def shell_commands() -> list[str]:
     lines = "".join(fences("bash", README, *GUIDE.values())).splitlines()
     return [command for line in lines for command in line.split(" && ")]
@@ -100,7 +119,9 @@ def test_ci_runs_the_test_command_of_the_readme():
     ).stdout.strip()
     assert extracted in "".join(fences("bash", README)).splitlines()
     assert extracted.endswith("pytest -n auto")
-    assert "pip install" not in script
+    # It has no environment but the one of that command.
+    assert "-m venv" not in script
+    assert "pip install -e" not in script
 
 
 def test_versions_are_the_lower_bounds():
