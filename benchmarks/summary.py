@@ -7,12 +7,12 @@ Writes benchmarks/results/README.md from the JSON files beside it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tyro
 
+from benchmarks import headlines
 from benchmarks.cifar100 import (
     accumulation_cifar100,
     alexnet_cifar100,
@@ -25,7 +25,8 @@ from benchmarks.common.publishing import RESULTS
 from benchmarks.theory import convergence_report, estimator_report
 from benchmarks.third_party import report as third_party
 
-HEAD = """# What the benchmarks found
+TITLE = "# What the benchmarks found\n"
+HOW_TO_READ = """## How to read this page
 
 - `NAME.json` and `NAME.png`: what was found and its figure, by `python -m benchmarks.FOLDER.NAME`.
 - `engine.json` and `.png`: by `benchmarks.engine.cost`; `third_party.json`: by `.ci/third_party`.
@@ -243,12 +244,12 @@ SECTIONS = (
 
 
 def page() -> str:
-    return "\n".join([HEAD, *map(rendered, SECTIONS)])
+    return "\n".join([TITLE, headlines.five_lines(), HOW_TO_READ, *map(rendered, SECTIONS)])
 
 
 def rendered(section: Section) -> str:
     name = section.module.rpartition(".")[2]
-    result = json.loads((RESULTS / f"{name}.json").read_text())
+    result = headlines.read(name)
     command = section.command or f"python -m benchmarks.{section.module}"
     figure = f"![Figure of benchmarks.{section.module}]({name}.png)\n\n"
     return f"""## {section.title}

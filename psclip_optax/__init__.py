@@ -17,7 +17,7 @@ from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.tracking import track_norms
 from psclip_optax.transforms import per_sample_clip
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptiveThreshold",

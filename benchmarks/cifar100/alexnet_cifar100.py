@@ -346,7 +346,7 @@ def edges_table(noises: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """README's table: test accuracy after the last epoch."""
+    """Writes the guide's table: test accuracy after the last epoch."""
     ours = "per-sample, growing"
     names = list(result["protocol"]["trials"])
     rows = [["training data", "tail index", *names, "growing − best baseline"]]
@@ -476,7 +476,7 @@ def main(
       tuning_epochs: of the trials.
       noises: what becomes of the training data, one comparison each.
       batch_size: samples in a step.
-      markdown: train nothing, and print README's tables from the file.
+      markdown: train nothing, and print the pages' tables from the file.
     """
     if markdown:
         result = json.loads((common.out / "alexnet_cifar100.json").read_text())

@@ -490,7 +490,7 @@ def draw_sweep(axes: Axes, lines: dict[str, list[dict[str, Any]]], along: str) -
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """README's table: what each mode costs against a plain gradient, for every model measured.
+    """Writes the guide's table: what each mode costs against a plain gradient, by model.
 
     Args:
       rows: as engine.json holds them.
@@ -532,7 +532,7 @@ def main(
       rounds: timed rounds; 9 by default.
       quick: two small models and few rounds, to see that the benchmark works.
       rerun: measure also what is in the file already.
-      markdown: measure nothing, and print README's table from the file.
+      markdown: measure nothing, and print the guide's table from the file.
     """
     if markdown:
         print(to_markdown(json.loads((out / "engine.json").read_text())["rows"]))
