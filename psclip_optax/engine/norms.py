@@ -207,7 +207,7 @@ def pulled_back_squared_norms(
         samples,
         jax.tree.map(lambda _: 0, samples),
         num_samples,
-        Parts(pulled_back, pulled_back),
+        Parts(pulled_back, pulled_back, pulled_back),
     )
 
 

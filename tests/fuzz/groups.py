@@ -10,7 +10,8 @@ import numpy as np
 
 import psclip_optax as psc
 from tests.numerics import clipped_mean
-from tests.random_programs import NUM_SAMPLES, Program, Run, relative_error
+from tests.random_programs.checks import relative_error
+from tests.random_programs.program import NUM_SAMPLES, Program, Run
 
 Groups = tuple[tuple[str, ...], ...]
 

@@ -67,8 +67,12 @@ class Dense(Route):
         return squared_norms(factors(sites, entered, cotangents), dtype)
 
     def entries_made(self, sites: Sequence[Site]) -> int:
-        made = jax.eval_shape(functools.partial(factors, sites), *of_one_sample(sites))
-        return entries_made_of(made)
+        return entries_made_of(_shapes_of_factors(sites))
+
+    def entries_made_on_tpu(self, sites: Sequence[Site]) -> int:
+        made = _shapes_of_factors(sites)
+        *_, num_blocks, num_rows, _ = made.left.shape
+        return num_blocks * num_rows**2 if _takes_gram(made.left, made.right) else 0
 
     def weighted_sum(
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
@@ -80,6 +84,10 @@ class Dense(Route):
 
 
 DENSE = Dense()
+
+
+def _shapes_of_factors(sites: Sequence[Site]) -> Factors:
+    return jax.eval_shape(functools.partial(factors, sites), *of_one_sample(sites))
 
 
 def entries_made_of(factors: Factors) -> int:
@@ -200,19 +208,24 @@ def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
 def _squared_norms_of_layer(factors: Factors, dtype: Any) -> jax.Array:
     """Return ‖G_k‖² of one layer, from left [n, B, T, a] and right [n, B, T, c]."""
     left, right = factors
-    *parts, num_rows, a = left.shape
-    c = right.shape[-1]
+    *parts, num_rows, _ = left.shape
     # One batch axis: XLA's CPU backend takes three times as long over two.
     left, right = (side.reshape(math.prod(parts), num_rows, -1) for side in factors)
     if num_rows == 1:
         squares = [jnp.sum(jnp.square(side.astype(dtype)), axis=(1, 2)) for side in (left, right)]
         norms = squares[0] * squares[1]
-    elif num_rows * (a + c) < a * c:
+    elif _takes_gram(left, right):
         gram = product(left, left, 2, dtype) * product(right, right, 2, dtype)
         norms = jnp.maximum(jnp.sum(gram, axis=(1, 2)), 0)
     else:
         norms = jnp.sum(jnp.square(product(left, right, 1, dtype)), axis=(1, 2))
     return jnp.sum(norms.reshape(parts), axis=1)
+
+
+def _takes_gram(left: Any, right: Any) -> bool:
+    """Tell whether Gram matrices cost less than the gradient, of [..., T, a] and [..., T, c]."""
+    num_rows, a, c = *left.shape[-2:], right.shape[-1]
+    return num_rows > 1 and num_rows * (a + c) < a * c
 
 
 def by_sample(factors: Factors) -> Factors:

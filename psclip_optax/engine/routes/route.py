@@ -104,9 +104,12 @@ class Route(abc.ABC):
 
     def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
         """Say in how many parts the samples go at least, for what is made on the way."""
-        num_bytes = num_samples * self.entries_made(sites) * jnp.dtype(dtype).itemsize
-        elsewhere = min(num_bytes / _BYTES_AT_ONCE, _MOST_PARTS)
-        return Parts(self.least_parts_on_cpu(sites, num_samples, num_bytes), elsewhere)
+        made = (self.entries_made(sites), self.entries_made_on_tpu(sites))
+        num_bytes, on_tpu = (num_samples * one * jnp.dtype(dtype).itemsize for one in made)
+        return Parts(
+            self.least_parts_on_cpu(sites, num_samples, num_bytes),
+            *(min(one / _BYTES_AT_ONCE, _MOST_PARTS) for one in (on_tpu, num_bytes)),
+        )
 
     def least_parts_on_cpu(self, sites: Sequence[Site], num_samples: int, num_bytes: int) -> float:
         """Say the same for a CPU, where all samples together make so many bytes on the way."""
@@ -116,6 +119,10 @@ class Route(abc.ABC):
     def entries_made(self, sites: Sequence[Site]) -> int:
         """Say how many entries are made on the way to the norm of one sample's gradient."""
         return entries_read(sites)
+
+    def entries_made_on_tpu(self, sites: Sequence[Site]) -> int:
+        """Say the same for a TPU, where products that are squared and summed are not made."""
+        return self.entries_made(sites)
 
 
 def entries_read(sites: Sequence[Site]) -> int:

@@ -57,11 +57,10 @@ class Tied(Route):
         return jnp.maximum(apart + crossed, 0)
 
     def entries_made(self, sites: Sequence[Site]) -> int:
-        gathers, products = _of(sites, EMBEDDING), _of(sites, DENSE)
-        made = jax.eval_shape(functools.partial(embedding.rows, gathers), *of_one_sample(gathers))
-        num_taken = made.indices.size
-        num_rows = sum(math.prod(aval(site.leaving).shape[:-1]) for site in products)
-        return DENSE.entries_made(products) + num_taken * (num_taken + num_rows)
+        return DENSE.entries_made(_of(sites, DENSE)) + _entries_of_inner_products(sites)
+
+    def entries_made_on_tpu(self, sites: Sequence[Site]) -> int:
+        return DENSE.entries_made_on_tpu(_of(sites, DENSE)) + _entries_of_inner_products(sites)
 
 
 TIED = Tied()
@@ -69,6 +68,14 @@ TIED = Tied()
 
 def _of(sites: Sequence[Site], route: Route) -> list[Site]:
     return [site for site in sites if site.route is route]
+
+
+def _entries_of_inner_products(sites: Sequence[Site]) -> int:
+    gathers = _of(sites, EMBEDDING)
+    made = jax.eval_shape(functools.partial(embedding.rows, gathers), *of_one_sample(gathers))
+    num_taken = made.indices.size
+    num_rows = sum(math.prod(aval(site.leaving).shape[:-1]) for site in _of(sites, DENSE))
+    return num_taken * (num_taken + num_rows)
 
 
 def _twice_inner_products(

@@ -34,7 +34,7 @@ from psclip_optax.engine.routes.convolution import patches
 from psclip_optax.engine.routes.convolution.geometry import Axis, window
 from psclip_optax.engine.routes.convolution.layouts import Pixels, block_sizes, sides
 from psclip_optax.engine.routes.convolution.ways import Way, ways, ways_on_tpu
-from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples_first
+from psclip_optax.engine.routes.route import Cotangents, Entered, Route, entries_read, samples_first
 
 # A few samples may take what a CPU's cache holds.
 _BYTES_AT_ONCE_ON_CPU = 2**22
@@ -101,6 +101,12 @@ class Convolution(Route):
 
     def entries_made(self, sites: Sequence[Site]) -> int:
         way, _ = _cheapest(ways, sites)
+        return block_sizes(sites[0]).number * way.entries
+
+    def entries_made_on_tpu(self, sites: Sequence[Site]) -> int:
+        if _is_patchwise(sites):
+            return entries_read(sites)  # patches have as many as the input, or fewer
+        way, _ = _cheapest(ways_on_tpu, sites)
         return block_sizes(sites[0]).number * way.entries
 
 
