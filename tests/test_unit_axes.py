@@ -44,6 +44,12 @@ def scanned_once(p, x):
     return lax.scan(lambda x, w: (jnp.sin(x @ w) * p["b"], None), x[None], p["w"][None])[0]
 
 
+def read_within_a_scan_and_behind_it(p, x):
+    other = nn.relu(x[None] @ p["w"])  # a rule of its own, so that it has its axes
+    last, _ = lax.scan(lambda c, _: (jnp.sin(c @ p["w"]) + other, None), x[None], None, length=2)
+    return last * other + p["b"]
+
+
 def checkpointed(p, x):
     policy = jax.checkpoint_policies.dots_saveable
     return jax.checkpoint(lambda p, x: nn.relu(dense(p, x)), policy=policy)(p, x)
@@ -90,7 +96,16 @@ def largest(p, x):
 
 
 NETS = [
-    *(dense, normalized, attention, scanned, scanned_once, checkpointed, one_head_of_one),
+    *(
+        dense,
+        normalized,
+        attention,
+        scanned,
+        scanned_once,
+        read_within_a_scan_and_behind_it,
+        checkpointed,
+        one_head_of_one,
+    ),
     *(one_feature, convolution, joined_and_cut, joined_along_the_unit, looked_up, rows_of_a_table),
     largest,
 ]

@@ -164,7 +164,8 @@ def _scan(eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
 
     def step(carry: list[Any], of_step: list[Any]) -> tuple[list[Any], list[Any]]:
         within = [
-            *consts,
+            # Anew, for what is made of them here must not be read outside.
+            *(value.like(value.given) for value in consts),
             *(_Value(bare=one, shape=s) for one, s in zip(carry, shapes_of_carry, strict=True)),
             *(_Value(full=one, shape=s) for one, s in zip(of_step, shapes_of_xs, strict=True)),
         ]
