@@ -230,7 +230,7 @@ def _reshape(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
         return None
     shape = tuple(size for size in eqn.params["new_sizes"] if size != 1)
     bare = inputs[0].bare
-    return bare if bare.shape == shape else _changed(eqn, inputs, new_sizes=shape)
+    return bare if jnp.shape(bare) == shape else _changed(eqn, inputs, new_sizes=shape)
 
 
 def _broadcast_in_dim(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
@@ -239,7 +239,7 @@ def _broadcast_in_dim(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
         return None
     places, bare = _places(shape), inputs[0].bare
     left = tuple(size for size in shape if size != 1)
-    if bare.shape == left:
+    if jnp.shape(bare) == left:
         return bare
     axes = [places[dims[axis]] for axis, size in enumerate(inputs[0].shape) if size != 1]
     return _changed(eqn, inputs, shape=left, broadcast_dimensions=tuple(axes))
