@@ -75,6 +75,12 @@ def test_every_formula_is_rendered(pages: dict[str, BeautifulSoup]):
         assert not prose, f"{path}: expected MathML, got {prose}"
 
 
+def test_no_bracket_of_a_fixed_size_has_an_exponent(pages: dict[str, BeautifulSoup]):
+    # Chromium draws it small and low: {\\big( x \\big)}^2, not \\big( x \\big)^2.
+    for path, page in pages.items():
+        assert not page.select("msub > mo[minsize], msup > mo[minsize]"), path
+
+
 def is_code(text) -> bool:
     return text.find_parent(lambda tag: tag.css.match(CODE)) is not None
 
