@@ -62,6 +62,14 @@ def test_links_lead_somewhere_in_the_repository_too(page: pathlib.Path):
         assert (page.parent / target).is_file(), target
 
 
+def test_code_of_the_first_page_fits_its_box():
+    code = re.findall(
+        r"^```.*?^```$", (PAGES / "index.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert [line for line in "\n".join(code).splitlines() if len(line) > 80] == []
+    assert len(code) >= 4
+
+
 def test_api_has_every_public_name():
     pages = "".join(page.read_text(encoding="utf-8") for page in (PAGES / "api").glob("*.md"))
     named = re.findall(r"^::: (\S+)$|^      heading: (\w+)$", pages, re.MULTILINE)
