@@ -1,7 +1,8 @@
-"""MkDocs' part that is ours: pages that lie elsewhere in the repository, and links to what does.
+"""MkDocs' part that is ours: pages that lie elsewhere in the repository, links to them, formulas.
 
 Links of a page are relative to its file, so that they lead somewhere on GitHub too. On the site one
 to a file that has a page leads to that page, any other that leaves the pages to the repository.
+Formulas become MathML, which a browser shows by itself: no script or font comes from elsewhere.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import pathlib
 import posixpath
 import re
+from html import escape, unescape
 from typing import Any
 
+from bs4 import BeautifulSoup
+from math_core import LatexError, LatexToMathML
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -24,6 +29,9 @@ ELSEWHERE = {
     "benchmarks/results/README.md": "results/index.md",
 }
 FOLDERS = {"benchmarks/results": ("results", "*.png"), "notebooks": ("notebooks", "*.ipynb")}
+WITH_FORMULAS = ".arithmatex, .jp-MarkdownOutput"  # in a page, and a cell of a notebook
+FORMULA = re.compile(r"\$\$(?P<display>.+?)\$\$|\$(?P<inline>.+?)\$", re.DOTALL)
+LATEX = LatexToMathML()
 
 
 def sources() -> dict[str, str]:
@@ -65,3 +73,25 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: An
         return f"]({posixpath.relpath(place, start or '.')}{anchor})"
 
     return re.sub(r"\]\((?![a-z]+:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)", moved, markdown)
+
+
+def on_page_content(html: str, *, page: Page, **_: Any) -> str:
+    soup = BeautifulSoup(html, "html.parser")
+    texts = [text for part in soup.select(WITH_FORMULAS) for text in part.find_all(string=FORMULA)]
+    for text in texts:
+        if not text.find_parent(["code", "pre"]):
+            text.replace_with(BeautifulSoup(with_mathml(text, page.file.src_uri), "html.parser"))
+    return str(soup) if texts else html
+
+
+def with_mathml(text: str, source: str) -> str:
+    def rendered(match: re.Match[str]) -> str:
+        formula = unescape(match["display"] or match["inline"])
+        try:
+            return LATEX.convert_with_local_state(formula, displaystyle=bool(match["display"]))
+        except LatexError as error:
+            raise PluginError(
+                f"{source}: expected a formula in LaTeX, got {formula}\n{error}"
+            ) from error
+
+    return FORMULA.sub(rendered, escape(text, quote=False))

@@ -64,7 +64,7 @@ class HillPlot:
 def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstimate:
     r"""Estimates the tail index by Hill from a given number of the largest norms.
 
-    $$\hat a = \Big( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \Big)^{-1}$$
+    $$\hat a = \left( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \right)^{-1}$$
 
     with $X_{(1)} \ge X_{(2)} \ge \dots$. Its interval knows of sampling noise alone: where k
     is too large, it lies beside the truth. `tail_index` chooses k and allows for that.

@@ -85,7 +85,7 @@ def moment_threshold(
     r"""A growing threshold whose scale is a running p-th moment of the norms: no α to tune.
 
     $$\tau_k = c \, \hat\sigma \, k^{1/p}, \qquad
-    \hat\sigma = \bigl(\operatorname{mean} \|g\|^p\bigr)^{1/p}$$
+    \hat\sigma = {\bigl(\operatorname{mean} \|g\|^p\bigr)}^{1/p}$$
 
     The moment is that of the norms themselves, not of their deviations from the mean gradient. It
     bounds both the noise and the mean gradient; the central one falls with the noise alone, so that
