@@ -117,11 +117,12 @@ def _sizes(operation: re.Match[str], line: str) -> tuple[int, int]:
     sizes = [math.prod(int(d) for d in shape.split(",") if d) for _, shape in arrays]
     widths = [int(bits or 8) // 8 for bits, _ in arrays]
     # Of what is scattered a device has all before.
-    times = _group_size(line) if operation["name"] == "reduce-scatter" else 1
+    times = group_size(line) if operation["name"] == "reduce-scatter" else 1
     return times * sum(sizes), times * sum(s * w for s, w in zip(sizes, widths, strict=True))
 
 
-def _group_size(line: str) -> int:
+def group_size(line: str) -> int:
+    """Reads how many devices take part in a collective together."""
     listed = re.search(r"replica_groups={{([\d,]+)}", line)
     if listed:
         return len(listed[1].split(","))

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from benchmarks.common.collectives import group_size
+
 _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\([^=]*?\)|\S+) "
     r"(?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)"
@@ -116,23 +118,13 @@ def _num_sent(one: Instruction, kind: str) -> int:
     if one.opcode == f"{kind}-start" and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]  # operands stand before results
     # Of what is scattered a device has all before.
-    return sum(sizes) * (_group_size(one.line) if kind == "reduce-scatter" else 1)
+    return sum(sizes) * (group_size(one.line) if kind == "reduce-scatter" else 1)
 
 
 def _arrays(shape: str) -> Iterator[tuple[int, int]]:
     """Yields the number of elements and the bits of each array."""
     for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+))\w*\[([\d,]*)\]", shape):
         yield math.prod(int(d) for d in dims.split(",") if d), int(bits or 8)
-
-
-def _group_size(line: str) -> int:
-    listed = re.search(r"replica_groups={{([\d,]+)}", line)
-    if listed:
-        return len(listed[1].split(","))
-    folded = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    if folded is None:
-        raise ValueError(f"no groups of devices in {line}")
-    return int(folded[1])
 
 
 def _computations(text: str) -> dict[str, list[str]]:

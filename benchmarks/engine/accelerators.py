@@ -12,7 +12,6 @@ word; this ranks programs. What was compiled stands in the result and is not com
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from benchmarks.common.publishing import RESULTS, publish
 from benchmarks.common.style import tidy
 from benchmarks.engine import real_models, targets
 from benchmarks.engine.accumulation import mean_loss
+from benchmarks.engine.on_gpu_results import read_rows
 from benchmarks.engine.targets import TARGETS
 from benchmarks.zoo.models import ZOO
 from psclip_optax.training.output.files import to_json, write_atomically
@@ -192,10 +192,6 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
 def main(
     out: Annotated[pathlib.Path, tyro.conf.arg(metavar="DIR")] = RESULTS,
     target: Sequence[str] = TARGETS,
@@ -216,7 +212,7 @@ def main(
     """
     jax.config.update("jax_platforms", "cpu")
     path = out / "accelerators.json"
-    rows = read(path)
+    rows = read_rows(path)
     wanted = [(t, j, m) for t in target for j in model for m in ("plain", *mode)]
     stale = set(wanted) if rerun else set()
     rows = [row for row in rows if (row["target"], row["job"], row["mode"]) not in stale]
