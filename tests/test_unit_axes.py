@@ -180,3 +180,32 @@ def test_numbers_outside_of_a_table_stay_outside():
     _, gradient = psc.clipped_value_and_grad(loss, np.inf, mode="one_pass")(p, tokens)
     wanted = jax.grad(lambda p: jax.vmap(loss, in_axes=(None, 0))(p, tokens).mean())(p)
     assert_close(gradient, wanted, 1e-5)
+
+
+def picks(closed):
+    """Find the look-ups of single entries beside axes of the operand: indices' axes, and numbers."""
+    inner = (eqn.params["jaxpr"].eqns for eqn in closed.eqns if eqn.primitive.name == "jit")
+    gathers = (
+        eqn
+        for eqns in (closed.eqns, *inner)
+        for eqn in eqns
+        if eqn.primitive.name == "gather" and eqn.params["dimension_numbers"].operand_batching_dims
+    )
+    return [
+        (eqn.invars[1].aval.ndim, eqn.params["dimension_numbers"].offset_dims) for eqn in gathers
+    ]
+
+
+def test_labels_are_picked_as_a_batch_picks_them():
+    """Compilers know that a comparison picks them where indices have a last axis of size 1."""
+
+    def losses(w, xs, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(xs @ w, labels).mean(axis=1)
+
+    def loss(w, x, labels):
+        return losses(w, x[None], labels[None])[0]
+
+    w, x, labels = jnp.ones((D, V)), jnp.ones((N, T, D)), jnp.zeros((N, T), int)
+    ((ndim, of_slices),) = picks(jax.make_jaxpr(losses)(w, x, labels))
+    changed = without_unit_axes(jax.make_jaxpr(loss)(w, x[0], labels[0]))
+    assert picks(changed) == [(ndim - 1, of_slices)]

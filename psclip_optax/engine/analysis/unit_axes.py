@@ -298,6 +298,9 @@ def _gather(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
     beside, collapsed = dims.operand_batching_dims, dims.collapsed_slice_dims
     from_operand = [axis for axis in _units(operand.shape) if axis not in dims.start_index_map]
     from_indices = _units(indices.shape[:-1])
+    if beside and math.prod(eqn.params["slice_sizes"]) == 1:
+        # Of picks along an axis that have this axis compilers know that a comparison makes them.
+        from_indices = _without_last(from_indices, dims.start_indices_batching_dims)
     if not (from_operand or from_indices):
         return None
     sliced = (axis for axis in range(len(operand.shape)) if axis not in (*beside, *collapsed))
@@ -321,6 +324,12 @@ def _gather(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
         for value, axes in ((operand, from_operand), (indices, from_indices))
     ]
     return run_equation(eqn.replace(params=params), given)[0]
+
+
+def _without_last(axes: Sequence[int], beside: Sequence[int]) -> list[int]:
+    """Leave out the last of the axes that do not stand beside an operand's."""
+    kept = max((axis for axis in axes if axis not in beside), default=None)
+    return [axis for axis in axes if axis != kept]
 
 
 def _units(shape: Sequence[int]) -> list[int]:
