@@ -10,6 +10,7 @@ flow stay.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -285,22 +286,43 @@ class _Runner(NamedTuple):
         num_consts, num_carry = scan_counts(eqn)
         consts, init, xs = parted(inputs, num_consts, num_carry)
         shared = _Shared()
+        units: list[int] = []
 
         def step(carry: list[Any], xs_and_taps: tuple[list[Any], Taps]) -> Any:
             xs, taps = xs_and_taps
             operands = [*consts, *carry, *xs]
+            taps = jax.tree.map(lambda tap: lax.squeeze(tap, (0, 1)), taps)
             outs, kept = self.jaxpr(body, body_consts, operands, taps, path)
-            return outs[:num_carry], (outs[num_carry:], shared.once(kept))
+            once = shared.once(kept)
+            units[:] = _units_that_tell_apart(once)
+            apart = [lax.expand_dims(x, range(n)) for x, n in zip(once, units, strict=True)]
+            return outs[:num_carry], (outs[num_carry:], apart)
 
-        carry, (ys, once) = lax.scan(
+        carry, (ys, apart) = lax.scan(
             step,
             list(init),
-            (list(xs), taps),
+            (list(xs), jax.tree.map(lambda tap: lax.expand_dims(tap, (1, 2)), taps)),
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
+        once = [lax.squeeze(x, range(1, 1 + n)) for x, n in zip(apart, units, strict=True)]
         return [*carry, *ys], shared.of_all(once)
+
+
+def _units_that_tell_apart(arrays: Sequence[jax.Array]) -> list[int]:
+    """Number the arrays of each shape, for as many axes of size 1.
+
+    A scan writes what each step gives into a buffer of zeros. XLA merges buffers of one shape, and
+    then has to fill a copy of it for each, which takes a TPU as long as a product.
+    """
+    seen: collections.Counter[Any] = collections.Counter()
+    numbers: list[int] = []
+    for array in arrays:
+        seen[array.shape, array.dtype] += 1
+        number = seen[array.shape, array.dtype]
+        numbers.append(number if number < 2 else 1 + number)  # the cotangents have two
+    return numbers
 
 
 class _Shared:
