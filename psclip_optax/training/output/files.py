@@ -27,7 +27,7 @@ LOCK = ".lock"  # while something is written there
 # What a comparison's folder holds.
 COMPARISON, COMPARISON_FIGURE = "compare.json", "compare.png"
 # What a folder of the samples that were clipped most holds.
-OUTLIERS = ("samples.csv", "classes.csv", "samples.html", "samples.png")
+OUTLIERS = ("outliers.csv", "classes.csv", "outliers.html", "outliers.png")
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
