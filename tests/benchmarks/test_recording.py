@@ -16,7 +16,9 @@ def test_a_quick_run_has_a_row_for_each_setting(tmp_path, capsys):
     low, middle, high = row["ratio_quartiles"]
     assert 0 < low <= middle <= high
     assert row["bytes_a_sample"] > 20  # four numbers and a step, of four bytes each
-    assert f"| mlp of width 0.05, 16 | {1e3 * row['seconds_a_step']:.2f} |" in capsys.readouterr().out
+    assert (
+        f"| mlp of width 0.05, 16 | {1e3 * row['seconds_a_step']:.2f} |" in capsys.readouterr().out
+    )
     assert {"cpu", "cores", "jax"} <= result["machine"].keys()
 
 
