@@ -157,7 +157,7 @@ class TrainConfig(TaskConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig(TaskConfig):
-    """Compare momentum SGD, batch clipping and per-sample clipping, each tuned on equal grids.
+    """Compare momentum SGD, batch clipping and per-sample clipping, tuned on grids of equal size.
 
     Examples:
       >>> config = CompareConfig(dataset="cifar100", model="alexnet", steps=4000)
@@ -187,7 +187,7 @@ class CompareConfig(TaskConfig):
         0.1,
         0.2,
     )
-    """Learning rates that momentum SGD chooses from."""
+    """Learning rates that momentum SGD, and clipping by a running median, choose from."""
     batch_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
     """Learning rates that batch clipping chooses from."""
     batch_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
