@@ -17,6 +17,7 @@ from psclip_optax.training.config.commands import (
     Config,
     DoctorConfig,
     ExplainConfig,
+    OutliersConfig,
     PlotConfig,
     TrainConfig,
     UsageError,
@@ -31,6 +32,7 @@ _COMMANDS = {
     "train": TrainConfig,
     "plot": PlotConfig,
     "explain": ExplainConfig,
+    "outliers": OutliersConfig,
     "doctor": DoctorConfig,
 }
 _EXIT_WRONG, _EXIT_LOST, _EXIT_CLOSED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 1, 1, 2, 130
@@ -119,6 +121,7 @@ def _run(arguments: list[str]) -> int:
         TrainConfig: _train,
         PlotConfig: _plot,
         ExplainConfig: _explain,
+        OutliersConfig: _outliers,
     }[type(config)]
     try:
         command(config, Console())
@@ -177,10 +180,10 @@ def _train(config: Any, console: Any) -> None:
         ("Configuration", "config.json"),
         ("Metrics", "metrics.jsonl"),
         ("Checkpoints", "checkpoints"),
+        *[("Samples", "samples")] * config.record_samples,
+        *[("TensorBoard", "tensorboard")] * config.tensorboard,
     ):
         console.print(f"{what}: {result.out / name}", highlight=False, soft_wrap=True)
-    if config.tensorboard:
-        console.print(f"TensorBoard: {result.out / 'tensorboard'}", highlight=False, soft_wrap=True)
 
 
 def _plot(config: Any, console: Any) -> None:
@@ -194,6 +197,15 @@ def _explain(config: Any, console: Any) -> None:
 
     # As it is: a table wider than the terminal is not to be wrapped, nor its brackets read.
     console.out(explain(config), highlight=False)
+
+
+def _outliers(config: Any, console: Any) -> None:
+    from psclip_optax.training.command.outliers import outliers
+    from psclip_optax.training.output.files import OUTLIERS
+
+    out = outliers(config)
+    for what, name in zip(("Samples", "Classes", "Page", "Figure"), OUTLIERS, strict=True):
+        console.print(f"{what}: {out / name}", highlight=False, soft_wrap=True)
 
 
 def _doctor(config: DoctorConfig) -> int:

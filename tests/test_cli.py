@@ -35,7 +35,7 @@ def test_version(capsys):
 def test_help_names_the_commands(argv: list[str], capsys):
     assert main(argv) == 0
     captured = capsys.readouterr()
-    for command in ("compare", "train", "plot", "explain", "doctor"):
+    for command in ("compare", "train", "plot", "explain", "outliers", "doctor"):
         assert command in captured.out
     assert captured.err == ""
 
@@ -46,12 +46,13 @@ def test_help_names_the_commands(argv: list[str], capsys):
         ("train", "dataset model method lr alpha beta steps seed out data-dir cache-dir width "
                   "dropout momentum batch-size schedule label-noise pixel-df augment eval-every "
                   "checkpoint-every log-every resume accumulate clip-at distributed coordinator "
-                  "num-processes process-id distributed-timeout tensorboard"),
+                  "num-processes process-id distributed-timeout tensorboard record-samples"),
         ("compare", "dataset model data-dir steps batch-size num-seeds overwrite out "
                     "momentum-learning-rates batch-clip-learning-rates batch-clip-thresholds "
                     "ps-clip-learning-rates ps-clip-thresholds"),
         ("plot", "out"),
         ("explain", "dataset model width dropout batch-size engine accumulate clip-at"),
+        ("outliers", "by top out overwrite data-dir cache-dir"),
         ("doctor", "cache-dir"),
     ],
 )  # fmt: skip
@@ -147,7 +148,7 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(
         (["train", "--methd", "sgd"], ["--methd", "Perhaps you meant", "--method"]),
         (["train", "--lr", "x"], ["--lr", "'x'", "Learning rate"]),
         (["train", "--lr"], ["Missing value for argument '--lr'", "run psclip train --help"]),
-        (["explode"], ["explode", "subcommands: compare, train, plot, explain, doctor"]),
+        (["explode"], ["explode", "subcommands: compare, train, plot, explain, outliers, doctor"]),
         (["explode", "--lr", "1"], ["explode", "subcommands: compare, train, plot"]),
         (["compare", "--dataset", "mnist"], ["'mnist'", "digits", "cifar100"]),
         (["train", "--method", "adam"], ["'adam'", "ps-clip-constant"]),

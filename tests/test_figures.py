@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from benchmarks import headlines, summary
-from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100
+from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100, find_bad_data
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.statistics import describe_difference, paired_difference
 from benchmarks.engine import cost
@@ -227,6 +227,21 @@ def test_accumulation_is_that_of_the_committed_measurement():
     for steps in result["steps"].values():
         ratio = steps["ways"]["clipped before"]["ratio_quartiles"][1]
         assert f"A step takes {ratio:.2f} times as long" in WHEN
+
+
+def test_what_finds_wrong_labels_is_that_of_the_committed_measurement():
+    result = json.loads((ROOT / "benchmarks/results/find_bad_data.json").read_text())
+    assert find_bad_data.to_markdown(result).strip() in GUIDE["outliers"]
+    assert "for wrong labels **the loss is the better finder**" in GUIDE["outliers"]
+    for row in result["rows"]:
+        assert row["best"] == "loss"
+        assert all(against["interval"][0] > 0.2 for against in row["best_against"].values())
+        # "names a fifth of the test images rightly"
+        assert 0.19 < statistics.fmean(row["test_accuracies"]) < 0.23
+    clipped, unclipped = (
+        statistics.fmean(find_bad_data.final_areas(row, "loss")) for row in result["rows"]
+    )
+    assert abs(clipped - unclipped) < 0.01  # "matters little"
 
 
 @pytest.mark.parametrize(

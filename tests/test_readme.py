@@ -26,6 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 SMALLER = {
     "plot": {},
     "explain": {},
+    "outliers": {},
     "doctor": {},
     "train": {"--width": "0.05", "--batch-size": "16", "--steps": "4"},
     "compare": {

@@ -7,8 +7,11 @@ that depend on the data, and more samples than one batch may have.
 
 The interval of an index holds sampling noise *and* the bias that comes from a tail that is a power
 law only far out; `python -m benchmarks.theory.tail_index` measures how often it holds the truth.
+
+`most_clipped` tells which samples are in the tail: those that were clipped most over a training.
 """
 
+from psclip_optax.tails.clipped import MostClipped, most_clipped
 from psclip_optax.tails.hill import HillEstimate, HillPlot, choose_k, hill_estimator, hill_plot
 from psclip_optax.tails.index import TailIndex, Verdict, tail_index
 from psclip_optax.tails.norms import MIN_NORMS
@@ -20,6 +23,7 @@ __all__ = [
     "HillEstimate",
     "HillPlot",
     "MomentScale",
+    "MostClipped",
     "SuggestedThreshold",
     "TailIndex",
     "Verdict",
@@ -27,6 +31,7 @@ __all__ = [
     "hill_estimator",
     "hill_plot",
     "moment_scale",
+    "most_clipped",
     "suggest_threshold",
     "tail_index",
 ]

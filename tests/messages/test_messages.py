@@ -23,6 +23,7 @@ import psclip_optax as psc
 from tests.messages import (
     engine,
     losses,
+    samples,
     thresholds,
     training_command,
     training_data,
@@ -39,6 +40,7 @@ TABLES = (
     engine,
     losses,
     transforms,
+    samples,
     training_steps,
     training_data,
     training_runs,

@@ -1,4 +1,4 @@
-"""`psclip compare`: the same model, seeds, batches and steps for three methods, tuned alike."""
+"""`psclip compare`: the same model, seeds, batches and steps for four methods, tuned alike."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from psclip_optax.training.steps import linen_eval_step
 
 Grids = dict[MethodName, list[Hyperparams]]
 
-_COMPARED: tuple[MethodName, ...] = ("momentum", "batch-clip", "ps-clip")
+_COMPARED: tuple[MethodName, ...] = ("momentum", "batch-clip", "ps-clip", "ps-clip-median")
 _REPORT_EVERY = 10
 _MAX_NORMS = 2048
 
@@ -93,7 +93,7 @@ class _Job(NamedTuple):
 
 
 def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
-    """Tunes and compares momentum SGD, batch clipping and per-sample clipping.
+    """Tunes and compares momentum SGD, batch clipping and two kinds of per-sample clipping.
 
     Args:
       config: what to train, on what, the grids, and where to write.
@@ -162,7 +162,7 @@ def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
     Examples:
       >>> grids = build_grids(CompareConfig(), {"batch-clip": 2.0, "ps-clip": 8.0})
       >>> {name: len(points) for name, points in grids.items()}
-      {'momentum': 9, 'batch-clip': 9, 'ps-clip': 9}
+      {'momentum': 9, 'batch-clip': 9, 'ps-clip': 9, 'ps-clip-median': 9}
       >>> sorted({point.threshold for point in grids["ps-clip"]})
       [0.024, 0.24, 2.4]
     """
@@ -176,6 +176,7 @@ def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
             config.ps_clip_learning_rates,
             tuple(units["ps-clip"] * factor for factor in config.ps_clip_thresholds),
         ),
+        "ps-clip-median": (config.momentum_learning_rates, (math.inf,)),  # which it has no use for
     }
     return {
         name: [

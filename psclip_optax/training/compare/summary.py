@@ -14,6 +14,7 @@ from psclip_optax.training.config.checks import flag
 from psclip_optax.training.config.commands import CompareConfig
 from psclip_optax.training.data.register import DATASETS
 from psclip_optax.training.data.splits import Dataset, Split
+from psclip_optax.training.run.methods import METHODS
 
 _MODEL_TITLES = {
     "mlp": "MLP",
@@ -21,6 +22,7 @@ _MODEL_TITLES = {
     "alexnet": "AlexNet",
     "resnet18": "ResNet-18",
 }
+_GRID_OF = {"ps-clip-median": "momentum"}  # whose learning rates it chooses from
 
 
 class Estimate(NamedTuple):
@@ -168,7 +170,7 @@ def results_table(result: dict[str, Any]) -> Table:
         caption=(
             "\nMean ± standard error over seeds; the differences are paired, in points.\n"
             "Threshold of per-sample clipping: α of α k^(1/β), β = "
-            f"{result['methods']['ps-clip']['beta']:g}.\n"
+            f"{result['methods']['ps-clip']['beta']:g}, or found while training.\n"
             "Clipped: share of batches or of samples."
         ),
         caption_justify="left",
@@ -188,15 +190,16 @@ def results_table(result: dict[str, Any]) -> Table:
         _, difference = difference_to_best_other(result["methods"], name)
         seconds = statistics.median(curve["median_step_seconds"] for curve in method["curves"])
         clipped = statistics.fmean(curve["mean_clipped_share"] for curve in method["curves"])
-        has_threshold = math.isfinite(method["threshold"])
+        clips = METHODS[name].has_threshold
+        is_given = math.isfinite(method["threshold"])
         table.add_row(
-            method["label"],
+            method["label"].replace(", ", ",\n"),
             f"{method['learning_rate']:g}",
-            f"{method['threshold']:.3g}" if has_threshold else "–",
+            f"{method['threshold']:.3g}" if is_given else "found" if clips else "–",
             f"{100 * accuracy.mean:.1f} ± {100 * accuracy.standard_error:.1f}",
             f"{100 * difference.mean:+.1f} ± {100 * difference.standard_error:.1f}",
             f"{1e3 * seconds:.2f}",
-            f"{clipped:.0%}" if has_threshold else "–",
+            f"{clipped:.0%}" if clips else "–",
         )
     return table
 
@@ -257,7 +260,8 @@ def edge_notes(result: dict[str, Any]) -> list[str]:
             if len(values) == 1 or values[0] < method[field] < values[-1]:
                 continue
             edge = "largest" if method[field] == values[-1] else "smallest"
-            option = flag(f"{name}-{field}s".replace("-", "_"))
+            owner = _GRID_OF.get(name, name)
+            option = flag(f"{owner}-{field}s".replace("-", "_"))
             notes.append(
                 f"Note: {method['label']} chose the {edge} of {option}, {method[field] / unit:.3g}."
             )

@@ -58,6 +58,7 @@ _RANGES = {
     "num_processes": _COUNT,
     "process_id": _NOT_NEGATIVE,
     "distributed_timeout": _COUNT,
+    "top": _Range("an integer from 1 to 400", lambda n: 1 <= n <= 400),
     "num_seeds": _Range("at least 3, for a standard error", lambda n: n >= 3),
     "validation_share": _Range("a number between 0 and 1", lambda x: 0 < x < 1),
     "momentum_learning_rates": _POSITIVE,
@@ -131,6 +132,14 @@ def _check_training(config: TrainConfig) -> None:
             f"--clip-at: expected sample with --method {config.method}, got {config.clip_at}; "
             "leave it out, or take --method ps-clip, ps-clip-constant, ps-clip-auto or "
             "ps-clip-median"
+        )
+    if config.record_samples and not (
+        config.method.startswith("ps-clip") and config.clip_at == "sample"
+    ):
+        raise UsageError(
+            "--record-samples: expected a --method that clips each sample, with --clip-at sample, "
+            f"got --method {config.method} --clip-at {config.clip_at}; to record momentum SGD, "
+            "clip nothing by --method ps-clip --alpha inf"
         )
     if config.method == "ps-clip-auto" and not 1 <= config.beta <= 2:
         raise UsageError(

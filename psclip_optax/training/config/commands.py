@@ -139,6 +139,8 @@ class TrainConfig(TaskConfig):
     """Folder for the configuration, the metrics and the checkpoints."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
+    record_samples: bool = False
+    """Write each sample's loss, norm and scale of each step to samples/, for psclip outliers."""
     tensorboard: bool = False
     """Write what metrics.jsonl holds for TensorBoard too, to the folder's tensorboard/."""
     distributed: bool = False
@@ -155,7 +157,7 @@ class TrainConfig(TaskConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig(TaskConfig):
-    """Compare momentum SGD, batch clipping and per-sample clipping, each tuned on equal grids.
+    """Compare momentum SGD, batch clipping and per-sample clipping, tuned on grids of equal size.
 
     Examples:
       >>> config = CompareConfig(dataset="cifar100", model="alexnet", steps=4000)
@@ -185,7 +187,7 @@ class CompareConfig(TaskConfig):
         0.1,
         0.2,
     )
-    """Learning rates that momentum SGD chooses from."""
+    """Learning rates that momentum SGD, and clipping by a running median, choose from."""
     batch_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
     """Learning rates that batch clipping chooses from."""
     batch_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
@@ -229,6 +231,31 @@ class PlotConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OutliersConfig:
+    """Show the samples that were clipped most in a run that was trained with --record-samples.
+
+    Examples:
+      >>> OutliersConfig(run=pathlib.Path("run")).by
+      'scale'
+    """
+
+    run: pathlib.Path
+    """Folder that psclip train wrote with --record-samples; the run may still be going on."""
+    by: Literal["scale", "norm", "loss"] = "scale"
+    """What comes first: the smallest mean scale, the largest median norm, or largest mean loss."""
+    top: int = 100
+    """How many pictures to show, at most 400."""
+    out: pathlib.Path | None = None
+    """Folder for two tables, a page and a PNG; by default outliers/ in the run's folder."""
+    overwrite: bool = False
+    """Replace an existing result in the folder."""
+    data_dir: pathlib.Path | None = None
+    """Folder with an existing copy of CIFAR; by default the one that the run was told."""
+    cache_dir: pathlib.Path | None = None
+    """Folder for downloads; by default the one that the run was told."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Print versions and devices, and check that clipping is right, and fast, on this machine.
 
@@ -243,4 +270,6 @@ class DoctorConfig:
     """Folder for downloads that is checked; by default the user's cache folder."""
 
 
-Config: TypeAlias = TrainConfig | CompareConfig | PlotConfig | ExplainConfig | DoctorConfig
+Config: TypeAlias = (
+    TrainConfig | CompareConfig | PlotConfig | ExplainConfig | OutliersConfig | DoctorConfig
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -20,10 +21,13 @@ from psclip_optax.training.config.commands import UsageError
 # What a run's folder holds.
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+SAMPLES = "samples"  # where they were recorded
 RUN = (CONFIG, METRICS, CHECKPOINTS)
 LOCK = ".lock"  # while something is written there
 # What a comparison's folder holds.
 COMPARISON, COMPARISON_FIGURE = "compare.json", "compare.png"
+# What a folder of the samples that were clipped most holds.
+OUTLIERS = ("outliers.csv", "classes.csv", "outliers.html", "outliers.png")
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -68,6 +72,57 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
       '{"loss": null, "steps": [0, 1], "out": "run"}'
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    """Gives what a .npy file of an array holds.
+
+    Args:
+      array: of numbers, or records of numbers.
+
+    Returns:
+      The bytes, for `np.load`.
+
+    Examples:
+      >>> np.load(io.BytesIO(to_npy(np.arange(3))))
+      array([0, 1, 2])
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def read_json(path: pathlib.Path, field: str) -> dict[str, Any]:
+    """Reads a file that a command wrote.
+
+    Args:
+      path: of the file.
+      field: of the object that it holds, an object too.
+
+    Returns:
+      The whole object.
+
+    Raises:
+      UsageError: it is not such a file.
+
+    Examples:
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / CONFIG
+      >>> _ = path.write_text('{"config": {"seed": 0}}')
+      >>> read_json(path, "config")
+      {'config': {'seed': 0}}
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: expected JSON, got {str(error)[:80]}; leave this folder out, or make it anew"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get(field), dict):
+        raise UsageError(
+            f"{path}: expected an object with {field!r} in it, as psclip wrote it; leave this "
+            "folder out, or make it anew"
+        )
+    return content
 
 
 @contextlib.contextmanager

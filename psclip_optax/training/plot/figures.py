@@ -14,8 +14,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 # Okabe and Ito's colours, which the colour-blind tell apart; their yellow is lost on white.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
-_COLOURS = {"momentum": BLUE, "batch-clip": ORANGE, "ps-clip": GREEN}
-_STYLES = {"momentum": "--", "batch-clip": "-.", "ps-clip": "-"}
+_COLOURS = {"momentum": BLUE, "batch-clip": ORANGE, "ps-clip": GREEN, "ps-clip-median": PURPLE}
+_STYLES = {"momentum": "--", "batch-clip": "-.", "ps-clip": "-", "ps-clip-median": ":"}
 _INITIAL, _FINAL = SKY, VERMILION
 _DPI = 160
 
@@ -54,7 +54,7 @@ def draw_comparison(result: dict[str, Any]) -> Figure:
     over_seconds.tick_params(labelleft=False)
     _draw_norms(norms, result["norms"], result["config"]["batch_size"])
     handles, labels = over_steps.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=10)
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=10)
     titles = ("Accuracy by step", "Accuracy by time", "Gradient norms, per-sample clipping")
     for axes, title in zip((over_steps, over_seconds, norms), titles, strict=True):
         tidy(axes, title)

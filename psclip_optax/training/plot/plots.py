@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from psclip_optax.training.output.files import (
     COMPARISON,
     CONFIG,
     METRICS,
+    read_json,
     writable_folder,
     write_atomically,
 )
@@ -177,7 +177,7 @@ def draw_runs(runs: list[Run]) -> Figure:
 
 
 def _read_run(folder: pathlib.Path, source: str) -> Run:
-    config = _read_json(folder / CONFIG, "config")["config"]
+    config = read_json(folder / CONFIG, "config")["config"]
     records = read_intact_records(folder / METRICS)
     if not records:
         raise UsageError(
@@ -188,7 +188,7 @@ def _read_run(folder: pathlib.Path, source: str) -> Run:
 
 
 def _read_comparison(path: pathlib.Path, source: str) -> list[Run]:
-    result = _read_json(path, "methods")
+    result = read_json(path, "methods")
     runs = []
     for name, method in result["methods"].items():
         told = {"method": name, "lr": method["learning_rate"], "alpha": method["threshold"]}
@@ -212,21 +212,6 @@ def _mean_records(curves: list[dict[str, Any]], *names: str) -> list[dict[str, A
 def _norm_record(norms: list[float | None]) -> dict[str, Any]:
     finite = np.array([norm for norm in norms if norm is not None])
     return {"num_norms": len(finite), "norm_histogram": histogram(finite)}
-
-
-def _read_json(path: pathlib.Path, field: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(
-            f"{path}: expected JSON, got {str(error)[:80]}; leave this folder out, or make it anew"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get(field), dict):
-        raise UsageError(
-            f"{path}: expected an object with {field!r} in it, as psclip wrote it; leave this "
-            "folder out, or make it anew"
-        )
-    return content
 
 
 def _with_source(label: str, source: str, *, is_unique: bool) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
 from psclip_optax.training.config.commands import UsageError
-from psclip_optax.training.output.files import to_json, write_atomically
+from psclip_optax.training.output.files import to_json, to_npy, write_atomically
 from psclip_optax.training.run.distributed import (
     is_first_process,
     told_by_first_process,
@@ -102,7 +101,7 @@ def save_checkpoint(
     if is_first_process():
         folder = _folder(manager, step)
         if norms is not None:
-            write_atomically(folder / _NORMS, _npy(norms))
+            write_atomically(folder / _NORMS, to_npy(norms))
         write_atomically(folder / _DIGESTS, to_json(_digests(folder), indent=1).encode())
 
 
@@ -157,12 +156,6 @@ def saved_norms(manager: ocp.CheckpointManager, step: int) -> np.ndarray:
     """
     path = _folder(manager, step) / _NORMS
     return np.load(path) if path.exists() else np.empty(0, np.float32)
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _check_room(manager: ocp.CheckpointManager, state: TrainState) -> None:

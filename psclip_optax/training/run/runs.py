@@ -34,6 +34,7 @@ from psclip_optax.training.output.files import (
     CONFIG,
     METRICS,
     RUN,
+    SAMPLES,
     TENSORBOARD,
     check_holds_none_of,
     held_alone,
@@ -65,6 +66,7 @@ from psclip_optax.training.run.methods import (
 )
 from psclip_optax.training.run.metrics import append_record, commit, cut_back, read_records
 from psclip_optax.training.run.norms import NormWindow, norm_figures
+from psclip_optax.training.run.samples import SampleLog, recording_samples
 from psclip_optax.training.run.tensorboard import check_tensorboard, writing_tensorboard
 from psclip_optax.training.run.trainer import (
     Trainer,
@@ -82,7 +84,7 @@ class RunResult(NamedTuple):
     """How a run ended.
 
     Attributes:
-      out: folder of `config.json`, `metrics.jsonl` and `checkpoints`.
+      out: folder of `config.json`, `metrics.jsonl`, `checkpoints` and, if recorded, `samples`.
       state: the state after the last step.
       accuracy: share of the test set that the model names rightly.
       loss: mean cross-entropy on the test set; None if it is not finite.
@@ -160,7 +162,16 @@ def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Co
     _check_devices(config, mesh)
     model = build_task_model(config, dataset)
     name = method_of_alpha(config.method, config.alpha)
-    trainer = build_trainer(name, model, dataset, config, config.steps, mesh, return_norms=True)
+    trainer = build_trainer(
+        name,
+        model,
+        dataset,
+        config,
+        config.steps,
+        mesh,
+        return_norms=True,
+        return_samples=config.record_samples,
+    )
     eval_step = linen_eval_step(classification_loss(model), has_aux=True)
     evaluate = build_evaluation(eval_step, dataset.test, dataset, mesh)
     index, count = (jax.process_index(), jax.process_count()) if mesh else (0, 1)
@@ -205,6 +216,7 @@ def _train_on(
         path.open("a", encoding="utf-8") as file,
         writing_tensorboard(board, kept, clock.seconds()) as write,
         reporting_progress(config.steps, console) as report,
+        _recording(config, out, start) as samples,
     ):
 
         def record(kind: str, step: int, figures: dict[str, Any]) -> None:
@@ -218,6 +230,9 @@ def _train_on(
             norms = metrics.pop("norms", None)
             if norms is not None:
                 window.add(norms)
+            of_samples = metrics.pop("samples", None)
+            if samples is not None:
+                samples.add(step, of_samples)
             if _is_due(step, config.log_every, config.steps):
                 figures = {name: value.item() for name, value in metrics.items()}
                 of_norms = {} if norms is None else norm_figures(window.norms())
@@ -229,8 +244,19 @@ def _train_on(
                 # Metrics first, so that no checkpoint is ahead of them.
                 if is_first_process():
                     commit(file)
+                if samples is not None:
+                    samples.commit()
                 save_checkpoint(manager, state, window.norms())
     return state
+
+
+def _recording(
+    config: TrainConfig, out: pathlib.Path, start: int
+) -> contextlib.AbstractContextManager[SampleLog | None]:
+    """The log of samples, which the first process writes, of all of them."""
+    if config.record_samples and is_first_process():
+        return recording_samples(out / SAMPLES, start)
+    return contextlib.nullcontext()
 
 
 def _check_devices(config: TrainConfig, mesh: Mesh | None) -> None:

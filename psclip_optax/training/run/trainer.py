@@ -57,7 +57,7 @@ class Trainer(NamedTuple):
     Attributes:
       init: (seed, hyperparams) → the initial state.
       step: (state, key, batch) → the next state and scalar metrics; the state is donated. "norms"
-        is among the metrics where it was asked for.
+        and "samples" are among the metrics where they were asked for.
     """
 
     init: Callable[[int, Hyperparams], TrainState]
@@ -102,6 +102,7 @@ def build_trainer(
     mesh: Mesh | None = None,
     *,
     return_norms: bool = False,
+    return_samples: bool = False,
 ) -> Trainer:
     """Builds a method's initialisation and train step.
 
@@ -115,11 +116,13 @@ def build_trainer(
         process's slice, and a step's results are on all devices.
       return_norms: whether the metrics of methods that clip before they average have "norms", those
         of the gradients that are clipped, `[n]`, or one for each micro-batch.
+      return_samples: whether the metrics have "samples", as of `gradient_function`, with the
+        "index" of each; of methods that clip samples alone.
 
     Returns:
-      The trainer. A batch is a dict with `image`, `label` and `position`, as `train_batches` gives
-      them; the key is that of the dropout, from which each sample takes its own by step and
-      position.
+      The trainer. A batch is a dict with `image`, `label` and `position`, and `index` where samples
+      are returned, as `train_batches` gives them; the key is that of the dropout, from which each
+      sample takes its own by step and position.
 
     Examples:
       >>> from psclip_optax.training import load_dataset
@@ -141,7 +144,8 @@ def build_trainer(
     return_norms = return_norms and METHODS[name].threshold is not None
     gradients = build_gradients(name, config)
     by_sample = gradients.get("clip_at") == "sample"
-    update = linen_train_step(loss, has_aux=True, return_norms=return_norms, **gradients)
+    returned = {"return_norms": return_norms, "return_samples": return_samples}
+    update = linen_train_step(loss, has_aux=True, **returned, **gradients)
 
     def init(seed: int, hyperparams: Hyperparams) -> TrainState:
         params = _initial_params(jax.random.key(seed), model, dataset.image_shape)
@@ -155,17 +159,19 @@ def build_trainer(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def compiled_step(
-        state: TrainState, key: jax.Array, image: Any, label: Any, position: Any
+        state: TrainState, key: jax.Array, image: Any, label: Any, position: Any, index: Any = None
     ) -> tuple[TrainState, Metrics]:
         keys = (_sample_keys(key, state.step, position),) if has_dropout else ()
         learning_rate = learning_rate_of(state.opt_state) * schedule(state.step)
         positions = position if by_sample else None
         state, metrics = update(state, image, label, *keys, positions=positions)
+        if index is not None:  # of the whole batch, where processes share it
+            metrics = metrics | {"samples": metrics["samples"] | {"index": index}}
         metrics = metrics | gradient_figures(state.opt_state)
         return state, _named_metrics(metrics) | {"learning_rate": learning_rate}
 
     def step(state: TrainState, key: jax.Array, batch: Batch) -> tuple[TrainState, Metrics]:
-        names = ("image", "label", "position")
+        names = ("image", "label", "position", *["index"] * return_samples)
         arrays = tuple(batch[name] for name in names)
         if mesh is not None:
             arrays, key = shard_batch(mesh, arrays), replicate(mesh, key)

@@ -31,6 +31,7 @@ from psclip_optax.training.steps.ways import (
     MEAN,
     PER_SAMPLE,
     Computed,
+    Returned,
     ThresholdFrom,
     Way,
     clipped,
@@ -40,7 +41,7 @@ from psclip_optax.training.steps.ways import (
 Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]
 StepThreshold: TypeAlias = Threshold | AdaptiveThreshold | jax.typing.ArrayLike
 
-_OF_THE_STEP = ("threshold", "threshold_from", "return_norms")
+_OF_THE_STEP = ("threshold", "threshold_from", "return_norms", "return_samples")
 
 
 class GradientOptions(TypedDict, total=False):
@@ -54,6 +55,7 @@ class GradientOptions(TypedDict, total=False):
     microbatch_size: int | None
     clip_at: ClipAt
     return_norms: bool
+    return_samples: bool
 
 
 class GradientFunction(NamedTuple):
@@ -108,6 +110,11 @@ def gradient_function(
         `return_norms`, False by default: whether "norms" is among the metrics, float [n] (of
         micro-batches one for each), the gradient norms before clipping; NaN for padding.
 
+        `return_samples`, False by default: whether "samples" is among the metrics, a dict of
+        "loss", "norm" and "scale", float [n] each, of each sample in this step; NaN for padding.
+        By group, the norm is that of the whole gradient, and the scale the share of it that
+        clipping leaves. [`psclip_optax.tails.most_clipped`][] ranks samples by them.
+
         The others are for a loss. `gradients` is "clipped", the default where a threshold is given
         or the optimizer has a [`psclip_optax.track_norms`][]: any Optax optimizer gets the clipped
         mean gradient of [`psclip_optax.clipped_value_and_grad`][]. "per_sample", the default
@@ -154,6 +161,7 @@ def _of_built(
     threshold: Any = None,
     threshold_from: ThresholdFrom | None = None,
     return_norms: bool = False,
+    return_samples: bool = False,
 ) -> GradientFunction:
     if function.options.in_axes != 0 or function.options.axis_name is not None:
         raise ValueError(
@@ -169,7 +177,8 @@ def _of_built(
         )
     _check_threshold_from(threshold_from)
     own = function.threshold if threshold is None else threshold
-    way = clipped(function, _source(own, threshold_from), return_norms)
+    returned = _returned(function.options.clip_at, return_norms, return_samples)
+    way = clipped(function, _source(own, threshold_from), returned)
     return GradientFunction(function.loss, function.options.has_aux, lambda opt_state: way)
 
 
@@ -184,6 +193,7 @@ def _of_loss(
     microbatch_size: int | None = None,
     clip_at: ClipAt = "sample",
     return_norms: bool = False,
+    return_samples: bool = False,
 ) -> GradientFunction:
     _check_built_whole(loss)
     function = clipped_value_and_grad(
@@ -193,10 +203,11 @@ def _of_loss(
     name = gradients or ("clipped" if has_threshold else "per_sample")
     _check_name(name, threshold, threshold_from)
     _check_threshold_from(threshold_from)
-    by_clipping = clipped(function, _source(threshold, threshold_from), return_norms)
+    returned = _returned(clip_at, return_norms, return_samples)
+    by_clipping = clipped(function, _source(threshold, threshold_from), returned)
     if name == "clipped":
         return GradientFunction(loss, has_aux, lambda opt_state: by_clipping)
-    _check_is_of_clipped(name, clip_at, return_norms)
+    _check_is_of_clipped(name, clip_at, returned)
     named = _unclipped(name, microbatch_size)
 
     def way(opt_state: Any) -> Way:
@@ -262,17 +273,28 @@ def _check_threshold_from(threshold_from: Any) -> None:
         )
 
 
-def _check_is_of_clipped(name: str, clip_at: str, return_norms: bool) -> None:
+def _returned(clip_at: str, norms: bool, samples: bool) -> Returned:
+    if samples and clip_at != "sample":
+        raise ValueError(
+            "return_samples tells what clipping did to each sample, got it with "
+            f"clip_at={clip_at!r}, which clips no samples; leave one of them out, or take "
+            "return_norms for the norms of what is clipped"
+        )
+    return Returned(norms, samples)
+
+
+def _check_is_of_clipped(name: str, clip_at: str, returned: Returned) -> None:
     if clip_at != "sample":
         raise ValueError(
             f'clip_at is of gradients="clipped", got {clip_at!r} with gradients={name!r}; give '
             "the step a threshold, or leave clip_at out"
         )
-    if return_norms:
-        raise ValueError(
-            f'return_norms is of gradients="clipped", got gradients={name!r}, whose step has no '
-            "norms to return; give the step a threshold, jnp.inf to clip nothing"
-        )
+    for option, wanted in returned._asdict().items():
+        if wanted:
+            raise ValueError(
+                f'return_{option} is of gradients="clipped", got gradients={name!r}, whose step '
+                "has no norms to return; give the step a threshold, jnp.inf to clip nothing"
+            )
 
 
 def _check_use_of_positions(positions: Any, by_position: bool) -> None:

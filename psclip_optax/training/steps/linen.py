@@ -43,8 +43,8 @@ def linen_train_step(
         scalar for one example, for any Optax optimizer. Or the loss itself, which is how
         `state.tx` may begin with [`psclip_optax.per_sample_clip`][]; map no batch axis over it.
       **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: a
-        threshold that is adaptive or comes from the optimizer's state, `return_norms`, and for a
-        loss how it becomes gradients.
+        threshold that is adaptive or comes from the optimizer's state, `return_norms` and
+        `return_samples`, and for a loss how it becomes gradients.
 
     Returns:
       `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of

@@ -46,8 +46,8 @@ def nnx_train_step(
         Randomness comes as an argument of the batch, one key a sample:
         `model(x, rngs=nnx.Rngs(dropout=key))`.
       **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: a
-        threshold that is adaptive or comes from the optimizer's state, `return_norms`, and for a
-        loss how it becomes gradients.
+        threshold that is adaptive or comes from the optimizer's state, `return_norms` and
+        `return_samples`, and for a loss how it becomes gradients.
 
     Returns:
       `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,

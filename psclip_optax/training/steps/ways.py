@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_grad
-from psclip_optax.clipping import batch_figures, beside
+from psclip_optax.clipping import ClipStats, batch_figures, beside
 from psclip_optax.groups import in_groups_of
 from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.tracking import state_for_batch
@@ -37,7 +37,8 @@ class Computed(NamedTuple):
       logs: what the loss logged, stacked [n].
       gradients: stacked [n, …], or of the parameters' own shapes.
       extra_args: further arguments of the optimizer's update.
-      figures: of the clipping, where it is done already; "norms" among them where asked for.
+      figures: of the clipping, where it is done already; "norms" and "samples" among them where
+        asked for.
     """
 
     logs: Metrics
@@ -105,15 +106,27 @@ def mean_in_parts(microbatch_size: int) -> Way:
     return Way(compute, stacked=False, by_position=False)
 
 
+class Returned(NamedTuple):
+    """What of single samples is among the figures.
+
+    Attributes:
+      norms: whether the norms are, of whatever is clipped.
+      samples: whether each sample's loss, norm and scale are.
+    """
+
+    norms: bool
+    samples: bool
+
+
 def clipped(
-    function: ClippedValueAndGrad, threshold_from: ThresholdFrom, return_norms: bool
+    function: ClippedValueAndGrad, threshold_from: ThresholdFrom, returned: Returned
 ) -> Way:
     """The clipped mean gradient, at the threshold that the optimizer's state gives.
 
     Args:
       function: whose options are taken; its loss is replaced by the logged one.
       threshold_from: from the optimizer's state to a threshold, a tree of them or a rule.
-      return_norms: whether the norms are among the figures.
+      returned: what of single samples is among the figures.
     """
     options = function.options
 
@@ -138,8 +151,10 @@ def clipped(
         if options.clip_at == "micro-batch":
             number = {"num_microbatches": figures["num_samples"]}
             figures |= number | {"num_samples": jnp.sum(counts, dtype=jnp.int32)}
-        if return_norms:
+        if returned.norms:
             figures["norms"] = jnp.where(beside(units, stats.norms), stats.norms, jnp.nan)
+        if returned.samples:
+            figures["samples"] = _samples(stats, logs["loss"], counts)
         if rule is None:
             return Computed(logs, gradients, {}, figures)
         figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]
@@ -162,3 +177,28 @@ def _threshold_of(
 def _figures(stats: Any, units: jax.Array) -> Metrics:
     finite = jnp.all(jnp.isfinite(stats.norms).reshape(units.size, -1), axis=1)
     return batch_figures(stats, units, units & finite)._asdict()
+
+
+def _samples(stats: ClipStats, losses: jax.Array, counts: jax.Array) -> Metrics:
+    """The loss, norm and scale of each sample's whole gradient, [n]; NaN for padding."""
+    by_group = stats.norms.ndim > 1
+    norms, scales = _of_whole_gradients(stats) if by_group else (stats.norms, stats.scales)
+    values = {"loss": losses, "norm": norms, "scale": scales}
+    return {name: jnp.where(counts, own, jnp.nan) for name, own in values.items()}
+
+
+def _of_whole_gradients(stats: ClipStats) -> tuple[jax.Array, jax.Array]:
+    """‖g_k‖, and the share of it that is left where each group has a scale of its own."""
+    before, after = _over_groups(stats.norms), _over_groups(stats.norms * stats.scales)
+    has_share = jnp.isfinite(before) & (before > 0)
+    share = jnp.minimum(after / jnp.where(has_share, before, 1), 1)
+    # Of a gradient that is dropped all scales are 0, of one that is 0 they are 1.
+    return before, jnp.where(has_share, share, stats.scales[:, 0])
+
+
+def _over_groups(norms: jax.Array) -> jax.Array:
+    """The root of the sum of squares, in units of the largest: none overflows or vanishes."""
+    largest = jnp.max(norms, axis=1, keepdims=True)
+    units = norms / jnp.where(largest > 0, largest, 1)
+    total = largest[:, 0] * jnp.linalg.norm(units, axis=1)
+    return jnp.where(jnp.isfinite(largest[:, 0]), total, largest[:, 0])

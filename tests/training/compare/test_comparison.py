@@ -17,7 +17,7 @@ from psclip_optax.training.config.commands import CompareConfig, UsageError
 from psclip_optax.training.output.files import held_alone
 from psclip_optax.training.run.methods import Hyperparams
 
-METHODS = ["momentum", "batch-clip", "ps-clip"]
+METHODS = ["momentum", "batch-clip", "ps-clip", "ps-clip-median"]
 NOTHING_CLIPPED = 1e6
 
 
@@ -55,12 +55,24 @@ def compared(tmp_path_factory):
 
 def test_without_clipping_all_methods_are_the_same(compared):
     _, result, _ = compared
-    momentum, *others = (result["methods"][name] for name in METHODS)
+    momentum, *others = (result["methods"][name] for name in METHODS[:-1])
     assert momentum["learning_rate"] == 0.05, "the larger one learns faster in six steps"
     for other in others:
         for ours, theirs in zip(momentum["curves"], other["curves"], strict=True):
             np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=1e-4)
             np.testing.assert_allclose(theirs["accuracy"], ours["accuracy"], atol=0.005)
+
+
+def test_the_automatic_threshold_clips_whatever_grids_the_others_have(compared):
+    _, result, output = compared
+    automatic = result["methods"]["ps-clip-median"]
+    rates = [trial["learning_rate"] for trial in result["trials"]["ps-clip-median"]]
+    assert rates == [trial["learning_rate"] for trial in result["trials"]["momentum"]]
+    assert all(0.5 < curve["mean_clipped_share"] <= 1 for curve in automatic["curves"])
+    (row,) = (line for line in output.splitlines() if line.startswith("running median"))
+    (before,) = (line for line in output.splitlines() if "found" in line and "%" in line)
+    assert before.startswith("per-sample clipping,")
+    assert not row.removeprefix("running median").strip()
 
 
 def test_seeds_differ_from_each_other_and_from_the_tuning_seed(compared):
@@ -76,7 +88,7 @@ def test_files_hold_the_result(compared):
     saved = json.loads((out / "compare.json").read_text(), parse_constant=pytest.fail)
     assert list(saved["methods"]) == METHODS
     assert saved["config"]["momentum_learning_rates"] == [0.02, 0.05]
-    assert [len(trials) for trials in saved["trials"].values()] == [2, 2, 2]
+    assert [len(trials) for trials in saved["trials"].values()] == [2, 2, 2, 2]
     curve = saved["methods"]["ps-clip"]["curves"][0]
     assert curve["steps"] == [4, 6]
     assert curve["accuracy"] == result["methods"]["ps-clip"]["curves"][0]["accuracy"]

@@ -32,12 +32,16 @@ ACCURACIES = {
     "momentum": [0.70, 0.74, 0.72],
     "batch-clip": [0.80, 0.86, 0.82],
     "ps-clip": [0.81, 0.89, 0.84],
+    "ps-clip-median": [0.75, 0.77, 0.76],
 }
 RESULT = {
     "methods": {
         "momentum": method("momentum SGD", ACCURACIES["momentum"]),
         "batch-clip": method("batch clipping", ACCURACIES["batch-clip"], threshold=0.5),
         "ps-clip": method("per-sample clipping", ACCURACIES["ps-clip"], threshold=20.0),
+        "ps-clip-median": method(
+            "per-sample clipping, running median", ACCURACIES["ps-clip-median"]
+        ),
     }
 }
 
@@ -84,6 +88,28 @@ def test_table_fits_eighty_columns():
     cells = " ".join(row.split())
     assert cells == "per-sample clipping 0.1 20 84.7 ± 2.3 +2.0 ± 0.6 1.25 25%"
     assert not any("…" in row for row in rows)
+
+
+def test_a_threshold_that_is_found_has_a_clipped_share_but_no_number():
+    console = Console(file=io.StringIO(), width=80)
+    console.print(results_table(RESULT))
+    assert isinstance(console.file, io.StringIO)
+    rows = [" ".join(row.split()) for row in console.file.getvalue().splitlines()]
+    assert "per-sample clipping, 0.1 found 76.0 ± 0.6 -8.7 ± 1.8 1.25 25%" in rows
+    (unclipped,) = (row for row in rows if row.startswith("momentum SGD"))
+    assert unclipped.startswith("momentum SGD 0.1 – 72.0")
+    assert unclipped.endswith("1.25 –")
+
+
+def test_the_edge_of_the_grid_that_the_running_median_shares_is_named():
+    trials = [{"learning_rate": rate, "threshold": math.inf} for rate in (0.1, 0.2)]
+    chosen = method("per-sample clipping, running median", [1.0], learning_rate=0.2)
+    name = "ps-clip-median"
+    result = {"methods": {name: chosen}, "trials": {name: trials}, "units": {}}
+    assert edge_notes(result) == [
+        "Note: per-sample clipping, running median chose the largest of --momentum-learning-rates, "
+        "0.2."
+    ]
 
 
 def test_interior_choices_need_no_note():

@@ -9,12 +9,13 @@ import pytest
 
 from psclip_optax.training.plot.figures import draw_comparison, survival, to_png
 
-ACCURACY = np.random.default_rng(0).uniform(0.6, 0.9, [3, 4, 5])
+NAMES = ("momentum", "batch-clip", "ps-clip", "ps-clip-median")
+ACCURACY = np.random.default_rng(0).uniform(0.6, 0.9, [4, 4, 5])
 
 
 def result(norms: np.ndarray) -> dict[str, Any]:
     methods = {}
-    for name, accuracies in zip(("momentum", "batch-clip", "ps-clip"), ACCURACY, strict=True):
+    for name, accuracies in zip(NAMES, ACCURACY, strict=True):
         curves = [
             {
                 "steps": [1, 2, 3, 4, 5],

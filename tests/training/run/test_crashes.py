@@ -13,8 +13,10 @@ import sys
 import time
 
 import chex
+import numpy as np
 import pytest
 
+from psclip_optax.training.run.samples import read_samples
 from tests.training.processes import assert_all_succeed, command, final_state, records, start
 
 # Every step writes a line and a checkpoint, so that most moments are in the midst of one of them.
@@ -28,6 +30,7 @@ FLAGS = {
     "pixel_df": 1.5,
     "augment": True,
     "accumulate": 2,
+    "record_samples": True,
 }
 RESUME = {"resume": True}
 NUM_KILLS = int(os.environ.get("PSCLIP_KILLS", "4"))
@@ -77,6 +80,7 @@ def wait_for_a_new_line(out: pathlib.Path, process: subprocess.Popen[str]) -> No
 def assert_same(out: pathlib.Path, expected: pathlib.Path) -> None:
     assert records(out) == records(expected)
     chex.assert_trees_all_equal(final_state(out), final_state(expected))
+    np.testing.assert_array_equal(*(read_samples(folder / "samples") for folder in (out, expected)))
 
 
 # Disks
