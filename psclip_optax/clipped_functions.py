@@ -1,0 +1,179 @@
+"""Functions of parameters and batch, as `clipped_value_and_grad` and `clipped_grad` return them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from psclip_optax import clipped_call, groups, meshes
+from psclip_optax.clipping import ClipStats
+from psclip_optax.engine import verify
+from psclip_optax.engine.calls import Call
+from psclip_optax.engine.explain import Plan
+from psclip_optax.engine.verify import Verification
+from psclip_optax.groups import Limits
+from psclip_optax.options import Options, checked_size
+
+_VERIFIED_ALONE = (
+    "verify compares one device's samples, but axis_name names mesh axes; verify the same function "
+    "without axis_name, outside of jax.shard_map"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClippedValueAndGrad:
+    """A function of parameters and batch that returns what `clipped_value_and_grad` says.
+
+    Attributes:
+      loss: of one example.
+      threshold: for calls that bring none; a tree of them where they clip by group.
+      options: the other arguments of `clipped_value_and_grad`.
+      return_stats: whether a call returns the figures too.
+    """
+
+    loss: Callable[..., Any]
+    threshold: Any
+    options: Options
+    return_stats: bool
+
+    def __call__(
+        self,
+        params: Any,
+        *batch: Any,
+        sample_mask: Any = None,
+        positions: Any = None,
+        threshold: Any = None,
+        **unknown: Any,
+    ) -> Any:
+        """Return value and clipped mean gradient, and the figures if asked for."""
+        _check_known(unknown)
+        rule = self._own_threshold() if threshold is None else groups.as_thresholds(threshold)
+        rule = groups.in_groups_of(self.threshold, rule)
+        arguments = (params, batch, sample_mask, positions, rule)
+        mesh = meshes.explicit_mesh(arguments)
+        if mesh is None:
+            results = self._compute(*arguments)
+        else:
+            out_specs = clipped_call.out_specs(params, batch, self.options)
+            results = meshes.with_auto_axes(self._compute, arguments, mesh, out_specs)
+        return results if self.return_stats else results[:2]
+
+    def explain(self, params: Any, *batch: Any, **unknown: Any) -> Plan:
+        """Tell the route that each parameter's gradient takes, what it costs, and why.
+
+        Args:
+          params: of the call that is explained, or their `jax.ShapeDtypeStruct`s.
+          *batch: likewise.
+          **unknown: refused.
+        """
+        _check_known(unknown)
+        plans: list[Plan] = []
+
+        def of_values(params: Any, batch: tuple[Any, ...]) -> None:
+            call = clipped_call.prepare(self.loss, params, batch, self.options)
+            limits = groups.fitted(self._own_threshold(), params)
+            plans.append(clipped_call.explain(call, params, limits, self.options))
+
+        if _has_shapes_alone((params, batch)):
+            jax.eval_shape(of_values, params, batch)
+        else:
+            of_values(params, batch)
+        return plans[0]
+
+    def verify(
+        self, params: Any, *batch: Any, num_samples: int = 4, **unknown: Any
+    ) -> Verification:
+        """Hold gradients and norms against `jax.vmap(jax.grad(loss))`.
+
+        Args:
+          params: at which to compare.
+          *batch: of whose first samples to compare gradients.
+          num_samples: how many; micro-batches, where those are clipped.
+          **unknown: refused.
+
+        Returns:
+          A table with the largest error of each parameter, printed as one; its `ok` is a bool.
+        """
+        _check_known(unknown)
+        checked_size("num_samples", num_samples)
+        if self.options.axis_name is not None:
+            raise ValueError(_VERIFIED_ALONE)
+        call = clipped_call.prepare(self.loss, params, batch, self.options)
+        if not call.num_samples:
+            raise ValueError("verify compares samples, but the batch has none; pass one at least")
+        plan = self.explain(params, *batch)
+        own = self.options._replace(mode=plan.mode, reduction="mean")
+        together = self.options.unit(call.num_samples).size
+
+        def clip(one: Call, limits: Limits) -> tuple[Any, Any, ClipStats]:
+            value, grads, stats = clipped_call.clip(one, None, None, limits, own)
+            return value[0] if own.has_aux else value, jax.tree.leaves(grads), stats
+
+        of_threshold = groups.fitted(self._own_threshold(), params).groups
+        return verify.verify(clip, call.first(num_samples * together), together, plan, of_threshold)
+
+    def _own_threshold(self) -> Any:
+        if self.threshold is None:
+            raise TypeError(
+                "a threshold is a number or a callable from positions [n] to norms [n], got None "
+                "both for the function and for the call; pass clipped_value_and_grad(loss, "
+                "threshold), or threshold=… to the call"
+            )
+        return self.threshold
+
+    def _compute(
+        self,
+        params: Any,
+        batch: tuple[Any, ...],
+        sample_mask: Any,
+        positions: Any,
+        rule: Any,
+    ) -> tuple[Any, Any, ClipStats]:
+        call = clipped_call.prepare(self.loss, params, batch, self.options)
+        limits = groups.fitted(rule, params)
+        return clipped_call.clip(call, sample_mask, positions, limits, self.options)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClippedGrad:
+    """A function of parameters and batch that returns what `clipped_grad` says.
+
+    Attributes:
+      value_and_grad: which returns the value too.
+      has_aux: whether aux comes with it.
+    """
+
+    value_and_grad: ClippedValueAndGrad
+    has_aux: bool
+
+    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+        """Return the clipped mean gradient, then aux and the figures if asked for."""
+        value, grads, *stats = self.value_and_grad(params, *batch, **keywords)
+        results = [grads, *([value[1]] if self.has_aux else []), *stats]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def explain(self, params: Any, *batch: Any, **unknown: Any) -> Plan:
+        """Do what [`psclip_optax.clipped_functions.ClippedValueAndGrad.explain`][] does."""
+        return self.value_and_grad.explain(params, *batch, **unknown)
+
+    def verify(
+        self, params: Any, *batch: Any, num_samples: int = 4, **unknown: Any
+    ) -> Verification:
+        """Do what [`psclip_optax.clipped_functions.ClippedValueAndGrad.verify`][] does."""
+        return self.value_and_grad.verify(params, *batch, num_samples=num_samples, **unknown)
+
+
+def _check_known(unknown: dict[str, Any]) -> None:
+    if unknown:
+        raise TypeError(
+            "f(params, *batch, sample_mask=None, positions=None, threshold=None) takes the loss's "
+            f"arguments by position, got {', '.join(map(repr, unknown))} by name; write "
+            "f(params, x, y), in the order of loss(params, x, y)"
+        )
+
+
+def _has_shapes_alone(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
