@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,12 @@ import optax
 from psclip_optax import stacks
 from psclip_optax.arrays import described, dtype_of, float_leaves
 from psclip_optax.groups import ALL_TOGETHER
-from psclip_optax.thresholds import Threshold, as_threshold, concrete, thresholds_at
+from psclip_optax.thresholds import as_threshold, concrete, thresholds_at
 from psclip_optax.transforms import clipped_alone
+from psclip_optax.typing import PyTree, ThresholdLike
+
+# From the number of updates made so far.
+Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 # As jnp.float32, which is callable too: optax.inject_hyperparams would take it for a schedule.
 _FLOAT32 = jnp.dtype("float32")
@@ -22,12 +26,12 @@ _FLOAT32 = jnp.dtype("float32")
 
 def accumulate_clipped(
     inner: optax.GradientTransformation,
-    every_k_schedule: int | Callable[[Any], Any],
-    threshold: Threshold | jax.typing.ArrayLike,
+    every_k_schedule: int | Schedule,
+    threshold: ThresholdLike,
     *,
     use_grad_mean: bool = True,
-    should_skip_update_fn: Any = None,
-    accumulator_dtype: Any = _FLOAT32,
+    should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = _FLOAT32,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulate gradients of micro-batches, each clipped before it is added.
 
@@ -90,13 +94,13 @@ def accumulate_clipped(
     threshold = as_threshold(threshold)
     _check_options(should_skip_update_fn, accumulator_dtype)
 
-    def steps(should_skip_update_fn: Any) -> optax.MultiSteps:
+    def steps(should_skip_update_fn: optax.ShouldSkipUpdateFunction | None) -> optax.MultiSteps:
         return optax.MultiSteps(
             inner,
             every_k_schedule,
             use_grad_mean=use_grad_mean,
             should_skip_update_fn=should_skip_update_fn,
-            accumulator_dtype=accumulator_dtype,
+            accumulator_dtype=accumulator_dtype,  # pyright: ignore[reportArgumentType] (None is that of the parameters)
         )
 
     def init(params: optax.Params) -> optax.MultiStepsState:
@@ -114,7 +118,7 @@ def accumulate_clipped(
         grads: optax.Updates,
         state: optax.MultiStepsState,
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, optax.MultiStepsState]:
         _check_state(state)
         leaves = _checked_leaves(grads, state.acc_grads)
@@ -125,18 +129,24 @@ def accumulate_clipped(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the first argument has its own name)
 
 
-def _seeing(grads: optax.Updates, should_skip_update_fn: Any) -> Any:
+def _seeing(
+    grads: optax.Updates, should_skip_update_fn: optax.ShouldSkipUpdateFunction
+) -> optax.ShouldSkipUpdateFunction:
     """The rule on the gradient as it came: a clipped one has no norm that is too large."""
 
     @functools.wraps(should_skip_update_fn)
-    def should_skip(clipped: optax.Updates, *arguments: Any) -> Any:
-        del clipped
-        return should_skip_update_fn(grads, *arguments)
+    def should_skip(
+        updates: optax.Updates,
+        gradient_step: jax.typing.ArrayLike,
+        params: optax.Params | None,
+    ) -> tuple[jax.typing.ArrayLike, PyTree]:
+        del updates
+        return should_skip_update_fn(grads, gradient_step, params)
 
     return should_skip
 
 
-def _check_inner(inner: Any) -> None:
+def _check_inner(inner: object) -> None:
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(
             "accumulate_clipped takes an optax.GradientTransformation to give the accumulated "
@@ -144,12 +154,12 @@ def _check_inner(inner: Any) -> None:
         )
 
 
-def _checked_schedule(every_k_schedule: Any) -> Any:
+def _checked_schedule(every_k_schedule: int | Schedule) -> Schedule:
     if not callable(every_k_schedule):
         _check_window(every_k_schedule)
         return lambda step: _as_window(every_k_schedule)
 
-    def schedule(step: Any) -> Any:
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         window = every_k_schedule(step)
         _check_window(window, f" from {every_k_schedule!r}")
         return _as_window(window)
@@ -157,12 +167,12 @@ def _checked_schedule(every_k_schedule: Any) -> Any:
     return schedule
 
 
-def _as_window(window: Any) -> jax.Array:
+def _as_window(window: jax.typing.ArrayLike) -> jax.Array:
     """In the dtype of the counts of optax.MultiSteps; traced under optax.inject_hyperparams."""
     return jnp.asarray(window).astype(jnp.int32)
 
 
-def _check_window(window: Any, source: str = "") -> None:
+def _check_window(window: jax.typing.ArrayLike, source: str = "") -> None:
     dtype = dtype_of(window)
     is_bool = dtype is not None and jnp.issubdtype(dtype, jnp.bool_)
     is_number = dtype is not None and (is_bool or jnp.issubdtype(dtype, jnp.integer))
@@ -179,7 +189,9 @@ def _check_window(window: Any, source: str = "") -> None:
         )
 
 
-def _check_options(should_skip_update_fn: Any, accumulator_dtype: Any) -> None:
+def _check_options(
+    should_skip_update_fn: object, accumulator_dtype: jax.typing.DTypeLike | None
+) -> None:
     if should_skip_update_fn is not None and not callable(should_skip_update_fn):
         raise TypeError(
             "should_skip_update_fn is None or a function such as optax.skip_not_finite, got "
@@ -201,7 +213,7 @@ def _check_options(should_skip_update_fn: Any, accumulator_dtype: Any) -> None:
         )
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: object) -> None:
     if not isinstance(state, optax.MultiStepsState):
         raise TypeError(
             "accumulate_clipped's update takes (grads, state, params) with an "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeAlias, TypedDict, TypeVar, TypeVarTuple, Unpack, cast, overload
 
 import jax
 
@@ -16,6 +16,18 @@ from psclip_optax.engine.explain import Plan
 from psclip_optax.engine.verify import Verification
 from psclip_optax.groups import Limits
 from psclip_optax.options import Options, checked_size
+from psclip_optax.typing import (
+    Batch,
+    Params,
+    ParamsT,
+    PyTree,
+    Threshold,
+    ThresholdLike,
+    ThresholdTree,
+)
+
+ValueT = TypeVar("ValueT")
+RestT = TypeVarTuple("RestT")
 
 _VERIFIED_ALONE = (
     "verify compares one device's samples, but axis_name names mesh axes; verify the same function "
@@ -23,8 +35,16 @@ _VERIFIED_ALONE = (
 )
 
 
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments of a call."""
+
+    sample_mask: jax.typing.ArrayLike | None
+    positions: jax.typing.ArrayLike | None
+    threshold: ThresholdLike | ThresholdTree | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClippedValueAndGrad:
+class ClippedValueAndGrad(Generic[ValueT, *RestT]):
     """A function of parameters and batch that returns what `clipped_value_and_grad` says.
 
     Attributes:
@@ -34,20 +54,20 @@ class ClippedValueAndGrad:
       return_stats: whether a call returns the figures too.
     """
 
-    loss: Callable[..., Any]
-    threshold: Any
+    loss: Callable[..., PyTree]
+    threshold: Threshold | ThresholdTree | None
     options: Options
     return_stats: bool
 
     def __call__(
         self,
-        params: Any,
-        *batch: Any,
-        sample_mask: Any = None,
-        positions: Any = None,
-        threshold: Any = None,
-        **unknown: Any,
-    ) -> Any:
+        params: ParamsT,
+        *batch: Batch,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
+        threshold: ThresholdLike | ThresholdTree | None = None,
+        **unknown: object,
+    ) -> tuple[ValueT, ParamsT, *RestT]:
         """Return value and clipped mean gradient, and the figures if asked for."""
         _check_known(unknown)
         rule = self._own_threshold() if threshold is None else groups.as_thresholds(threshold)
@@ -59,9 +79,10 @@ class ClippedValueAndGrad:
         else:
             out_specs = clipped_call.out_specs(params, batch, self.options)
             results = meshes.with_auto_axes(self._compute, arguments, mesh, out_specs)
-        return results if self.return_stats else results[:2]
+        # The overload that built this function says which it is.
+        return cast("tuple[ValueT, ParamsT, *RestT]", results if self.return_stats else results[:2])
 
-    def explain(self, params: Any, *batch: Any, **unknown: Any) -> Plan:
+    def explain(self, params: Params, *batch: Batch, **unknown: object) -> Plan:
         """Tell the route that each parameter's gradient takes, what it costs, and why.
 
         Args:
@@ -72,7 +93,7 @@ class ClippedValueAndGrad:
         _check_known(unknown)
         plans: list[Plan] = []
 
-        def of_values(params: Any, batch: tuple[Any, ...]) -> None:
+        def of_values(params: Params, batch: tuple[Batch, ...]) -> None:
             call = clipped_call.prepare(self.loss, params, batch, self.options)
             limits = groups.fitted(self._own_threshold(), params)
             plans.append(clipped_call.explain(call, params, limits, self.options))
@@ -84,7 +105,7 @@ class ClippedValueAndGrad:
         return plans[0]
 
     def verify(
-        self, params: Any, *batch: Any, num_samples: int = 4, **unknown: Any
+        self, params: Params, *batch: Batch, num_samples: int = 4, **unknown: object
     ) -> Verification:
         """Hold gradients and norms against `jax.vmap(jax.grad(loss))`.
 
@@ -108,14 +129,14 @@ class ClippedValueAndGrad:
         own = self.options._replace(mode=plan.mode, reduction="mean")
         together = self.options.unit(call.num_samples).size
 
-        def clip(one: Call, limits: Limits) -> tuple[Any, Any, ClipStats]:
+        def clip(one: Call, limits: Limits) -> tuple[PyTree, list[jax.Array], ClipStats]:
             value, grads, stats = clipped_call.clip(one, None, None, limits, own)
             return value[0] if own.has_aux else value, jax.tree.leaves(grads), stats
 
         of_threshold = groups.fitted(self._own_threshold(), params).groups
         return verify.verify(clip, call.first(num_samples * together), together, plan, of_threshold)
 
-    def _own_threshold(self) -> Any:
+    def _own_threshold(self) -> Threshold | ThresholdTree:
         if self.threshold is None:
             raise TypeError(
                 "a threshold is a number or a callable from positions [n] to norms [n], got None "
@@ -126,19 +147,23 @@ class ClippedValueAndGrad:
 
     def _compute(
         self,
-        params: Any,
-        batch: tuple[Any, ...],
-        sample_mask: Any,
-        positions: Any,
-        rule: Any,
-    ) -> tuple[Any, Any, ClipStats]:
+        params: Params,
+        batch: tuple[Batch, ...],
+        sample_mask: jax.typing.ArrayLike | None,
+        positions: jax.typing.ArrayLike | None,
+        rule: Threshold | ThresholdTree,
+    ) -> tuple[PyTree, Params, ClipStats]:
         call = clipped_call.prepare(self.loss, params, batch, self.options)
         limits = groups.fitted(rule, params)
         return clipped_call.clip(call, sample_mask, positions, limits, self.options)
 
 
+# One of which is not known what comes back.
+ClippedFunction: TypeAlias = ClippedValueAndGrad[PyTree, *tuple[PyTree, ...]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClippedGrad:
+class ClippedGrad(Generic[*RestT]):
     """A function of parameters and batch that returns what `clipped_grad` says.
 
     Attributes:
@@ -146,27 +171,40 @@ class ClippedGrad:
       has_aux: whether aux comes with it.
     """
 
-    value_and_grad: ClippedValueAndGrad
+    value_and_grad: ClippedFunction
     has_aux: bool
 
-    def __call__(self, params: Any, *batch: Any, **keywords: Any) -> Any:
+    @overload
+    def __call__(
+        self: ClippedGrad[()], params: ParamsT, *batch: Batch, **keywords: Unpack[CallOptions]
+    ) -> ParamsT: ...
+    @overload
+    def __call__(
+        self, params: ParamsT, *batch: Batch, **keywords: Unpack[CallOptions]
+    ) -> tuple[ParamsT, *RestT]: ...
+    def __call__(
+        self, params: ParamsT, *batch: Batch, **keywords: Unpack[CallOptions]
+    ) -> ParamsT | tuple[ParamsT, *RestT]:
         """Return the clipped mean gradient, then aux and the figures if asked for."""
         value, grads, *stats = self.value_and_grad(params, *batch, **keywords)
         results = [grads, *([value[1]] if self.has_aux else []), *stats]
-        return results[0] if len(results) == 1 else tuple(results)
+        # The overload that built this function says which it is.
+        return cast(
+            "ParamsT | tuple[ParamsT, *RestT]", results[0] if len(results) == 1 else tuple(results)
+        )
 
-    def explain(self, params: Any, *batch: Any, **unknown: Any) -> Plan:
+    def explain(self, params: Params, *batch: Batch, **unknown: object) -> Plan:
         """Do what [`psclip_optax.clipped_functions.ClippedValueAndGrad.explain`][] does."""
         return self.value_and_grad.explain(params, *batch, **unknown)
 
     def verify(
-        self, params: Any, *batch: Any, num_samples: int = 4, **unknown: Any
+        self, params: Params, *batch: Batch, num_samples: int = 4, **unknown: object
     ) -> Verification:
         """Do what [`psclip_optax.clipped_functions.ClippedValueAndGrad.verify`][] does."""
         return self.value_and_grad.verify(params, *batch, num_samples=num_samples, **unknown)
 
 
-def _check_known(unknown: dict[str, Any]) -> None:
+def _check_known(unknown: dict[str, object]) -> None:
     if unknown:
         raise TypeError(
             "f(params, *batch, sample_mask=None, positions=None, threshold=None) takes the loss's "
@@ -175,5 +213,5 @@ def _check_known(unknown: dict[str, Any]) -> None:
         )
 
 
-def _has_shapes_alone(tree: Any) -> bool:
+def _has_shapes_alone(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))

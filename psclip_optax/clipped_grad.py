@@ -2,39 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Literal, Unpack, overload
 
 import jax
 from jax import lax
 
 from psclip_optax import groups
-from psclip_optax.clipped_functions import ClippedGrad, ClippedValueAndGrad
-from psclip_optax.clipping import OnNonfinite
-from psclip_optax.options import ClipAt, Mode, Options, Reduction
-from psclip_optax.thresholds import ConstantThreshold, GrowingThreshold, Threshold
+from psclip_optax.clipped_functions import ClippedFunction, ClippedGrad, ClippedValueAndGrad
+from psclip_optax.clipping import ClipStats, OnNonfinite
+from psclip_optax.options import ClipAt, ClipOptions, Mode, Options, Reduction
+from psclip_optax.thresholds import ConstantThreshold, GrowingThreshold
+from psclip_optax.typing import (
+    AuxT,
+    AxisName,
+    InAxes,
+    Loss,
+    LossWithAux,
+    PyTree,
+    ThresholdLike,
+    ThresholdTree,
+)
 
 __all__ = ["ClippedGrad", "ClippedValueAndGrad", "clipped_grad", "clipped_value_and_grad"]
 
 
+@overload
 def clipped_value_and_grad(
-    loss: Callable[..., Any],
-    threshold: Threshold | jax.typing.ArrayLike | Any = None,
+    loss: Loss,
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[False] = False,
+    return_stats: Literal[False] = False,
+    **options: Unpack[ClipOptions],
+) -> ClippedValueAndGrad[jax.Array]: ...
+
+
+@overload
+def clipped_value_and_grad(
+    loss: Loss,
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[False] = False,
+    return_stats: Literal[True],
+    **options: Unpack[ClipOptions],
+) -> ClippedValueAndGrad[jax.Array, ClipStats]: ...
+
+
+@overload
+def clipped_value_and_grad(
+    loss: LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[True],
+    return_stats: Literal[False] = False,
+    **options: Unpack[ClipOptions],
+) -> ClippedValueAndGrad[tuple[jax.Array, AuxT]]: ...
+
+
+@overload
+def clipped_value_and_grad(
+    loss: LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[True],
+    return_stats: Literal[True],
+    **options: Unpack[ClipOptions],
+) -> ClippedValueAndGrad[tuple[jax.Array, AuxT], ClipStats]: ...
+
+
+@overload
+def clipped_value_and_grad(
+    loss: Loss | LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
     *,
     has_aux: bool = False,
-    in_axes: Any = 0,
+    return_stats: bool = False,
+    **options: Unpack[ClipOptions],
+) -> ClippedFunction: ...
+
+
+def clipped_value_and_grad(
+    loss: Loss | LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: bool = False,
+    in_axes: InAxes = 0,
     keep_batch_dim: bool = False,
     microbatch_size: int | None = None,
     mode: Mode = "auto",
     on_nonfinite: OnNonfinite = "drop",
-    axis_name: Any = None,
-    spmd_axis_name: Any = None,
+    axis_name: AxisName = None,
+    spmd_axis_name: AxisName = None,
     return_stats: bool = False,
     memory_limit_bytes: int | None = None,
     clip_at: ClipAt = "sample",
     reduction: Reduction = "mean",
     norm_precision: lax.Precision | None = None,
-) -> ClippedValueAndGrad:
+) -> ClippedFunction:
     r"""Value and clipped mean gradient of a per-sample loss, without stacked gradients.
 
     Gives the same numbers as `jax.vmap` of `jax.value_and_grad` followed by
@@ -169,17 +233,77 @@ def clipped_value_and_grad(
     return ClippedValueAndGrad(loss, thresholds, options, return_stats)
 
 
+@overload
 def clipped_grad(
-    loss: Callable[..., Any],
-    threshold: Threshold | jax.typing.ArrayLike | Any = None,
-    **options: Any,
-) -> ClippedGrad:
+    loss: Loss,
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[False] = False,
+    return_stats: Literal[False] = False,
+    **options: Unpack[ClipOptions],
+) -> ClippedGrad[()]: ...
+
+
+@overload
+def clipped_grad(
+    loss: Loss,
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[False] = False,
+    return_stats: Literal[True],
+    **options: Unpack[ClipOptions],
+) -> ClippedGrad[ClipStats]: ...
+
+
+@overload
+def clipped_grad(
+    loss: LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[True],
+    return_stats: Literal[False] = False,
+    **options: Unpack[ClipOptions],
+) -> ClippedGrad[AuxT]: ...
+
+
+@overload
+def clipped_grad(
+    loss: LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: Literal[True],
+    return_stats: Literal[True],
+    **options: Unpack[ClipOptions],
+) -> ClippedGrad[AuxT, ClipStats]: ...
+
+
+@overload
+def clipped_grad(
+    loss: Loss | LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: bool = False,
+    return_stats: bool = False,
+    **options: Unpack[ClipOptions],
+) -> ClippedGrad[*tuple[PyTree, ...]]: ...
+
+
+def clipped_grad(
+    loss: Loss | LossWithAux[AuxT],
+    threshold: ThresholdLike | ThresholdTree | None = None,
+    *,
+    has_aux: bool = False,
+    return_stats: bool = False,
+    **options: Unpack[ClipOptions],
+) -> ClippedGrad[*tuple[PyTree, ...]]:
     """Clipped mean gradient of a per-sample loss: `clipped_value_and_grad` without the value.
 
     Args:
       loss: `loss(params, *example)`, a real scalar for ONE example.
       threshold: as for [`psclip_optax.clipped_value_and_grad`][].
-      **options: as for [`psclip_optax.clipped_value_and_grad`][].
+      has_aux: whether the loss returns `(loss, aux)`.
+      return_stats: whether to return a `psc.ClipStats` as well.
+      **options: the others of [`psclip_optax.clipped_value_and_grad`][].
 
     Returns:
       `f(params, *batch, sample_mask=None, positions=None, threshold=None)`, which returns the
@@ -200,11 +324,13 @@ def clipped_grad(
       Nobile and Grohs, [Robust and Fast Training via Per-Sample
       Clipping](https://arxiv.org/abs/2605.02701), 2026.
     """
-    value_and_grad = clipped_value_and_grad(loss, threshold, **options)
-    return ClippedGrad(value_and_grad, options.get("has_aux", False))
+    value_and_grad = clipped_value_and_grad(
+        loss, threshold, has_aux=has_aux, return_stats=return_stats, **options
+    )
+    return ClippedGrad(value_and_grad, has_aux)
 
 
-def check_loss(loss: Any) -> None:
+def check_loss(loss: object) -> None:
     if not callable(loss) or isinstance(loss, ConstantThreshold | GrowingThreshold):
         raise TypeError(
             f"the loss is a function loss(params, *example) and comes before the threshold, got "

@@ -7,7 +7,7 @@ and its share in N.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 from psclip_optax.arrays import as_array, described
 from psclip_optax.groups import Limits
 from psclip_optax.thresholds import as_positions
+from psclip_optax.typing import ArrayT, AxisName
 
 OnNonfinite: TypeAlias = Literal["drop", "propagate"]
 
@@ -46,7 +47,7 @@ def check_on_nonfinite(on_nonfinite: str) -> None:
         raise ValueError(f'on_nonfinite is "drop" or "propagate", got {on_nonfinite!r}')
 
 
-def check_sample_mask(sample_mask: Any, num_samples: int) -> jax.Array:
+def check_sample_mask(sample_mask: jax.typing.ArrayLike, num_samples: int) -> jax.Array:
     expected = (
         f"sample_mask has shape [{num_samples}] (one flag a sample, True where it counts) and "
         "dtype bool"
@@ -57,7 +58,7 @@ def check_sample_mask(sample_mask: Any, num_samples: int) -> jax.Array:
     return mask
 
 
-def check_positions(positions: Any, num_samples: int) -> jax.Array:
+def check_positions(positions: jax.typing.ArrayLike, num_samples: int) -> jax.Array:
     expected = f"positions has shape [{num_samples}] (one 1-based integer a sample)"
     array = as_array(positions, expected)
     if array.shape != (num_samples,):
@@ -66,7 +67,7 @@ def check_positions(positions: Any, num_samples: int) -> jax.Array:
 
 
 def batch_positions(
-    num_samples: int, sample_mask: jax.Array | None, axis_name: Any = None
+    num_samples: int, sample_mask: jax.Array | None, axis_name: AxisName = None
 ) -> jax.Array:
     """1, 2, … over the samples that count; a masked one repeats the last, never used, position.
 
@@ -79,7 +80,7 @@ def batch_positions(
     return jnp.maximum(own, 1)
 
 
-def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
+def _counts_before(number: jax.Array, axis_name: AxisName) -> jax.Array:
     """How many samples count on the devices before this one."""
     numbers = lax.all_gather(number, axis_name)
     return jnp.sum(jnp.where(jnp.arange(numbers.size) < lax.axis_index(axis_name), numbers, 0))
@@ -88,10 +89,10 @@ def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
 def batch_thresholds(
     limits: Limits,
     num_samples: int,
-    dtype: Any,
+    dtype: jax.typing.DTypeLike,
     sample_mask: jax.Array | None,
     positions: jax.Array | None,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     """τ_k of each sample, [n] or [n, groups]; what it is for a masked one does not matter."""
     if positions is None:
@@ -110,7 +111,9 @@ def any_of(flags: jax.Array) -> jax.Array:
 
 
 @any_of.def_vmap
-def _any_of_the_batch(axis_size: int, in_batched: Any, flags: jax.Array) -> Any:
+def _any_of_the_batch(
+    axis_size: int, in_batched: list[bool], flags: jax.Array
+) -> tuple[jax.Array, bool]:
     del axis_size, in_batched
     return any_of(flags), False
 
@@ -133,7 +136,7 @@ def clip_stats(
     )
 
 
-def gathered(array: jax.Array, axis_name: Any) -> jax.Array:
+def gathered(array: jax.Array, axis_name: AxisName) -> jax.Array:
     """The whole batch's [n, …] on each device, from its shard of it, under shard_map."""
     # As a sum, which is known to be the same on all devices; an all_gather's result is not.
     devices = jnp.arange(lax.psum(1, axis_name)).reshape(-1, *[1] * array.ndim)
@@ -143,7 +146,7 @@ def gathered(array: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def over_devices(
-    stats: ClipStats, counts: jax.Array, kept: jax.Array, axis_name: Any
+    stats: ClipStats, counts: jax.Array, kept: jax.Array, axis_name: AxisName
 ) -> tuple[ClipStats, jax.Array, jax.Array]:
     """The same of the whole batch on each device, from those of its shard, under shard_map."""
     num_clipped, num_nonfinite = lax.psum((stats.num_clipped, stats.num_nonfinite), axis_name)
@@ -206,12 +209,12 @@ def norms_of(squared_norms: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared_norms)))
 
 
-def smallest_square(dtype: Any) -> float:
+def smallest_square(dtype: jax.typing.DTypeLike) -> float:
     """Bound a squared norm below which squares of entries may have vanished from the sum."""
     return float(jnp.finfo(dtype).tiny) * 2.0**40
 
 
-def is_tiny(taus: Any, dtype: Any) -> Any:
+def is_tiny(taus: ArrayT, dtype: jax.typing.DTypeLike) -> ArrayT:
     """Tell which thresholds are so small that a sum of squares may miss a norm above them."""
     return (taus > 0) & (taus < smallest_square(dtype) ** 0.5)
 

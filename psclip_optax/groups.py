@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,21 @@ from psclip_optax.thresholds import (
     AdaptiveThreshold,
     ConstantThreshold,
     GrowingThreshold,
-    Threshold,
     as_threshold,
     least_norm,
     thresholds_at,
 )
+from psclip_optax.typing import (
+    ArrayT,
+    AxisName,
+    Params,
+    PyTree,
+    Threshold,
+    ThresholdLike,
+    ThresholdTree,
+)
+
+KeyPath: TypeAlias = tuple[object, ...]
 
 
 class Groups(NamedTuple):
@@ -50,7 +60,7 @@ class Groups(NamedTuple):
         first = self.of_leaf[leaf]
         return range(first, first + (self.num_slices[leaf] or 1))
 
-    def part(self, values: Any, leaf: int) -> Any:
+    def part(self, values: jax.Array, leaf: int) -> jax.Array:
         """Take what arrays [..., groups] hold for the group of a leaf."""
         return values if self.of_leaf is None else values[..., self.of_leaf[leaf]]
 
@@ -71,7 +81,7 @@ class Groups(NamedTuple):
         of_leaf = tuple(column for leaf in leaves for column in self.columns(leaf))
         return Groups(of_leaf, (0,) * len(of_leaf))
 
-    def slices(self, arrays: Sequence[Any], axes: Sequence[int]) -> list[Any]:
+    def slices(self, arrays: Sequence[ArrayT], axes: Sequence[int]) -> list[ArrayT]:
         """Take arrays like the leaves apart into slices along an axis, those that are by slice."""
         if not any(self.num_slices):
             return [*arrays]
@@ -82,7 +92,7 @@ class Groups(NamedTuple):
         ]
         return [part for parts in parted for part in parts]
 
-    def whole(self, slices: Sequence[Any]) -> list[Any]:
+    def whole(self, slices: Sequence[ArrayT]) -> list[ArrayT | jax.Array]:
         """Put arrays like the leaves together again, from slices along their leading axis."""
         if not any(self.num_slices):
             return [*slices]
@@ -92,7 +102,7 @@ class Groups(NamedTuple):
             for number in self.num_slices
         ]
 
-    def stacked(self, arrays: Iterable[Any]) -> Any:
+    def stacked(self, arrays: Iterable[jax.Array]) -> jax.Array:
         """Put what belongs to each group side by side, on a last axis."""
         if self.of_leaf is None:
             (array,) = arrays
@@ -118,7 +128,7 @@ class Limits(NamedTuple):
     thresholds: tuple[Threshold, ...]
     groups: Groups
 
-    def at(self, positions: jax.Array, dtype: Any) -> jax.Array:
+    def at(self, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Give τ at positions [n], shape [n] or [n, groups]."""
         taus = (thresholds_at(threshold, positions, dtype) for threshold in self.thresholds)
         return self.groups.stacked(taus)
@@ -129,7 +139,7 @@ class Limits(NamedTuple):
         return None if any(one is None for one in known) else np.array(known)
 
 
-def by_layer(params: Any, threshold: Threshold | jax.typing.ArrayLike, depth: int = 1) -> Any:
+def by_layer(params: Params, threshold: ThresholdLike, depth: int = 1) -> ThresholdTree:
     r"""Share a threshold out among the layers of the parameters, for clipping by group.
 
     Each subtree at the given depth is a group, whose gradient is clipped at $\tau_k / \sqrt m$,
@@ -175,7 +185,7 @@ def by_layer(params: Any, threshold: Threshold | jax.typing.ArrayLike, depth: in
     return jax.tree.map(lambda _: share, marked)
 
 
-def _marked(tree: Any, depth: int) -> Any:
+def _marked(tree: PyTree, depth: int) -> PyTree:
     """The tree with 0 in the place of each subtree at that depth, but for those without leaves."""
     if depth == 0:
         return 0 if jax.tree.leaves(tree) else tree
@@ -193,11 +203,11 @@ def _scaled(threshold: Threshold, factor: float) -> Threshold:
     return jax.tree_util.Partial(_times, threshold, factor)
 
 
-def _times(threshold: Threshold, factor: Any, positions: jax.Array) -> jax.Array:
+def _times(threshold: Threshold, factor: jax.typing.ArrayLike, positions: jax.Array) -> jax.Array:
     return jnp.asarray(threshold(positions)) * factor
 
 
-def is_threshold(node: Any, node_types: frozenset[type] = frozenset()) -> bool:
+def is_threshold(node: object, node_types: frozenset[type] = frozenset()) -> bool:
     """Whether a node of a prefix is a threshold, and not a tree of some.
 
     Args:
@@ -209,7 +219,7 @@ def is_threshold(node: Any, node_types: frozenset[type] = frozenset()) -> bool:
     return callable(node) and type(node) not in node_types
 
 
-def is_prefix(threshold: Any, node_types: frozenset[type] = frozenset()) -> bool:
+def is_prefix(threshold: ThresholdTree, node_types: frozenset[type] = frozenset()) -> bool:
     """Whether it is a tree of thresholds."""
     # What psc.tails suggests is a tuple with a threshold in it.
     has_one = hasattr(threshold, "threshold") and type(threshold) not in node_types
@@ -219,14 +229,14 @@ def is_prefix(threshold: Any, node_types: frozenset[type] = frozenset()) -> bool
     return treedef.num_leaves > 0 and not jax.tree_util.treedef_is_leaf(treedef)
 
 
-def as_thresholds(threshold: Any) -> Any:
+def as_thresholds(threshold: ThresholdLike | ThresholdTree) -> Threshold | ThresholdTree:
     """The threshold, or the tree of them, constant ones in the place of numbers."""
     if not is_prefix(threshold):
         return as_threshold(threshold)
     return jax.tree_util.tree_map_with_path(_as_threshold_at, threshold, is_leaf=is_threshold)
 
 
-def _as_threshold_at(path: Any, threshold: Any) -> Threshold:
+def _as_threshold_at(path: KeyPath, threshold: ThresholdTree) -> Threshold:
     try:
         return as_threshold(threshold)
     except (TypeError, ValueError) as error:
@@ -234,14 +244,18 @@ def _as_threshold_at(path: Any, threshold: Any) -> Threshold:
         raise
 
 
-def in_groups_of(prefix: Any, threshold: Any) -> Any:
+def in_groups_of(
+    prefix: Threshold | ThresholdTree | None, threshold: Threshold | ThresholdTree
+) -> Threshold | ThresholdTree:
     """The threshold for each group of a prefix, unless it has groups of its own."""
     if is_prefix(threshold) or not is_prefix(prefix):
         return threshold
     return jax.tree.map(lambda _: threshold, prefix, is_leaf=is_threshold)
 
 
-def fitted(threshold: Any, params: Any, sample_axis: int | None = None) -> Limits:
+def fitted(
+    threshold: ThresholdLike | ThresholdTree, params: PyTree, sample_axis: int | None = None
+) -> Limits:
     """The limits that a threshold, or a tree of some, means for these parameters.
 
     Args:
@@ -258,7 +272,7 @@ def fitted(threshold: Any, params: Any, sample_axis: int | None = None) -> Limit
     if not is_prefix(threshold, node_types):
         return Limits((as_threshold(threshold),), ALL_TOGETHER)
 
-    def is_leaf(node: Any) -> bool:
+    def is_leaf(node: object) -> bool:
         return isinstance(node, EachSlice) or is_threshold(node, node_types)
 
     named, treedef = jax.tree_util.tree_flatten_with_path(threshold, is_leaf=is_leaf)
@@ -288,7 +302,7 @@ def fitted(threshold: Any, params: Any, sample_axis: int | None = None) -> Limit
     return Limits(tuple(thresholds), Groups(tuple(of_leaf), tuple(num_slices)))
 
 
-def _num_slices(node: Any, path: Any, part: Any, sample_axis: int | None) -> int:
+def _num_slices(node: object, path: KeyPath, part: PyTree, sample_axis: int | None) -> int:
     """How many slices of the leaves are groups of their own; 0 where a group has them whole."""
     if not isinstance(node, EachSlice):
         return 0
@@ -307,10 +321,10 @@ def _num_slices(node: Any, path: Any, part: Any, sample_axis: int | None) -> int
     return number
 
 
-def _node_types(tree: Any) -> frozenset[type]:
+def _node_types(tree: PyTree) -> frozenset[type]:
     found: set[type] = set()
 
-    def note(node: Any) -> bool:
+    def note(node: object) -> bool:
         found.add(type(node))
         return False
 
@@ -318,7 +332,7 @@ def _node_types(tree: Any) -> frozenset[type]:
     return frozenset(found)
 
 
-def has_rules(threshold: Any) -> bool:
+def has_rules(threshold: ThresholdTree) -> bool:
     """Whether it is a tree of thresholds with an adaptive one."""
     if not is_prefix(threshold):
         return False
@@ -326,25 +340,31 @@ def has_rules(threshold: Any) -> bool:
     return any(isinstance(leaf, AdaptiveThreshold) for leaf in leaves)
 
 
-def fixed_rule(threshold: Any) -> AdaptiveThreshold:
+def fixed_rule(threshold: ThresholdLike | ThresholdTree) -> AdaptiveThreshold[tuple[()]]:
     """The rule without a state that always has this threshold, or tree of thresholds."""
     fixed = as_thresholds(threshold)
     return AdaptiveThreshold(tuple, lambda state: fixed, lambda state, *_, **__: state)
 
 
-def rule_by_group(prefix: Any) -> AdaptiveThreshold:
+def rule_by_group(prefix: ThresholdTree) -> AdaptiveThreshold[PyTree]:
     """One rule of a tree of them: states and thresholds are trees, norms are [n, groups]."""
     leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_threshold)
     rules = [one if isinstance(one, AdaptiveThreshold) else fixed_rule(one) for one in leaves]
 
-    def init() -> Any:
+    def init() -> PyTree:
         return treedef.unflatten([rule.init() for rule in rules])
 
-    def threshold(states: Any) -> Any:
-        both = zip(rules, treedef.flatten_up_to(states), strict=True)
-        return treedef.unflatten([rule.threshold(state) for rule, state in both])
+    def threshold(state: PyTree) -> ThresholdTree:
+        both = zip(rules, treedef.flatten_up_to(state), strict=True)
+        return treedef.unflatten([rule.threshold(one) for rule, one in both])
 
-    def update(states: Any, norms: Any, sample_mask: Any = None, *, axis_name: Any = None) -> Any:
+    def update(
+        state: PyTree,
+        norms: jax.typing.ArrayLike,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        *,
+        axis_name: AxisName = None,
+    ) -> PyTree:
         expected = (
             "a tree of adaptive thresholds is updated with the norms of a batch by group, a float "
             f"array of shape [n, {len(rules)}] such as stats.norms of psc.ClipStats"
@@ -352,15 +372,13 @@ def rule_by_group(prefix: Any) -> AdaptiveThreshold:
         norms = as_array(norms, expected)
         if norms.ndim != 2 or norms.shape[1] != len(rules):
             raise ValueError(f"{expected}, got {described(norms)}")
-        each = zip(rules, treedef.flatten_up_to(states), norms.T, strict=True)
-        new = [
-            rule.update(state, own, sample_mask, axis_name=axis_name) for rule, state, own in each
-        ]
+        each = zip(rules, treedef.flatten_up_to(state), norms.T, strict=True)
+        new = [rule.update(one, own, sample_mask, axis_name=axis_name) for rule, one, own in each]
         return treedef.unflatten(new)
 
-    def is_new(states: Any) -> jax.Array:
-        both = zip(rules, treedef.flatten_up_to(states), strict=True)
-        return jnp.stack([rule.is_new(state) for rule, state in both if rule.is_new]).any()
+    def is_new(state: PyTree) -> jax.Array:
+        both = zip(rules, treedef.flatten_up_to(state), strict=True)
+        return jnp.stack([rule.is_new(one) for rule, one in both if rule.is_new]).any()
 
     has_new = any(rule.is_new for rule in rules)
     return AdaptiveThreshold(init, threshold, update, is_new if has_new else None)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import optax
 
 from psclip_optax.thresholds import AdaptiveThreshold, GrowingThreshold, growing_threshold
-from psclip_optax.thresholds.auto import auto_threshold
+from psclip_optax.thresholds.auto import AutoState, auto_threshold
 from psclip_optax.transforms import per_sample_clip
 
 
@@ -64,7 +62,9 @@ def ps_clip_sgd(
     )
 
 
-def _threshold(alpha: Any, beta: Any) -> GrowingThreshold | AdaptiveThreshold:
+def _threshold(
+    alpha: jax.typing.ArrayLike | None, beta: jax.typing.ArrayLike | None
+) -> GrowingThreshold | AdaptiveThreshold[AutoState]:
     if alpha is None and beta is None:
         return auto_threshold()
     if alpha is None or beta is None:

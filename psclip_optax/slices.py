@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from psclip_optax.thresholds import AdaptiveThreshold, as_threshold
+from psclip_optax.typing import PyTree, Threshold, ThresholdLike
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +20,12 @@ class EachSlice:
       thresholds: in the order of the slices.
     """
 
-    thresholds: tuple[Any, ...]
+    thresholds: tuple[Threshold | AdaptiveThreshold[PyTree], ...]
 
 
-def each_slice(thresholds: Sequence[Any]) -> EachSlice:
+def each_slice(
+    thresholds: Sequence[ThresholdLike | AdaptiveThreshold[PyTree]],
+) -> EachSlice:
     r"""Clip each slice along the leading axis by itself, for layers that are stacked in one array.
 
     Stands in a tree of thresholds for a subtree of the parameters, whose leaves have shapes
@@ -66,5 +68,7 @@ def each_slice(thresholds: Sequence[Any]) -> EachSlice:
     return EachSlice(tuple(_as_given(one) for one in thresholds))
 
 
-def _as_given(threshold: Any) -> Any:
+def _as_given(
+    threshold: ThresholdLike | AdaptiveThreshold[PyTree],
+) -> Threshold | AdaptiveThreshold[PyTree]:
     return threshold if isinstance(threshold, AdaptiveThreshold) else as_threshold(threshold)

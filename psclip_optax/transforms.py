@@ -24,14 +24,15 @@ from psclip_optax.arrays import (
 from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
 from psclip_optax.groups import Groups, Limits
 from psclip_optax.stacks import Stack
-from psclip_optax.thresholds import AdaptiveThreshold, ConstantThreshold, Threshold
+from psclip_optax.thresholds import AdaptiveThreshold, ConstantThreshold
 from psclip_optax.thresholds.tracking import as_adaptive, state_for_batch
+from psclip_optax.typing import AxisName, PyTree, Threshold, ThresholdLike, ThresholdTree
 
 UNCLIPPED = ConstantThreshold(math.inf)
 
 
 class _Figures(NamedTuple):
-    num_updates: jax.Array  # not `count`, which in a chain is Adam's own
+    num_updates: jax.Array  # not `count`: Adam has one in the same chain
     num_samples: jax.Array
     num_clipped: jax.Array
     num_nonfinite: jax.Array
@@ -39,7 +40,7 @@ class _Figures(NamedTuple):
     median_norm: jax.Array
     max_norm: jax.Array
     all_finite: jax.Array
-    threshold_state: Any = ()
+    threshold_state: PyTree = ()
 
 
 class PerSampleClipState(_Figures):
@@ -212,7 +213,7 @@ def clipped_alone(
 
 
 def _next_state(
-    state: PerSampleClipState, figures: BatchFigures, threshold_state: Any
+    state: PerSampleClipState, figures: BatchFigures, threshold_state: PyTree
 ) -> PerSampleClipState:
     num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
     before = state[1 : 1 + len(figures)]
@@ -221,7 +222,7 @@ def _next_state(
     return PerSampleClipState(num_updates, *cast, all_finite, threshold_state)
 
 
-def _check_sample_axis(sample_axis: Any) -> int:
+def _check_sample_axis(sample_axis: int) -> int:
     if not is_integer(sample_axis):
         raise TypeError(
             f"sample_axis is a Python int, got {sample_axis!r}; under optax.inject_hyperparams add "
@@ -230,7 +231,7 @@ def _check_sample_axis(sample_axis: Any) -> int:
     return int(sample_axis)
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: object) -> None:
     if not isinstance(state, PerSampleClipState):
         raise TypeError(
             "per_sample_clip's update takes (per_sample_grads, state, params) with a "
@@ -239,11 +240,11 @@ def _check_state(state: Any) -> None:
 
 
 def per_sample_clip(
-    threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | Any | None = None,
+    threshold: ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree | None = None,
     *,
     sample_axis: int = 0,
     on_nonfinite: OnNonfinite = "drop",
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip every sample's gradient to its threshold, then average over the batch.
 
@@ -347,7 +348,7 @@ def per_sample_clip(
         *,
         sample_mask: jax.typing.ArrayLike | None = None,
         positions: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         del extra_args
         _check_state(state)
@@ -363,9 +364,9 @@ def per_sample_clip(
         per_sample_grads: optax.Updates,
         state: PerSampleClipState,
         params: optax.Params | None,
-        sample_mask: Any,
-        positions: Any,
-        threshold: Any,
+        sample_mask: jax.typing.ArrayLike | None,
+        positions: jax.typing.ArrayLike | None,
+        threshold: Threshold | ThresholdTree,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         meshes.check_axis_name(axis_name)
         stacks.refuse_masked_nodes(per_sample_grads)

@@ -261,7 +261,7 @@ class Program(NamedTuple):
     accuracy: Callable[..., Any]
 
 
-def moment_rule(scale: Any) -> psc.AdaptiveThreshold:
+def moment_rule(scale: Any) -> psc.AdaptiveThreshold[Any]:
     return psc.moment_threshold(MOMENT, scale=scale)
 
 
@@ -270,7 +270,7 @@ def build_program(
     setting: Setting,
     num_classes: int,
     image_shape: tuple[int, ...],
-    automatic: Callable[[Any], psc.AdaptiveThreshold] = moment_rule,
+    automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> Program:
     """Compiles, when first called, what trains runs of one setting.
 
@@ -290,11 +290,8 @@ def build_program(
         mode="one_pass",
         return_stats=True,
         on_nonfinite="propagate",  # no method drops samples, for plain SGD does not either
-        **(
-            {"clip_at": "micro-batch", "microbatch_size": setting.batch_size // number}
-            if number
-            else {}
-        ),
+        clip_at="micro-batch" if number else "sample",
+        microbatch_size=setting.batch_size // number if number else None,
     )
 
     def threshold_of(numbers: Numbers, state: State) -> Callable[[jax.Array], jax.Array]:
@@ -459,7 +456,7 @@ def train_together(
     data: Data,
     num_classes: int,
     together: int,
-    automatic: Callable[[Any], psc.AdaptiveThreshold] = moment_rule,
+    automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> list[dict[str, Any]]:
     """Trains runs of one setting and length, as `build_program` does; what each one gave."""
     # As many as in any other chunk, so that nothing is compiled again.

@@ -96,7 +96,7 @@ class Plan(NamedTuple):
         return Setting(1.0, BATCH_SIZE, dtype="bfloat16")
 
 
-def median_rule(scale: Any) -> psc.AdaptiveThreshold:
+def median_rule(scale: Any) -> psc.AdaptiveThreshold[Any]:
     """The running median, which needs no scale."""
     del scale
     return psc.quantile_threshold(0.5)

@@ -15,7 +15,7 @@ import collections
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import tyro
@@ -31,6 +31,7 @@ from benchmarks.engine.accumulation import mean_loss
 from benchmarks.engine.on_gpu_results import read_rows
 from benchmarks.engine.targets import TARGETS
 from benchmarks.zoo.models import ZOO
+from psclip_optax.options import Mode
 from psclip_optax.training.output.files import to_json, write_atomically
 
 MODES = ("one_pass", "two_pass", "vmap")
@@ -99,7 +100,7 @@ def measure(target: str, job: Job, mode: str) -> dict[str, Any]:
     function = (
         jax.value_and_grad(job.batch_loss)
         if mode == "plain"
-        else psc.clipped_value_and_grad(job.loss, 1.0, mode=mode)  # pyright: ignore[reportArgumentType]
+        else psc.clipped_value_and_grad(job.loss, 1.0, mode=cast("Mode", mode))
     )
     try:
         cost = targets.cost_of(target, function, job.arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -67,7 +67,7 @@ def as_float64(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def x64(enabled: bool) -> Iterator[None]:
+def x64(enabled: bool) -> Generator[None]:
     before = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_x64", enabled)
     try:

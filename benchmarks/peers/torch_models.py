@@ -4,6 +4,9 @@ Modules are called as in Flax and take their sizes from Flax's parameters, so th
 by name.
 """
 
+# PyTorch is not installed where types are checked.
+# pyright: reportUntypedBaseClass=false
+
 from __future__ import annotations
 
 import math

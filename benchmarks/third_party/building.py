@@ -67,7 +67,7 @@ def of_haiku(function: Callable[..., Any], *batch: Any) -> Case:
     net = hk.transform_with_state(function)
     params, state = jax.jit(net.init)(KEY, *first(batch))
 
-    def call(params, *example):
+    def call(params: Any, *example: Any) -> Any:
         return squared(net.apply(params, state, KEY, *example)[0])
 
     return Case(call, params, batch)
@@ -79,7 +79,7 @@ def of_equinox(module: Any, *batch: Any, call: Callable[..., Any], spread: float
 
     params, static = eqx.partition(module, eqx.is_inexact_array)
 
-    def run(params, *example):
+    def run(params: Any, *example: Any) -> Any:
         return call(eqx.combine(params, static), *example)
 
     return Case(run, params, batch, spread=spread)

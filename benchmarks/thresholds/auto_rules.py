@@ -16,7 +16,7 @@ from psclip_optax.thresholds.adaptive import QuantileState
 from psclip_optax.thresholds.tracking import as_adaptive
 
 # From a threshold, in the units of a norm, and the number of samples in a batch.
-Rule: TypeAlias = Callable[[Any, int], psc.AdaptiveThreshold]
+Rule: TypeAlias = Callable[[Any, int], psc.AdaptiveThreshold[Any]]
 
 MOMENT = 1.5  # p of the automatic threshold of version 0.1.0
 GROWTH = 2.0  # β of the growing variant
@@ -43,16 +43,16 @@ class Method(NamedTuple):
         return len(self.thresholds) > 1
 
 
-def fixed(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+def fixed(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
     del n
     return as_adaptive(psc.constant_threshold(threshold))
 
 
-def unclipped(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+def unclipped(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
     return fixed(math.inf, n)
 
 
-def moment(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+def moment(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
     """The growing threshold of a running moment: what `psclip train` called automatic in 0.1.0."""
     del threshold, n
     return psc.moment_threshold(MOMENT)
@@ -61,14 +61,14 @@ def moment(threshold: Any, n: int) -> psc.AdaptiveThreshold:
 def quantile(share: float) -> Rule:
     """A running quantile of the norms."""
 
-    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
         del threshold, n
         return psc.quantile_threshold(share)
 
     return rule
 
 
-def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
     """τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which weighs bias against variance.
 
     The tuning-free principle of Wang, Zheng, Zhou and Zhou (Statistica Sinica, 2021) over norms.
@@ -87,7 +87,7 @@ def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold:
 
 
 def automatic(factor: float = 1.0) -> Rule:
-    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
         del threshold, n
         own = psc.auto_threshold()
 
@@ -99,7 +99,7 @@ def automatic(factor: float = 1.0) -> Rule:
     return rule
 
 
-def growing(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+def growing(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
     """The automatic one, multiplied by (k / middle)^{1/β}: the same in the middle of a batch."""
     del threshold
     rule = psc.auto_threshold()

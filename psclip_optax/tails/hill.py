@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from psclip_optax.tails.intervals import around, normal_quantile
 from psclip_optax.tails.norms import (
@@ -61,7 +61,7 @@ class HillPlot:
     upper: np.ndarray
 
 
-def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstimate:
+def hill_estimator(norms: npt.ArrayLike, k: int, *, confidence: float = 0.95) -> HillEstimate:
     r"""Estimates the tail index by Hill from a given number of the largest norms.
 
     $$\hat a = \left( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \right)^{-1}$$
@@ -108,7 +108,7 @@ def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstim
     return HillEstimate(index, lower, upper, k)
 
 
-def hill_plot(norms: Any, *, confidence: float = 0.95) -> HillPlot:
+def hill_plot(norms: npt.ArrayLike, *, confidence: float = 0.95) -> HillPlot:
     """Estimates the tail index by Hill for every k up to half of the norms.
 
     A power law shows as a level stretch that begins at small k; there is no index to read off
@@ -144,7 +144,7 @@ def hill_plot(norms: Any, *, confidence: float = 0.95) -> HillPlot:
     return HillPlot(k, index, *around(index, k, normal_quantile(confidence)))
 
 
-def choose_k(norms: Any) -> int:
+def choose_k(norms: npt.ArrayLike) -> int:
     """Chooses how many of the largest norms to estimate a tail index from.
 
     Among the k largest norms of a power law the normalised log-spacings j log(X_(j) / X_(j+1)),

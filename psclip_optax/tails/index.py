@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import scipy
 
 from psclip_optax.tails.hill import choose_k_of
@@ -63,7 +64,7 @@ class TailIndex:
         return table(tail_rows(self))
 
 
-def tail_index(norms: Any, *, confidence: float = 0.95) -> TailIndex:
+def tail_index(norms: npt.ArrayLike, *, confidence: float = 0.95) -> TailIndex:
     """Measures how heavy the tail is: index, interval, and whether it is a power law at all.
 
     Index and interval are Hill's with the k of `choose_k`; the interval allows for a bias of half a
@@ -132,7 +133,7 @@ def _verdict(heavy_to_light: float) -> Verdict:
 
 
 def _heavy_to_light(spacings: np.ndarray, num_norms: int) -> float:
-    """Takes the log-likelihood ratio of a power law to a light tail, two parameters each."""
+    """Computes the log-likelihood ratio of a power law to a light tail, two parameters each."""
     j = np.arange(1, len(spacings) + 1)
     relative = spacings / spacings.mean()
     heavy = _log_likelihood(relative, j / (len(j) + 1))

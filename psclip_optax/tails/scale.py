@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from psclip_optax.tails.index import TailIndex, tail_index_of
 from psclip_optax.tails.intervals import normal_quantile
@@ -39,7 +40,7 @@ class MomentScale:
         return table(scale_rows(self))
 
 
-def moment_scale(norms: Any, p: float, *, confidence: float = 0.95) -> MomentScale:
+def moment_scale(norms: npt.ArrayLike, p: float, *, confidence: float = 0.95) -> MomentScale:
     r"""Measures the raw-moment scale $\hat\sigma = (\frac1n \sum_k \|g_k\|^p)^{1/p}$.
 
     Its interval is the central limit theorem's where the tail is light or the index's interval lies
@@ -93,20 +94,21 @@ def moment_scale_of(norms: np.ndarray, p: float, tail: TailIndex) -> MomentScale
 
 
 def _mean_by_normal(powers: np.ndarray, tail: TailIndex) -> tuple[float, float]:
-    error = normal_quantile(tail.confidence) * powers.std() / math.sqrt(len(powers))
-    return powers.mean() - error, powers.mean() + error
+    error = normal_quantile(tail.confidence) * float(powers.std()) / math.sqrt(len(powers))
+    mean = float(powers.mean())
+    return mean - error, mean + error
 
 
 def _mean_by_tail(powers: np.ndarray, p: float, tail: TailIndex) -> tuple[float, float]:
-    start = np.partition(powers, -tail.k - 1)[-tail.k - 1]
-    body = np.mean(powers, where=powers <= start) * np.mean(powers <= start)
+    start = float(np.partition(powers, -tail.k - 1)[-tail.k - 1])
+    body = float(np.mean(powers, where=powers <= start)) * float(np.mean(powers <= start))
     of_bounded = _mean_by_normal(np.minimum(powers, start), tail)
     error = (of_bounded[1] - of_bounded[0]) / 2
 
     def of_tail(index: float) -> float:
         if index <= p:
             return math.inf
-        return np.mean(powers > start) * start * index / (index - p)
+        return float(np.mean(powers > start)) * start * index / (index - p)
 
     return body - error + of_tail(tail.upper), body + error + of_tail(tail.lower)
 

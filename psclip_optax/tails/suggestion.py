@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+
+import numpy.typing as npt
 
 from psclip_optax.tails.index import TailIndex, tail_index_of, tail_rows
 from psclip_optax.tails.norms import as_norms
@@ -64,7 +65,7 @@ class SuggestedThreshold:
         return "\n".join([table(rows), *_warnings(self), write])
 
 
-def suggest_threshold(norms: Any, *, confidence: float = 0.95) -> SuggestedThreshold:
+def suggest_threshold(norms: npt.ArrayLike, *, confidence: float = 0.95) -> SuggestedThreshold:
     """Suggests α and β for `psc.growing_threshold` from the norms of per-sample gradients.
 
     β = p is a little under the tail index, by a tenth or by a standard error of it, whichever is

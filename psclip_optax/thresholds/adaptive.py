@@ -10,7 +10,7 @@ give the same numbers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def moment_threshold(
     scale: jax.typing.ArrayLike = 1.0,
     decay: jax.typing.ArrayLike = 0.99,
     initial: jax.typing.ArrayLike = 0.0,
-) -> AdaptiveThreshold:
+) -> AdaptiveThreshold[MomentState]:
     r"""A growing threshold whose scale is a running p-th moment of the norms: no α to tune.
 
     $$\tau_k = c \, \hat\sigma \, k^{1/p}, \qquad
@@ -146,9 +146,10 @@ def moment_threshold(
         return MomentState(moment, RunningMean(zeros(), zeros()) if p is None else ())
 
     def threshold(state: MomentState) -> Threshold:
-        order = _order_below_index(state.tail) if p is None else p
-        root = state.moment.root
-        sigma = jnp.interp(order, _ORDERS.astype(root.dtype), root) if p is None else root
+        order, sigma = orders, state.moment.root
+        if isinstance(state.tail, RunningMean):
+            order = _order_below_index(state.tail)
+            sigma = jnp.interp(order, _ORDERS.astype(sigma.dtype), sigma)
         is_known = state.moment.weight > 0
         alpha = jnp.where(sigma > 0, scale * sigma, 0)  # a scale of ∞ times 0 would be NaN
         return GrowingThreshold(
@@ -157,7 +158,7 @@ def moment_threshold(
 
     def observe(state: MomentState, norms: jax.Array, counts: jax.Array) -> MomentState:
         moment = observe_moment(state.moment, norms, counts, orders, decay)
-        if p is not None:
+        if not isinstance(state.tail, RunningMean):
             return MomentState(moment, ())
         excess, number = _hill(norms, counts)
         return MomentState(moment, observe_mean(state.tail, excess, number, decay))
@@ -170,7 +171,7 @@ def quantile_threshold(
     *,
     decay: jax.typing.ArrayLike = 0.99,
     initial: jax.typing.ArrayLike = 0.0,
-) -> AdaptiveThreshold:
+) -> AdaptiveThreshold[QuantileState]:
     r"""A constant threshold at a running quantile of the norms.
 
     The share 1 − `quantile` of the samples is clipped, whatever their scale. τ is the smallest
@@ -245,7 +246,7 @@ def quantile_threshold(
 
 def min_norm_threshold(
     *, decay: jax.typing.ArrayLike = 0.0, initial: jax.typing.ArrayLike = 0.0
-) -> AdaptiveThreshold:
+) -> AdaptiveThreshold[MinNormState]:
     r"""A constant threshold at the smallest norm of the batch before: ρ = min_j ‖ĝ_j‖.
 
     Over micro-batches (`clip_at="micro-batch"` of [`psclip_optax.clipped_value_and_grad`][], or the
@@ -312,7 +313,7 @@ def _hill(norms: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total / jnp.maximum(k, 1).astype(total.dtype), k
 
 
-def _order_below_index(tail: Any) -> jax.Array:
+def _order_below_index(tail: RunningMean) -> jax.Array:
     """From the mean excess to p; the highest where no tail was seen."""
     inverse = jnp.maximum(tail.mean, jnp.finfo(tail.mean.dtype).tiny)
     return jnp.clip(1 / inverse - _MARGIN, _LOWEST_ORDER, _HIGHEST_ORDER)

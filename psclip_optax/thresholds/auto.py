@@ -42,7 +42,7 @@ class AutoState(NamedTuple):
     largest: jax.Array
 
 
-def auto_threshold() -> AdaptiveThreshold:
+def auto_threshold() -> AdaptiveThreshold[AutoState]:
     r"""Clip at half of the running median of the norms, and never far below where that has been.
 
     $$\tau = \tfrac12 \max\bigl(m_t, \tfrac12 \max_{s \le t} m_s\bigr)$$
@@ -111,7 +111,8 @@ def auto_threshold() -> AdaptiveThreshold:
             unit, seen, median, jnp.where(is_known, jnp.maximum(state.largest, median), median)
         )
         any_positive = jnp.any(positive)
-        return jax.tree.map(lambda new, old: jnp.where(any_positive, new, old), new, state)
+        both = zip(new, state, strict=True)
+        return AutoState(*(jnp.where(any_positive, new, old) for new, old in both))
 
     return build_rule(init, threshold, observe, is_new=lambda state: state.unit == 0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ _SCALAR_POSITION = (
 )
 
 
-def concrete(x: Any) -> np.ndarray | None:
+def concrete(x: object) -> np.ndarray | None:
     """The value of `x`, or None while it is being traced, or is on other processes' devices."""
     try:
         return np.asarray(x)
@@ -31,7 +30,7 @@ def concrete(x: Any) -> np.ndarray | None:
 def check_number(
     owner: str,
     name: str,
-    value: Any,
+    value: object,
     *,
     lowest: float,
     highest: float = math.inf,
@@ -58,11 +57,11 @@ def check_number(
         raise ValueError(f"{owner} expects `{name}` {expected}, got {number:g}")
 
 
-def is_numeric(dtype: Any) -> bool:
+def is_numeric(dtype: jax.typing.DTypeLike | None) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.number)
 
 
-def as_positions(positions: Any) -> jax.Array:
+def as_positions(positions: jax.typing.ArrayLike) -> jax.Array:
     positions = as_array(positions, "positions are 1-based integers k = 1, 2, …, of shape [n]")
     if positions.ndim == 0:
         raise TypeError(_SCALAR_POSITION)

@@ -7,7 +7,8 @@ an argument of a jitted function, be scheduled, batched by `jax.vmap` or differe
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import numpy as np
 
 from psclip_optax.arrays import as_array, described
 from psclip_optax.thresholds.checks import as_positions, check_number, concrete, is_numeric
-from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.interface import AdaptiveThreshold
+from psclip_optax.typing import Threshold, ThresholdLike
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -36,11 +38,11 @@ def _register_without_checks(cls: _Class) -> _Class:
     """
     names = [field.name for field in dataclasses.fields(cls)]
 
-    def flatten_with_keys(node: Any) -> tuple[list[tuple[Any, Any]], None]:
+    def flatten_with_keys(node: object) -> tuple[list[tuple[object, object]], None]:
         return [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in names], None
 
-    def unflatten(_: None, leaves: Any) -> Any:
-        node = object.__new__(cls)
+    def unflatten(_: None, leaves: Iterable[object]) -> object:
+        node: object = object.__new__(cls)
         for name, leaf in zip(names, leaves, strict=True):
             object.__setattr__(node, name, leaf)
         return node
@@ -75,7 +77,7 @@ class ConstantThreshold:
         check_number("constant_threshold", "value", self.value, lowest=0)
 
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
-        """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
+        """Return τ for each of the 1-based integer `positions`, shape [n] → [n]."""
         self.__post_init__()
         positions = as_positions(positions)
         return jnp.full(positions.shape, self.value, dtype=jnp.result_type(float))
@@ -120,7 +122,7 @@ class GrowingThreshold:
         check_number("growing_threshold", "beta", self.beta, lowest=0, open_ends=(True, False))
 
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
-        """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
+        """Return τ for each of the 1-based integer `positions`, shape [n] → [n]."""
         self.__post_init__()
         positions = as_positions(positions).astype(jnp.result_type(float))
         alpha = jnp.asarray(self.alpha, positions.dtype)
@@ -134,11 +136,11 @@ constant_threshold = ConstantThreshold
 growing_threshold = GrowingThreshold
 
 
-def _is_real(dtype: Any) -> bool:
+def _is_real(dtype: jax.typing.DTypeLike) -> bool:
     return is_numeric(dtype) and not jnp.issubdtype(dtype, jnp.complexfloating)
 
 
-def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
+def as_threshold(threshold: ThresholdLike) -> Threshold:
     """The threshold itself, or the constant one that a number stands for."""
     if isinstance(threshold, AdaptiveThreshold):
         raise TypeError(_KEEPS_NO_STATE)
@@ -161,7 +163,9 @@ def least_norm(threshold: Threshold) -> np.ndarray | None:
     return concrete(threshold.alpha) if isinstance(threshold, GrowingThreshold) else None
 
 
-def thresholds_at(threshold: Threshold, positions: jax.Array, dtype: Any) -> jax.Array:
+def thresholds_at(
+    threshold: Threshold, positions: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     """τ at `positions`, shape [n], checked and cast to `dtype`."""
     try:
         came = threshold(positions)

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 
-Threshold: TypeAlias = Callable[[jax.Array], jax.Array]
+from psclip_optax.typing import AxisName, Threshold
+
+__all__ = ["AdaptiveThreshold", "Threshold", "Update"]
+
+StateT = TypeVar("StateT")
 
 
-class AdaptiveThreshold(NamedTuple):
+class Update(Protocol[StateT]):
+    """The `update` of an adaptive threshold."""
+
+    def __call__(
+        self,
+        state: StateT,
+        norms: jax.typing.ArrayLike,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        *,
+        axis_name: AxisName = None,
+    ) -> StateT:
+        """Give the state after a batch with these norms."""
+        ...
+
+
+class AdaptiveThreshold(NamedTuple, Generic[StateT]):
     """A threshold that follows the norms it has seen: three pure functions, as Optax has two.
 
     Between a batch and the next its state is the caller's to keep: it is a pytree of arrays, to be
@@ -30,7 +49,7 @@ class AdaptiveThreshold(NamedTuple):
         the default, where `threshold(state)` is right from the start.
     """
 
-    init: Callable[[], Any]
-    threshold: Callable[[Any], Threshold]
-    update: Callable[..., Any]
-    is_new: Callable[[Any], jax.Array] | None = None
+    init: Callable[[], StateT]
+    threshold: Callable[[StateT], Threshold]
+    update: Update[StateT]
+    is_new: Callable[[StateT], jax.Array] | None = None

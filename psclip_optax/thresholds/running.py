@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +33,35 @@ class RunningMoment(NamedTuple):
     root: jax.Array
 
 
-def zeros(shape: Any = ()) -> jax.Array:
+def zeros(shape: Sequence[int] = ()) -> jax.Array:
     return jnp.zeros(shape, jnp.result_type(float))
 
 
-def _weigh(weight: jax.Array, amount: Any, decay: Any) -> tuple[jax.Array, jax.Array]:
+def _weigh(
+    weight: jax.Array, amount: jax.typing.ArrayLike, decay: jax.typing.ArrayLike
+) -> tuple[jax.Array, jax.Array]:
     """The new weight, and the share in it of what is new."""
     amount = jnp.asarray(amount, weight.dtype)
-    weight = decay * weight + amount
+    weight = weight * decay + amount
     return weight, amount / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
 
 
-def observe_mean(running: Any, value: jax.Array, amount: Any, decay: Any) -> RunningMean:
+def observe_mean(
+    running: RunningMean,
+    value: jax.Array,
+    amount: jax.typing.ArrayLike,
+    decay: jax.typing.ArrayLike,
+) -> RunningMean:
     weight, share = _weigh(running.weight, amount, decay)
     return RunningMean(weight, running.mean + share * (value - running.mean))
 
 
 def observe_moment(
-    running: RunningMoment, norms: jax.Array, counts: jax.Array, orders: Any, decay: Any
+    running: RunningMoment,
+    norms: jax.Array,
+    counts: jax.Array,
+    orders: jax.typing.ArrayLike,
+    decay: jax.typing.ArrayLike,
 ) -> RunningMoment:
     number = jnp.sum(counts)
     weight, share = _weigh(running.weight, number, decay)

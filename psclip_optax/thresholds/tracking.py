@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import optax
@@ -13,7 +13,10 @@ from psclip_optax import groups
 from psclip_optax.arrays import described
 from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.checks import concrete
-from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.interface import AdaptiveThreshold
+from psclip_optax.typing import AxisName, PyTree, ThresholdLike, ThresholdTree
+
+StateT = TypeVar("StateT")
 
 
 class TrackNormsState(NamedTuple):
@@ -23,10 +26,12 @@ class TrackNormsState(NamedTuple):
       threshold_state: the state of the adaptive threshold.
     """
 
-    threshold_state: Any
+    threshold_state: PyTree
 
 
-def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransformationExtraArgs:
+def track_norms(
+    rule: AdaptiveThreshold[PyTree] | ThresholdTree | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
 
     For gradients that are clipped before they come to the optimizer, as those of
@@ -87,7 +92,7 @@ def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransfor
         *,
         norms: jax.typing.ArrayLike | None = None,
         sample_mask: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, TrackNormsState]:
         del params, extra_args
         if not isinstance(state, TrackNormsState):
@@ -107,18 +112,18 @@ def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransfor
 
 
 def state_for_batch(
-    rule: AdaptiveThreshold,
-    state: Any,
+    rule: AdaptiveThreshold[StateT],
+    state: StateT,
     measure: Callable[[], jax.Array],
     sample_mask: jax.Array | None = None,
     *,
-    axis_name: Any = None,
-) -> Any:
+    axis_name: AxisName = None,
+) -> StateT:
     """The state whose threshold clips a batch; with the norms that it measures where it is new."""
     if rule.is_new is None:
         return state
 
-    def measured() -> Any:
+    def measured() -> StateT:
         return rule.update(state, measure(), sample_mask, axis_name=axis_name)
 
     is_new = rule.is_new(state)
@@ -128,7 +133,9 @@ def state_for_batch(
     return lax.cond(is_new, measured, lambda: state)
 
 
-def as_adaptive(threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | None) -> Any:
+def as_adaptive(
+    threshold: ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree | None,
+) -> AdaptiveThreshold[PyTree]:
     """The rule itself, the automatic one of None, that of a tree of rules, or one without state."""
     if threshold is None:
         return auto_threshold()

@@ -131,7 +131,7 @@ def separable_axes(
     out = jaxpr.outvars[0]
     over = [a for a, size in zip(spread.axes, aval(out).shape, strict=True) if size > 1]
     axes = tuple(axis for axis in over if axis is not None)
-    is_over_them = len(axes) == len(over) and set(axes) == spread.separable
+    is_over_them = len(axes) == len(over) and frozenset(axes) == spread.separable
     return axes if is_over_them else None
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 import psclip_optax
 from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_grad
+from psclip_optax.options import Mode
 from psclip_optax.training.config.commands import DoctorConfig
 
 NEWEST_TESTED_JAX = "0.11.2"
@@ -237,7 +238,7 @@ def _small_problem() -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
     return params, (normal(_NUM_SAMPLES, 4, 4, 3), samples, samples % 3)
 
 
-def _clipped(mode: Any) -> ClippedValueAndGrad:
+def _clipped(mode: Mode) -> ClippedValueAndGrad[jax.Array]:
     return clipped_value_and_grad(_loss, 1.0, mode=mode)
 
 

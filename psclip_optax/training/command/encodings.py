@@ -7,7 +7,7 @@ import contextlib
 import io
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 _HANDLER = "psclip_optax.spelled_out"
@@ -26,7 +26,7 @@ _SIGNS = {
 
 
 @contextlib.contextmanager
-def spelling_out() -> Iterator[None]:
+def spelling_out() -> Generator[None]:
     """Spells out in ASCII what an output's encoding lacks, where a traceback would be the end.
 
     Of stdout and stderr, until it is left.

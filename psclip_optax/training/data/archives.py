@@ -9,7 +9,7 @@ import pickle
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -118,7 +118,7 @@ def _why_no_download(error: requests.RequestException) -> str:
 
 
 @contextlib.contextmanager
-def _pooch_quiet() -> Iterator[None]:
+def _pooch_quiet() -> Generator[None]:
     """Without its line about a download, which `_download` shows."""
     logger = pooch.get_logger()
     level_before = logger.level

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
+from psclip_optax.typing import Params, PyTree
 
 
 def classification_loss(
@@ -43,15 +44,17 @@ def classification_loss(
       2.3026, ln 10 for equal logits
     """
 
-    def evaluate(params: Any, image: jax.Array, label: Any, **options: Any):
+    def evaluate(params: Params, image: jax.Array, label: jax.typing.ArrayLike, **options: PyTree):
         logits = model.apply({"params": params}, image[None], train=dropout, **options)[0]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return loss, (jnp.argmax(logits) == label).astype(jnp.float32)
 
-    def loss(params: Any, image: jax.Array, label: Any):
+    def loss(params: Params, image: jax.Array, label: jax.typing.ArrayLike):
         return evaluate(params, image, label)
 
-    def loss_with_dropout(params: Any, image: jax.Array, label: Any, key: jax.Array):
+    def loss_with_dropout(
+        params: Params, image: jax.Array, label: jax.typing.ArrayLike, key: jax.Array
+    ):
         return evaluate(params, image, label, rngs={"dropout": key})
 
     return loss_with_dropout if dropout else loss

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import filelock
@@ -71,7 +71,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 @contextlib.contextmanager
-def writable_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def writable_folder(folder: pathlib.Path) -> Generator[pathlib.Path]:
     """Makes a folder and finds out now, not after the work, whether files may be put there.
 
     Args:
@@ -115,7 +115,7 @@ def _unwritable(folder: pathlib.Path, error: OSError) -> UsageError:
 
 
 @contextlib.contextmanager
-def held_alone(folder: pathlib.Path) -> Iterator[None]:
+def held_alone(folder: pathlib.Path) -> Generator[None]:
     """Keeps other processes from writing to the same folder.
 
     A process that dies holds nothing any more, so that its run can go on.
@@ -192,7 +192,7 @@ def check_holds_none_of(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def noticing_what_cannot_be_written(folder: pathlib.Path) -> Iterator[None]:
+def noticing_what_cannot_be_written(folder: pathlib.Path) -> Generator[None]:
     """Turns the errors of a disk that is full, or gone, into one line.
 
     Args:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -162,7 +162,7 @@ def wait_for_all(point: str) -> None:
 
 
 @contextlib.contextmanager
-def noticing_lost_processes() -> Iterator[None]:
+def noticing_lost_processes() -> Generator[None]:
     """Turns the error of a sum over processes that cannot be had into one that says why.
 
     Raises:

@@ -67,7 +67,7 @@ class Method(NamedTuple):
     has_threshold: bool
     has_momentum: bool
     clip: Callable[[Any, Any], optax.GradientTransformation]
-    threshold: Callable[[Any, Any], Threshold | AdaptiveThreshold] | None = None
+    threshold: Callable[[Any, Any], Threshold | AdaptiveThreshold[Any]] | None = None
 
 
 def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
@@ -100,7 +100,7 @@ def _clipped_already(threshold: Any, beta: Any) -> optax.GradientTransformation:
     return optax.identity()
 
 
-def _following_the_norms(threshold: Any, beta: Any) -> AdaptiveThreshold:
+def _following_the_norms(threshold: Any, beta: Any) -> AdaptiveThreshold[Any]:
     return moment_threshold(beta, scale=threshold)
 
 
@@ -197,7 +197,7 @@ def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
     if threshold is None:
         return size | {"gradients": "mean"}
 
-    def threshold_from(opt_state: Any) -> Threshold | AdaptiveThreshold:
+    def threshold_from(opt_state: Any) -> Threshold | AdaptiveThreshold[Any]:
         numbers = opt_state.hyperparams
         return threshold(numbers["threshold"], numbers["beta"])
 

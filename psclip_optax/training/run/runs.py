@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import grain
@@ -134,7 +134,7 @@ def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) ->
 
 
 @contextlib.contextmanager
-def _held_by_first_process(out: pathlib.Path, config: TrainConfig) -> Iterator[None]:
+def _held_by_first_process(out: pathlib.Path, config: TrainConfig) -> Generator[None]:
     """The folder, which the first process writes to; if it may not, all of them end."""
     refused = None
     with contextlib.ExitStack() as held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def check_tensorboard() -> None:
       >>> check_tensorboard()
     """
     try:
-        import tensorboardX  # noqa: F401
+        import tensorboardX  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
         raise UsageError(
             "--tensorboard: tensorboardX is not installed; pip install 'psclip_optax[tensorboard]'"
@@ -36,7 +36,7 @@ def check_tensorboard() -> None:
 @contextlib.contextmanager
 def writing_tensorboard(
     folder: pathlib.Path | None, records: Iterable[dict[str, Any]], seconds: float
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+) -> Generator[Callable[[dict[str, Any]], None]]:
     """Writes records as events: scalars, named by their kind, and the histogram of the norms.
 
     Events that the folder holds already are void: what a run that goes on keeps is written anew,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from psclip_optax.clipped_functions import ClippedFunction
 from psclip_optax.clipped_grad import (
     ClippedGrad,
     ClippedValueAndGrad,
@@ -15,7 +17,7 @@ from psclip_optax.clipped_grad import (
     clipped_value_and_grad,
 )
 from psclip_optax.options import ClipAt, Mode
-from psclip_optax.thresholds import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.tracking import TrackNormsState
 from psclip_optax.training.steps.batch import (
@@ -36,9 +38,10 @@ from psclip_optax.training.steps.ways import (
     clipped,
     mean_in_parts,
 )
+from psclip_optax.typing import Params, PyTree, ThresholdLike, ThresholdTree
 
 Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]
-StepThreshold: TypeAlias = Threshold | AdaptiveThreshold | jax.typing.ArrayLike
+StepThreshold: TypeAlias = ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree
 
 _OF_THE_STEP = ("threshold", "threshold_from", "return_norms")
 
@@ -49,7 +52,7 @@ class GradientOptions(TypedDict, total=False):
     gradients: Gradients | None
     has_aux: bool
     threshold: StepThreshold | None
-    threshold_from: Callable[[Any], StepThreshold] | None
+    threshold_from: ThresholdFrom | None
     mode: Mode
     microbatch_size: int | None
     clip_at: ClipAt
@@ -67,15 +70,21 @@ class GradientFunction(NamedTuple):
 
     loss: Loss
     has_aux: bool
-    way: Callable[[Any], Way]
+    way: Callable[[optax.OptState], Way]
 
-    def compute(self, loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+    def compute(
+        self, loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState
+    ) -> Computed:
         """Give the gradients of `loss`, which is this one's own as a function of `params`."""
         way = self.way(opt_state)
         return way.compute(logged(loss, self.has_aux), params, batch, opt_state)
 
     def checked_batch(
-        self, opt_state: Any, examples: tuple[Any, ...], sample_mask: Any, positions: Any
+        self,
+        opt_state: optax.OptState,
+        examples: tuple[PyTree, ...],
+        sample_mask: jax.typing.ArrayLike | None,
+        positions: jax.typing.ArrayLike | None,
     ) -> Batch:
         """Refuse an optimizer that does not fit the gradients, and a batch that is none."""
         way = self.way(opt_state)
@@ -85,7 +94,7 @@ class GradientFunction(NamedTuple):
 
 
 def gradient_function(
-    loss: Callable[..., Any] | ClippedValueAndGrad | GradientFunction,
+    loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> GradientFunction:
     """Builds what `linen_train_step` and `nnx_train_step` take their gradients by.
@@ -144,16 +153,20 @@ def gradient_function(
         return loss
     if isinstance(loss, ClippedValueAndGrad):
         _check_unsaid(options, _OF_THE_STEP)
-        of_the_step: dict[str, Any] = {**options}
-        return _of_built(loss, **of_the_step)
+        return _of_built(
+            loss,
+            options.get("threshold"),
+            options.get("threshold_from"),
+            options.get("return_norms", False),
+        )
     return _of_loss(loss, **options)
 
 
 def _of_built(
-    function: ClippedValueAndGrad,
-    threshold: Any = None,
-    threshold_from: ThresholdFrom | None = None,
-    return_norms: bool = False,
+    function: ClippedFunction,
+    threshold: StepThreshold | None,
+    threshold_from: ThresholdFrom | None,
+    return_norms: bool,
 ) -> GradientFunction:
     if function.options.in_axes != 0 or function.options.axis_name is not None:
         raise ValueError(
@@ -178,7 +191,7 @@ def _of_loss(
     *,
     gradients: str | None = None,
     has_aux: bool = False,
-    threshold: Any = None,
+    threshold: StepThreshold | None = None,
     threshold_from: ThresholdFrom | None = None,
     mode: Mode = "auto",
     microbatch_size: int | None = None,
@@ -199,14 +212,14 @@ def _of_loss(
     _check_is_of_clipped(name, clip_at, return_norms)
     named = _unclipped(name, microbatch_size)
 
-    def way(opt_state: Any) -> Way:
+    def way(opt_state: optax.OptState) -> Way:
         tracks_norms = nodes_of_kind(opt_state, TrackNormsState) and not clip_states(opt_state)
         return by_clipping if gradients is None and tracks_norms else named
 
     return GradientFunction(loss, has_aux, way)
 
 
-def _source(threshold: Any, threshold_from: ThresholdFrom | None) -> ThresholdFrom:
+def _source(threshold: StepThreshold | None, threshold_from: ThresholdFrom | None) -> ThresholdFrom:
     given = auto_threshold() if threshold is None else threshold
     return threshold_from or (lambda _: given)
 
@@ -232,7 +245,7 @@ def _check_unsaid(options: GradientOptions, known: tuple[str, ...]) -> None:
         )
 
 
-def _check_built_whole(loss: Any) -> None:
+def _check_built_whole(loss: object) -> None:
     check_loss(loss)
     if isinstance(loss, ClippedGrad):
         raise TypeError(
@@ -241,7 +254,7 @@ def _check_built_whole(loss: Any) -> None:
         )
 
 
-def _check_name(name: str, threshold: Any, threshold_from: Any) -> None:
+def _check_name(name: str, threshold: object, threshold_from: object) -> None:
     known = ("per_sample", "mean", "clipped")
     if name not in known:
         raise ValueError(f"gradients is one of {', '.join(map(repr, known))}, got {name!r}")
@@ -254,7 +267,7 @@ def _check_name(name: str, threshold: Any, threshold_from: Any) -> None:
         )
 
 
-def _check_threshold_from(threshold_from: Any) -> None:
+def _check_threshold_from(threshold_from: object) -> None:
     if threshold_from is not None and not callable(threshold_from):
         raise TypeError(
             "threshold_from is a function from the optimizer's state to the threshold, got "
@@ -275,7 +288,7 @@ def _check_is_of_clipped(name: str, clip_at: str, return_norms: bool) -> None:
         )
 
 
-def _check_use_of_positions(positions: Any, by_position: bool) -> None:
+def _check_use_of_positions(positions: object, by_position: bool) -> None:
     if positions is not None and not by_position:
         raise ValueError(
             "positions are of samples that are clipped one by one; a step with "
@@ -283,7 +296,7 @@ def _check_use_of_positions(positions: Any, by_position: bool) -> None:
         )
 
 
-def metrics_of(computed: Computed, batch: Batch, opt_state: Any) -> Metrics:
+def metrics_of(computed: Computed, batch: Batch, opt_state: optax.OptState) -> Metrics:
     """What a step returns to be logged."""
     states = clip_states(opt_state)
     figures = states[0]._asdict() if states else computed.figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ import optax
 from flax.training.train_state import TrainState
 
 from psclip_optax.arrays import described
-from psclip_optax.clipped_grad import ClippedValueAndGrad, check_loss
+from psclip_optax.clipped_functions import ClippedFunction
+from psclip_optax.clipped_grad import check_loss
 from psclip_optax.training.steps.batch import (
+    Loss,
     Metrics,
     checked_batch,
     logged,
@@ -27,10 +29,11 @@ from psclip_optax.training.steps.functions import (
     gradient_function,
     metrics_of,
 )
+from psclip_optax.typing import Params, PyTree
 
 
 def linen_train_step(
-    loss: Callable[..., Any] | ClippedValueAndGrad | GradientFunction,
+    loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds a jitted train step over Flax's `TrainState`.
@@ -84,7 +87,10 @@ def linen_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
-        state: TrainState, *examples: Any, sample_mask: Any = None, positions: Any = None
+        state: TrainState,
+        *examples: PyTree,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
     ) -> tuple[TrainState, Metrics]:
         _check_state(state)
         batch = function.checked_batch(state.opt_state, examples, sample_mask, positions)
@@ -100,7 +106,7 @@ def linen_train_step(
     return step
 
 
-def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Metrics]:
+def linen_eval_step(loss: Loss, *, has_aux: bool = False) -> Callable[..., Metrics]:
     """Builds a jitted evaluation step that gives sums, exact also for a padded last batch.
 
     Args:
@@ -131,7 +137,9 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
     logged_loss = logged(loss, has_aux)
 
     @jax.jit
-    def step(params: Any, *examples: Any, sample_mask: Any = None) -> Metrics:
+    def step(
+        params: Params, *examples: PyTree, sample_mask: jax.typing.ArrayLike | None = None
+    ) -> Metrics:
         batch = checked_batch(examples, sample_mask, None)
         losses, logs = over_samples(logged_loss, params, batch.examples)
         counts = which_count(losses, batch.sample_mask)
@@ -141,7 +149,7 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
     return step
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: object) -> None:
     if not isinstance(state, TrainState):
         raise TypeError(
             "the step is called as step(state, *batch) with a "

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from psclip_optax.arrays import described
-from psclip_optax.clipped_grad import ClippedValueAndGrad
+from psclip_optax.clipped_functions import ClippedFunction
 from psclip_optax.training.steps.batch import Loss, Metrics
 from psclip_optax.training.steps.functions import (
     GradientFunction,
@@ -18,9 +18,10 @@ from psclip_optax.training.steps.functions import (
     gradient_function,
     metrics_of,
 )
+from psclip_optax.typing import Params, PyTree
 
 
-def _check_pair(model: Any, optimizer: Any) -> None:
+def _check_pair(model: object, optimizer: object) -> None:
     if not isinstance(optimizer, nnx.Optimizer):
         raise TypeError(
             "the step is called as step(model, optimizer, *batch) with an nnx.Optimizer, got "
@@ -30,7 +31,7 @@ def _check_pair(model: Any, optimizer: Any) -> None:
 
 
 def nnx_train_step(
-    loss: Callable[..., Any] | ClippedValueAndGrad | GradientFunction,
+    loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> Callable[..., Metrics]:
     """Builds a jitted train step over an NNX model and its `nnx.Optimizer`.
@@ -84,11 +85,11 @@ def nnx_train_step(
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(
-        model: Any,
-        optimizer: nnx.Optimizer,
-        *examples: Any,
-        sample_mask: Any = None,
-        positions: Any = None,
+        model: PyTree,
+        optimizer: nnx.Optimizer[Any],
+        *examples: PyTree,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
     ) -> Metrics:
         _check_pair(model, optimizer)
         batch = function.checked_batch(optimizer.opt_state, examples, sample_mask, positions)
@@ -101,8 +102,8 @@ def nnx_train_step(
     return step
 
 
-def _loss_of_params(loss: Loss, graphdef: Any, rest: Any) -> Loss:
-    def loss_of_params(params: Any, *example: Any) -> Any:
+def _loss_of_params(loss: Loss, graphdef: nnx.GraphDef[Any], rest: PyTree) -> Loss:
+    def loss_of_params(params: Params, *example: PyTree) -> PyTree:
         # Flax lets only the trace that made a variable write to it. With variables made here, a
         # loss that writes comes to the check below, which says what to do instead.
         own_rest = jax.tree.map(lambda value: value, rest)
@@ -115,7 +116,7 @@ def _loss_of_params(loss: Loss, graphdef: Any, rest: Any) -> Loss:
     return loss_of_params
 
 
-def _values_by_path(model: Any) -> dict[str, list[Any]]:
+def _values_by_path(model: PyTree) -> dict[str, list[Any]]:
     variables = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): jax.tree.leaves(variable) for path, variable in variables}
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.tracking import TrackNormsState
 from psclip_optax.transforms import PerSampleClipState
+from psclip_optax.typing import PyTree
+
+NodeT = TypeVar("NodeT")
+StateT = TypeVar("StateT")
 
 
-def nodes_of_kind(opt_state: Any, kind: type) -> list[Any]:
+def nodes_of_kind(opt_state: optax.OptState, kind: type[NodeT]) -> list[NodeT]:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]
 
 
-def clip_states(opt_state: Any) -> list[PerSampleClipState]:
+def clip_states(opt_state: optax.OptState) -> list[PerSampleClipState]:
     """Without the states of their thresholds."""
     # NNX wraps every array of an optimizer's state in a Variable; the leaves are what is inside.
     nodes = nodes_of_kind(opt_state, PerSampleClipState)
@@ -26,7 +31,7 @@ def clip_states(opt_state: Any) -> list[PerSampleClipState]:
     ]
 
 
-def tracked_state(rule: AdaptiveThreshold, opt_state: Any) -> Any:
+def tracked_state(rule: AdaptiveThreshold[StateT], opt_state: optax.OptState) -> StateT:
     """What `track_norms` keeps in the optimizer's state."""
     expected = jax.eval_shape(rule.init)
     tracked = [node.threshold_state for node in nodes_of_kind(opt_state, TrackNormsState)]
@@ -41,13 +46,13 @@ def tracked_state(rule: AdaptiveThreshold, opt_state: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(tracked))
 
 
-def _are_alike(state: Any, expected: Any) -> bool:
+def _are_alike(state: PyTree, expected: PyTree) -> bool:
     # Not by their structures, which NNX's Variables are a part of.
     leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
     return type(state) is type(expected) and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]
 
 
-def check_optimizer(opt_state: Any, stacked: bool) -> None:
+def check_optimizer(opt_state: optax.OptState, stacked: bool) -> None:
     number = len(clip_states(opt_state))
     if stacked and number != 1:
         raise ValueError(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_grad
-from psclip_optax.clipping import batch_figures, beside
+from psclip_optax.clipped_functions import ClippedFunction
+from psclip_optax.clipped_grad import clipped_value_and_grad
+from psclip_optax.clipping import ClipStats, batch_figures, beside
 from psclip_optax.groups import in_groups_of
 from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.tracking import state_for_batch
@@ -26,8 +28,11 @@ from psclip_optax.training.steps.batch import (
     with_samples_for_padding,
 )
 from psclip_optax.training.steps.optimizers import tracked_state
+from psclip_optax.typing import Params, PyTree, ThresholdLike, ThresholdTree
 
-ThresholdFrom: TypeAlias = Callable[[Any], Any]
+ThresholdFrom: TypeAlias = Callable[
+    [optax.OptState], ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree
+]
 
 
 class Computed(NamedTuple):
@@ -41,8 +46,8 @@ class Computed(NamedTuple):
     """
 
     logs: Metrics
-    gradients: Any
-    extra_args: dict[str, Any]
+    gradients: PyTree
+    extra_args: dict[str, jax.Array | None]
     figures: Metrics
 
 
@@ -55,23 +60,23 @@ class Way(NamedTuple):
       by_position: Whether each sample is clipped at the threshold of its position.
     """
 
-    compute: Callable[[Loss, Any, Batch, Any], Computed]
+    compute: Callable[[Loss, Params, Batch, optax.OptState], Computed]
     stacked: bool
     by_position: bool
 
 
-def _per_sample(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+def _per_sample(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
     del opt_state
     gradients, logs = over_samples(jax.grad(loss, has_aux=True), params, batch.examples)
     extra_args = {"sample_mask": batch.sample_mask, "positions": batch.positions}
     return Computed(logs, gradients, extra_args, {})
 
 
-def _mean(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+def _mean(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
     del opt_state
     examples = with_samples_for_padding(batch)
 
-    def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
+    def mean_loss(params: Params) -> tuple[jax.Array, Metrics]:
         losses, logs = over_samples(loss, params, examples)
         counts = which_count(losses, batch.sample_mask)
         return sum_over(losses, counts) / at_least_one(counts), logs
@@ -87,7 +92,7 @@ MEAN = Way(_mean, stacked=False, by_position=False)
 def mean_in_parts(microbatch_size: int) -> Way:
     """The mean gradient of micro-batches one after the other, none of them clipped."""
 
-    def compute(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+    def compute(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
         del opt_state
         value_and_grad = clipped_value_and_grad(
             loss,
@@ -105,9 +110,7 @@ def mean_in_parts(microbatch_size: int) -> Way:
     return Way(compute, stacked=False, by_position=False)
 
 
-def clipped(
-    function: ClippedValueAndGrad, threshold_from: ThresholdFrom, return_norms: bool
-) -> Way:
+def clipped(function: ClippedFunction, threshold_from: ThresholdFrom, return_norms: bool) -> Way:
     """The clipped mean gradient, at the threshold that the optimizer's state gives.
 
     Args:
@@ -117,7 +120,7 @@ def clipped(
     """
     options = function.options
 
-    def compute(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+    def compute(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
         value_and_grad = functools.partial(
             dataclasses.replace(
                 function, loss=loss, options=options._replace(has_aux=True), return_stats=True
@@ -129,10 +132,10 @@ def clipped(
         )
         counts = batch.counts()
         units = options.unit(counts.size).counting(counts)
-        threshold, rule = threshold_from(opt_state), None
+        threshold, scale = threshold_from(opt_state), None
         if isinstance(threshold, AdaptiveThreshold):
-            rule = threshold
-            threshold = _threshold_of(rule, opt_state, units, value_and_grad)
+            threshold = _threshold_of(threshold, opt_state, units, value_and_grad)
+            scale = threshold(jnp.ones(1, int))[0]
         (_, logs), gradients, stats = value_and_grad(threshold=threshold)
         figures = _figures(stats, units)
         if options.clip_at == "micro-batch":
@@ -140,9 +143,9 @@ def clipped(
             figures |= number | {"num_samples": jnp.sum(counts, dtype=jnp.int32)}
         if return_norms:
             figures["norms"] = jnp.where(beside(units, stats.norms), stats.norms, jnp.nan)
-        if rule is None:
+        if scale is None:
             return Computed(logs, gradients, {}, figures)
-        figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]
+        figures["threshold_scale"] = scale
         extra_args = {"norms": stats.norms, "sample_mask": units}
         return Computed(logs, gradients, extra_args, figures)
 
@@ -150,8 +153,11 @@ def clipped(
 
 
 def _threshold_of(
-    rule: AdaptiveThreshold, opt_state: Any, units: jax.Array, value_and_grad: Callable[..., Any]
-) -> Any:
+    rule: AdaptiveThreshold[PyTree],
+    opt_state: optax.OptState,
+    units: jax.Array,
+    value_and_grad: Callable[..., tuple[PyTree, Params, ClipStats]],
+) -> ThresholdTree:
     """The rule's threshold for this batch, from whose norms a new rule takes its first one."""
     state = tracked_state(rule, opt_state)
     limits = in_groups_of(rule.threshold(state), jnp.inf)
@@ -159,6 +165,6 @@ def _threshold_of(
     return rule.threshold(state_for_batch(rule, state, measure, units))
 
 
-def _figures(stats: Any, units: jax.Array) -> Metrics:
+def _figures(stats: ClipStats, units: jax.Array) -> Metrics:
     finite = jnp.all(jnp.isfinite(stats.norms).reshape(units.size, -1), axis=1)
     return batch_figures(stats, units, units & finite)._asdict()
