@@ -1,4 +1,4 @@
-"""Estimate what a plan holds in memory, by shapes."""
+"""Estimate the memory of a plan from shapes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class Bytes(NamedTuple):
     Attributes:
       saved: what a plain gradient saves between its forward and its backward pass; None where JAX
         has no gradient of the loss under vmap.
-      saved_rewritten: what the rewritten loss saves, which makes fewer weights and more arrays of
-        the samples.
-      entering: what enters the sites. Where a loss is rematerialised, that is not in `saved`.
-      kept: what "one_pass" keeps until the norms are known, for each weight.
+      saved_rewritten: the bytes that the rewritten loss saves; it computes fewer weights and more
+        arrays of the samples.
+      entering: the bytes of arrays that enter the sites. `saved` lacks them where a loss is
+        rematerialised.
+      kept: for each weight the bytes that "one_pass" keeps until the norms are known.
     """
 
     saved: int | None

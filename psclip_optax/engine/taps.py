@@ -60,7 +60,7 @@ class Action(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What takes the place of a segment's equations.
+    """The operation that takes the place of a segment's equations.
 
     Attributes:
       segment: where it stands.

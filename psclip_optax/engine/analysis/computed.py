@@ -29,7 +29,7 @@ from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 
 _UNKNOWN: Any = object()
-# Known of what does not depend on the parameter that is asked about.
+# The state of a variable that does not depend on the parameter in question.
 _FREE: Any = object()
 
 

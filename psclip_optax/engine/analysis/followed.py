@@ -40,7 +40,7 @@ class Value(NamedTuple):
       source: what it depends on.
       number: the array that it is, if that is known. If `is_stepped`, an axis in front has the
         steps of the scan around it.
-      is_stepped: whether it is another in each step.
+      is_stepped: whether it differs from step to step.
       const: the index of the scan's constant that it is, if it is the whole of one.
     """
 
@@ -78,7 +78,7 @@ def _is_index(shaped: Any) -> bool:
 
 
 def _is_of_indices(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation makes indices, by operations that are known to need nothing else."""
+    """Tell whether an equation makes indices, by operations that need nothing else."""
     if eqn.primitive.name in CALLS:
         return all(map(_is_of_indices, inner_jaxpr(eqn)[0].eqns))
     is_known = eqn.primitive.name in _ON_INDICES and not eqn.effects

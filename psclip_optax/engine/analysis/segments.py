@@ -67,7 +67,7 @@ class Segment(NamedTuple):
 
 
 class Obstacle(NamedTuple):
-    """What keeps a group from having a segment, said of its parameters."""
+    """A reason why a group has no segment, in words about its parameters."""
 
     reason: str
 
@@ -107,7 +107,7 @@ def find_segment(closed: core.ClosedJaxpr, usage: Usage, members: Members) -> Se
 
 
 class _Body(NamedTuple):
-    """What an equation runs, or the loss itself.
+    """The jaxpr that an equation runs, or the loss itself.
 
     Attributes:
       path: that of the equation.
@@ -197,7 +197,7 @@ def _in_body(
 
 
 class _Before(NamedTuple):
-    """What equations need: others that read the group's parameters alone, and variables."""
+    """The needs of equations: variables, and equations that read the group's parameters alone."""
 
     equations: list[int]
     inputs: list[core.Var]

@@ -35,12 +35,12 @@ class Inputs(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """What an operation is given of each sample, [n], or [steps, n] within a scan.
+    """The operands of an operation for each sample, [n], or [steps, n] within a scan.
 
     Attributes:
       zero: zeros, whose cotangents are ‖g_k‖² of its group.
       tau: τ_k of its group.
-      share: what the sample has of the sum before it is clipped, 0 for padding.
+      share: the weight of the sample in the sum before it is clipped, 0 for padding.
     """
 
     zero: Any
@@ -66,7 +66,7 @@ class Backward(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives.
+    """The results of a forward pass.
 
     Attributes:
       outs: the outputs, [n, …].
@@ -264,7 +264,7 @@ def _batched(jaxpr: core.Jaxpr, axes: Sequence[int | None]) -> list[bool]:
 
 
 class _Static(NamedTuple):
-    """What is known of a pull-back of each sample before it runs.
+    """The static properties of a pull-back of each sample.
 
     Attributes:
       structure: of one sample's pull-back.
