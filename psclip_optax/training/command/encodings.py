@@ -1,4 +1,4 @@
-"""Output that every encoding has letters for."""
+"""Write output in letters that its encoding has."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _SIGNS = {
 
 @contextlib.contextmanager
 def spelling_out() -> Generator[None]:
-    """Spells out in ASCII what an output's encoding lacks, where a traceback would be the end.
+    """Spells out in ASCII the letters that the encodings of stdout and stderr lack.
 
-    Of stdout and stderr, until it is left.
+    Without it, such a letter ends the command with a traceback.
 
     Examples:
       >>> with spelling_out():

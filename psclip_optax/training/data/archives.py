@@ -119,7 +119,7 @@ def _why_no_download(error: requests.RequestException) -> str:
 
 @contextlib.contextmanager
 def _pooch_quiet() -> Generator[None]:
-    """Without its line about a download, which `_download` shows."""
+    """Silences Pooch's line about a download, which `_download` shows."""
     logger = pooch.get_logger()
     level_before = logger.level
     logger.setLevel(logging.WARNING)

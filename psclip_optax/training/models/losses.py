@@ -15,13 +15,13 @@ from psclip_optax.typing import Params, PyTree
 def classification_loss(
     model: nn.Module, *, dropout: bool = False
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Cross-entropy of one image, and whether the model names its label.
+    """Builds the cross-entropy of one image, with the accuracy as aux.
 
     Args:
       model: A Linen module, called as `model.apply({"params": params}, images, train=dropout)` on
         images [1, H, W, C], that gives logits [1, num_classes].
-      dropout: Whether the loss is for training with dropout: it then takes a key as well, to be
-        another one for each sample.
+      dropout: Whether the loss is for training with dropout: it then takes a key as well, a
+        different one for each sample.
 
     Returns:
       `loss(params, image, label)`, or `loss(params, image, label, key)` with dropout: image

@@ -1,4 +1,4 @@
-"""One training run: `psclip train`, and the parts of it that `psclip compare` repeats."""
+"""Run `psclip train`, and the parts of a run that `psclip compare` repeats."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ from psclip_optax.training.steps import linen_eval_step
 
 
 class RunResult(NamedTuple):
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
       out: folder of `config.json`, `metrics.jsonl` and `checkpoints`.
@@ -135,7 +135,7 @@ def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) ->
 
 @contextlib.contextmanager
 def _held_by_first_process(out: pathlib.Path, config: TrainConfig) -> Generator[None]:
-    """The folder, which the first process writes to; if it may not, all of them end."""
+    """Holds the folder in the first process, which writes to it; if it fails, all end."""
     refused = None
     with contextlib.ExitStack() as held:
         try:

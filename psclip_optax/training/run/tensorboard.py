@@ -1,4 +1,4 @@
-"""The records of metrics.jsonl for TensorBoard, which shows them while a run goes on."""
+"""Write the records of metrics.jsonl for TensorBoard, which shows them during a run."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def writing_tensorboard(
 ) -> Generator[Callable[[dict[str, Any]], None]]:
     """Writes records as events: scalars, named by their kind, and the histogram of the norms.
 
-    Events that the folder holds already are void: what a run that goes on keeps is written anew,
-    so that TensorBoard shows what metrics.jsonl holds.
+    Events that the folder already holds become void. When a run goes on, the records that it keeps
+    are written anew, so that TensorBoard shows the same as metrics.jsonl.
 
     Args:
       folder: where the event files go; None writes nothing.
-      records: what there is already.
-      seconds: of training so far.
+      records: the records so far.
+      seconds: the seconds of training so far.
 
     Yields:
-      `write(record)`. What is None in a record, or ∞, is left out.
+      `write(record)`. Figures that are None or ∞ are left out.
 
     Examples:
       >>> import tempfile

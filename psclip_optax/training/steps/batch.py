@@ -1,4 +1,4 @@
-"""The batch of a step, its loss, and what is logged of them."""
+"""Check the batch of a step, map its loss over the samples, and collect what is logged."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def checked_batch(
 
 
 def logged(loss: Loss, has_aux: bool) -> Loss:
-    """The loss with itself and its aux as aux, so that what follows has one case, not two."""
+    """Wraps a loss so that it returns itself and its aux as aux, with or without aux of its own."""
 
     def logged(params: Params, *example: PyTree) -> tuple[jax.Array, Metrics]:
         result = loss(params, *example)

@@ -1,4 +1,4 @@
-"""Build what a train step takes its gradients by, from a loss or a function that clips."""
+"""Build the gradient function of a train step, from a loss or a function that clips."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OF_THE_STEP = ("threshold", "threshold_from", "return_norms")
 
 
 class GradientOptions(TypedDict, total=False):
-    """The options of `gradient_function`, which tells what they mean."""
+    """The options of `gradient_function`, which documents them."""
 
     gradients: Gradients | None
     has_aux: bool
@@ -60,12 +60,12 @@ class GradientOptions(TypedDict, total=False):
 
 
 class GradientFunction(NamedTuple):
-    """What a train step takes its gradients by, as `gradient_function` builds it.
+    """The function that a train step computes gradients by, from `gradient_function`.
 
     Attributes:
-      loss: of one example.
-      has_aux: whether it gives a pair (loss, aux).
-      way: from the optimizer's state to the way from the loss to gradients.
+      loss: the loss of one example.
+      has_aux: whether the loss returns a pair (loss, aux).
+      way: a function from the optimizer's state to the way from the loss to gradients.
     """
 
     loss: Loss
@@ -75,7 +75,7 @@ class GradientFunction(NamedTuple):
     def compute(
         self, loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState
     ) -> Computed:
-        """Give the gradients of `loss`, which is this one's own as a function of `params`."""
+        """Computes the gradients of `loss`, which is `self.loss` as a function of `params`."""
         way = self.way(opt_state)
         return way.compute(logged(loss, self.has_aux), params, batch, opt_state)
 
@@ -86,7 +86,7 @@ class GradientFunction(NamedTuple):
         sample_mask: jax.typing.ArrayLike | None,
         positions: jax.typing.ArrayLike | None,
     ) -> Batch:
-        """Refuse an optimizer that does not fit the gradients, and a batch that is none."""
+        """Refuses an optimizer that does not fit the gradients, and checks the batch."""
         way = self.way(opt_state)
         check_optimizer(opt_state, way.stacked)
         _check_use_of_positions(positions, way.by_position)
@@ -97,49 +97,50 @@ def gradient_function(
     loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> GradientFunction:
-    """Builds what `linen_train_step` and `nnx_train_step` take their gradients by.
+    """Builds the function by which `linen_train_step` and `nnx_train_step` compute gradients.
 
     Args:
-      loss: What [`psclip_optax.clipped_value_and_grad`][] returned, whose options then hold and
-        whose samples lie on axis 0. Or a loss of one example, as of
+      loss: A function that [`psclip_optax.clipped_value_and_grad`][] returned, with samples on axis
+        0; its options hold. Or a loss of one example, as for
         [`linen_train_step`][psclip_optax.training.steps.linen_train_step] or
-        [`nnx_train_step`][psclip_optax.training.steps.nnx_train_step], for which these options say
-        how it becomes gradients. Or what this function returned.
+        [`nnx_train_step`][psclip_optax.training.steps.nnx_train_step], with options below. Or a
+        function that this one returned.
       **options: `threshold` is a number, a threshold such as `psclip_optax.growing_threshold`, or
-        an adaptive one such as `psclip_optax.moment_threshold()`, whose state is that of a
-        [`psclip_optax.track_norms`][] of the same rule in the optimizer. It replaces the one that
-        `clipped_value_and_grad` was given; without either it is
-        [`psclip_optax.auto_threshold`][], that of a `track_norms()`.
+        an adaptive one such as `psclip_optax.moment_threshold()`. The state of an adaptive
+        threshold is kept by a [`psclip_optax.track_norms`][] of the same rule in the optimizer.
+        `threshold` replaces the threshold that `clipped_value_and_grad` was given. Without either
+        it is [`psclip_optax.auto_threshold`][], whose state `track_norms()` keeps.
 
-        `threshold_from` stands instead of it: a function from the optimizer's state to the
-        threshold, for one that is scheduled or tuned.
+        `threshold_from` takes the place of `threshold`: it is a function from the optimizer's state
+        to the threshold, for one that is scheduled or tuned.
 
-        `return_norms`, False by default: whether "norms" is among the metrics, float [n] (of
-        micro-batches one for each), the gradient norms before clipping; NaN for padding.
+        `return_norms`, False by default: whether the metrics include "norms", float [n], the
+        gradient norms before clipping (one for each micro-batch where those are clipped). They are
+        NaN for padding.
 
-        The others are for a loss. `gradients` is "clipped", the default where a threshold is given
-        or the optimizer has a [`psclip_optax.track_norms`][]: any Optax optimizer gets the clipped
-        mean gradient of [`psclip_optax.clipped_value_and_grad`][]. "per_sample", the default
-        without either, gives it the stacked gradients [n, …] and the mask and positions; its first
-        link is [`psclip_optax.per_sample_clip`][]. "mean" gives the gradient of the mean loss, for
-        baselines.
+        The other options are for a loss. `gradients` is "clipped" by default where a threshold is
+        given or the optimizer has a [`psclip_optax.track_norms`][]: any Optax optimizer then gets
+        the clipped mean gradient of [`psclip_optax.clipped_value_and_grad`][]. It is "per_sample"
+        by default otherwise: the optimizer, whose first link is [`psclip_optax.per_sample_clip`][],
+        gets the stacked gradients [n, …], the mask and the positions. "mean" takes the gradient of
+        the mean loss, for baselines.
 
-        `has_aux`, False by default: whether the loss gives a pair (loss, aux), aux a pytree of
-        scalars.
+        `has_aux`, False by default: whether the loss returns a pair (loss, aux), where aux is a
+        pytree of scalars.
 
         `mode` and `clip_at` are for "clipped", as for [`psclip_optax.clipped_value_and_grad`][].
-        Of micro-batches there are no `positions`, and "num_microbatches" is among the metrics, of
-        which "num_clipped" and "num_nonfinite" speak.
+        Micro-batches have no `positions`. The metrics then include "num_microbatches", and
+        "num_clipped" and "num_nonfinite" count micro-batches.
 
         `microbatch_size` is for "clipped" and "mean": the batch is worked through in slices of at
         most this many samples.
 
     Returns:
-      A value to pass to a train step.
+      A function to pass to a train step.
 
     Raises:
-      ValueError: On unknown `gradients` or options, a threshold where it has no use, or options
-        that `clipped_value_and_grad` was to be told.
+      ValueError: On unknown `gradients` or options, a threshold where it is not used, or options
+        that belong to `clipped_value_and_grad`.
       TypeError: If the loss or `threshold_from` is no function.
 
     Examples:
@@ -297,7 +298,7 @@ def _check_use_of_positions(positions: object, by_position: bool) -> None:
 
 
 def metrics_of(computed: Computed, batch: Batch, opt_state: optax.OptState) -> Metrics:
-    """What a step returns to be logged."""
+    """Collects the metrics that a step returns."""
     states = clip_states(opt_state)
     figures = states[0]._asdict() if states else computed.figures
     unlogged = ("num_updates", "all_finite", "threshold_state")

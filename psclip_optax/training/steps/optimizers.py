@@ -1,4 +1,4 @@
-"""The state of an optimizer: which clipping it holds, and what that tells of a step."""
+"""Find the states of clipping in the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def nodes_of_kind(opt_state: optax.OptState, kind: type[NodeT]) -> list[NodeT]:
 
 
 def clip_states(opt_state: optax.OptState) -> list[PerSampleClipState]:
-    """Without the states of their thresholds."""
+    """Finds the states of per_sample_clip, without those of their thresholds."""
     # NNX wraps every array of an optimizer's state in a Variable; the leaves are what is inside.
     nodes = nodes_of_kind(opt_state, PerSampleClipState)
     return [
@@ -32,7 +32,7 @@ def clip_states(opt_state: optax.OptState) -> list[PerSampleClipState]:
 
 
 def tracked_state(rule: AdaptiveThreshold[StateT], opt_state: optax.OptState) -> StateT:
-    """What `track_norms` keeps in the optimizer's state."""
+    """Finds the state of a rule that `track_norms` keeps in the optimizer's."""
     expected = jax.eval_shape(rule.init)
     tracked = [node.threshold_state for node in nodes_of_kind(opt_state, TrackNormsState)]
     if len(tracked) != 1 or not _are_alike(tracked[0], expected):

@@ -39,10 +39,10 @@ class Computed(NamedTuple):
     """Gradients for the optimizer, and what there is to log.
 
     Attributes:
-      logs: what the loss logged, stacked [n].
+      logs: the logs of the loss, stacked [n].
       gradients: stacked [n, …], or of the parameters' own shapes.
       extra_args: further arguments of the optimizer's update.
-      figures: of the clipping, where it is done already; "norms" among them where asked for.
+      figures: figures of the clipping where it is done already, with "norms" if asked for.
     """
 
     logs: Metrics
@@ -90,7 +90,7 @@ MEAN = Way(_mean, stacked=False, by_position=False)
 
 
 def mean_in_parts(microbatch_size: int) -> Way:
-    """The mean gradient of micro-batches one after the other, none of them clipped."""
+    """Makes the way of unclipped mean gradients, over one micro-batch after another."""
 
     def compute(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
         del opt_state
@@ -111,11 +111,11 @@ def mean_in_parts(microbatch_size: int) -> Way:
 
 
 def clipped(function: ClippedFunction, threshold_from: ThresholdFrom, return_norms: bool) -> Way:
-    """The clipped mean gradient, at the threshold that the optimizer's state gives.
+    """Makes the way of clipped mean gradients, at a threshold from the optimizer's state.
 
     Args:
-      function: whose options are taken; its loss is replaced by the logged one.
-      threshold_from: from the optimizer's state to a threshold, a tree of them or a rule.
+      function: the function whose options hold; its loss is replaced by the logged one.
+      threshold_from: a function from the optimizer's state to a threshold, a tree or a rule.
       return_norms: whether the norms are among the figures.
     """
     options = function.options
@@ -158,7 +158,7 @@ def _threshold_of(
     units: jax.Array,
     value_and_grad: Callable[..., tuple[PyTree, Params, ClipStats]],
 ) -> ThresholdTree:
-    """The rule's threshold for this batch, from whose norms a new rule takes its first one."""
+    """Returns the rule's threshold for this batch; a new rule takes it from the batch's norms."""
     state = tracked_state(rule, opt_state)
     limits = in_groups_of(rule.threshold(state), jnp.inf)
     measure = lambda: value_and_grad(threshold=limits)[-1].norms  # noqa: E731
