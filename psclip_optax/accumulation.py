@@ -1,4 +1,4 @@
-"""accumulate_clipped: clip each micro-batch's mean gradient before it is accumulated."""
+"""Clip each micro-batch's mean gradient before it is accumulated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psclip_optax.thresholds import as_threshold, concrete, thresholds_at
 from psclip_optax.transforms import clipped_alone
 from psclip_optax.typing import PyTree, ThresholdLike
 
-# From the number of updates made so far.
+# K, from the number of updates made so far.
 Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 # As jnp.float32, which is callable too: optax.inject_hyperparams would take it for a schedule.
@@ -35,34 +35,35 @@ def accumulate_clipped(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulate gradients of micro-batches, each clipped before it is added.
 
-    `optax.MultiSteps`, but the mean gradient $\bar g_k$ of the k-th micro-batch of a
-    window of K is clipped to the norm τ_k first, so that no micro-batch can dominate the sum:
+    Works as `optax.MultiSteps`, but first clips the mean gradient $\bar g_k$ of the k-th
+    micro-batch in a window of K to the norm τ_k. No micro-batch can then dominate the sum:
 
     $$g = \frac1K \sum_{k=1}^K \min(1, \tau_k / \|\bar g_k\|) \, \bar g_k$$
 
     k restarts at 1 with each window. A micro-batch that is skipped is not counted.
 
     `optax.inject_hyperparams(psc.accumulate_clipped)(inner, every_k_schedule, threshold)` takes a
-    number, or a schedule over calls, as the threshold. What is callable and no schedule over calls
-    has its name among `static_args`: another threshold, `every_k_schedule`,
+    number, or a schedule over calls, as the threshold. Any other callable needs its name among
+    `static_args`: a threshold such as `psc.growing_threshold`, `every_k_schedule`,
     `should_skip_update_fn`, and an `accumulator_dtype` such as `jnp.bfloat16`.
 
     Args:
-      inner: what takes the accumulated gradient: any Optax optimizer.
-      every_k_schedule: K, or a function from the number of updates made so far to it.
+      inner: the optimizer that takes the accumulated gradient, any of Optax's.
+      every_k_schedule: K, or a function from the number of updates made so far to K.
       threshold: the largest norm τ_k of the mean gradient of the micro-batch at the 1-based
         position k in its window: a number, [`psclip_optax.growing_threshold`][], or any callable
         from integer positions [n] to norms [n]. A micro-batch's mean is less noisy than a sample's
         gradient: its α is smaller.
       use_grad_mean: whether gradients are averaged over the window, or summed.
-      should_skip_update_fn: as of `optax.MultiSteps`, such as `optax.skip_not_finite`; it is
+      should_skip_update_fn: as for `optax.MultiSteps`, such as `optax.skip_not_finite`; it is
         given the gradient before clipping.
-      accumulator_dtype: of the accumulated gradient.
+      accumulator_dtype: the dtype of the accumulated gradient; None for the parameters' own.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` over gradients of the parameters' own shapes,
-      with the `optax.MultiStepsState` of `optax.MultiSteps`. Updates are zero but for every
-      K-th. A gradient that is not finite makes the accumulated one NaN unless it is skipped.
+      with the `optax.MultiStepsState` of `optax.MultiSteps`. Every K-th update moves
+      the parameters; the others are zero. A gradient that is not finite makes the accumulated one
+      NaN unless it is skipped.
 
     Raises:
       TypeError: `inner` is no gradient transformation, `every_k_schedule` neither an int nor a
@@ -70,7 +71,7 @@ def accumulate_clipped(
         `should_skip_update_fn` no callable, `accumulator_dtype` or a gradient not real
         floating-point, or the state another one's.
       ValueError: `every_k_schedule` is below 1, or the gradients do not have the shapes of the
-        parameters that `init` saw, as stacked per-sample gradients.
+        parameters that `init` saw (stacked per-sample gradients do not).
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -107,7 +108,7 @@ def accumulate_clipped(
         return steps(should_skip_update_fn).init(params)
 
     def clip_at_step(leaves: list[jax.Array], state: optax.MultiStepsState) -> list[jax.Array]:
-        if not leaves:  # nothing to clip, as nothing to optimize
+        if not leaves:  # without parameters there is nothing to clip
             return leaves
         position = jnp.asarray(state.mini_step, jnp.int32).reshape(1) + 1
         taus = thresholds_at(threshold, position, stacks.norm_dtype(leaves))
@@ -132,7 +133,7 @@ def accumulate_clipped(
 def _seeing(
     grads: optax.Updates, should_skip_update_fn: optax.ShouldSkipUpdateFunction
 ) -> optax.ShouldSkipUpdateFunction:
-    """The rule on the gradient as it came: a clipped one has no norm that is too large."""
+    """Apply the rule to the gradient before clipping, whose norm may be too large."""
 
     @functools.wraps(should_skip_update_fn)
     def should_skip(
@@ -168,7 +169,7 @@ def _checked_schedule(every_k_schedule: int | Schedule) -> Schedule:
 
 
 def _as_window(window: jax.typing.ArrayLike) -> jax.Array:
-    """In the dtype of the counts of optax.MultiSteps; traced under optax.inject_hyperparams."""
+    """Cast K to the dtype that optax.MultiSteps counts in; optax.inject_hyperparams traces it."""
     return jnp.asarray(window).astype(jnp.int32)
 
 

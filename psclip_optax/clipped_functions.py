@@ -1,4 +1,4 @@
-"""Functions of parameters and batch, as `clipped_value_and_grad` and `clipped_grad` return them."""
+"""The functions that `clipped_value_and_grad` and `clipped_grad` return."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class CallOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClippedValueAndGrad(Generic[ValueT, *RestT]):
-    """A function of parameters and batch that returns what `clipped_value_and_grad` says.
+    """A function from parameters and batch to value and clipped mean gradient.
 
     Attributes:
-      loss: of one example.
-      threshold: for calls that bring none; a tree of them where they clip by group.
+      loss: the loss of one example.
+      threshold: the threshold of calls that bring none; a tree of them to clip by group.
       options: the other arguments of `clipped_value_and_grad`.
-      return_stats: whether a call returns the figures too.
+      return_stats: whether a call returns a `psc.ClipStats` too.
     """
 
     loss: Callable[..., PyTree]
@@ -68,7 +68,7 @@ class ClippedValueAndGrad(Generic[ValueT, *RestT]):
         threshold: ThresholdLike | ThresholdTree | None = None,
         **unknown: object,
     ) -> tuple[ValueT, ParamsT, *RestT]:
-        """Return value and clipped mean gradient, and the figures if asked for."""
+        """Return value and clipped mean gradient, and the `psc.ClipStats` if asked for."""
         _check_known(unknown)
         rule = self._own_threshold() if threshold is None else groups.as_thresholds(threshold)
         rule = groups.in_groups_of(self.threshold, rule)
@@ -86,9 +86,12 @@ class ClippedValueAndGrad(Generic[ValueT, *RestT]):
         """Tell the route that each parameter's gradient takes, what it costs, and why.
 
         Args:
-          params: of the call that is explained, or their `jax.ShapeDtypeStruct`s.
-          *batch: likewise.
-          **unknown: refused.
+          params: the parameters of the call to explain, or their `jax.ShapeDtypeStruct`s.
+          *batch: its batch, or the same.
+          **unknown: no other argument is taken.
+
+        Returns:
+          A table with a row for each parameter; `print` shows it.
         """
         _check_known(unknown)
         plans: list[Plan] = []
@@ -107,16 +110,17 @@ class ClippedValueAndGrad(Generic[ValueT, *RestT]):
     def verify(
         self, params: Params, *batch: Batch, num_samples: int = 4, **unknown: object
     ) -> Verification:
-        """Hold gradients and norms against `jax.vmap(jax.grad(loss))`.
+        """Compare gradients and norms with those of `jax.vmap(jax.grad(loss))`.
 
         Args:
-          params: at which to compare.
-          *batch: of whose first samples to compare gradients.
-          num_samples: how many; micro-batches, where those are clipped.
-          **unknown: refused.
+          params: the parameters at which to compare.
+          *batch: the batch whose first samples are compared.
+          num_samples: how many samples, or micro-batches where those are clipped.
+          **unknown: no other argument is taken.
 
         Returns:
-          A table with the largest error of each parameter, printed as one; its `ok` is a bool.
+          A table with the largest error of each parameter; `print` shows it, and its `ok` is a
+          bool.
         """
         _check_known(unknown)
         checked_size("num_samples", num_samples)
@@ -158,17 +162,17 @@ class ClippedValueAndGrad(Generic[ValueT, *RestT]):
         return clipped_call.clip(call, sample_mask, positions, limits, self.options)
 
 
-# One of which is not known what comes back.
+# A function whose results are not known to a type checker.
 ClippedFunction: TypeAlias = ClippedValueAndGrad[PyTree, *tuple[PyTree, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClippedGrad(Generic[*RestT]):
-    """A function of parameters and batch that returns what `clipped_grad` says.
+    """A function from parameters and batch to the clipped mean gradient.
 
     Attributes:
-      value_and_grad: which returns the value too.
-      has_aux: whether aux comes with it.
+      value_and_grad: the function that returns the value too.
+      has_aux: whether the loss returns aux.
     """
 
     value_and_grad: ClippedFunction
@@ -185,7 +189,7 @@ class ClippedGrad(Generic[*RestT]):
     def __call__(
         self, params: ParamsT, *batch: Batch, **keywords: Unpack[CallOptions]
     ) -> ParamsT | tuple[ParamsT, *RestT]:
-        """Return the clipped mean gradient, then aux and the figures if asked for."""
+        """Return the clipped mean gradient, then aux and the `psc.ClipStats` if asked for."""
         value, grads, *stats = self.value_and_grad(params, *batch, **keywords)
         results = [grads, *([value[1]] if self.has_aux else []), *stats]
         # The overload that built this function says which it is.

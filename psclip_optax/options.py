@@ -1,4 +1,4 @@
-"""The options of the face that takes a loss, and their checks."""
+"""The options of `clipped_value_and_grad`, and their checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 
 
 class ClipOptions(TypedDict, total=False):
-    """The options of `clipped_value_and_grad`, but for those that change what comes back."""
+    """The options of `clipped_value_and_grad`, except those that change what a call returns."""
 
     in_axes: InAxes
     keep_batch_dim: bool
@@ -34,7 +34,7 @@ class ClipOptions(TypedDict, total=False):
 
 
 class Options(NamedTuple):
-    """The arguments of `clipped_value_and_grad` but the loss and its threshold."""
+    """The arguments of `clipped_value_and_grad`, except the loss and its threshold."""
 
     has_aux: bool
     in_axes: InAxes
@@ -50,7 +50,7 @@ class Options(NamedTuple):
     norm_precision: lax.Precision | None
 
     def unit(self, num_samples: int) -> Unit:
-        """What is clipped together of so many samples."""
+        """Return the unit that is clipped as a whole, in a batch of so many samples."""
         if self.clip_at == "sample":
             return Unit()
         return Unit(max(1, min(self.microbatch_size or 1, num_samples)), is_micro_batch=True)

@@ -1,4 +1,4 @@
-"""per_sample_clip: from stacked per-sample gradients to the mean of the clipped ones."""
+"""Clip stacked per-sample gradients, and average them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class _Figures(NamedTuple):
 class PerSampleClipState(_Figures):
     """Figures of the last batch, for the train loop to log, e.g. with `optax.tree.get`.
 
-    Norms and the mean scale are over the samples that count and are finite; 0 when there is none.
-    Where a tree of thresholds clips by group, they and `num_clipped` are [groups].
+    Norms and the mean scale are over the samples that count and are finite; 0 if there are none.
+    Where a tree of thresholds clips by group, they and `num_clipped` have shape [groups].
 
     Attributes:
       num_updates: int32, updates so far.
@@ -58,22 +58,22 @@ class PerSampleClipState(_Figures):
       median_norm: float, the median of ‖g_k‖ before clipping.
       max_norm: float, the largest ‖g_k‖ before clipping.
       all_finite: bool, whether all samples that count were finite.
-      threshold_state: the state of an adaptive threshold, for the next batch; () of any other. Of
-        a tree of thresholds with an adaptive one the tree of their states.
+      threshold_state: the state of an adaptive threshold, for the next batch, or the tree of the
+        states of several; () for any other threshold.
     """
 
     __slots__ = ()
 
     def __new__(cls, *fields: Any, **named: Any) -> PerSampleClipState:
-        # JAX comes here when it rebuilds the tree. Of all dtypes only bool does not survive a
-        # weighted sum with weights 0 and 1, which is how optax.contrib.sam chooses a state.
+        # JAX calls this when it rebuilds the tree. optax.contrib.sam chooses a state by a weighted
+        # sum with weights 0 and 1, and only a bool does not keep its dtype in one.
         state = super().__new__(cls, *fields, **named)
         stacks.refuse_weighted_sum(state.all_finite)
         return state
 
 
 class Batch(NamedTuple):
-    """What is known of each sample apart from its gradient: τ [n] or [n, groups], a flag [n]."""
+    """Each sample's threshold, [n] or [n, groups], and whether it counts, [n]."""
 
     taus: jax.Array
     counts: jax.Array
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
 def _clip_in_two_reads(
     stack: Stack, batch: Batch, squared_norms: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
-    """Σ γ_k g_k where every squared norm can be told; anything else turns the sum into NaN."""
+    """Sum γ_k g_k where every squared norm is finite; otherwise the sum becomes NaN."""
     norms = clipping.norms_of(squared_norms)
     finite = jnp.isfinite(norms)
     scales = jnp.where(finite, clipping.clip_scales(norms, batch.taus), jnp.nan)
@@ -94,10 +94,10 @@ def _clip_in_two_reads(
 def _clip_with_care(
     stack: Stack, batch: Batch, squared_norms: jax.Array, on_nonfinite: OnNonfinite
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
-    """Σ γ_k g_k without the masked and the dropped, each g_k brought to a scale of its own first.
+    """Sum γ_k g_k without masked and dropped samples, after scaling each g_k into range.
 
-    Zero weights would not do: 0 · NaN is NaN. And the square of a norm may leave the range of its
-    dtype while the norm, or the clipped gradient, does not.
+    A weight of zero does not leave a sample out: 0 · NaN is NaN. And the square of a norm may leave
+    the range of its dtype while the norm, or the clipped gradient, does not.
     """
     own = _own_scales(stack, batch.taus, squared_norms)
     finite = stack.groups.in_all(own.finite)
@@ -110,9 +110,9 @@ def _clip_with_care(
 
 
 class _OwnScales(NamedTuple):
-    """γ_k g_k = weights_k (factors_k g_k), where no product leaves the range of its dtype.
+    """Factors of γ_k g_k = weights_k (factors_k g_k), whose products stay in range.
 
-    Each is [n], or [n, groups].
+    Each has shape [n] or [n, groups].
     """
 
     factors: jax.Array
@@ -126,11 +126,12 @@ def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _Own
     huge = 2.0 ** (jnp.finfo(squared_norms.dtype).maxexp * 25 // 32)
     too_large = ~jnp.isfinite(squared_norms)
     too_small = squared_norms < clipping.smallest_square(taus.dtype)
-    # The factors depend on the data: XLA would take constant ones out of the square, in vain.
+    # The factors depend on the data. XLA would move a constant factor out of the square, which
+    # would overflow again.
     factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
     squares = stacks.scaled_squared_norms(stack, factors)
     norms, units, finite = clipping.norms_of(squares), 1 / factors, jnp.isfinite(squares)
-    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows. A norm
+    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), and no factor of it overflows. A norm
     # of ∞ has no limit: at τ = ∞ its ratio would be NaN, and so would 0 times that.
     has_limit = (norms > 0) & finite
     limits = taus / jnp.where(has_limit, norms, 1)
@@ -144,13 +145,13 @@ def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _Own
 
 
 def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
-    """Whether some squared norm overflowed, is not finite, or is too small to be compared."""
+    """Tell whether some squared norm overflowed, is not finite, or is too small to compare."""
     smallest = clipping.smallest_square(taus.dtype)
     too_small = (squared_norms < smallest) & (taus < smallest**0.5)
     return clipping.any_of(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
 
 
-# Compiled on its own, so that un-jitted updates do not trace and compile the branches every time.
+# Compiled by itself, so that updates without jit do not trace and compile the branches each time.
 @functools.partial(jax.jit, static_argnames=("axes", "groups", "masked", "on_nonfinite"))
 def clip_and_sum(
     leaves: list[jax.Array],
@@ -161,7 +162,7 @@ def clip_and_sum(
     masked: bool,
     on_nonfinite: OnNonfinite,
 ) -> tuple[list[jax.Array], ClipStats, jax.Array]:
-    """Σ γ_k g_k per leaf, the figures, and which samples count and were not dropped, bool [n]."""
+    """Return Σ γ_k g_k per leaf, the statistics, and which samples were kept, bool [n]."""
     stack = Stack(leaves, axes, groups).apart()
     squared_norms = stacks.squared_norms(stack, batch.taus.dtype)
     if on_nonfinite == "propagate" and not masked:
@@ -179,9 +180,9 @@ def clip_and_sum(
 def clipped_alone(
     leaves: list[jax.Array], tau: jax.Array, groups: Groups
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """γ g of one gradient, ‖g‖ and γ = min(1, τ / ‖g‖); all NaN where it is not finite.
+    """Clip one gradient: return γ g, ‖g‖ and γ = min(1, τ / ‖g‖), all NaN if g is not finite.
 
-    By group, τ, ‖g‖ and γ are [groups].
+    By group τ, ‖g‖ and γ have shape [groups].
     """
     stack = Stack([leaf[None] for leaf in leaves], (0,) * len(leaves), groups).apart()
     taus = tau.reshape(1, *groups.shape)
@@ -248,64 +249,67 @@ def per_sample_clip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip every sample's gradient to its threshold, then average over the batch.
 
-    Takes stacked per-sample gradients, as `jax.vmap` of `jax.grad` gives them, and
-    returns
+    It takes stacked per-sample gradients, as `jax.vmap` of `jax.grad` gives them, and returns
 
     $$g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)$$
 
     where the norm is over all leaves of sample k together, or over those of each group. It is the
-    *first* link of a chain: it changes shapes, so that `optax.masked`, `optax.partition`,
-    `optax.MultiSteps` and `optax.apply_if_finite` go around what follows it.
+    *first* link of a chain. Because it changes shapes, `optax.masked`, `optax.partition`,
+    `optax.MultiSteps` and `optax.apply_if_finite` go around the links after it.
 
-    A large threshold changes nothing but the mean: with τ = ∞ the result is the plain mean
-    gradient. Norms and sums accumulate in `promote_types(dtype, float32)`.
+    With τ = ∞ nothing is clipped, and the result is the plain mean gradient. Norms and sums
+    accumulate in `promote_types(dtype, float32)`.
 
     Args:
       threshold: the largest norm τ_k of the sample at the 1-based position k, in the units of the
         gradient's norm: a number (the same for all), [`psclip_optax.growing_threshold`][], any
         callable from integer positions [n] to norms [n], or an adaptive one such as
-        [`psclip_optax.moment_threshold`][], whose τ_k come from the norms of the batches before
-        this one, as kept in the state. None is [`psclip_optax.auto_threshold`][], which needs no
-        number. A tree prefix of the parameters with one of these for each group of leaves clips by
-        group: ‖g_k‖ and γ_k are then of a group's leaves alone; [`psclip_optax.by_layer`][] makes
-        one, and [`psclip_optax.each_slice`][] is for layers that are stacked in one array.
+        [`psclip_optax.moment_threshold`][]. The τ_k of an adaptive threshold come from the norms
+        of earlier batches, which the state keeps. None stands for
+        [`psclip_optax.auto_threshold`][], which needs no number. A tree prefix of the parameters
+        with one of these for each group of leaves clips by group: each group has its own ‖g_k‖ and
+        γ_k. [`psclip_optax.by_layer`][] makes such a prefix, and [`psclip_optax.each_slice`][] is
+        for layers that are stacked in one array.
       sample_axis: the axis of every leaf along which the n samples are stacked.
-      on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
-        keeps its position and its share in N. "propagate" lets it through, so that the result is
-        not finite; a norm beyond the square root of the dtype's range (1.8e19 in float32), which
-        "drop" clips as any other, may give NaN there as well. "propagate" reads float32
-        gradients twice, the least possible; so does "drop" when all are finite.
-      axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the samples are
-        sharded: positions run on over the devices, and the result and the state are the whole
-        batch's, the same on all of them (`out_specs` of `P()`). Of replicated parameters
-        `jax.vmap(jax.grad(loss))` gives gradients summed over the devices there, unless they are
-        made each device's own before, by `jax.lax.pcast(params, axis_name, to="varying")`.
+      on_nonfinite: "drop" gives a sample weight 0 where its gradient holds NaN or ∞, and counts
+        it; the sample keeps its position and its share in N. "propagate" lets it through, so that
+        the result is not finite. A norm beyond the square root of the dtype's range (1.8e19 in
+        float32) may also give NaN under "propagate"; "drop" clips it as any other. "propagate"
+        reads float32 gradients twice, which is the least possible, and so does "drop" where all
+        are finite.
+      axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the samples are sharded.
+        Positions run on over the devices. The result and the state are those of the whole batch,
+        the same on all devices (`out_specs` of `P()`). Under shard_map the gradients of replicated
+        parameters by `jax.vmap(jax.grad(loss))` are summed over the devices. Mark the parameters
+        first, by `jax.lax.pcast(params, axis_name, to="varying")`, so that each device has its
+        own gradients.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its update takes
       `(per_sample_grads, state, params=None, *, sample_mask=None, positions=None)`:
 
-      * `per_sample_grads`: a pytree of floating-point arrays, n on `sample_axis` of each;
-      * `params`: when given, shapes are checked against them;
-      * `sample_mask`: bool [n], False for padding: no position, no weight, no share in N;
-      * `positions`: int [n], replaces 1, 2, …, for slices of a larger batch, shards, or a
-        permutation when batches come sorted.
+      * `per_sample_grads`: a pytree of floating-point arrays, with size n on `sample_axis`;
+      * `params`: the parameters; if given, shapes are checked against theirs;
+      * `sample_mask`: bool [n], False for padding, which has no position, no weight and no share
+        in N;
+      * `positions`: int [n], replaces 1, 2, …: for slices of a larger batch, for shards, or as a
+        permutation where batches come sorted.
 
       It returns the mean without the sample axis, in the leaves' dtypes, and a
-      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros, and a tree without
-      leaves one without leaves.
+      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros. For a tree without
+      leaves the result has none either.
 
     Raises:
       TypeError: a leaf is not real floating-point, a threshold is neither a number nor a
-        callable, or the state is another one's.
-      ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
-        leaves but there are parameters, shapes do not fit the parameters, mask or positions are not
+        callable, or the state is that of another transformation.
+      ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are
+        parameters but no gradients, shapes do not fit the parameters, mask or positions are not
         of shape [n], a tree of thresholds is no prefix of the gradients' or has one for a subtree
         without leaves, the stack is summed over the devices of `axis_name`, or the transformation
         is wrapped in `optax.masked`, `optax.MultiSteps`, `optax.contrib.sam` or the like.
 
     Warns:
-      UserWarning: the stack takes more memory than the devices have; while it is traced.
+      UserWarning: the stack takes more memory than the devices have. It is given during tracing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -333,7 +337,7 @@ def per_sample_clip(
         stacks.refuse_masked_nodes(params)
         leaves = array_leaves("params", params, PART_IT_OFF)
         floats = [p for _, p in leaves if jnp.issubdtype(dtype_of(p), jnp.floating)]
-        # An array of its own for each field: a donated state may not hold one twice.
+        # Each field has its own array: a donated state may not hold an array twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
         threshold_state = rule.init()
         shape = groups.fitted(rule.threshold(threshold_state), params).groups.shape

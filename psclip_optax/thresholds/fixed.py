@@ -1,7 +1,7 @@
-"""Thresholds that are known in advance: constant, and growing with the position.
+"""Thresholds that are known in advance: constant, or growing with the position.
 
-The two classes here are pytrees whose numbers may be traced, so that a threshold can be
-an argument of a jitted function, be scheduled, batched by `jax.vmap` or differentiated.
+Both classes are pytrees whose numbers may be traced. So a threshold can be an argument of a jitted
+function, and it can be scheduled, batched by `jax.vmap` or differentiated.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _KEEPS_NO_STATE = (
 def _register_without_checks(cls: _Class) -> _Class:
     """Register a dataclass as a pytree that any leaves may be put back into.
 
-    `jax.tree_util.register_dataclass` calls `__init__`, whose checks would refuse what JAX puts
-    into such trees: cotangents (which may be negative), batched values, placeholders.
+    `jax.tree_util.register_dataclass` calls `__init__`, whose checks would refuse values that JAX
+    puts into such trees: cotangents (which may be negative), batched values, placeholders.
     """
     names = [field.name for field in dataclasses.fields(cls)]
 
@@ -58,7 +58,7 @@ class ConstantThreshold:
 
     Args:
       value: the largest norm, a real scalar ≥ 0 in the units of the gradient's norm; may be
-        traced. 0 lets only zero gradients through unscaled, ∞ clips nothing.
+        traced. 0 makes every gradient zero, ∞ clips nothing.
 
     Raises:
       TypeError: `value` is not a number; or, when called, the positions are not an integer array.
@@ -97,7 +97,7 @@ class GrowingThreshold:
       beta: the growth β, a real scalar > 0, without unit; may be traced. ∞ means no growth.
 
     Raises:
-      TypeError: a number is none; or, when called, the positions are not an integer array.
+      TypeError: α or β is no number; or, when called, the positions are not an integer array.
       ValueError: α < 0, β ≤ 0, NaN, not a scalar, or a position below 1.
 
     Examples:
@@ -127,7 +127,7 @@ class GrowingThreshold:
         positions = as_positions(positions).astype(jnp.result_type(float))
         alpha = jnp.asarray(self.alpha, positions.dtype)
         beta = jnp.asarray(self.beta, positions.dtype)
-        # A growth that overflows stays finite, for α = 0 would turn ∞ into NaN.
+        # The growth is kept finite where it overflows: 0 · ∞ would be NaN for α = 0.
         growth = jnp.minimum(positions ** (1 / beta), jnp.finfo(positions.dtype).max)
         return alpha * growth
 
@@ -141,7 +141,7 @@ def _is_real(dtype: jax.typing.DTypeLike) -> bool:
 
 
 def as_threshold(threshold: ThresholdLike) -> Threshold:
-    """The threshold itself, or the constant one that a number stands for."""
+    """Return the threshold itself, or the constant one that a number stands for."""
     if isinstance(threshold, AdaptiveThreshold):
         raise TypeError(_KEEPS_NO_STATE)
     if callable(threshold):
@@ -157,7 +157,7 @@ def as_threshold(threshold: ThresholdLike) -> Threshold:
 
 
 def least_norm(threshold: Threshold) -> np.ndarray | None:
-    """Tell the smallest τ that a threshold gives at any position; None where it is not known."""
+    """Return the smallest τ of a threshold over all positions; None where it is not known."""
     if isinstance(threshold, ConstantThreshold):
         return concrete(threshold.value)
     return concrete(threshold.alpha) if isinstance(threshold, GrowingThreshold) else None
@@ -166,7 +166,7 @@ def least_norm(threshold: Threshold) -> np.ndarray | None:
 def thresholds_at(
     threshold: Threshold, positions: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """τ at `positions`, shape [n], checked and cast to `dtype`."""
+    """Return τ at `positions`, shape [n], checked and cast to `dtype`."""
     try:
         came = threshold(positions)
     except Exception as error:

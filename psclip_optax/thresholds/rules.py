@@ -1,4 +1,4 @@
-"""Adaptive thresholds from what they observe: the checks and the devices that all of them share."""
+"""Build adaptive thresholds, with the checks and the sums over devices that all of them share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def build_rule(
     observe: Callable[[StateT, jax.Array, jax.Array], StateT],
     is_new: Callable[[StateT], jax.Array] | None = None,
 ) -> AdaptiveThreshold[StateT]:
-    """A rule from (state, norms, which of them have a say) → state, the others being 0."""
+    """Build a rule from `observe`: (state, norms, which of them count) → state.
+
+    Norms that do not count are 0.
+    """
     expected = jax.eval_shape(init)
 
     def checked_threshold(state: StateT) -> Threshold:
@@ -83,7 +86,7 @@ def _check_state(state: PyTree, expected: PyTree) -> None:
 def _checked_norms(
     norms: jax.typing.ArrayLike, sample_mask: jax.typing.ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Norms in the dtype of a state, and which are finite and not masked."""
+    """Return norms in the dtype of a state, and which of them are finite and not masked."""
     expected = (
         "an adaptive threshold is updated with the norms of a batch, a float array of shape [n] "
         "such as stats.norms of psc.ClipStats"

@@ -1,4 +1,4 @@
-"""Where the state of an adaptive threshold is kept: in an optimizer's."""
+"""Keep the state of an adaptive threshold in the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -34,18 +34,17 @@ def track_norms(
 ) -> optax.GradientTransformationExtraArgs:
     """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
 
-    For gradients that are clipped before they come to the optimizer, as those of
-    [`psclip_optax.clipped_value_and_grad`][]. The state is saved,
-    restored and replicated with the optimizer's, where `optax.tree.get(state,
-    "threshold_state")` finds it. [`psclip_optax.per_sample_clip`][] keeps
-    the state itself.
+    It is for gradients that are clipped before they reach the optimizer, as those of
+    [`psclip_optax.clipped_value_and_grad`][]. The state is saved, restored and replicated with the
+    optimizer's, where `optax.tree.get(state, "threshold_state")` finds it.
+    [`psclip_optax.per_sample_clip`][] needs no such link: it keeps the state itself.
 
     Args:
-      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][], or a tree prefix of
-        the parameters with one for each group. The state is then the tree of their states, and
-        `jax.tree.map(lambda rule, state: rule.threshold(state), rules, states, is_leaf=lambda node:
-        isinstance(node, psc.AdaptiveThreshold))` the tree of thresholds. None for
-        [`psclip_optax.auto_threshold`][].
+      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][]. None stands for
+        [`psclip_optax.auto_threshold`][]. A tree prefix of the parameters with one for each group
+        has the tree of their states as its state, and `jax.tree.map(lambda rule, state:
+        rule.threshold(state), rules, states, is_leaf=lambda node: isinstance(node,
+        psc.AdaptiveThreshold))` as its tree of thresholds.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a
@@ -119,7 +118,7 @@ def state_for_batch(
     *,
     axis_name: AxisName = None,
 ) -> StateT:
-    """The state whose threshold clips a batch; with the norms that it measures where it is new."""
+    """Return the state whose threshold clips a batch, updated by its own norms if it is new."""
     if rule.is_new is None:
         return state
 
@@ -128,7 +127,7 @@ def state_for_batch(
 
     is_new = rule.is_new(state)
     known = concrete(is_new)
-    if known is not None:  # a lax.cond outside of jit would be compiled in each update
+    if known is not None:  # without jit, each update would compile a lax.cond anew
         return measured() if known else state
     return lax.cond(is_new, measured, lambda: state)
 
@@ -136,7 +135,7 @@ def state_for_batch(
 def as_adaptive(
     threshold: ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree | None,
 ) -> AdaptiveThreshold[PyTree]:
-    """The rule itself, the automatic one of None, that of a tree of rules, or one without state."""
+    """Make one rule of a rule, a tree of rules, a fixed threshold, or None (the automatic one)."""
     if threshold is None:
         return auto_threshold()
     if isinstance(threshold, AdaptiveThreshold):
