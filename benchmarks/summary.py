@@ -1,4 +1,4 @@
-"""What the benchmarks of the theory and of training found, in one page.
+"""Writes one page with the results of the benchmarks of theory and training.
 
     python -m benchmarks.summary
 
@@ -39,13 +39,13 @@ Each section names the command that made its file, and the machine. Intervals ar
 
 
 class Section(NamedTuple):
-    """One benchmark's part of the page.
+    """The section of one benchmark on the page.
 
     Attributes:
-      module: of the benchmark; its last part is the name of the JSON file and the figure.
+      module: the module of the benchmark; its last part names the JSON file and the figure.
       title: a question.
-      body: result → Markdown.
-      command: where it is not `python -m benchmarks.MODULE`.
+      body: a function from the result to Markdown.
+      command: the command where it is not `python -m benchmarks.MODULE`.
       has_figure: whether there is a figure.
     """
 
@@ -154,7 +154,7 @@ By the intervals, per-sample clipping is
 
 
 def verdicts(result: dict[str, Any], names: Sequence[str]) -> str:
-    """For each of these methods a list of where ours is above it, below it, or neither."""
+    """Lists for each method where ours is above it, below it, or neither."""
     return "".join(
         f"- {word.capitalize()} {name}: {'; '.join(labels)}.\n"
         for name in names
@@ -261,7 +261,7 @@ def rendered(section: Section) -> str:
 
 
 def main() -> None:
-    """Writes what the benchmarks found to benchmarks/results/README.md."""
+    """Writes the results of the benchmarks to benchmarks/results/README.md."""
     (RESULTS / "README.md").write_text(page(), encoding="utf-8")
 
 

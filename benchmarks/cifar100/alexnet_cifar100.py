@@ -62,7 +62,7 @@ BASELINES = ("SGD", "momentum", "batch clipping")
 RATES = (0.01, 0.025, 0.06, 0.15)
 BETA = 2.0
 FAILED = 0.015  # chance is 0.01
-WATCHED = ("momentum", "per-sample, growing")  # whose gradient norms' tails are estimated
+WATCHED = ("momentum", "per-sample, growing")  # methods whose tails of gradient norms are estimated
 DEFAULTS = Options(
     RESULTS / "alexnet_cifar100.runs.jsonl",
     width=0.5,
@@ -81,7 +81,7 @@ NOTE = (
 
 
 class Method(NamedTuple):
-    """A method's grid, and how it is drawn.
+    """The grid of a method, and its look in figures.
 
     Attributes:
       grid: 12 points.
@@ -95,7 +95,7 @@ class Method(NamedTuple):
 
 
 def build_methods(batch_size: int) -> dict[str, Method]:
-    """Twelve points for every method: rates alone, or four rates by three thresholds."""
+    """Builds twelve points for each method: rates alone, or four rates with three thresholds."""
     rates = np.geomspace(RATES[0] / 2.5, 2 * RATES[-1], 12).tolist()
     constant = [
         Numbers(rate, threshold=tau)
@@ -149,7 +149,7 @@ def final_runs(
 
 
 def time_steps(batch_size: int, train: Trainer) -> Any:
-    """Seconds of a train step of one run, by how its gradient is made."""
+    """Times a train step of one run, for each way to make its gradient."""
     size, num_classes = train.image_size, train.num_classes
     model = build_model("alexnet", num_classes, width=train.options.width)
     key = jax.random.key(0)
@@ -193,21 +193,21 @@ def time_steps(batch_size: int, train: Trainer) -> Any:
 
 
 def in_one_go(runs: dict[str, list[Run]], train: Trainer) -> dict[str, list[dict[str, Any]]]:
-    """The records of all runs, by noise, trained as if they were one list."""
+    """Trains the runs of all noises as if they were one list, and returns records by noise."""
     all_runs = list(itertools.chain(*runs.values()))
     records = iter(train(all_runs))
     return {noise: [next(records) for _ in own] for noise, own in runs.items()}
 
 
 def mean_of(rows: list[Any]) -> list[float]:
-    """Column by column; not a number where a run diverged."""
+    """Averages column by column; NaN where a run diverged."""
     return np.mean(np.array(rows, float), axis=0).tolist()
 
 
 def summarize(
     tuned: list[dict[str, Any]], finals: list[dict[str, Any]], chosen: dict[str, Numbers]
 ) -> dict[str, Any]:
-    """What is kept of the runs of one noise."""
+    """Selects the figures of one noise that the results keep."""
     methods = {}
     for name, numbers in chosen.items():
         own = [record for record in finals if record["method"] == name]
@@ -334,7 +334,7 @@ def describe_tail(tail: dict[str, Any] | None) -> tuple[str, str, str, str]:
 
 
 def edges_table(noises: dict[str, Any]) -> Table:
-    """Winners beyond which the grid does not reach, where a better one may lie."""
+    """Lists winners at the edge of their grid, beyond which a better one may lie."""
     table = Table(title="chosen at an edge of the grid")
     for name in ("training data", "method", "chosen", "edge"):
         table.add_column(name, no_wrap=True)
@@ -359,7 +359,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def differences_to_markdown(result: dict[str, Any]) -> str:
-    """Of per-sample clipping to every baseline, after the last epoch and stopped early."""
+    """Writes the differences of per-sample clipping to each baseline, last and stopped early."""
     rows = [["training data", "threshold", "stopped", *(f"− {name}" for name in BASELINES)]]
     for noise, found in result["noises"].items():
         for ours in ("constant", "growing", "automatic"):
@@ -374,7 +374,7 @@ def differences_to_markdown(result: dict[str, Any]) -> str:
 
 
 def failures_to_markdown(result: dict[str, Any]) -> str:
-    """Of all trials, those that are not above chance."""
+    """Writes how many of all trials are not above chance."""
     names = list(result["protocol"]["trials"])
     rows = [["training data", *names]]
     for noise, found in result["noises"].items():
@@ -469,12 +469,12 @@ def main(
     batch_size: int = 128,
     markdown: bool = False,
 ) -> None:
-    """Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
+    """Compares per-sample clipping with tuned baselines, for AlexNet on CIFAR-100.
 
     Args:
-      common: of all comparisons on CIFAR-100.
+      common: the options of all comparisons on CIFAR-100.
       tuning_epochs: of the trials.
-      noises: what becomes of the training data, one comparison each.
+      noises: the corruptions of the training data, one comparison each.
       batch_size: samples in a step.
       markdown: train nothing, and print the pages' tables from the file.
     """

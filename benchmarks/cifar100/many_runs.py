@@ -38,7 +38,7 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
 
 
 class Noise(NamedTuple):
-    """What becomes of the training data.
+    """The corruption of the training data.
 
     Attributes:
       label_noise: share of labels that are replaced.
@@ -66,14 +66,14 @@ def check_noises(noises: Sequence[str]) -> None:
 
 
 class Numbers(NamedTuple):
-    """The method of a run, or those of several, [R]; ∞ and 0 leave out what they stand for.
+    """The numbers of one run's method, or of several, [R]; ∞ and 0 switch a part off.
 
     Attributes:
-      learning_rate: before the cosine schedule.
-      momentum: its decay.
+      learning_rate: the rate before the cosine schedule.
+      momentum: the decay of the momentum.
       threshold: largest norm at position 1, of a sample's or micro-batch's gradient.
       exponent: 1/β of the growth with the position.
-      scale: of the automatic threshold, in its σ̂; 0 for a threshold that is given.
+      scale: the scale of the automatic threshold, in its σ̂; 0 for a given threshold.
       batch_threshold: largest norm of the batch's gradient.
     """
 
@@ -87,14 +87,14 @@ class Numbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is compiled: runs that share it are trained together.
+    """The settings that a program is compiled for; runs that share them are trained together.
 
     Attributes:
       width: multiplies AlexNet's channels and hidden sizes.
       batch_size: samples in a step.
-      num_microbatches: the mean gradients of so many micro-batches are clipped; None for samples.
+      num_microbatches: how many micro-batches have their mean gradients clipped; None for samples.
       augment: whether images are shifted and mirrored at random.
-      dtype: of the forward and backward pass; parameters and their updates are float32.
+      dtype: that of the forward and backward pass; parameters and their updates are float32.
     """
 
     width: float
@@ -105,16 +105,16 @@ class Setting:
 
 
 class Run(NamedTuple):
-    """One training run, with all that decides how it ends.
+    """One training run, with everything that determines its result.
 
     Attributes:
-      stage: what it is for.
-      method: its name.
+      stage: the purpose of the run.
+      method: the name of the method.
       noise: one of NOISES.
-      numbers: the method.
-      epochs: its length.
-      seed: of parameters, order, augmentation and noise.
-      setting: what is compiled.
+      numbers: the numbers of the method.
+      epochs: the length of the run.
+      seed: the seed of parameters, order, augmentation and noise.
+      setting: the setting that is compiled.
       watches_tails: whether the tail index of the samples' norms is estimated in some epochs.
     """
 
@@ -128,18 +128,18 @@ class Run(NamedTuple):
     watches_tails: bool = False
 
     def described(self) -> dict[str, Any]:
-        """As JSON holds it; ∞ is null there."""
+        """Converts a value to JSON, with null in place of ∞."""
         setting = dataclasses.asdict(self.setting)
         return as_json(self._asdict() | {"numbers": self.numbers._asdict(), "setting": setting})
 
 
 def as_json(value: Any) -> Any:
-    """Gives what a reader of this value's JSON has: NaN and ∞ are None there."""
+    """Converts a value to what a reader of its JSON gets: None in place of NaN and ∞."""
     return json.loads(to_json(value))
 
 
 class State(NamedTuple):
-    """What a run is made of between two steps."""
+    """The state of a run between two steps."""
 
     params: Any
     velocity: Any
@@ -148,14 +148,14 @@ class State(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Training data of one run: labels and pixel factors of its own, [N]."""
+    """The training data of one run: its own labels and pixel factors, [N]."""
 
     labels: Any
     factors: Any
 
 
 class Data(NamedTuple):
-    """The dataset on the device, images uint8 or float32 [N, H, W, C]."""
+    """The data set on the device, with images uint8 or float32 [N, H, W, C]."""
 
     train: Split
     validation: Split
@@ -167,7 +167,7 @@ class Data(NamedTuple):
 def convolutions_as_products(
     call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-    """Interceptor of `nn.Conv`: one product with the kernel, of windows laid side by side.
+    """Intercepts `nn.Conv`: one product of the kernel with windows laid side by side.
 
     Mapped over runs, a convolution whose kernels differ becomes one of many groups, for which
     libraries have no fast kernel, while a product becomes one batched product.
@@ -202,7 +202,7 @@ def convolutions_as_products(
 
 
 def _same_padding(size: int, window: int, stride: int) -> tuple[int, tuple[int, int]]:
-    """Outputs, and zeros before and after, as XLA's "SAME" has them."""
+    """Computes outputs, and zeros before and after, as XLA does for "SAME"."""
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + window - size, 0)
     return outputs, (total // 2, total - total // 2)
@@ -211,7 +211,7 @@ def _same_padding(size: int, window: int, stride: int) -> tuple[int, tuple[int, 
 def build_loss(
     model: nn.Module, dtype: str = "float32", *, as_products: bool = True
 ) -> Callable[..., Any]:
-    """The loss of one image, and whether its label is named; by default with few convolutions."""
+    """Builds the loss and accuracy of one image, by default with few convolutions."""
 
     def loss(params: Any, image: jax.Array, label: Any) -> Any:
         params, image = jax.tree.map(lambda x: x.astype(dtype), (params, image))
@@ -233,7 +233,7 @@ def normalized(images: Any, factors: jax.Array, data: Data) -> jax.Array:
 
 
 def shifted_and_mirrored(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Random crops of images padded by zeros, each mirrored with probability 1/2."""
+    """Crops images at random from padded ones, and mirrors each with probability 1/2."""
     shift_key, mirror_key = jax.random.split(key)
     n, *shape = images.shape
     corners = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1)
@@ -248,7 +248,7 @@ def shifted_and_mirrored(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 class Program(NamedTuple):
-    """Compiled functions over R runs at once.
+    """The compiled functions over R runs at once.
 
     Attributes:
       init: seeds [R] → state.
@@ -272,10 +272,10 @@ def build_program(
     image_shape: tuple[int, ...],
     automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> Program:
-    """Compiles, when first called, what trains runs of one setting.
+    """Builds the program that trains runs of one setting; it compiles at its first call.
 
     Args:
-      setting: what the runs share.
+      setting: the setting that the runs share.
       num_classes: number of labels.
       image_shape: [H, W, C].
       automatic: scale → rule of the runs whose scale is not 0.
@@ -380,14 +380,14 @@ def build_program(
 
 
 def load_data(dataset: Dataset, num_validation: int) -> Data:
-    """The dataset on the default device, its training split without the validation images."""
+    """Loads the data set on the default device, without validation images in its training split."""
     train, validation = train_validation_split(dataset.train, num_validation=num_validation, seed=0)
     splits: Any = jax.tree.map(jnp.asarray, (train, validation, dataset.test))
     return Data(*splits, mean=jnp.asarray(dataset.pixel_mean), std=jnp.asarray(dataset.pixel_std))
 
 
 def corrupted(split: Split, noise: Noise, num_classes: int, seed: int) -> Example:
-    """The labels and pixel factors of one run."""
+    """Corrupts the labels of one run, and draws its pixel factors."""
     labels = with_label_noise(np.asarray(split.labels), noise.label_noise, num_classes, seed)
     factors = np.ones((len(labels), 1, 1, 1), np.float32)
     if noise.pixel_df is not None:
@@ -405,16 +405,16 @@ def run_all(
     console: Console,
     seconds: float = float("inf"),
 ) -> list[dict[str, Any]]:
-    """Trains what is not finished yet, and returns the records of all runs, in their order.
+    """Trains the runs that are not finished yet, and returns the records of all, in order.
 
     Args:
-      runs: what to train.
-      data: on what.
+      runs: the runs to train.
+      data: the data to train on.
       num_classes: number of labels.
-      cache: of the finished runs.
-      together: how many are trained at once.
+      cache: the cache of finished runs.
+      together: how many runs are trained at once.
       console: where progress is shown.
-      seconds: no chunk is begun after so much time.
+      seconds: the time after which no chunk is begun.
 
     Raises:
       TimeoutError: the time is over before all runs are finished.
@@ -442,7 +442,7 @@ def run_all(
 
 
 def _chunks(runs: list[Run], together: int) -> Iterator[list[Run]]:
-    """Runs that share what is compiled, and the number of epochs, in order."""
+    """Groups runs that share a compiled program and the number of epochs, in order."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.setting, run.epochs), []).append(run)
@@ -458,7 +458,7 @@ def train_together(
     together: int,
     automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> list[dict[str, Any]]:
-    """Trains runs of one setting and length, as `build_program` does; what each one gave."""
+    """Trains runs of one setting and length, and returns the record of each."""
     # As many as in any other chunk, so that nothing is compiled again.
     padded = runs + [runs[-1]] * (together - len(runs))
     setting, epochs = runs[0].setting, runs[0].epochs
@@ -491,7 +491,7 @@ def train_together(
 
 
 def tail_figures(norms: np.ndarray) -> dict[str, Any] | None:
-    """How heavy the tail of an epoch's norms is; None for a run that diverged."""
+    """Estimates the tail of an epoch's norms; None for a run that diverged."""
     if not np.all(np.isfinite(norms)):
         return None
     tail = psc.tails.tail_index(norms)
@@ -508,12 +508,12 @@ def _epoch_key(seed: jax.Array, index: int) -> jax.Array:
 
 
 def _is_watched(index: int, epochs: int) -> bool:
-    """Every second epoch, and the last."""
+    """Tells whether an epoch is watched: every second one, and the last."""
     return (epochs - 1 - index) % 2 == 0
 
 
 def _is_kept(index: int, epochs: int) -> bool:
-    """Epochs 1, 2, 4, 8, … and the last: when the tails of the norms are looked at."""
+    """Tells whether the tail of an epoch's norms is estimated: epochs 1, 2, 4, … and the last."""
     return index + 1 == epochs or (index + 1) & index == 0
 
 
@@ -529,7 +529,7 @@ def _accuracies(program: Program, params: Any, data: Data) -> dict[str, jax.Arra
 
 
 def _record(curves: list[dict[str, np.ndarray]], place: int) -> dict[str, Any]:
-    """The curves of one run, an entry an epoch (null where nothing was measured)."""
+    """Collects the curves of one run, with an entry for each epoch (null if not measured)."""
     names = sorted({name for epoch in curves for name in epoch} - {"norms"})
     norms = {
         str(epoch + 1): figures["norms"][place]
@@ -546,5 +546,5 @@ def _record(curves: list[dict[str, np.ndarray]], place: int) -> dict[str, Any]:
 
 
 def _rounded(value: np.ndarray) -> Any:
-    # Six digits are more than any of these figures has.
+    # None of these figures has more than six significant digits.
     return [float(f"{v:.6g}") for v in value] if value.ndim else float(f"{value:.6g}")

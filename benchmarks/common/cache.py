@@ -27,7 +27,7 @@ class RunsCache:
     A run and what was found are dicts of what JSON holds, NaN and ∞ included.
 
     Attributes:
-      path: of the file, which need not be there.
+      path: the path of the file, which may be missing.
     """
 
     def __init__(self, path: pathlib.Path):

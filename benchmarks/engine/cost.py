@@ -48,7 +48,7 @@ NOTE = (
     "of the samples clipped, against stacked ones in float32; relative to the largest entry of "
     "each leaf, largest over the leaves."
 )
-# What a step of a plain gradient can do in about a second on two cores.
+# Sizes at which a step of a plain gradient takes about a second on two cores.
 SAMPLES = {
     "mlp": 512,
     "alexnet": 128,
@@ -78,7 +78,7 @@ LINES = {"alexnet": ("#0072B2", "o"), "mlp": ("#D55E00", "s"), "gpt_tied": ("#00
 
 
 class Point(NamedTuple):
-    """What one row of the results is about.
+    """The subject of one row of the results.
 
     Attributes:
       experiment: "zoo", or the sweep that the row belongs to.
@@ -129,7 +129,7 @@ def build(point: Point, size: Size) -> Model:
 
 
 def step(loss: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-    """A function of (params, threshold, *batch); (value, grads) come first in what it returns."""
+    """Builds a function of (params, threshold, *batch) that returns (value, grads, …)."""
     if mode != "plain":
         clipped = psc.clipped_value_and_grad(loss, 1.0, mode=mode, return_stats=True)
         return lambda params, tau, *batch: clipped(params, *batch, threshold=tau)
@@ -166,7 +166,7 @@ def compile_interleaved(
 
 
 def largest_error(grads: Any, reference: Any) -> float:
-    """Largest over the leaves of the error relative to the leaf's largest entry; NaN if any is."""
+    """Returns the largest error of a leaf relative to its largest entry; NaN if any is."""
     wanted = [np.asarray(leaf) for leaf in jax.tree.leaves(reference)]
     largest = np.array([np.abs(leaf).max(initial=0) for leaf in wanted])
     errors = [
@@ -180,7 +180,7 @@ def largest_error(grads: Any, reference: Any) -> float:
 def gradients_in_slices(
     loss: Callable[..., Any], arguments: tuple[Any, ...], num_slices: int
 ) -> Any:
-    """Stacked gradients, clipped and averaged, of one slice of the batch after the other."""
+    """Stacks gradients of one slice of the batch after another, clips and averages them."""
     params, tau, *batch = arguments
     program = jax.jit(step(loss, "vmap"))
     total = None
@@ -191,7 +191,7 @@ def gradients_in_slices(
 
 
 def slices_that_fit(samples: int, parameter_bytes: int) -> int:
-    """Fewest slices, of equal size, whose stacked gradients are not too large."""
+    """Returns the fewest slices of equal size whose stacked gradients are not too large."""
     divisors = (count for count in range(1, samples) if samples % count == 0)
     fits = (n for n in divisors if samples // n * parameter_bytes <= MOST_STACKED_BYTES)
     return next(fits, samples)
@@ -304,7 +304,7 @@ def is_of(row: dict[str, Any], point: Point) -> bool:
 
 
 def add_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with a new one, in order; a model is in the zoo once, whatever its batch."""
+    """Adds a row in order, in place of one of the same model and batch; the zoo has one a model."""
     others = [other for other in rows if slot(other) != slot(row)]
     return sorted([*others, row], key=slot)
 
@@ -317,7 +317,7 @@ def slot(row: dict[str, Any]) -> tuple[int, ...]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geometric means of the time over the zoo, and how far the ratio varies in each sweep."""
+    """Averages the time over the zoo geometrically, and fits how the ratio varies in each sweep."""
     means = {}
     for mode in STYLES:
         ratios = [figures["ratio_quartiles"][1] for _, figures in in_zoo(rows, mode)]
@@ -331,7 +331,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def in_zoo(rows: list[dict[str, Any]], mode: str) -> list[tuple[int, dict[str, Any]]]:
-    """The figures of a mode, with the index of their model, where it ran."""
+    """Lists the figures of a mode with the index of their model, where it ran."""
     zoo = [row for row in rows if row["experiment"] == "zoo"]
     figures = [(index, row["modes"][mode]) for index, row in enumerate(zoo)]
     return [(index, of_mode) for index, of_mode in figures if "skipped" not in of_mode]
@@ -493,7 +493,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Writes the guide's table: what each mode costs against a plain gradient, by model.
 
     Args:
-      rows: as engine.json holds them.
+      rows: the rows of engine.json.
     """
     columns = ["model, samples"]
     columns += [f"`{mode}`: time | memory" for mode in ("one_pass", "two_pass", "vmap")]
@@ -522,7 +522,7 @@ def main(
     rerun: bool = False,
     markdown: bool = False,
 ) -> None:
-    """What does clipping per sample cost, against a plain gradient?
+    """Measures what clipping per sample costs, against a plain gradient.
 
     Args:
       out: folder for engine.json and engine.png.
@@ -530,7 +530,7 @@ def main(
       samples: batch sizes other than the usual ones, as in --samples alexnet 64 mlp 32.
       sweep: also the ratio over the number of samples, or over the length of the sequence.
       rounds: timed rounds; 9 by default.
-      quick: two small models and few rounds, to see that the benchmark works.
+      quick: two small models and few rounds, to check that the benchmark works.
       rerun: measure also what is in the file already.
       markdown: measure nothing, and print the guide's table from the file.
     """

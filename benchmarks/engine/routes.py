@@ -1,4 +1,4 @@
-"""What losses cost that once had a stacked gradient a sample: memory and time, to a plain gradient.
+"""What do losses cost that once needed stacked gradients, compared with a plain gradient?
 
     python -m benchmarks.engine.routes
 

@@ -148,12 +148,12 @@ def main(
     repeats: int = 15,
     quick: bool = False,
 ) -> None:
-    """How often does per_sample_clip read the stacked gradients?
+    """Counts how often per_sample_clip reads the stacked gradients.
 
     Args:
       out: folder for stacked_traffic.json and stacked_traffic.png.
       repeats: timed rounds, at least 2.
-      quick: one small stack a dtype, to see that the benchmark works.
+      quick: one small stack a dtype, to check that the benchmark works.
     """
     stacks = [(64, 16_384)] if quick else [(128, 1_000_000), (127, 1_000_000), (1024, 100_000)]
     rows = [

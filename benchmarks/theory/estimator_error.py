@@ -88,32 +88,32 @@ STRONG_NOTE = (
 
 
 def statistics_of(norms: np.ndarray) -> np.ndarray:
-    """RMS, median and 99% quantile of errors [estimators, trials]: [statistics, estimators]."""
+    """Computes RMS, median and 99% quantile of errors [estimators, trials]."""
     rms = np.sqrt(np.mean(np.square(norms), axis=1))
     return np.stack([rms, *np.quantile(norms, [0.5, 0.99], axis=1)])
 
 
 def bootstrap(norms: np.ndarray, replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """The statistics of resampled trials, the same for all estimators: [replicates, …]."""
+    """Computes the statistics of resampled trials, the same for all estimators: [replicates, …]."""
     trials = norms.shape[1]
     draws = (rng.integers(trials, size=trials) for _ in range(replicates))
     return np.stack([statistics_of(norms[:, chosen]) for chosen in draws])
 
 
 def with_interval(value: Any, replicates: np.ndarray) -> list[float]:
-    """[value, low, high] of a two-sided 95% percentile interval."""
+    """Returns [value, low, high] with a two-sided 95% percentile interval."""
     low, high = np.quantile(replicates, [0.025, 0.975])
     return [float(value), float(low), float(high)]
 
 
 def slope_weights(x: np.ndarray) -> np.ndarray:
-    """Weights of the values at x whose sum is their least-squares slope over x."""
+    """Computes weights of the values at x whose sum is their least-squares slope over x."""
     centred = x - x.mean()
     return centred / np.sum(centred**2)
 
 
 def log_slopes(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Least-squares slopes of log values over x, along the first axis."""
+    """Fits least-squares slopes of log values over x, along the first axis."""
     return np.tensordot(slope_weights(x), np.log(values), axes=1)
 
 
@@ -132,7 +132,7 @@ def signed_bias(along: np.ndarray) -> list[float]:
 
 
 def bias_slope(alongs: dict[int, np.ndarray]) -> list[float] | None:
-    """Slope of log |bias| over log n; None unless every bias is told from 0."""
+    """Fits the slope of log |bias| over log n; None unless every bias can be told from 0."""
     means, errors = np.array([mean_and_error(along) for along in alongs.values()]).T
     if np.any(np.abs(means) < 1.96 * errors):
         return None
@@ -143,7 +143,7 @@ def bias_slope(alongs: dict[int, np.ndarray]) -> list[float] | None:
 
 
 class Analysed(NamedTuple):
-    """Statistics over sizes: [sizes, statistics, estimators], and [sizes, replicates, …]."""
+    """The statistics over sizes: [sizes, statistics, estimators], and [sizes, replicates, …]."""
 
     sizes: np.ndarray
     values: np.ndarray
@@ -201,7 +201,7 @@ def level_rows(
 
 
 def ratio_rows(noise: Noise, analysed: Analysed) -> list[dict[str, Any]]:
-    """The growing threshold's errors relative to every other estimator's, in the same trials."""
+    """Divides the errors of the growing threshold by those of each other estimator."""
     first = ESTIMATORS.index(GROWING)
     ratios = analysed.values[..., [first]] / analysed.values
     resampled = analysed.replicates[..., [first]] / analysed.replicates
@@ -223,7 +223,7 @@ def ratio_rows(noise: Noise, analysed: Analysed) -> list[dict[str, Any]]:
 
 
 def failure_probabilities(trials: int) -> np.ndarray:
-    """From 1e-1 to 1e-4, as far down as the trials reach (20 of them beyond)."""
+    """Lists probabilities from 1e-1 to 1e-4, as long as 20 trials lie beyond."""
     deltas = np.geomspace(1e-1, 1e-4, 13)
     return deltas[deltas * trials >= 19.99]
 
@@ -231,7 +231,7 @@ def failure_probabilities(trials: int) -> np.ndarray:
 def resampled_quantiles(
     ordered: np.ndarray, ranks: np.ndarray, replicates: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The order statistics at 1-based ranks of resampled trials: [replicates, ranks].
+    """Draws the order statistics at 1-based ranks of resampled trials, [replicates, ranks].
 
     Those of uniforms are sums of exponentials over their total, so that no resample is sorted.
     """
@@ -280,7 +280,7 @@ def tail_row(
 
 
 def fit(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes and sums of squared residuals of log values [points, fits] over x [points]."""
+    """Fits slopes and sums of squared residuals of log values [points, fits] over x [points]."""
     slopes = log_slopes(x, values)
     logs = np.log(values)
     residuals = logs - logs.mean(axis=0) - np.outer(x - x.mean(), slopes)
@@ -291,7 +291,7 @@ def fit(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Plan(NamedTuple):
-    """What is simulated, and how often."""
+    """The amount of simulation."""
 
     noises: tuple[Noise, ...]
     sizes: tuple[int, ...]
@@ -345,7 +345,7 @@ def errors_over_sizes(plan: Plan, noise: Noise, sigma: float) -> dict[int, Error
 
 
 def measure(plan: Plan, noise: Noise) -> dict[str, Any]:
-    """The rows of one law of noise."""
+    """Measures the rows of one law of noise."""
     sigma = raw_scale(noise, MEAN_NORM, plan.samples_for_scale, key_for(plan, "scale", noise))
     errors = errors_over_sizes(plan, noise, sigma)
     rng = np.random.default_rng((plan.seed, NOISES.index(noise)))
@@ -389,7 +389,7 @@ def describe_noise(noise: Noise, sigma: float, sizes: tuple[int, ...]) -> dict[s
 
 
 def strong_signal(plan: Plan, n: int) -> list[dict[str, Any]]:
-    """Errors where the mean is far larger than the noise: what the moment must be taken of."""
+    """Measures errors where the mean is far larger than the noise."""
     noise, p = STRONG_SIGNAL_NOISE, STRONG_SIGNAL_NOISE.order
     raw = raw_scale(
         noise,
@@ -424,7 +424,7 @@ def strong_signal(plan: Plan, n: int) -> list[dict[str, Any]]:
 
 
 def rounded(tree: Any) -> Any:
-    """Floats to five digits, more than any interval here warrants."""
+    """Rounds floats to five digits, more than any interval here supports."""
     return jax.tree.map(lambda x: float(f"{x:.5g}") if isinstance(x, float) else x, tree)
 
 
@@ -437,17 +437,17 @@ def main(
     quick: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Does the error of the clipped mean fall as the theory says, and where does it not help?
+    """Measures how the error of the clipped mean falls, and where clipping does not help.
 
     Args:
       out: folder for estimator_error.json and estimator_error.png.
       runs: file of the finished laws of noise, which are not simulated again; after a change of
         what is simulated take another.
-      trials: at every size; 10,000 by default.
-      tail_trials: for the quantiles down to 1e-4; 200,000 by default.
-      seed: of all that is drawn.
-      quick: few trials of small batches, to see that the benchmark works.
-      markdown: measure nothing, and print README's table from the file.
+      trials: the number of trials at each size; 10,000 by default.
+      tail_trials: the number of trials for quantiles down to 1e-4; 200,000 by default.
+      seed: the seed of all random numbers.
+      quick: few trials of small batches, to check that the benchmark works.
+      markdown: measure nothing, and print the results page's table from the file.
     """
     if markdown:
         print(to_markdown(json.loads((out / "estimator_error.json").read_text())))

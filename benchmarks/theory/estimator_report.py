@@ -1,4 +1,4 @@
-"""What `benchmarks.theory.estimator_error` found: sentences, tables and the figure."""
+"""Reports the results of `benchmarks.theory.estimator_error`: sentences, tables and the figure."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def show(interval: list[float] | None, digits: int = 2) -> str:
 
 
 def show_briefly(interval: list[float] | None, digits: int = 3) -> str:
-    """With half the width of the interval, for tables of many columns."""
+    """Writes a value with half the width of its interval, for tables of many columns."""
     if interval is None:
         return "–"
     value, low, high = interval
@@ -59,7 +59,7 @@ def show_briefly(interval: list[float] | None, digits: int = 3) -> str:
 
 
 def largest_of_guarantee(result: dict[str, Any], noise: str) -> float:
-    """The largest over the sizes of the RMS error relative to what the theory guarantees."""
+    """Returns the largest RMS error over the sizes, relative to what the theory guarantees."""
     rows = [row for row in result["levels"] if row["noise"] == noise]
     shares = (
         row["level"][0] / row["guaranteed_level"] for row in rows if row["estimator"] == GROWING
@@ -76,10 +76,10 @@ def tail_size(result: dict[str, Any]) -> int:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """README's table: how the growing threshold's error falls, and against what.
+    """Writes the results page's table: how the error of the growing threshold falls.
 
     Args:
-      result: as estimator_error.json holds it.
+      result: the content of estimator_error.json.
     """
     shown, tail = shown_size(result), tail_size(result)
     columns = (
@@ -118,7 +118,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def summarise(result: dict[str, Any]) -> list[str]:
-    """What holds and what does not, with the figures."""
+    """Writes which claims hold and which do not, with the figures."""
     return [
         say_slopes(result),
         say_levels(result),

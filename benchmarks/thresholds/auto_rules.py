@@ -1,6 +1,6 @@
-"""The rules without a number that `benchmarks.thresholds.auto_threshold` chose from.
+"""Defines the rules without a number that `benchmarks.thresholds.auto_threshold` compares.
 
-Nothing here runs on its own.
+Nothing here runs by itself.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Method(NamedTuple):
     """A way to clip.
 
     Attributes:
-      rule: for the samples.
+      rule: the rule for the samples.
       clips_batch: whether the threshold is for the norm of the batch's gradient instead.
-      thresholds: to be tuned, in units of the median norm in the first batch; one where there is
-        nothing to tune.
+      thresholds: the thresholds to tune, in units of the median norm in the first batch; a single
+        one where there is nothing to tune.
     """
 
     rule: Rule
@@ -53,13 +53,13 @@ def unclipped(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
 
 
 def moment(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-    """The growing threshold of a running moment: what `psclip train` called automatic in 0.1.0."""
+    """Builds the growing threshold of a running moment, which `psclip train` used in 0.1.0."""
     del threshold, n
     return psc.moment_threshold(MOMENT)
 
 
 def quantile(share: float) -> Rule:
-    """A running quantile of the norms."""
+    """Builds a running quantile of the norms."""
 
     def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
         del threshold, n
@@ -69,9 +69,10 @@ def quantile(share: float) -> Rule:
 
 
 def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-    """τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which weighs bias against variance.
+    """Builds τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which balances bias and variance.
 
-    The tuning-free principle of Wang, Zheng, Zhou and Zhou (Statistica Sinica, 2021) over norms.
+    This applies the tuning-free principle of Wang, Zheng, Zhou and Zhou (Statistica Sinica, 2021)
+    to norms.
     """
     del threshold
     level = math.log(n + 1) / n
@@ -100,7 +101,7 @@ def automatic(factor: float = 1.0) -> Rule:
 
 
 def growing(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-    """The automatic one, multiplied by (k / middle)^{1/β}: the same in the middle of a batch."""
+    """Multiplies the automatic threshold by (k / middle)^{1/β}: equal in the middle of a batch."""
     del threshold
     rule = psc.auto_threshold()
 
