@@ -12,9 +12,9 @@ import optax
 
 from psclip_optax import stacks
 from psclip_optax.arrays import described, dtype_of, float_leaves
+from psclip_optax.clipped_sums import clipped_alone
 from psclip_optax.groups import ALL_TOGETHER
 from psclip_optax.thresholds import as_threshold, concrete, thresholds_at
-from psclip_optax.transforms import clipped_alone
 from psclip_optax.typing import PyTree, ThresholdLike
 
 # K, from the number of updates made so far.

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from psclip_optax.clipped_sums import clipped_alone
 from psclip_optax.engine.explain import Plan, explained_microbatches
 from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples
 from psclip_optax.engine.modes.weighing import changed_if_any
-from psclip_optax.transforms import clipped_alone
 
 
 class MicroBatches(Mode):
