@@ -6,7 +6,7 @@ import collections
 import json
 from typing import Any
 
-from benchmarks.cifar100.alexnet_cifar100 import FAILED
+from benchmarks.cifar100.alexnet_report import FAILED
 from benchmarks.common.publishing import RESULTS, markdown_table
 from benchmarks.common.statistics import describe_difference, describe_mean
 

@@ -15,7 +15,7 @@ import tyro
 from benchmarks import headlines
 from benchmarks.cifar100 import (
     accumulation_cifar100,
-    alexnet_cifar100,
+    alexnet_report,
     clipping_map,
     threshold_sweep,
     tuned,
@@ -109,17 +109,17 @@ by others; or a fifth of the images is multiplied by Student-t factors with 1.5 
 Test accuracy after the last epoch, in %, mean ± standard error, and the tail index of the samples'
 gradient norms in it, under the growing threshold:
 
-{alexnet_cifar100.to_markdown(result)}
+{alexnet_report.to_markdown(result)}
 Per-sample clipping against each baseline, in points, paired by seed, after the last epoch or
 stopped early at the epoch of the best validation accuracy:
 
-{alexnet_cifar100.differences_to_markdown(result)}
+{alexnet_report.differences_to_markdown(result)}
 Trials that ended below 1.5 % validation accuracy, where 1 % is chance:
 
-{alexnet_cifar100.failures_to_markdown(result)}
+{alexnet_report.failures_to_markdown(result)}
 Tails of the norms during training, Hill's estimates by `psc.tails`:
 
-{alexnet_cifar100.tails_to_markdown(result)}
+{alexnet_report.tails_to_markdown(result)}
 - Does the assumption p < 2 hold? Not on CIFAR-100, clean or with wrong labels: no estimate of the
   index is below 7, so that the variance is finite and SGD's rate optimal. With heavy pixels it
   does.

@@ -19,7 +19,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.cifar100.many_runs import Numbers, Run, check_noises
+from benchmarks.cifar100.many_runs import check_noises
+from benchmarks.cifar100.runs import Numbers, Run
 from benchmarks.cifar100.tuned import (
     BATCH_NORM,
     Options,

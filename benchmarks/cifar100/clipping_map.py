@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.cifar100.many_runs import NOISES, Numbers, Run
+from benchmarks.cifar100.runs import NOISES, Numbers, Run
 from benchmarks.cifar100.tuned import (
     Options,
     Trainer,

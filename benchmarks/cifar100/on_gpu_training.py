@@ -19,16 +19,8 @@ import optax
 from jax import lax
 
 import psclip_optax as psc
-from benchmarks.cifar100.many_runs import (
-    Data,
-    Numbers,
-    Run,
-    Setting,
-    as_json,
-    build_loss,
-    load_data,
-    train_together,
-)
+from benchmarks.cifar100.many_runs import build_loss, train_together
+from benchmarks.cifar100.runs import Data, Numbers, Run, Setting, as_json, load_data
 from benchmarks.cifar100.tuned import (
     batch_clipping_grid,
     describe_numbers,

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 
-from benchmarks.cifar100.many_runs import Data, Numbers, Run, Setting, as_json, load_data, run_all
+from benchmarks.cifar100.many_runs import run_all
+from benchmarks.cifar100.runs import Data, Numbers, Run, Setting, as_json, load_data
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS

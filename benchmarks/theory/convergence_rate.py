@@ -36,6 +36,17 @@ from benchmarks.theory.convergence_report import (
     slopes_table,
     to_markdown,
 )
+from benchmarks.theory.convergence_statistics import (
+    best_point,
+    compare,
+    estimate,
+    interval,
+    is_at_edge,
+    replicate,
+    resample,
+    rounded,
+    slope,
+)
 from benchmarks.theory.descent import (
     METHODS,
     NORMALISED,
@@ -81,10 +92,6 @@ def examine(problem: Problem, noise: Noise, key: jax.Array, draws: int) -> dict[
         "index_interval": [tail.lower, tail.upper],
         "verdict": tail.verdict,
     }
-
-
-LEVEL = 0.99
-REPLICATES = 1000
 
 
 class Plan(NamedTuple):
@@ -216,14 +223,6 @@ COMPUTE: dict[str, Callable[[Results, Cell], Any]] = {
 }
 
 
-def rounded(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.6g}") for value in values]
-
-
-def best_point(values: list[float]) -> int:
-    return int(np.argmin(np.nan_to_num(values, nan=np.inf)))
-
-
 def make_grids(
     scales: Scales, smoothness: float, num_rates: int, num_thresholds: int
 ) -> dict[str, Settings]:
@@ -244,33 +243,6 @@ def make_grids(
             pairs = np.meshgrid(rates, thresholds, indexing="ij")
         grids[name] = Settings(*(jnp.asarray(axis.ravel(), jnp.float32) for axis in pairs))
     return grids
-
-
-def estimate(values: np.ndarray, statistic: str) -> np.ndarray:
-    """Computes a statistic over runs, on axis 0."""
-    if statistic == "mean":
-        return np.mean(values, axis=0)
-    return np.quantile(values, LEVEL, axis=0, method="inverted_cdf")
-
-
-def resample(runs: int, label: str) -> np.ndarray:
-    """Draws how often each run comes in each replicate, [replicates, runs]."""
-    generator = np.random.default_rng(zlib.crc32(label.encode()))
-    counts = generator.multinomial(runs, np.full(runs, 1 / runs), size=REPLICATES)
-    return counts.astype(np.int16)
-
-
-def replicate(values: np.ndarray, counts: np.ndarray, statistic: str) -> np.ndarray:
-    """Computes the statistic of `values` [runs] in each replicate."""
-    if statistic == "mean":
-        return counts @ values / len(values)
-    order = np.argsort(values)
-    reached = np.cumsum(counts[:, order], axis=1, dtype=np.int32) >= LEVEL * len(values)
-    return values[order][np.argmax(reached, axis=1)]
-
-
-def interval(replicates: np.ndarray) -> list[float]:
-    return [float(bound) for bound in np.quantile(replicates, [0.025, 0.975], axis=0)]
 
 
 def assemble(results: Results) -> dict[str, Any]:
@@ -338,12 +310,6 @@ def rate_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, An
     return rows
 
 
-def slope(totals: np.ndarray, estimates: np.ndarray) -> np.ndarray:
-    """Fits the slope of log estimates [sizes, …] against log N by least squares."""
-    centred = np.log(totals) - np.mean(np.log(totals))
-    return np.tensordot(centred / np.sum(centred**2), np.log(estimates), axes=1)
-
-
 def theory_ratio_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, Any]]:
     """Compares PS-Clip-SGD with SGD at the same step 1/L, both untuned."""
     rows = []
@@ -370,19 +336,6 @@ def ratio_rows(results: Results, problem: str, noise: Noise, samples: int) -> li
     return rows
 
 
-def compare(
-    ours: np.ndarray, others: np.ndarray, counts: np.ndarray, statistic: str
-) -> dict[str, Any]:
-    """Computes the ratio of a statistic over the same runs, with its paired interval."""
-    low, high = interval(replicate(ours, counts, statistic) / replicate(others, counts, statistic))
-    return {
-        "estimates": [float(estimate(values, statistic)) for values in (ours, others)],
-        "ratio": float(estimate(ours, statistic) / estimate(others, statistic)),
-        "interval": [low, high],
-        "verdict": "better" if high < 1 else "worse" if low > 1 else "equal",
-    }
-
-
 def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
     """Lists the chosen points, and the edges of their grids at which they lie."""
     rows = []
@@ -394,10 +347,6 @@ def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> l
             row = {"samples": samples, "method": method, "statistic": statistic}
             rows.append(identify(problem, noise) | row | chosen | {"at_edge": edges})
     return rows
-
-
-def is_at_edge(grid: list[float], value: float) -> bool:
-    return min(grid) < max(grid) and value in (min(grid), max(grid))
 
 
 def main(

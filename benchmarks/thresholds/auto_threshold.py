@@ -25,15 +25,13 @@ import numpy as np
 import optax
 import tyro
 from jax import lax
-from matplotlib.figure import Figure
-from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.cifar100.many_runs import NOISES
-from benchmarks.common.machine import describe, describe_machine
+from benchmarks.cifar100.runs import NOISES
+from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS, markdown_table, publish
-from benchmarks.common.style import tidy
-from benchmarks.thresholds.auto_rules import AUTO, BATCH, FIXED, METHODS, NONE
+from benchmarks.thresholds.auto_report import COLOURS, NOTE, draw, to_rows, to_table
+from benchmarks.thresholds.auto_rules import BATCH, FIXED, METHODS, NONE
 from psclip_optax.training.data.corruptions import with_label_noise, with_student_t_pixels
 from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.splits import train_validation_split
@@ -48,20 +46,7 @@ FEATURES, NUM_TRAIN, NUM_HELD_OUT = 20, 1200, 800  # of the regressions
 NUM_VALIDATION = 300
 # Scores that a method reaches without having learned anything; 0 and 0.1 are chance.
 CHANCE = 0.2
-COLOURS = {
-    NONE: "#000000",
-    "truncated squares": "#D55E00",
-    "median": "#E69F00",
-    FIXED: "#56B4E9",
-    AUTO: "#0072B2",
-}
 TUNED = (NONE, BATCH, FIXED)  # which the others are compared with
-NOTE = (
-    "Test accuracy, or R² of the regressions, in %: mean over seeds at the learning rate (and "
-    "threshold) that is best on validation data. Best: of no clipping, batch clipping and the "
-    "fixed threshold. Failures: trials, of a learning rate and a seed, that end below 20 % while "
-    "some threshold of batch or fixed clipping does not."
-)
 
 
 class Cell(NamedTuple):
@@ -346,61 +331,8 @@ def kept(path: pathlib.Path | None, compute: Callable[[], dict[str, Any]]) -> di
     return json.loads(path.read_text())
 
 
-def to_cells(row: dict[str, Any]) -> list[str]:
-    """Writes a line of the table: the best method, and each one's difference to it."""
-    return [
-        row["label"],
-        f"{100 * row['best']:.1f}",
-        *(f"{100 * difference:+.1f}" for difference in row["differences"].values()),
-    ]
-
-
-def totals(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Finds the worst difference and counts the failures of each method, over all conditions."""
-    names = rows[0]["tuned"]
-    worst = [min(row["differences"][name] for row in rows) for name in names]
-    failures = [sum(row["failures"][name] for row in rows) for name in names]
-    return [
-        ["worst difference", "", *(f"{100 * value:+.1f}" for value in worst)],
-        ["failures", "", *map(str, failures)],
-    ]
-
-
-def to_rows(result: dict[str, Any]) -> list[list[str]]:
-    return [*map(to_cells, result["rows"]), *totals(result["rows"])]
-
-
-def to_table(result: dict[str, Any]) -> Table:
-    table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
-    table.add_column("condition", no_wrap=True)
-    for name in ("best", *result["rows"][0]["tuned"]):
-        table.add_column(name, justify="right")
-    for cells in to_rows(result):
-        table.add_row(*cells)
-    return table
-
-
 def to_markdown(result: dict[str, Any]) -> str:
     return markdown_table([["condition", "best", *result["rows"][0]["tuned"]], *to_rows(result)])
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Draws a row for each condition, with a mark for each method: its difference to the best."""
-    rows = result["rows"]
-    figure = Figure(figsize=(9, 1.8 + 0.35 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for (name, colour), marker in zip(COLOURS.items(), "sDv^o", strict=True):
-        points = [100 * row["differences"][name] for row in rows]
-        axes.plot(points, range(len(rows)), marker, color=colour, label=name, alpha=0.8)
-    axes.axvline(0, color="#666666", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlabel("Test score at each method's tuned learning rate, points to the best tuned")
-    tidy(axes)
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False)
-    figure.suptitle(describe(result["machine"]), fontsize=10)
-    return figure
 
 
 def main(
