@@ -106,7 +106,7 @@ def kept_bytes_of(plan: LeafPlan, shaped: Any, num_samples: int) -> int:
 
 
 def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtypeStruct, ...]]:
-    """Return the shapes and dtypes of what enters each site of a batch."""
+    """Return the shapes and dtypes of the inputs of each site, for a batch."""
     return {
         site.path: tuple(batched(site, aval(atom), num_samples) for atom in site.entering)
         for site in plan.sites
@@ -114,7 +114,7 @@ def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtype
 
 
 def leaving(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:
-    """Return the shape and dtype of what leaves each site of a batch."""
+    """Return the shape and dtype of the output of each site, for a batch."""
     return {site.path: batched(site, aval(site.leaving), num_samples) for site in plan.sites}
 
 

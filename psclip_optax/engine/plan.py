@@ -346,7 +346,7 @@ def _mixed(sites: Sequence[Site]) -> Escape:
 
 
 def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
-    """Tell whether all samples' gradients take no more memory than what leaves the sites.
+    """Tell whether all samples' gradients take no more memory than the sites' outputs.
 
     Inside a scan they would be accumulated step by step, which is slower than one product. For
     convolutions automatic differentiation makes grouped ones, which are slow.

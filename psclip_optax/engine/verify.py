@@ -114,7 +114,7 @@ def verify(
         members = groups.apart().members(len(stack))
         # Of each sample and each group.
         norms = np.sqrt(np.stack([sum(_squares(stack[i]) for i in own) for own in members], -1))
-        # Each sample with a weight of its own, for what is wrong to show.
+        # Each sample has its own weight, so that an error shows.
         taus = norms * np.linspace(0.25, 1.25, len(norms))[:, None]
         limits = Limits(tuple(map(_threshold_of, taus.T)), groups)
         value, grads, stats = jax.jit(lambda *both: clip(call.of(*both), limits))(

@@ -59,7 +59,7 @@ def as_it_is(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Value]:
 
 
 def source_of(inputs: Sequence[Source]) -> Source:
-    """Return the source of what is made of inputs with these."""
+    """Return the source of an output from the sources of its inputs."""
     return max(inputs, key=lambda source: source.value, default=Source.CONSTANTS)
 
 
@@ -155,7 +155,7 @@ def _told(eqn: core.JaxprEqn, inputs: list[bool]) -> list[bool]:
 def _sequences(
     eqn: core.JaxprEqn, inputs: Sequence[Value], is_known: list[bool], counters: list[int]
 ) -> list[np.ndarray]:
-    """Count what counters are in each step, in the order of what the scan runs over."""
+    """Compute the number of each counter in each step, in the order in which the scan runs."""
     if not counters:
         return []
     body, _ = inner_jaxpr(eqn)

@@ -154,7 +154,7 @@ def _sums_without(problem: Problem, given: _Given, kept: jax.Array) -> list[jax.
 
 
 def _and_again(problem: Problem, given: _Given) -> Result:
-    """Make a pass, and another if the sums of the first are not finite for what is left out."""
+    """Make a pass, and another without some samples if the first sums are not finite."""
     first = _passed(problem, given, given.samples.counts)
 
     def again(_: Any, given: _Given, kept: jax.Array) -> list[jax.Array]:

@@ -22,7 +22,7 @@ from psclip_optax.engine.modes.tapped import all_weights, squared_norms, tapped
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
 from psclip_optax.engine.plan import LeafPlan
 
-# What one pass may keep, relative to what a plain gradient saves, of a batch that is not sliced.
+# The memory that one pass over a whole batch may keep, relative to that of a plain gradient.
 MOST_KEPT = 0.15
 # In more slices than these one pass would run too few samples at a time to be fast.
 MOST_SLICES = 4

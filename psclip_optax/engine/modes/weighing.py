@@ -20,7 +20,7 @@ _Values = TypeVar("_Values")
 def weigh(
     problem: Problem, samples: Samples, losses: jax.Array, squares: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Return norms, scales (0 for what is not kept), and which samples are finite and kept."""
+    """Return norms, scales (0 for samples left out), and which samples are finite and kept."""
     # The array has no axis of samples where no parameter reaches the loss.
     norms = clipping.norms_of(jnp.broadcast_to(squares, samples.taus.shape))
     scales = told_scales(norms, samples.taus)
