@@ -48,7 +48,7 @@ class Groups(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The axes that arrays of samples have after the axis of samples: () or (groups,)."""
+        """Return the axes after that of samples in arrays of samples: () or (groups,)."""
         if self.of_leaf is None:
             return ()
         return (max(self.columns(leaf).stop for leaf in range(len(self.of_leaf))),)

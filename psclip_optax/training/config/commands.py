@@ -85,7 +85,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig(ModelConfig):
-    """What is trained, on what: all that the methods have in common.
+    """The task that is trained: everything that the methods have in common.
 
     Examples:
       >>> TaskConfig(dataset="cifar10", model="resnet18").schedule
