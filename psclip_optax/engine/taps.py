@@ -33,7 +33,7 @@ from psclip_optax.engine.analysis.segments import Segment
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import Path, as_function, aval, run_equation
 
-# By path the zeros of taps and probes, and the tuples of arrays that operations are given.
+# The zeros of taps and probes, and the operands of operations, by path.
 Taps: TypeAlias = dict[Path, Any]
 Axes: TypeAlias = dict[Path, int]
 Side: TypeAlias = Literal["entering", "leaving"]

@@ -112,7 +112,7 @@ def verify(
         losses, stack = _reference(call, together)
         stack = groups.slices(stack, [1] * len(stack))
         members = groups.apart().members(len(stack))
-        # Of each sample and each group.
+        # The norm of each sample and each group.
         norms = np.sqrt(np.stack([sum(_squares(stack[i]) for i in own) for own in members], -1))
         # Each sample has its own weight, so that an error shows.
         taus = norms * np.linspace(0.25, 1.25, len(norms))[:, None]
@@ -161,7 +161,7 @@ def _in_widest(call: Call) -> Call:
     wide = call.of(*jax.tree.map(_widened, (call.params, call.examples)))
     try:
         _jaxpr(wide)
-    except Exception:  # of a loss that mixes what it is given with a dtype of its own
+    except Exception:  # e.g. a loss that mixes its arguments with another dtype
         return call
     return wide
 

@@ -185,7 +185,7 @@ def _of_product(eqn: core.JaxprEqn, operand: int) -> _Use:
     pairs = dict(zip(axes.w_contracted, axes.x_contracted, strict=True))
     leaving_of_x = dict(zip(axes.x_free, axes.y_x_free, strict=True))
     product = _Product(eqn.invars[1 - operand], pairs, leaving_of_x, precision)
-    # In two products a sum in a wider dtype would be rounded between them.
+    # Two products would round a sum in a wider dtype between them.
     product = product if not axes.w_blocks and _have_one_dtype(eqn) else None
     return _Use(_applied(eqn, operand), axes.leaving, product, _ndim(eqn))
 

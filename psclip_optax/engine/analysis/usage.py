@@ -127,7 +127,7 @@ class _Walk(NamedTuple):
         varied = [isinstance(role, OfParameters) for role in roles]
         unproven = unproven_equation(eqn, varied, [has_gradient(v) for v in eqn.outvars])
         if unproven is not None:
-            # For a computed weight the weighted sum would be pulled back, not each cotangent.
+            # The weighted sum would be pulled back to a computed weight, and not each cotangent.
             self.usage.escape(roles, f"passes {described_rule(unproven)}", None, scope.path)
             return [Other.DATA] * len(eqn.outvars)
         return self.usage.compute(eqn, roles, leaves, scope.path)

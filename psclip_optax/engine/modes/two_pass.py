@@ -24,7 +24,7 @@ from psclip_optax.engine.plan import LeafPlan
 
 # The memory that one pass over a whole batch may keep, relative to that of a plain gradient.
 MOST_KEPT = 0.15
-# In more slices than these one pass would run too few samples at a time to be fast.
+# With more slices than these, one pass would run too few samples at a time to be fast.
 MOST_SLICES = 4
 
 
@@ -127,7 +127,7 @@ def _backward(
     bad: jax.Array,
 ) -> list[jax.Array]:
     """Sum of_samples_k g_k by a plain backward pass, and by another if samples must be left out."""
-    # As the first pass has it, so that both share one forward pass.
+    # The same forward pass as in the first pass, so that both share it.
     closed = problem.plans.closed
 
     def of(consts: list[Any], leaves: list[Any], examples: list[Any], of_samples: Any) -> list[Any]:

@@ -21,7 +21,7 @@ Cotangents = dict[Path, jax.Array]
 
 # How many entries of inputs and cotangents are taken at a time on a CPU.
 _MOST_READ_ON_CPU = 2**22
-# What may be made at a time on other devices, and in how many parts at the most.
+# The entries that may be made at a time on other devices, and the most parts.
 _BYTES_AT_ONCE = 2**26
 _MOST_PARTS = 16
 

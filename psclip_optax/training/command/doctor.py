@@ -369,6 +369,6 @@ def check_cache_folder(folder: pathlib.Path) -> Finding:
 def _default_cache_folder() -> pathlib.Path | None:
     try:
         import pooch
-    except ModuleNotFoundError:  # of the extra that downloads
+    except ModuleNotFoundError:  # the extra that downloads is missing
         return None
     return pathlib.Path(pooch.os_cache("psclip_optax"))

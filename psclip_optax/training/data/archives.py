@@ -24,7 +24,7 @@ _CHUNK_BYTES = 1 << 16
 _USE_A_COPY = "or pass --data-dir with an existing copy"
 FETCH_AGAIN = "use a fresh copy of the official archive"
 
-# What `pickle` and the stand-ins below raise on bytes that are no valid pickle of arrays.
+# The errors of `pickle` and of the stand-ins below on bytes that are no valid pickle of arrays.
 _MALFORMED = (
     pickle.UnpicklingError,
     ArithmeticError,

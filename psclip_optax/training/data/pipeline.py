@@ -201,7 +201,7 @@ def _as_images(
             )
     if not np.all(moments[1] > 0):
         raise ValueError(f"std: expected positive numbers, got {moments[1]}")
-    # As whole images: NumPy subtracts and divides by them twice as fast as by three channels.
+    # Whole images: NumPy subtracts and divides by these twice as fast as by three channels.
     image_mean, image_std = (np.full(split.images.shape[1:], moment) for moment in moments)
     return image_mean, image_std
 

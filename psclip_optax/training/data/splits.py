@@ -167,7 +167,7 @@ def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Genera
     return np.random.default_rng([seed, *purpose.encode(), *indices])
 
 
-def check_images(images: np.ndarray):
+def check_images(images: np.ndarray) -> None:
     """Checks the dtype and rank of images.
 
     Args:

@@ -97,7 +97,7 @@ def writable_folder(folder: pathlib.Path) -> Generator[pathlib.Path]:
         yield folder
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # of one that is not empty, or was not made
+            with contextlib.suppress(OSError):  # the folder is not empty, or was not made
                 path.rmdir()
 
 
@@ -225,7 +225,7 @@ def noticing_what_cannot_be_written(folder: pathlib.Path) -> Generator[None]:
 def _why_not_written(error: BaseException | None) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, beneath Orbax
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # from TensorStore, below Orbax
     if code:
         return os.strerror(int(code[1]))
     return None if error is None else _why_not_written(error.__cause__ or error.__context__)

@@ -110,7 +110,7 @@ def read_runs(folder: pathlib.Path) -> list[Run]:
 
 
 def labels_of(runs: list[Run]) -> list[str]:
-    """Names runs by what differs in their configurations.
+    """Names runs by the fields in which their configurations differ.
 
     Args:
       runs: one or more.
@@ -288,7 +288,7 @@ def _draw_running_means(axes: Axes, runs: list[Run], name: str) -> None:
 def _draw_loss(axes: Axes, runs: list[Run]) -> None:
     _draw_running_means(axes, runs, "loss")
     low, high = axes.dataLim.intervaly
-    if 0 < 30 * low < high:  # of a loss that falls, or explodes, over orders of magnitude
+    if 0 < 30 * low < high:  # a loss that falls or explodes by orders of magnitude
         axes.set_yscale("log")
 
 

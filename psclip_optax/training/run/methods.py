@@ -60,7 +60,7 @@ class Method(NamedTuple):
       has_threshold: whether it clips.
       has_momentum: whether it is SGD with momentum that follows the clipping.
       clip: (threshold, β) → the first link of the chain, for gradients of the mean loss.
-      threshold: (threshold, β) → the threshold of each sample; None for what does not clip them.
+      threshold: (threshold, β) → the threshold of each sample; None for methods that clip none.
     """
 
     label: str
@@ -71,7 +71,7 @@ class Method(NamedTuple):
 
 
 def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
-    """Changes nothing, and keeps the norm of what it saw for the log."""
+    """Keeps the norm of the gradient for the log, and changes nothing."""
 
     def init(params: Any) -> BatchNormState:
         del params

@@ -124,7 +124,7 @@ def bin_edges(bins: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
 def _tail_figures(norms: np.ndarray) -> dict[str, Any]:
     try:
         tail = tail_index(norms) if norms.size >= MIN_NORMS else None
-    except ValueError:  # of the largest all equal, as of samples without a gradient
+    except ValueError:  # the largest norms are equal, e.g. of zero gradients
         tail = None
     if tail is None:
         return dict.fromkeys(("tail_index", "tail_lower", "tail_upper", "tail_verdict"))

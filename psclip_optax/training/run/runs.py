@@ -125,7 +125,7 @@ def _train_alone(config: TrainConfig, out: pathlib.Path, console: Console) -> Ru
 
 
 def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) -> RunResult:
-    # What may fail comes before they meet, for the others would wait for this one.
+    # Steps that may fail come before the processes meet, as the others would wait for this one.
     _check_folder(out, config)
     dataset = _dataset_of(config)
     join_processes(config)
@@ -193,7 +193,7 @@ def _train_on(
     console: Console,
 ) -> TrainState:
     start = int(state.step)
-    # Of the other processes nobody reads what they record.
+    # Nobody reads the records of the other processes.
     path = out / METRICS if is_first_process() else pathlib.Path(os.devnull)
     kept = cut_back(path, start) if is_first_process() else []
     clock = _Clock(kept[-1]["seconds"] if kept else 0.0)

@@ -85,7 +85,7 @@ def _write(writer: Any, record: dict[str, Any], start: float) -> None:
 def _write_histogram(
     writer: Any, tag: str, counts: dict[str, int], when: tuple[int, float]
 ) -> None:
-    # Of the logarithms: TensorBoard's axis is linear, on which a heavy tail is one bar.
+    # Logarithms are binned, as a heavy tail is a single bar on TensorBoard's linear axis.
     lower = np.arange(min(map(int, counts)), max(map(int, counts)) + 1)
     number = np.array([counts.get(str(bin), 0) for bin in lower])
     middle = (lower + 0.5) / BINS_PER_OCTAVE

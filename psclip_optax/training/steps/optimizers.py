@@ -42,12 +42,12 @@ def tracked_state(rule: AdaptiveThreshold[StateT], opt_state: optax.OptState) ->
             f"{', of another rule' if len(tracked) == 1 else ''}. Write "
             "optax.chain(psclip_optax.track_norms(rule), …) with the rule that the step has"
         )
-    # As in clip_states: the leaves are what NNX has in Variables.
+    # The leaves are inside NNX's Variables, as in clip_states.
     return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(tracked))
 
 
 def _are_alike(state: PyTree, expected: PyTree) -> bool:
-    # Not by their structures, which NNX's Variables are a part of.
+    # Structures cannot be compared, as NNX's Variables are part of them.
     leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
     return type(state) is type(expected) and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]
 
