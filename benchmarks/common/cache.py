@@ -56,7 +56,7 @@ class RunsCache:
         with filelock.FileLock(f"{self.path}.lock"), self.path.open("ab") as file:
             if run in self:
                 return
-            # What an interruption left of a line would spoil this one.
+            # The rest of an interrupted line would spoil this one.
             file.truncate(self._size)
             file.write(f"{line}\n".encode("ascii"))
             file.flush()

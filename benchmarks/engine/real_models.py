@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
         x = x + place.astype(COMPUTE)
         for _ in range(self.layers):
             x = Block(self.heads, causal=False)(x)
-        # In float32 from here on, for logits of bfloat16 have two or three digits.
+        # In float32 from here on, as logits in bfloat16 have two or three digits.
         return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(axis=-2))
 
 

@@ -36,7 +36,7 @@ MARKERS = dict(zip(CASES, "|os^", strict=True))
 
 
 def mean(stack: jax.Array) -> jax.Array:
-    # As a dot product: XLA for CPU is slow at sums over the first axis.
+    # A dot product, as XLA for CPU is slow at sums over the first axis.
     weights = jnp.full(len(stack), 1 / len(stack), jnp.float32)
     dimensions = (((0,), (0,)), ((), ()))
     total = lax.dot_general(weights, stack.astype(jnp.float32), dimensions, lax.Precision.HIGHEST)

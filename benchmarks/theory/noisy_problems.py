@@ -105,7 +105,7 @@ def committee_network(
     teacher = jnp.asarray(generator.normal(size=width * features), jnp.float32)
 
     def hidden(w: jax.Array, x: jax.Array) -> jax.Array:
-        # As a sum over few features: products of so small matrices take longer.
+        # A sum over few features, as products of such small matrices take longer.
         return jnp.tanh(jnp.sum(w.reshape(width, features, 1) * x, axis=1))
 
     def output(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def committee_network(
         return inputs[:, chosen], targets[chosen] + noise.draw(how_much, (n,))
 
     def gradients(w: jax.Array, samples: Any) -> jax.Array:
-        # By hand, for XLA compiles it to a third of the time of vmap(grad) on so few parameters.
+        # By hand: with so few parameters it takes a third of the time of vmap(grad).
         x, labels = samples
         activations = hidden(w, x)
         factors = (jnp.sum(activations, axis=0) - labels) * (1 - activations**2)

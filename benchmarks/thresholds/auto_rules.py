@@ -15,7 +15,7 @@ import psclip_optax as psc
 from psclip_optax.thresholds.adaptive import QuantileState
 from psclip_optax.thresholds.tracking import as_adaptive
 
-# From a threshold, in the units of a norm, and the number of samples in a batch.
+# A function from a threshold, in units of a norm, and the number of samples in a batch.
 Rule: TypeAlias = Callable[[Any, int], psc.AdaptiveThreshold[Any]]
 
 MOMENT = 1.5  # p of the automatic threshold of version 0.1.0
