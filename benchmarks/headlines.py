@@ -1,4 +1,4 @@
-"""The results in short: README's table, and five lines on top of the page of results."""
+"""Writes the results in short: README's table, and the lines on top of the page of results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 import json
 from typing import Any
 
-from benchmarks.cifar100.alexnet_cifar100 import FAILED
+from benchmarks.cifar100.alexnet_report import FAILED
 from benchmarks.common.publishing import RESULTS, markdown_table
 from benchmarks.common.statistics import describe_difference, describe_mean
 
@@ -15,7 +15,7 @@ HEAVY = "heavy pixels"
 
 
 def read(name: str) -> dict[str, Any]:
-    """Reads what a benchmark found."""
+    """Reads the result of a benchmark."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
@@ -23,7 +23,7 @@ def against_best_baseline(result: dict[str, Any]) -> str:
     """Writes README's table: the growing threshold beside the best baseline.
 
     Args:
-      result: as alexnet_cifar100.json holds it.
+      result: the content of alexnet_cifar100.json.
     """
     rows = [["training data", "best baseline", GROWING, "difference"]]
     for noise, found in result["noises"].items():
@@ -38,7 +38,7 @@ def failures(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Counts trials that ended no better than chance, and all trials, of each method.
 
     Args:
-      result: as alexnet_cifar100.json holds it.
+      result: the content of alexnet_cifar100.json.
     """
     counts: dict[str, list[bool]] = collections.defaultdict(list)
     for found in result["noises"].values():
@@ -65,7 +65,7 @@ def dearest_model() -> str:
 
 
 def five_lines() -> str:
-    """Writes what was found, an item a question."""
+    """Writes the findings, an item for each question."""
     cifar, models = read("alexnet_cifar100"), read("third_party")["summary"]
     gains = {
         (noise, name): describe_difference(found["methods"][name]["difference"])

@@ -1,4 +1,4 @@
-"""What the benchmarks of the theory and of training found, in one page.
+"""Writes one page with the results of the benchmarks of theory and training.
 
     python -m benchmarks.summary
 
@@ -15,7 +15,7 @@ import tyro
 from benchmarks import headlines
 from benchmarks.cifar100 import (
     accumulation_cifar100,
-    alexnet_cifar100,
+    alexnet_report,
     clipping_map,
     find_bad_data,
     threshold_sweep,
@@ -41,13 +41,13 @@ Each section names the command that made its file, and the machine. Intervals ar
 
 
 class Section(NamedTuple):
-    """One benchmark's part of the page.
+    """The section of one benchmark on the page.
 
     Attributes:
-      module: of the benchmark; its last part is the name of the JSON file and the figure.
+      module: the module of the benchmark; its last part names the JSON file and the figure.
       title: a question.
-      body: result → Markdown.
-      command: where it is not `python -m benchmarks.MODULE`.
+      body: a function from the result to Markdown.
+      command: the command where it is not `python -m benchmarks.MODULE`.
       has_figure: whether there is a figure.
     """
 
@@ -111,17 +111,17 @@ by others; or a fifth of the images is multiplied by Student-t factors with 1.5 
 Test accuracy after the last epoch, in %, mean ± standard error, and the tail index of the samples'
 gradient norms in it, under the growing threshold:
 
-{alexnet_cifar100.to_markdown(result)}
+{alexnet_report.to_markdown(result)}
 Per-sample clipping against each baseline, in points, paired by seed, after the last epoch or
 stopped early at the epoch of the best validation accuracy:
 
-{alexnet_cifar100.differences_to_markdown(result)}
+{alexnet_report.differences_to_markdown(result)}
 Trials that ended below 1.5 % validation accuracy, where 1 % is chance:
 
-{alexnet_cifar100.failures_to_markdown(result)}
+{alexnet_report.failures_to_markdown(result)}
 Tails of the norms during training, Hill's estimates by `psc.tails`:
 
-{alexnet_cifar100.tails_to_markdown(result)}
+{alexnet_report.tails_to_markdown(result)}
 - Does the assumption p < 2 hold? Not on CIFAR-100, clean or with wrong labels: no estimate of the
   index is below 7, so that the variance is finite and SGD's rate optimal. With heavy pixels it
   does.
@@ -156,7 +156,7 @@ By the intervals, per-sample clipping is
 
 
 def verdicts(result: dict[str, Any], names: Sequence[str]) -> str:
-    """For each of these methods a list of where ours is above it, below it, or neither."""
+    """Lists for each method where ours is above it, below it, or neither."""
     return "".join(
         f"- {word.capitalize()} {name}: {'; '.join(labels)}.\n"
         for name in names
@@ -284,7 +284,7 @@ def rendered(section: Section) -> str:
 
 
 def main() -> None:
-    """Writes what the benchmarks found to benchmarks/results/README.md."""
+    """Writes the results of the benchmarks to benchmarks/results/README.md."""
     (RESULTS / "README.md").write_text(page(), encoding="utf-8")
 
 

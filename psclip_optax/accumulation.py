@@ -1,10 +1,10 @@
-"""accumulate_clipped: clip each micro-batch's mean gradient before it is accumulated."""
+"""Clip each micro-batch's mean gradient before it is accumulated."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,13 @@ import optax
 
 from psclip_optax import stacks
 from psclip_optax.arrays import described, dtype_of, float_leaves
+from psclip_optax.clipped_sums import clipped_alone
 from psclip_optax.groups import ALL_TOGETHER
-from psclip_optax.thresholds import Threshold, as_threshold, concrete, thresholds_at
-from psclip_optax.transforms import clipped_alone
+from psclip_optax.thresholds import as_threshold, concrete, thresholds_at
+from psclip_optax.typing import PyTree, ThresholdLike
+
+# K, from the number of updates made so far.
+Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 # As jnp.float32, which is callable too: optax.inject_hyperparams would take it for a schedule.
 _FLOAT32 = jnp.dtype("float32")
@@ -22,43 +26,44 @@ _FLOAT32 = jnp.dtype("float32")
 
 def accumulate_clipped(
     inner: optax.GradientTransformation,
-    every_k_schedule: int | Callable[[Any], Any],
-    threshold: Threshold | jax.typing.ArrayLike,
+    every_k_schedule: int | Schedule,
+    threshold: ThresholdLike,
     *,
     use_grad_mean: bool = True,
-    should_skip_update_fn: Any = None,
-    accumulator_dtype: Any = _FLOAT32,
+    should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = _FLOAT32,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulate gradients of micro-batches, each clipped before it is added.
 
-    `optax.MultiSteps`, but the mean gradient $\bar g_k$ of the k-th micro-batch of a
-    window of K is clipped to the norm τ_k first, so that no micro-batch can dominate the sum:
+    Works as `optax.MultiSteps`, but first clips the mean gradient $\bar g_k$ of the k-th
+    micro-batch in a window of K to the norm τ_k. No micro-batch can then dominate the sum:
 
     $$g = \frac1K \sum_{k=1}^K \min(1, \tau_k / \|\bar g_k\|) \, \bar g_k$$
 
     k restarts at 1 with each window. A micro-batch that is skipped is not counted.
 
     `optax.inject_hyperparams(psc.accumulate_clipped)(inner, every_k_schedule, threshold)` takes a
-    number, or a schedule over calls, as the threshold. What is callable and no schedule over calls
-    has its name among `static_args`: another threshold, `every_k_schedule`,
+    number, or a schedule over calls, as the threshold. Any other callable needs its name among
+    `static_args`: a threshold such as `psc.growing_threshold`, `every_k_schedule`,
     `should_skip_update_fn`, and an `accumulator_dtype` such as `jnp.bfloat16`.
 
     Args:
-      inner: what takes the accumulated gradient: any Optax optimizer.
-      every_k_schedule: K, or a function from the number of updates made so far to it.
+      inner: the optimizer that takes the accumulated gradient, any of Optax's.
+      every_k_schedule: K, or a function from the number of updates made so far to K.
       threshold: the largest norm τ_k of the mean gradient of the micro-batch at the 1-based
         position k in its window: a number, [`psclip_optax.growing_threshold`][], or any callable
         from integer positions [n] to norms [n]. A micro-batch's mean is less noisy than a sample's
         gradient: its α is smaller.
       use_grad_mean: whether gradients are averaged over the window, or summed.
-      should_skip_update_fn: as of `optax.MultiSteps`, such as `optax.skip_not_finite`; it is
+      should_skip_update_fn: as for `optax.MultiSteps`, such as `optax.skip_not_finite`; it is
         given the gradient before clipping.
-      accumulator_dtype: of the accumulated gradient.
+      accumulator_dtype: the dtype of the accumulated gradient; None for the parameters' own.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` over gradients of the parameters' own shapes,
-      with the `optax.MultiStepsState` of `optax.MultiSteps`. Updates are zero but for every
-      K-th. A gradient that is not finite makes the accumulated one NaN unless it is skipped.
+      with the `optax.MultiStepsState` of `optax.MultiSteps`. Every K-th update moves
+      the parameters; the others are zero. A gradient that is not finite makes the accumulated one
+      NaN unless it is skipped.
 
     Raises:
       TypeError: `inner` is no gradient transformation, `every_k_schedule` neither an int nor a
@@ -66,7 +71,7 @@ def accumulate_clipped(
         `should_skip_update_fn` no callable, `accumulator_dtype` or a gradient not real
         floating-point, or the state another one's.
       ValueError: `every_k_schedule` is below 1, or the gradients do not have the shapes of the
-        parameters that `init` saw, as stacked per-sample gradients.
+        parameters that `init` saw (stacked per-sample gradients do not).
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -90,20 +95,20 @@ def accumulate_clipped(
     threshold = as_threshold(threshold)
     _check_options(should_skip_update_fn, accumulator_dtype)
 
-    def steps(should_skip_update_fn: Any) -> optax.MultiSteps:
+    def steps(should_skip_update_fn: optax.ShouldSkipUpdateFunction | None) -> optax.MultiSteps:
         return optax.MultiSteps(
             inner,
             every_k_schedule,
             use_grad_mean=use_grad_mean,
             should_skip_update_fn=should_skip_update_fn,
-            accumulator_dtype=accumulator_dtype,
+            accumulator_dtype=accumulator_dtype,  # pyright: ignore[reportArgumentType] (None is that of the parameters)
         )
 
     def init(params: optax.Params) -> optax.MultiStepsState:
         return steps(should_skip_update_fn).init(params)
 
     def clip_at_step(leaves: list[jax.Array], state: optax.MultiStepsState) -> list[jax.Array]:
-        if not leaves:  # nothing to clip, as nothing to optimize
+        if not leaves:  # without parameters there is nothing to clip
             return leaves
         position = jnp.asarray(state.mini_step, jnp.int32).reshape(1) + 1
         taus = thresholds_at(threshold, position, stacks.norm_dtype(leaves))
@@ -114,7 +119,7 @@ def accumulate_clipped(
         grads: optax.Updates,
         state: optax.MultiStepsState,
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, optax.MultiStepsState]:
         _check_state(state)
         leaves = _checked_leaves(grads, state.acc_grads)
@@ -125,18 +130,24 @@ def accumulate_clipped(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] (the first argument has its own name)
 
 
-def _seeing(grads: optax.Updates, should_skip_update_fn: Any) -> Any:
-    """The rule on the gradient as it came: a clipped one has no norm that is too large."""
+def _seeing(
+    grads: optax.Updates, should_skip_update_fn: optax.ShouldSkipUpdateFunction
+) -> optax.ShouldSkipUpdateFunction:
+    """Apply the rule to the gradient before clipping, whose norm may be too large."""
 
     @functools.wraps(should_skip_update_fn)
-    def should_skip(clipped: optax.Updates, *arguments: Any) -> Any:
-        del clipped
-        return should_skip_update_fn(grads, *arguments)
+    def should_skip(
+        updates: optax.Updates,
+        gradient_step: jax.typing.ArrayLike,
+        params: optax.Params | None,
+    ) -> tuple[jax.typing.ArrayLike, PyTree]:
+        del updates
+        return should_skip_update_fn(grads, gradient_step, params)
 
     return should_skip
 
 
-def _check_inner(inner: Any) -> None:
+def _check_inner(inner: object) -> None:
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(
             "accumulate_clipped takes an optax.GradientTransformation to give the accumulated "
@@ -144,12 +155,12 @@ def _check_inner(inner: Any) -> None:
         )
 
 
-def _checked_schedule(every_k_schedule: Any) -> Any:
+def _checked_schedule(every_k_schedule: int | Schedule) -> Schedule:
     if not callable(every_k_schedule):
         _check_window(every_k_schedule)
         return lambda step: _as_window(every_k_schedule)
 
-    def schedule(step: Any) -> Any:
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         window = every_k_schedule(step)
         _check_window(window, f" from {every_k_schedule!r}")
         return _as_window(window)
@@ -157,12 +168,12 @@ def _checked_schedule(every_k_schedule: Any) -> Any:
     return schedule
 
 
-def _as_window(window: Any) -> jax.Array:
-    """In the dtype of the counts of optax.MultiSteps; traced under optax.inject_hyperparams."""
+def _as_window(window: jax.typing.ArrayLike) -> jax.Array:
+    """Cast K to the dtype that optax.MultiSteps counts in; optax.inject_hyperparams traces it."""
     return jnp.asarray(window).astype(jnp.int32)
 
 
-def _check_window(window: Any, source: str = "") -> None:
+def _check_window(window: jax.typing.ArrayLike, source: str = "") -> None:
     dtype = dtype_of(window)
     is_bool = dtype is not None and jnp.issubdtype(dtype, jnp.bool_)
     is_number = dtype is not None and (is_bool or jnp.issubdtype(dtype, jnp.integer))
@@ -179,7 +190,9 @@ def _check_window(window: Any, source: str = "") -> None:
         )
 
 
-def _check_options(should_skip_update_fn: Any, accumulator_dtype: Any) -> None:
+def _check_options(
+    should_skip_update_fn: object, accumulator_dtype: jax.typing.DTypeLike | None
+) -> None:
     if should_skip_update_fn is not None and not callable(should_skip_update_fn):
         raise TypeError(
             "should_skip_update_fn is None or a function such as optax.skip_not_finite, got "
@@ -201,7 +214,7 @@ def _check_options(should_skip_update_fn: Any, accumulator_dtype: Any) -> None:
         )
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: object) -> None:
     if not isinstance(state, optax.MultiStepsState):
         raise TypeError(
             "accumulate_clipped's update takes (grads, state, params) with an "

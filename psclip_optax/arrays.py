@@ -1,4 +1,4 @@
-"""Arrays and dtypes: what came, in the words of messages, and what dtypes convert to."""
+"""Describe arrays and dtypes for messages, and promote dtypes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def dtype_of(value: Any) -> Any:
-    """The dtype that JAX gives an array or a number; None for what is neither."""
+    """Return the dtype that JAX gives an array or a number, and None for anything else."""
     is_number = isinstance(value, bool | int | float | complex)
     if not is_number and not (hasattr(value, "dtype") and hasattr(value, "shape")):
         return None
@@ -23,14 +23,14 @@ def dtype_of(value: Any) -> Any:
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Whether it is a floating-point dtype of under 16 bits."""
+    """Tell whether a dtype is floating-point with fewer than 16 bits."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
 def promoted(*dtypes: Any) -> Any:
-    """What all convert to, also under `jax_numpy_dtype_promotion="strict"`.
+    """Return the dtype that all convert to, also under `jax_numpy_dtype_promotion="strict"`.
 
-    JAX lets float8 convert to nothing by itself; bfloat16 holds each of its numbers.
+    JAX converts float8 to no other dtype by itself; bfloat16 holds each of its numbers.
     """
     wide = [jnp.dtype(jnp.bfloat16) if is_narrow(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):
@@ -38,13 +38,13 @@ def promoted(*dtypes: Any) -> Any:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an int of Python or NumPy; True and False are none."""
+    """Tell whether a value is an int of Python or NumPy; a bool is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def described(value: Any) -> str:
-    """`float32[3, 2]` of an array or a number, else the name of its type."""
-    # NumPy's own, before JAX makes float32 of float64.
+    """Write `float32[3, 2]` for an array or a number, else the name of its type."""
+    # NumPy's own dtype: JAX would make float32 of float64.
     dtype = value.dtype if isinstance(value, np.ndarray) else dtype_of(value)
     if dtype is not None:
         name = "float0" if dtype == jax.dtypes.float0 else dtype
@@ -58,14 +58,14 @@ class _Unquoted(str):
 
 
 def described_tree(tree: Any) -> str:
-    """The tree with each leaf described, as in `(float32[], {'x': float32[3]})`."""
+    """Describe each leaf of a tree, as in `(float32[], {'x': float32[3]})`."""
     return str(jax.tree.map(lambda leaf: _Unquoted(described(leaf)), tree))
 
 
 def as_array(value: Any, expected: str) -> jax.Array:
-    """The value as an array; what cannot be one is refused with what was expected."""
+    """Convert a value to an array, or raise an error that says what was expected."""
     cause = None
-    if value is not None:  # which older JAX takes for NaN
+    if value is not None:  # older JAX takes None for NaN
         try:
             return jnp.asarray(value)
         except (TypeError, ValueError) as error:
@@ -74,7 +74,7 @@ def as_array(value: Any, expected: str) -> jax.Array:
 
 
 def array_leaves(name: str, tree: Any, advice: str) -> list[tuple[str, Any]]:
-    """Each leaf of a tree of arrays, as it came, with what messages call it."""
+    """List each leaf of a tree of arrays, as it came, with its name in messages."""
     leaves = [
         (name + jax.tree_util.keystr(path), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -89,10 +89,10 @@ PART_IT_OFF = "part it off with eqx.partition or nnx.split, or close over it"
 
 
 def float_leaves(name: str, tree: Any) -> list[tuple[str, jax.Array]]:
-    """The leaves of a tree of real floating-point arrays, as arrays, with what messages call each.
+    """List the leaves of a tree of real floating-point arrays, with their names in messages.
 
     Args:
-      name: of the tree, in messages.
+      name: the tree's name in messages.
       tree: parameters or gradients.
 
     Raises:

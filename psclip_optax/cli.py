@@ -78,7 +78,7 @@ def _status(arguments: list[str]) -> int:
         sys.stdout.flush()  # here, where it is known what a closed pipe means
         return status
     except BrokenPipeError:
-        # Or Python would complain at its end of what it could not write.
+        # Otherwise Python would complain at its end about output that it could not write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_CLOSED
     except UsageError as error:
@@ -147,7 +147,7 @@ def _parse(arguments: list[str]) -> Config:
     """Reads the configuration; exits once help, or what is wrong, is printed."""
     import tyro
 
-    # What has no default, the folders to plot, is told without a flag.
+    # An option without a default, the folders to plot, needs no flag.
     subcommands = [
         Annotated[config, tyro.conf.subcommand(name), tyro.conf.PositionalRequiredArgs]
         for name, config in _COMMANDS.items()
@@ -195,7 +195,7 @@ def _plot(config: Any, console: Any) -> None:
 def _explain(config: Any, console: Any) -> None:
     from psclip_optax.training.command.explanation import explain
 
-    # As it is: a table wider than the terminal is not to be wrapped, nor its brackets read.
+    # Printed as it is: a table is not wrapped at the terminal, and its brackets are no markup.
     console.out(explain(config), highlight=False)
 
 

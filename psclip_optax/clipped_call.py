@@ -1,4 +1,4 @@
-"""One call of a clipped loss: from its arguments to value, gradients and figures, or its plan."""
+"""Run one call of a clipped loss: from its arguments to value, gradients and statistics."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def prepare(loss: Any, params: Any, batch: tuple[Any, ...], options: Options) ->
 
 
 def out_specs(params: Any, batch: tuple[Any, ...], options: Options) -> Any:
-    """How value, gradients and figures are sharded where parameters and batch are so by type."""
+    """Say how the results are sharded where parameters and batch have shardings in their types."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     everywhere: Any = P()
     by_sample: Any = meshes.samples_spec(leaves, axes_of_leaves(options.in_axes, batch))
@@ -111,7 +111,7 @@ def _samples(
 
 
 def _share(counts: jax.Array, mask: Any, dtype: Any, options: Options) -> jax.Array:
-    """What a sample's clipped gradient is multiplied by: 1/N, or 1 for a sum."""
+    """Return the factor of each sample's clipped gradient: 1/N, or 1 for a sum."""
     if options.reduction == "sum":
         return jnp.ones((), dtype)
     number: Any = counts.size if mask is None else jnp.sum(counts)
@@ -140,8 +140,8 @@ def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: boo
 
 
 def _mode(problem: Problem, call: Call, taus: Any, options: Options) -> Mode:
-    """Choose the mode, for thresholds that are known or None."""
-    if not call.num_samples:  # of none there is a stack, but nothing that enters a site
+    """Choose the mode; the thresholds are None where they are not known."""
+    if not call.num_samples:  # an empty batch can be stacked, but nothing of it enters a site
         return STACKED
     if options.unit(call.num_samples).is_micro_batch:
         return MICRO_BATCHES

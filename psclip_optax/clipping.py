@@ -1,13 +1,13 @@
-"""From norms and thresholds to scales: the rules that both faces of the library share.
+"""The rules from norms and thresholds to scales, which both faces of the library share.
 
-Σ γ_k g_k / N over a batch of n samples. A *masked* sample (padding) has no position, no weight
-and no share in N. A *dropped* one (not finite) has weight 0 and is counted, but keeps its position
-and its share in N.
+The result is Σ γ_k g_k / N over a batch of n samples. A *masked* sample (padding) has no position,
+no weight and no share in N. A *dropped* one (not finite) has weight 0 and is counted, but keeps its
+position and its share in N.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +16,24 @@ from jax import lax
 from psclip_optax.arrays import as_array, described
 from psclip_optax.groups import Limits
 from psclip_optax.thresholds import as_positions
+from psclip_optax.typing import ArrayT, AxisName
 
 OnNonfinite: TypeAlias = Literal["drop", "propagate"]
 
 
 class ClipStats(NamedTuple):
-    """What clipping did to each sample of one batch.
+    """Norms and scales of one batch's samples, and how many were clipped.
 
     Where a tree of thresholds clips by group, norms and scales are [n, groups] and `num_clipped` is
     [groups], in the order of the tree's leaves.
 
     Attributes:
-      norms: float [n], the norm of each sample's whole gradient, before clipping; of masked samples
-        too, so that what is made of norms needs the mask as well.
+      norms: float [n], the norm of each sample's whole gradient, before clipping. Masked samples
+        have one too: whoever reads the norms needs the mask as well.
       scales: float [n], γ_k in [0, 1]; 0 for masked and dropped samples.
-      num_clipped: int32, how many samples were scaled by γ_k < 1, the dropped ones apart.
-      num_nonfinite: int32, how many samples that count have a gradient that is not finite, in one
-        group at least.
+      num_clipped: int32, how many samples were scaled by γ_k < 1; dropped samples do not count.
+      num_nonfinite: int32, how many unmasked samples have a gradient that is not finite, in at
+        least one group.
     """
 
     norms: jax.Array
@@ -46,7 +47,7 @@ def check_on_nonfinite(on_nonfinite: str) -> None:
         raise ValueError(f'on_nonfinite is "drop" or "propagate", got {on_nonfinite!r}')
 
 
-def check_sample_mask(sample_mask: Any, num_samples: int) -> jax.Array:
+def check_sample_mask(sample_mask: jax.typing.ArrayLike, num_samples: int) -> jax.Array:
     expected = (
         f"sample_mask has shape [{num_samples}] (one flag a sample, True where it counts) and "
         "dtype bool"
@@ -57,7 +58,7 @@ def check_sample_mask(sample_mask: Any, num_samples: int) -> jax.Array:
     return mask
 
 
-def check_positions(positions: Any, num_samples: int) -> jax.Array:
+def check_positions(positions: jax.typing.ArrayLike, num_samples: int) -> jax.Array:
     expected = f"positions has shape [{num_samples}] (one 1-based integer a sample)"
     array = as_array(positions, expected)
     if array.shape != (num_samples,):
@@ -66,11 +67,11 @@ def check_positions(positions: Any, num_samples: int) -> jax.Array:
 
 
 def batch_positions(
-    num_samples: int, sample_mask: jax.Array | None, axis_name: Any = None
+    num_samples: int, sample_mask: jax.Array | None, axis_name: AxisName = None
 ) -> jax.Array:
-    """1, 2, … over the samples that count; a masked one repeats the last, never used, position.
+    """Number the samples that count 1, 2, …; a masked one repeats a position, which is not used.
 
-    They run on over the devices of mesh axes under shard_map.
+    Under shard_map the numbers run on over the devices of the mesh axes.
     """
     counts = jnp.ones(num_samples, bool) if sample_mask is None else sample_mask
     own = jnp.arange(1, num_samples + 1) if sample_mask is None else jnp.cumsum(counts)
@@ -79,8 +80,8 @@ def batch_positions(
     return jnp.maximum(own, 1)
 
 
-def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
-    """How many samples count on the devices before this one."""
+def _counts_before(number: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Count the samples that count on the devices before this one."""
     numbers = lax.all_gather(number, axis_name)
     return jnp.sum(jnp.where(jnp.arange(numbers.size) < lax.axis_index(axis_name), numbers, 0))
 
@@ -88,12 +89,12 @@ def _counts_before(number: jax.Array, axis_name: Any) -> jax.Array:
 def batch_thresholds(
     limits: Limits,
     num_samples: int,
-    dtype: Any,
+    dtype: jax.typing.DTypeLike,
     sample_mask: jax.Array | None,
     positions: jax.Array | None,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> jax.Array:
-    """τ_k of each sample, [n] or [n, groups]; what it is for a masked one does not matter."""
+    """Return τ_k of each sample, [n] or [n, groups]; a masked sample's has no effect."""
     if positions is None:
         positions = batch_positions(num_samples, sample_mask, axis_name)
     return limits.at(positions, dtype)
@@ -101,29 +102,31 @@ def batch_thresholds(
 
 @jax.custom_batching.custom_vmap
 def any_of(flags: jax.Array) -> jax.Array:
-    """Whether any flag is set; under vmap, any of the whole batch.
+    """Tell whether any flag is set; under vmap, any flag of the whole batch.
 
-    A `lax.cond` whose predicate is batched runs both branches. Where the branch that it guards is
-    right in every case, one predicate may decide for all.
+    A `lax.cond` runs both branches where its predicate is batched. One predicate may decide for
+    all samples where the branch that it guards is right in every case.
     """
     return jnp.any(flags)
 
 
 @any_of.def_vmap
-def _any_of_the_batch(axis_size: int, in_batched: Any, flags: jax.Array) -> Any:
+def _any_of_the_batch(
+    axis_size: int, in_batched: list[bool], flags: jax.Array
+) -> tuple[jax.Array, bool]:
     del axis_size, in_batched
     return any_of(flags), False
 
 
 def beside(of_samples: jax.Array, values: jax.Array) -> jax.Array:
-    """The array [n] as [n, 1] where the values have an axis of groups."""
+    """Reshape an array [n] to [n, 1] where the values have an axis of groups."""
     return of_samples if of_samples.ndim == values.ndim else of_samples[:, None]
 
 
 def clip_stats(
     norms: jax.Array, scales: jax.Array, counts: jax.Array, finite: jax.Array
 ) -> ClipStats:
-    """The figures of one batch, from arrays [n]; norms and scales [n, groups] by group."""
+    """Build the statistics of a batch from arrays [n]; norms and scales may be [n, groups]."""
     kept = beside(counts & finite, scales)
     return ClipStats(
         norms=norms,
@@ -133,9 +136,9 @@ def clip_stats(
     )
 
 
-def gathered(array: jax.Array, axis_name: Any) -> jax.Array:
-    """The whole batch's [n, …] on each device, from its shard of it, under shard_map."""
-    # As a sum, which is known to be the same on all devices; an all_gather's result is not.
+def gathered(array: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Gather the whole batch's array [n, …] on each device from its shard, under shard_map."""
+    # By a sum, which JAX knows to be the same on all devices; it does not of an all_gather.
     devices = jnp.arange(lax.psum(1, axis_name)).reshape(-1, *[1] * array.ndim)
     mine = devices == lax.axis_index(axis_name)
     whole = lax.psum(jnp.where(mine, array, 0), axis_name)
@@ -143,9 +146,9 @@ def gathered(array: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def over_devices(
-    stats: ClipStats, counts: jax.Array, kept: jax.Array, axis_name: Any
+    stats: ClipStats, counts: jax.Array, kept: jax.Array, axis_name: AxisName
 ) -> tuple[ClipStats, jax.Array, jax.Array]:
-    """The same of the whole batch on each device, from those of its shard, under shard_map."""
+    """Gather the whole batch's statistics and flags on each device, under shard_map."""
     num_clipped, num_nonfinite = lax.psum((stats.num_clipped, stats.num_nonfinite), axis_name)
     norms, scales, counts, kept = (
         gathered(array, axis_name) for array in (stats.norms, stats.scales, counts, kept)
@@ -154,9 +157,9 @@ def over_devices(
 
 
 class BatchFigures(NamedTuple):
-    """One batch in a few scalars; means, medians and maxima over the samples that are kept.
+    """Scalars that describe a batch; mean, median and maximum are over the samples that are kept.
 
-    By group arrays [groups], but for the numbers of samples and of those that are not finite.
+    By group these are arrays [groups], except `num_samples` and `num_nonfinite`.
     """
 
     num_samples: jax.Array
@@ -168,7 +171,7 @@ class BatchFigures(NamedTuple):
 
 
 def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> BatchFigures:
-    """The figures of a batch; `counts` is False for padding, `kept` for dropped samples too."""
+    """Summarise a batch; `counts` is False for padding, and `kept` for dropped samples too."""
     stats = jax.tree.map(lax.stop_gradient, stats)
     num_samples = jnp.sum(counts, dtype=jnp.int32)
     num_kept = num_samples - stats.num_nonfinite
@@ -183,12 +186,12 @@ def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> Batch
 
 
 def no_figures() -> BatchFigures:
-    """The figures of no sample at all."""
+    """Return the figures of an empty batch."""
     return BatchFigures(*(jnp.zeros(()) for _ in BatchFigures._fields))
 
 
 def median(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """The median of the values that count; 0 when there is none. That of each group, if several."""
+    """Return the median of the values that count, of each group if several; 0 if none counts."""
     if values.ndim > 1:
         return jax.vmap(median, (1, None))(values, counts)
     if not values.size:
@@ -201,31 +204,31 @@ def median(values: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def norms_of(squared_norms: jax.Array) -> jax.Array:
-    """‖g_k‖, shape [n], with the derivative 0 at 0, where that of `jnp.sqrt` is infinite."""
+    """Take the root, shape [n], with derivative 0 at 0, where `jnp.sqrt` has an infinite one."""
     is_zero = squared_norms == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared_norms)))
 
 
-def smallest_square(dtype: Any) -> float:
-    """Bound a squared norm below which squares of entries may have vanished from the sum."""
+def smallest_square(dtype: jax.typing.DTypeLike) -> float:
+    """Return the squared norm below which squares of entries may have vanished from the sum."""
     return float(jnp.finfo(dtype).tiny) * 2.0**40
 
 
-def is_tiny(taus: Any, dtype: Any) -> Any:
-    """Tell which thresholds are so small that a sum of squares may miss a norm above them."""
+def is_tiny(taus: ArrayT, dtype: jax.typing.DTypeLike) -> ArrayT:
+    """Tell which thresholds are too small to compare with a norm from a sum of squares."""
     return (taus > 0) & (taus < smallest_square(dtype) ** 0.5)
 
 
 def may_exceed(norms: jax.Array, taus: jax.Array) -> jax.Array:
-    """Tell where a sum of squares is too small for its norm to be held against a tiny τ, [n]."""
+    """Tell where both τ and the norm are too small for the norm to be trusted, [n]."""
     return is_tiny(taus, taus.dtype) & (norms < smallest_square(taus.dtype) ** 0.5)
 
 
 def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
-    """γ_k = min(1, τ_k / ‖g_k‖), shape [n]; 1 where the norm is 0 and where it is not finite.
+    """Return γ_k = min(1, τ_k / ‖g_k‖), shape [n]; 1 where the norm is 0 or NaN.
 
-    Never divides by a norm that is not above its threshold, so that neither τ = 0 nor τ = ∞ nor a
-    zero gradient gives NaN, in the value or in a derivative.
+    A norm divides only where it is above its threshold. So neither τ = 0 nor τ = ∞ nor a zero
+    gradient gives NaN, in the value or in a derivative.
     """
     clipped = norms > taus
     return jnp.where(clipped, taus / jnp.where(clipped, norms, 1), 1)

@@ -1,10 +1,10 @@
-"""Clipping by group: a tree prefix of the parameters with a threshold for each group of leaves."""
+"""Clip by group: a tree prefix of the parameters has a threshold for each group of leaves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,31 @@ from psclip_optax.thresholds import (
     AdaptiveThreshold,
     ConstantThreshold,
     GrowingThreshold,
-    Threshold,
     as_threshold,
     least_norm,
     thresholds_at,
 )
+from psclip_optax.typing import (
+    ArrayT,
+    AxisName,
+    Params,
+    PyTree,
+    Threshold,
+    ThresholdLike,
+    ThresholdTree,
+)
+
+KeyPath: TypeAlias = tuple[object, ...]
 
 
 class Groups(NamedTuple):
-    """Which leaves of the parameters are clipped together.
+    """The groups of leaves that are clipped together.
 
     Attributes:
-      of_leaf: the number of each leaf's group, or of its first slice's; None where one threshold is
-        for all of them, and arrays of samples have no axis of groups.
-      num_slices: of each leaf whose slices are in groups of their own, one after the other, how
-        many there are; else 0.
+      of_leaf: the number of each leaf's group, or of its first slice's group. None where all
+        leaves are clipped together, and arrays of samples have no axis of groups.
+      num_slices: for each leaf the number of its slices where these are groups of their own, with
+        consecutive numbers; else 0.
     """
 
     of_leaf: tuple[int, ...] | None = None
@@ -38,20 +48,20 @@ class Groups(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What arrays of samples have behind their axis of samples."""
+        """Return the axes after that of samples in arrays of samples: () or (groups,)."""
         if self.of_leaf is None:
             return ()
         return (max(self.columns(leaf).stop for leaf in range(len(self.of_leaf))),)
 
     def columns(self, leaf: int) -> range:
-        """Which columns of arrays [n, groups] are of a leaf: one, or one for each of its slices."""
+        """Return the columns of a leaf in arrays [n, groups]: one, or one for each slice."""
         if self.of_leaf is None:
             return range(1)
         first = self.of_leaf[leaf]
         return range(first, first + (self.num_slices[leaf] or 1))
 
-    def part(self, values: Any, leaf: int) -> Any:
-        """Take what arrays [..., groups] hold for the group of a leaf."""
+    def part(self, values: jax.Array, leaf: int) -> jax.Array:
+        """Take the column of a leaf's group from an array [..., groups]."""
         return values if self.of_leaf is None else values[..., self.of_leaf[leaf]]
 
     def members(self, num_leaves: int) -> list[Sequence[int]]:
@@ -64,15 +74,15 @@ class Groups(NamedTuple):
         return [*leaves]
 
     def apart(self) -> Groups:
-        """The groups where each slice that has one of its own is a leaf."""
+        """Return the same groups over leaves where each slice with a group of its own is one."""
         if not any(self.num_slices):
             return self
         leaves = range(len(self.num_slices))
         of_leaf = tuple(column for leaf in leaves for column in self.columns(leaf))
         return Groups(of_leaf, (0,) * len(of_leaf))
 
-    def slices(self, arrays: Sequence[Any], axes: Sequence[int]) -> list[Any]:
-        """Take arrays like the leaves apart into slices along an axis, those that are by slice."""
+    def slices(self, arrays: Sequence[ArrayT], axes: Sequence[int]) -> list[ArrayT]:
+        """Split arrays that correspond to the leaves into the slices that are groups."""
         if not any(self.num_slices):
             return [*arrays]
         each = zip(arrays, axes, self.num_slices, strict=True)
@@ -82,8 +92,8 @@ class Groups(NamedTuple):
         ]
         return [part for parts in parted for part in parts]
 
-    def whole(self, slices: Sequence[Any]) -> list[Any]:
-        """Put arrays like the leaves together again, from slices along their leading axis."""
+    def whole(self, slices: Sequence[ArrayT]) -> list[ArrayT | jax.Array]:
+        """Stack slices along a leading axis, so that one array corresponds to each leaf again."""
         if not any(self.num_slices):
             return [*slices]
         rest = iter(slices)
@@ -92,15 +102,15 @@ class Groups(NamedTuple):
             for number in self.num_slices
         ]
 
-    def stacked(self, arrays: Iterable[Any]) -> Any:
-        """Put what belongs to each group side by side, on a last axis."""
+    def stacked(self, arrays: Iterable[jax.Array]) -> jax.Array:
+        """Stack the arrays of the groups on a last axis."""
         if self.of_leaf is None:
             (array,) = arrays
             return array
         return jnp.stack(jnp.broadcast_arrays(*arrays), axis=-1)
 
     def in_all(self, flags: jax.Array) -> jax.Array:
-        """Tell where all groups have the flag."""
+        """Tell which samples have the flag in all groups."""
         return flags if self.of_leaf is None else jnp.all(flags, axis=-1)
 
 
@@ -111,37 +121,37 @@ class Limits(NamedTuple):
     """The thresholds that parameters are clipped at.
 
     Attributes:
-      thresholds: one for each group.
-      groups: to which they belong.
+      thresholds: a threshold for each group.
+      groups: the groups.
     """
 
     thresholds: tuple[Threshold, ...]
     groups: Groups
 
-    def at(self, positions: jax.Array, dtype: Any) -> jax.Array:
-        """Give τ at positions [n], shape [n] or [n, groups]."""
+    def at(self, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Return τ at positions [n], shape [n] or [n, groups]."""
         taus = (thresholds_at(threshold, positions, dtype) for threshold in self.thresholds)
         return self.groups.stacked(taus)
 
     def least_norms(self) -> np.ndarray | None:
-        """Tell the smallest τ of each group at any position; None where one is not known."""
+        """Return the smallest τ of each group over all positions; None where one is not known."""
         known = [least_norm(threshold) for threshold in self.thresholds]
         return None if any(one is None for one in known) else np.array(known)
 
 
-def by_layer(params: Any, threshold: Threshold | jax.typing.ArrayLike, depth: int = 1) -> Any:
+def by_layer(params: Params, threshold: ThresholdLike, depth: int = 1) -> ThresholdTree:
     r"""Share a threshold out among the layers of the parameters, for clipping by group.
 
     Each subtree at the given depth is a group, whose gradient is clipped at $\tau_k / \sqrt m$,
-    where m is the number of groups. All of a clipped gradient is then no longer than $\tau_k$, as
-    it is where the threshold is for all parameters together.
+    where m is the number of groups. The whole of a clipped gradient is then no longer than
+    $\tau_k$, as under one threshold for all parameters.
 
     Args:
-      params: the tree of parameters, or one of the same structure.
+      params: the tree of parameters, or another tree of the same structure.
       threshold: a number, [`psclip_optax.growing_threshold`][], or any callable from positions [n]
         to norms [n].
-      depth: of the subtrees, at least 1: 2 for Flax's `{"params": {"Dense_0": …}}`. A leaf that is
-        not as deep is a group of its own; a subtree without leaves is left as it is.
+      depth: the depth of the subtrees, at least 1: 2 for Flax's `{"params": {"Dense_0": …}}`. A
+        leaf above that depth is a group of its own. A subtree without leaves stays as it is.
 
     Returns:
       A tree prefix of `params` with a threshold for each group, as
@@ -175,8 +185,8 @@ def by_layer(params: Any, threshold: Threshold | jax.typing.ArrayLike, depth: in
     return jax.tree.map(lambda _: share, marked)
 
 
-def _marked(tree: Any, depth: int) -> Any:
-    """The tree with 0 in the place of each subtree at that depth, but for those without leaves."""
+def _marked(tree: PyTree, depth: int) -> PyTree:
+    """Replace each subtree at that depth by 0, unless it has no leaves."""
     if depth == 0:
         return 0 if jax.tree.leaves(tree) else tree
     return jax.tree.map(
@@ -189,29 +199,29 @@ def _scaled(threshold: Threshold, factor: float) -> Threshold:
         return ConstantThreshold(threshold.value * factor)
     if isinstance(threshold, GrowingThreshold):
         return GrowingThreshold(threshold.alpha * factor, threshold.beta)
-    # A pytree where the threshold is one.
+    # A Partial is a pytree, as the threshold may be.
     return jax.tree_util.Partial(_times, threshold, factor)
 
 
-def _times(threshold: Threshold, factor: Any, positions: jax.Array) -> jax.Array:
+def _times(threshold: Threshold, factor: jax.typing.ArrayLike, positions: jax.Array) -> jax.Array:
     return jnp.asarray(threshold(positions)) * factor
 
 
-def is_threshold(node: Any, node_types: frozenset[type] = frozenset()) -> bool:
-    """Whether a node of a prefix is a threshold, and not a tree of some.
+def is_threshold(node: object, node_types: frozenset[type] = frozenset()) -> bool:
+    """Tell whether a node of a prefix is a threshold, and not a tree of thresholds.
 
     Args:
-      node: of the prefix.
-      node_types: of the parameters' nodes, which may be callable as Equinox's modules are.
+      node: a node of the prefix.
+      node_types: the types of the parameters' nodes, which may be callable (Equinox's modules).
     """
     if isinstance(node, AdaptiveThreshold | ConstantThreshold | GrowingThreshold):
         return True
     return callable(node) and type(node) not in node_types
 
 
-def is_prefix(threshold: Any, node_types: frozenset[type] = frozenset()) -> bool:
-    """Whether it is a tree of thresholds."""
-    # What psc.tails suggests is a tuple with a threshold in it.
+def is_prefix(threshold: ThresholdTree, node_types: frozenset[type] = frozenset()) -> bool:
+    """Tell whether an argument is a tree of thresholds."""
+    # A suggestion of psc.tails is a tuple with a threshold in it.
     has_one = hasattr(threshold, "threshold") and type(threshold) not in node_types
     if has_one or is_threshold(threshold, node_types):
         return False
@@ -219,14 +229,14 @@ def is_prefix(threshold: Any, node_types: frozenset[type] = frozenset()) -> bool
     return treedef.num_leaves > 0 and not jax.tree_util.treedef_is_leaf(treedef)
 
 
-def as_thresholds(threshold: Any) -> Any:
-    """The threshold, or the tree of them, constant ones in the place of numbers."""
+def as_thresholds(threshold: ThresholdLike | ThresholdTree) -> Threshold | ThresholdTree:
+    """Replace numbers by constant thresholds, in a tree of them or alone."""
     if not is_prefix(threshold):
         return as_threshold(threshold)
     return jax.tree_util.tree_map_with_path(_as_threshold_at, threshold, is_leaf=is_threshold)
 
 
-def _as_threshold_at(path: Any, threshold: Any) -> Threshold:
+def _as_threshold_at(path: KeyPath, threshold: ThresholdTree) -> Threshold:
     try:
         return as_threshold(threshold)
     except (TypeError, ValueError) as error:
@@ -234,31 +244,35 @@ def _as_threshold_at(path: Any, threshold: Any) -> Threshold:
         raise
 
 
-def in_groups_of(prefix: Any, threshold: Any) -> Any:
-    """The threshold for each group of a prefix, unless it has groups of its own."""
+def in_groups_of(
+    prefix: Threshold | ThresholdTree | None, threshold: Threshold | ThresholdTree
+) -> Threshold | ThresholdTree:
+    """Repeat a threshold for each group of a prefix, unless it has groups of its own."""
     if is_prefix(threshold) or not is_prefix(prefix):
         return threshold
     return jax.tree.map(lambda _: threshold, prefix, is_leaf=is_threshold)
 
 
-def fitted(threshold: Any, params: Any, sample_axis: int | None = None) -> Limits:
-    """The limits that a threshold, or a tree of some, means for these parameters.
+def fitted(
+    threshold: ThresholdLike | ThresholdTree, params: PyTree, sample_axis: int | None = None
+) -> Limits:
+    """Return the limits that a threshold, or a tree of them, sets for these parameters.
 
     Args:
       threshold: a number, a callable, or a tree prefix of the parameters with one for each group.
-      params: the parameters, or what has their structure.
-      sample_axis: where that is a stack for each of them, its axis of samples.
+      params: the parameters, or a tree of the same structure.
+      sample_axis: the axis of samples where that tree holds stacks of gradients.
 
     Raises:
-      TypeError: what stands for a threshold is none.
-      ValueError: the prefix does not fit, a group has no leaves, or slices are not as many as
-        thresholds for them.
+      TypeError: a leaf of the prefix is no threshold.
+      ValueError: the prefix does not fit, a group has no leaves, or there are not as many slices
+        as thresholds for them.
     """
     node_types = _node_types(params)
     if not is_prefix(threshold, node_types):
         return Limits((as_threshold(threshold),), ALL_TOGETHER)
 
-    def is_leaf(node: Any) -> bool:
+    def is_leaf(node: object) -> bool:
         return isinstance(node, EachSlice) or is_threshold(node, node_types)
 
     named, treedef = jax.tree_util.tree_flatten_with_path(threshold, is_leaf=is_leaf)
@@ -288,8 +302,8 @@ def fitted(threshold: Any, params: Any, sample_axis: int | None = None) -> Limit
     return Limits(tuple(thresholds), Groups(tuple(of_leaf), tuple(num_slices)))
 
 
-def _num_slices(node: Any, path: Any, part: Any, sample_axis: int | None) -> int:
-    """How many slices of the leaves are groups of their own; 0 where a group has them whole."""
+def _num_slices(node: object, path: KeyPath, part: PyTree, sample_axis: int | None) -> int:
+    """Count the slices that are groups of their own; 0 where the group has whole leaves."""
     if not isinstance(node, EachSlice):
         return 0
     number = len(node.thresholds)
@@ -307,10 +321,10 @@ def _num_slices(node: Any, path: Any, part: Any, sample_axis: int | None) -> int
     return number
 
 
-def _node_types(tree: Any) -> frozenset[type]:
+def _node_types(tree: PyTree) -> frozenset[type]:
     found: set[type] = set()
 
-    def note(node: Any) -> bool:
+    def note(node: object) -> bool:
         found.add(type(node))
         return False
 
@@ -318,33 +332,39 @@ def _node_types(tree: Any) -> frozenset[type]:
     return frozenset(found)
 
 
-def has_rules(threshold: Any) -> bool:
-    """Whether it is a tree of thresholds with an adaptive one."""
+def has_rules(threshold: ThresholdTree) -> bool:
+    """Tell whether an argument is a tree of thresholds with an adaptive one."""
     if not is_prefix(threshold):
         return False
     leaves = jax.tree.leaves(threshold, is_leaf=is_threshold)
     return any(isinstance(leaf, AdaptiveThreshold) for leaf in leaves)
 
 
-def fixed_rule(threshold: Any) -> AdaptiveThreshold:
-    """The rule without a state that always has this threshold, or tree of thresholds."""
+def fixed_rule(threshold: ThresholdLike | ThresholdTree) -> AdaptiveThreshold[tuple[()]]:
+    """Make a rule without a state, whose threshold (or tree of them) is always this one."""
     fixed = as_thresholds(threshold)
     return AdaptiveThreshold(tuple, lambda state: fixed, lambda state, *_, **__: state)
 
 
-def rule_by_group(prefix: Any) -> AdaptiveThreshold:
-    """One rule of a tree of them: states and thresholds are trees, norms are [n, groups]."""
+def rule_by_group(prefix: ThresholdTree) -> AdaptiveThreshold[PyTree]:
+    """Make one rule of a tree of rules: its states and thresholds are trees, norms [n, groups]."""
     leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_threshold)
     rules = [one if isinstance(one, AdaptiveThreshold) else fixed_rule(one) for one in leaves]
 
-    def init() -> Any:
+    def init() -> PyTree:
         return treedef.unflatten([rule.init() for rule in rules])
 
-    def threshold(states: Any) -> Any:
-        both = zip(rules, treedef.flatten_up_to(states), strict=True)
-        return treedef.unflatten([rule.threshold(state) for rule, state in both])
+    def threshold(state: PyTree) -> ThresholdTree:
+        both = zip(rules, treedef.flatten_up_to(state), strict=True)
+        return treedef.unflatten([rule.threshold(one) for rule, one in both])
 
-    def update(states: Any, norms: Any, sample_mask: Any = None, *, axis_name: Any = None) -> Any:
+    def update(
+        state: PyTree,
+        norms: jax.typing.ArrayLike,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        *,
+        axis_name: AxisName = None,
+    ) -> PyTree:
         expected = (
             "a tree of adaptive thresholds is updated with the norms of a batch by group, a float "
             f"array of shape [n, {len(rules)}] such as stats.norms of psc.ClipStats"
@@ -352,15 +372,13 @@ def rule_by_group(prefix: Any) -> AdaptiveThreshold:
         norms = as_array(norms, expected)
         if norms.ndim != 2 or norms.shape[1] != len(rules):
             raise ValueError(f"{expected}, got {described(norms)}")
-        each = zip(rules, treedef.flatten_up_to(states), norms.T, strict=True)
-        new = [
-            rule.update(state, own, sample_mask, axis_name=axis_name) for rule, state, own in each
-        ]
+        each = zip(rules, treedef.flatten_up_to(state), norms.T, strict=True)
+        new = [rule.update(one, own, sample_mask, axis_name=axis_name) for rule, one, own in each]
         return treedef.unflatten(new)
 
-    def is_new(states: Any) -> jax.Array:
-        both = zip(rules, treedef.flatten_up_to(states), strict=True)
-        return jnp.stack([rule.is_new(state) for rule, state in both if rule.is_new]).any()
+    def is_new(state: PyTree) -> jax.Array:
+        both = zip(rules, treedef.flatten_up_to(state), strict=True)
+        return jnp.stack([rule.is_new(one) for rule, one in both if rule.is_new]).any()
 
     has_new = any(rule.is_new for rule in rules)
     return AdaptiveThreshold(init, threshold, update, is_new if has_new else None)

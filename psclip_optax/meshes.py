@@ -1,8 +1,8 @@
-"""Arrays on meshes: what varies between the devices under shard_map, and meshes of Explicit axes.
+"""Arrays on meshes: axes that they vary over under shard_map, and meshes with Explicit axes.
 
-On those every operation has to say how its result is sharded, where JAX cannot tell. The clipping
-cannot say it of operations inside a loss that it does not know, and leaves it to the compiler: what
-is made of them runs with Auto axes.
+On Explicit axes an operation must say how its result is sharded where JAX cannot tell. The clipping
+does not know the operations of a loss and cannot say it for them. It leaves that to the compiler,
+and so runs with Auto axes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 
 def check_axis_name(axis_name: Any) -> None:
-    """Refuse the names of mesh axes outside of the shard_map that maps them."""
+    """Refuse the name of a mesh axis that no enclosing shard_map maps."""
     if axis_name is None:
         return
     try:
@@ -32,16 +32,16 @@ def check_axis_name(axis_name: Any) -> None:
 
 
 def names_of(axis_name: Any) -> tuple[Any, ...]:
-    """The mesh axes that an axis_name means."""
+    """Return the mesh axes that an axis_name stands for."""
     if axis_name is None:
         return ()
     return axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
 def axes_of(array: Any) -> tuple[Any, ...]:
-    """The mesh axes of shard_map over which an array, or a shape, is each device's own.
+    """Return the mesh axes of shard_map over which an array, or a shape, varies.
 
-    None with check_vma=False, where JAX does not keep account of them.
+    These are () under check_vma=False, where JAX does not track them.
     """
     return axes_of_type(jax.typeof(array))
 
@@ -53,23 +53,23 @@ def axes_of_type(kind: Any) -> tuple[Any, ...]:
 
 
 def shape_of_type(kind: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    """The shape of a type, or another one, with the axes of the type, for a trace to have them."""
+    """Make a shape that varies over the axes of a type, to trace with."""
     plain = jax.ShapeDtypeStruct(kind.shape if shape is None else shape, kind.dtype)
     return jax.eval_shape(lambda array: varying(array, axes_of_type(kind)), plain)
 
 
 def axes_without(array: jax.Array, axis_name: Any) -> tuple[Any, ...]:
-    """Those of the axes over which an array is the same on all devices."""
+    """Return those of the axes over which an array is the same on all devices."""
     return tuple(name for name in names_of(axis_name) if name not in axes_of(array))
 
 
 def _of_shard_map(axes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Those of the axes of which JAX keeps account: neither vmap's nor those of check_vma=False."""
+    """Return the axes that JAX tracks: neither those of vmap nor those under check_vma=False."""
     return tuple(name for name in axes if name in axes_of(lax.axis_index(name)))
 
 
 def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
-    """The array as each device's own, so that shard_map does not add up its cotangents."""
+    """Mark an array as varying, so that shard_map does not add up its cotangents."""
     missing = _of_shard_map(axes_without(leaf, axis_name))
     if not missing:
         return leaf
@@ -79,19 +79,19 @@ def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def in_words(axes: tuple[Any, ...]) -> str:
-    """The axes as one would write them."""
+    """Write axes as an argument `axis_name` has them."""
     return repr(axes[0] if len(axes) == 1 else axes)
 
 
 def assignment_that_varies(name: str, axes: tuple[Any, ...]) -> str:
-    """What a user of this JAX writes to make a tree of arrays each device's own."""
+    """Write the code that marks a tree of arrays as varying, in this version of JAX."""
     if hasattr(lax, "pcast"):
         return f"{name} = jax.lax.pcast({name}, {in_words(axes)}, to='varying')"
     return f"{name} = jax.lax.pvary({name}, {in_words(axes)})"
 
 
 def check_sharded(name: str, per_sample_grads: Any, axis_name: Any) -> None:
-    """Refuse a stack that is the same on all devices of the axes that are to shard it."""
+    """Refuse a stack that is the same on all devices of the axes that should shard it."""
     if axis_name is None or axes_without(lax.axis_index(axis_name), axis_name):
         return  # with check_vma=False nothing is known
     for path, leaf in jax.tree_util.tree_leaves_with_path(per_sample_grads):
@@ -107,7 +107,7 @@ def check_sharded(name: str, per_sample_grads: Any, axis_name: Any) -> None:
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """The mesh with Explicit axes that some array is on; None where there is none."""
+    """Return the mesh with Explicit axes that some array is on; None where there is none."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
             mesh = jax.typeof(leaf).sharding.mesh
@@ -118,12 +118,12 @@ def explicit_mesh(tree: Any) -> Any:
 
 
 def specs_of(tree: Any) -> Any:
-    """How each array of a tree is sharded over Explicit axes."""
+    """Return the sharding of each array of a tree over Explicit axes."""
     return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
 
 
 def specs_without(tree: Any, axis: int) -> Any:
-    """How each array would be sharded without one of its axes."""
+    """Return the sharding that each array would have without one of its axes."""
 
     def spec_without(leaf: Any) -> P:
         spec = jax.typeof(leaf).sharding.spec
@@ -134,7 +134,7 @@ def specs_without(tree: Any, axis: int) -> Any:
 
 
 def samples_spec(leaves: Sequence[Any], axes: Sequence[int | None]) -> P:
-    """How an array [n] is sharded as the n samples on these axes of the leaves are."""
+    """Return the sharding of an array [n] that the leaves have on their axes of samples."""
     for leaf, axis in zip(leaves, axes, strict=True):
         spec = jax.typeof(leaf).sharding.spec
         if axis is not None and axis % jnp.ndim(leaf) < len(spec):
@@ -145,13 +145,13 @@ def samples_spec(leaves: Sequence[Any], axes: Sequence[int | None]) -> P:
 def with_auto_axes(
     function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Any, out_specs: Any
 ) -> Any:
-    """function(*arguments) with Auto axes, and what it returns on Explicit ones.
+    """Call function(*arguments) with Auto axes, and return its results on Explicit ones.
 
     Args:
-      function: of trees of arrays, and of other leaves as they are.
+      function: a function of trees of arrays; leaves that are no arrays are passed as they are.
       arguments: the trees.
-      mesh: of the Explicit axes.
-      out_specs: a prefix of the tree that the function returns.
+      mesh: the mesh with Explicit axes.
+      out_specs: the shardings, a prefix of the tree that the function returns.
 
     Raises:
       ValueError: the function closes over arrays on Explicit axes.

@@ -1,14 +1,12 @@
-"""Ready chains: an Optax optimizer behind per-sample clipping."""
+"""Ready chains of per-sample clipping and an Optax optimizer."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import optax
 
 from psclip_optax.thresholds import AdaptiveThreshold, GrowingThreshold, growing_threshold
-from psclip_optax.thresholds.auto import auto_threshold
+from psclip_optax.thresholds.auto import AutoState, auto_threshold
 from psclip_optax.transforms import per_sample_clip
 
 
@@ -19,28 +17,29 @@ def ps_clip_sgd(
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SGD on the mean of gradients clipped per sample at τ_k = α k^{1/β}: PS-Clip-SGD.
+    r"""Build PS-Clip-SGD: SGD on the mean of gradients clipped per sample at τ_k = α k^{1/β}.
 
-    The same as `optax.chain(psc.per_sample_clip(psc.growing_threshold(alpha, beta)),
+    It is the same as `optax.chain(psc.per_sample_clip(psc.growing_threshold(alpha, beta)),
     optax.sgd(learning_rate, momentum, nesterov))`.
 
     Args:
       learning_rate: a number or an Optax schedule over steps.
       alpha: the scale α ≥ 0 of the threshold, in the units of the gradient's norm; σ in theory.
         Without α and β the threshold is [`psclip_optax.auto_threshold`][].
-      beta: its growth β > 0 with a sample's position k; the moment p in (1, 2] in theory.
-      momentum: decay of the momentum; None for none.
+      beta: the growth β > 0 of the threshold with a sample's position k; in theory the order p of
+        the moment, in (1, 2].
+      momentum: the decay of the momentum; None for SGD without it.
       nesterov: whether the momentum is Nesterov's.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` over stacked per-sample gradients, leaves
-      [n, …]; its update takes `sample_mask` and `positions` as [`psclip_optax.per_sample_clip`][]'s
-      does. To schedule α or β, or to set them by hand, wrap it:
+      [n, …]. Its update takes `sample_mask` and `positions` as that of
+      [`psclip_optax.per_sample_clip`][] does. To schedule α or β, or to set them by hand, wrap it:
       `optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`.
 
     Raises:
-      TypeError: α or β is a callable outside `optax.inject_hyperparams`, or no number, or one of
-        them is given without the other.
+      TypeError: α or β is no number (a schedule needs `optax.inject_hyperparams`), or one of them
+        is given without the other.
       ValueError: α < 0, β ≤ 0 or NaN.
 
     Examples:
@@ -64,7 +63,9 @@ def ps_clip_sgd(
     )
 
 
-def _threshold(alpha: Any, beta: Any) -> GrowingThreshold | AdaptiveThreshold:
+def _threshold(
+    alpha: jax.typing.ArrayLike | None, beta: jax.typing.ArrayLike | None
+) -> GrowingThreshold | AdaptiveThreshold[AutoState]:
     if alpha is None and beta is None:
         return auto_threshold()
     if alpha is None or beta is None:

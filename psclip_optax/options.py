@@ -1,8 +1,8 @@
-"""The options of the face that takes a loss, and their checks."""
+"""The options of `clipped_value_and_grad`, and their checks."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 from jax import lax
 
@@ -10,30 +10,47 @@ from psclip_optax import clipping
 from psclip_optax.arrays import is_integer
 from psclip_optax.clipping import OnNonfinite
 from psclip_optax.engine.units import Unit
+from psclip_optax.typing import AxisName, InAxes
 
 Mode: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAt: TypeAlias = Literal["sample", "micro-batch"]
 Reduction: TypeAlias = Literal["mean", "sum"]
 
 
-class Options(NamedTuple):
-    """The arguments of `clipped_value_and_grad` but the loss and its threshold."""
+class ClipOptions(TypedDict, total=False):
+    """The options of `clipped_value_and_grad`, except those that change what a call returns."""
 
-    has_aux: bool
-    in_axes: Any
+    in_axes: InAxes
     keep_batch_dim: bool
     microbatch_size: int | None
     mode: Mode
     on_nonfinite: OnNonfinite
-    axis_name: Any
-    spmd_axis_name: Any
+    axis_name: AxisName
+    spmd_axis_name: AxisName
+    memory_limit_bytes: int | None
+    clip_at: ClipAt
+    reduction: Reduction
+    norm_precision: lax.Precision | None
+
+
+class Options(NamedTuple):
+    """The arguments of `clipped_value_and_grad`, except the loss and its threshold."""
+
+    has_aux: bool
+    in_axes: InAxes
+    keep_batch_dim: bool
+    microbatch_size: int | None
+    mode: Mode
+    on_nonfinite: OnNonfinite
+    axis_name: AxisName
+    spmd_axis_name: AxisName
     memory_limit_bytes: int | None
     clip_at: ClipAt
     reduction: Reduction
     norm_precision: lax.Precision | None
 
     def unit(self, num_samples: int) -> Unit:
-        """What is clipped together of so many samples."""
+        """Return the unit that is clipped as a whole, in a batch of so many samples."""
         if self.clip_at == "sample":
             return Unit()
         return Unit(max(1, min(self.microbatch_size or 1, num_samples)), is_micro_batch=True)
@@ -51,7 +68,7 @@ class Options(NamedTuple):
         )
 
 
-def checked_size(name: str, size: Any) -> int | None:
+def checked_size(name: str, size: int | None) -> int | None:
     if size is None:
         return None
     if not is_integer(size) or size < 1:
@@ -70,7 +87,7 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f'reduction is "mean" or "sum", got {reduction!r}')
 
 
-def _check_norm_precision(precision: Any) -> None:
+def _check_norm_precision(precision: object) -> None:
     if precision is not None and not isinstance(precision, lax.Precision):
         raise TypeError(
             "norm_precision is a jax.lax.Precision, such as jax.lax.Precision.HIGHEST, or None for "

@@ -1,44 +1,46 @@
-"""Clipping by slice: a threshold for each slice along the leading axis of stacked leaves."""
+"""Clip by slice: each slice along the leading axis of stacked leaves has a threshold."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from psclip_optax.thresholds import AdaptiveThreshold, as_threshold
+from psclip_optax.typing import PyTree, Threshold, ThresholdLike
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EachSlice:
-    """A subtree of thresholds: one for each slice along the leading axis of all leaves there.
+    """A subtree of thresholds, with one for each slice along the leading axis of its leaves.
 
     Attributes:
-      thresholds: in the order of the slices.
+      thresholds: the thresholds, in the order of the slices.
     """
 
-    thresholds: tuple[Any, ...]
+    thresholds: tuple[Threshold | AdaptiveThreshold[PyTree], ...]
 
 
-def each_slice(thresholds: Sequence[Any]) -> EachSlice:
+def each_slice(
+    thresholds: Sequence[ThresholdLike | AdaptiveThreshold[PyTree]],
+) -> EachSlice:
     r"""Clip each slice along the leading axis by itself, for layers that are stacked in one array.
 
-    Stands in a tree of thresholds for a subtree of the parameters, whose leaves have shapes
-    [L, …]. Slice l of all of them is one group, for each l: layer l of a model whose layers
-    `jax.lax.scan` runs over. Norms and scales have L columns for it, in order.
+    It stands in a tree of thresholds for a subtree of the parameters whose leaves have shapes
+    [L, …]. Slice l of all these leaves is one group: layer l of a model whose layers `jax.lax.scan`
+    runs over. Norms and scales have L columns for them, in order.
 
     Args:
-      thresholds: L of them, each as [`psclip_optax.clipped_value_and_grad`][] takes it for a group:
-        a number, a threshold, or an adaptive one where those are taken.
+      thresholds: L thresholds, each as [`psclip_optax.clipped_value_and_grad`][] takes it for a
+        group: a number, a threshold, or an adaptive one where those are taken.
 
     Returns:
       A subtree for a tree prefix of the parameters.
 
     Raises:
-      TypeError: they are no sequence, or one of them is neither a number nor a callable.
+      TypeError: the thresholds are no sequence, or one is neither a number nor a callable.
       ValueError: there are none, or a number is out of range.
 
     Examples:
@@ -66,5 +68,7 @@ def each_slice(thresholds: Sequence[Any]) -> EachSlice:
     return EachSlice(tuple(_as_given(one) for one in thresholds))
 
 
-def _as_given(threshold: Any) -> Any:
+def _as_given(
+    threshold: ThresholdLike | AdaptiveThreshold[PyTree],
+) -> Threshold | AdaptiveThreshold[PyTree]:
     return threshold if isinstance(threshold, AdaptiveThreshold) else as_threshold(threshold)

@@ -1,4 +1,4 @@
-"""Stacks of per-sample gradients: what a valid one is, its norms and its weighted sums."""
+"""Check stacks of per-sample gradients, and compute their norms and weighted sums."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PUT_IT_FIRST = (
 
 
 class Stack(NamedTuple):
-    """A stack's leaves, each with the index of its own sample axis, and their groups."""
+    """The leaves of a stack, each with its own sample axis, and their groups."""
 
     leaves: list[jax.Array]
     axes: tuple[int, ...]
@@ -36,11 +36,11 @@ class Stack(NamedTuple):
         return self.leaves[0].shape[self.axes[0]]
 
     def apart(self) -> Stack:
-        """The stack with a leaf for each slice that is in a group of its own."""
+        """Split the leaves into the slices that are groups of their own."""
         apart = self.groups.apart()
         if apart is self.groups:
             return self
-        # What comes first of one sample's leaf is its leading axis.
+        # Slices lie along the leading axis of one sample's leaf.
         leading = [int(axis == 0) for axis in self.axes]
         axes = [
             axis - (axis > 0) if n else axis
@@ -51,7 +51,7 @@ class Stack(NamedTuple):
         return Stack(leaves, tuple(axis for axis, n in each for _ in range(n or 1)), apart)
 
     def with_own(self, *by_group: jax.Array) -> Iterator[tuple[Any, ...]]:
-        """Give each leaf, its axis, and what arrays [n] or [n, groups] hold for its group."""
+        """Yield each leaf, its axis, and its group's column of arrays [n] or [n, groups]."""
         for i, both in enumerate(zip(self.leaves, self.axes, strict=True)):
             yield *both, *(self.groups.part(array, i) for array in by_group)
 
@@ -68,7 +68,7 @@ def refuse_masked_nodes(tree: Any) -> None:
 
 
 def refuse_weighted_sum(flag: Any) -> None:
-    """Refuse a flag that arithmetic has made an integer, with the state that it is a field of."""
+    """Refuse a state whose flag has become an integer: it comes from arithmetic on states."""
     if isinstance(flag, jax.Array) and jnp.issubdtype(flag.dtype, jnp.integer):
         raise ValueError(
             "a state of per_sample_clip is not for sums or means, but one has made an integer of "
@@ -111,7 +111,7 @@ def _check_has_axis(path: str, leaf: jax.Array, sample_axis: int) -> None:
 
 
 def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> None:
-    """Refuse a stack that is not one of the parameters' gradients, as from optax.MultiSteps."""
+    """Refuse a stack whose shapes without the sample axis are not those of the parameters."""
     if params is None or jax.tree.structure(params) != jax.tree.structure(per_sample_grads):
         return  # without parameters, or under other names, there is nothing to compare with
     named = jax.tree_util.tree_leaves_with_path(per_sample_grads)
@@ -128,9 +128,9 @@ def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> No
 
 
 def warn_if_beyond_memory(stack: Stack) -> None:
-    """Before the allocator fails: of a stack that is traced nothing is there yet."""
+    """Warn before the allocator fails: while a stack is traced it takes no memory yet."""
     if any(export.is_symbolic_dim(size) for leaf in stack.leaves for size in leaf.shape):
-        return  # jax.export leaves it open
+        return  # jax.export leaves the size open
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in stack.leaves)
     memory = _memory_of_devices()
     if memory is not None and size > memory:
@@ -144,9 +144,9 @@ def warn_if_beyond_memory(stack: Stack) -> None:
 
 
 def _memory_of_devices() -> int | None:
-    """Bytes that all devices have together, for a stack may be sharded; None where unknown."""
+    """Return the bytes of all devices together, as a stack may be sharded; None if unknown."""
     devices = jax.devices()
-    if devices[0].platform == "cpu":  # all of them share the machine's
+    if devices[0].platform == "cpu":  # all CPU devices share the machine's memory
         names = os.sysconf_names if hasattr(os, "sysconf") else {}
         known = "SC_PHYS_PAGES" in names
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
@@ -155,7 +155,7 @@ def _memory_of_devices() -> int | None:
 
 
 def bytes_limit(device: Any) -> int | None:
-    """Bytes of memory that arrays may take on a device; None where it does not tell, as CPUs."""
+    """Return the bytes that arrays may take on a device; None where it does not tell (a CPU)."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -172,9 +172,9 @@ def _per_sample(vector: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
 
 
 def squared_norms(stack: Stack, dtype: Any) -> jax.Array:
-    """‖g_k‖² over all leaves of each sample, shape [n]; ∞ where it is beyond the dtype's range.
+    """Sum ‖g_k‖² over all leaves of each sample, shape [n]; ∞ beyond the dtype's range.
 
-    Over the leaves of each group, shape [n, groups], where there are some.
+    By group the sum is over the leaves of each group, shape [n, groups].
     """
 
     def over(leaves: Sequence[int]) -> jax.Array:
@@ -188,7 +188,7 @@ def squared_norms(stack: Stack, dtype: Any) -> jax.Array:
 
 
 def scaled_squared_norms(stack: Stack, factors: jax.Array) -> jax.Array:
-    """‖factors_k g_k‖² over all leaves of each sample, [n], or those of each group, [n, groups]."""
+    """Sum ‖factors_k g_k‖² over each sample's leaves, [n], or each group's, [n, groups]."""
 
     def over(leaves: Sequence[int]) -> jax.Array:
         own = stack.groups.part(factors, leaves[0])
@@ -207,8 +207,8 @@ def _sum_of_squares(leaf: jax.Array, axis: int) -> jax.Array:
 
 def weighted_sum(leaf: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
     dtype = _accumulation_dtype(leaf.dtype)
-    # A GPU would multiply in TF32 and a TPU in bfloat16: this reads each number once, so that
-    # full precision costs nothing.
+    # By default a GPU would multiply in TF32 and a TPU in bfloat16. Full precision costs nothing
+    # here, where each number is read once.
     return lax.dot_general(
         weights.astype(dtype),
         leaf.astype(dtype),
@@ -225,10 +225,10 @@ def _largest_divisor(number: int, at_most: int) -> int:
 def selected_weighted_sum(
     leaf: jax.Array, axis: int, selected: jax.Array, factors: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """Σ_k weights_k (factors_k leaf_k) over the selected samples, whatever the others hold.
+    """Sum weights_k (factors_k leaf_k) over the selected samples, whatever the others hold.
 
-    The selection needs a copy, so that it is made of one slice after the other. Strided slices, for
-    they leave a sharded sample axis as it is.
+    The selection needs a copy, so it takes one slice after another. Strided slices leave a sharded
+    sample axis as it is.
     """
     num_slices = _largest_divisor(max(leaf.shape[axis], 1), at_most=8)
     split = (leaf.shape[axis] // num_slices, num_slices)
@@ -243,7 +243,7 @@ def selected_weighted_sum(
         chosen = jnp.where(_per_sample(keep, part, axis), scaled, 0)
         return total + weighted_sum(chosen, axis, weight), None
 
-    # Of the type that a sum has: a shape alone lacks what shard_map knows. No sum is computed.
+    # zeros_like of a sum has the axes that the sum varies over under shard_map. XLA drops the sum.
     zero = jnp.zeros_like(jnp.sum(leaf, axis), weights.dtype)
     total, _ = lax.scan(add, zero, jnp.arange(num_slices))
     return total.astype(_accumulation_dtype(leaf.dtype))

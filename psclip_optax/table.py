@@ -1,4 +1,4 @@
-"""Tables in plain text, as `explain` and `verify` print them."""
+"""Lay out tables in plain text, as `explain` and `verify` print them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], *, has_total: bool = False) -> list[str]:
-    """Lay out rows in columns, a rule under the head and above a last row of totals.
+    """Lay out rows in columns, with a rule under the head and above a last row of totals.
 
     Args:
       rows: the head, then the others, all of the same length.
-      has_total: whether the last row is one of totals.
+      has_total: whether the last row holds totals.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     head, *lines = [

@@ -1,4 +1,4 @@
-"""per_sample_clip: from stacked per-sample gradients to the mean of the clipped ones."""
+"""Clip stacked per-sample gradients, and average them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from psclip_optax.arrays import (
     described,
     dtype_of,
     is_integer,
-    promoted,
 )
-from psclip_optax.clipping import BatchFigures, ClipStats, OnNonfinite
-from psclip_optax.groups import Groups, Limits
-from psclip_optax.stacks import Stack
-from psclip_optax.thresholds import AdaptiveThreshold, ConstantThreshold, Threshold
+from psclip_optax.clipped_sums import Batch, clip_and_sum
+from psclip_optax.clipping import BatchFigures, OnNonfinite
+from psclip_optax.groups import Limits
+from psclip_optax.thresholds import AdaptiveThreshold, ConstantThreshold
 from psclip_optax.thresholds.tracking import as_adaptive, state_for_batch
+from psclip_optax.typing import AxisName, PyTree, Threshold, ThresholdLike, ThresholdTree
 
 UNCLIPPED = ConstantThreshold(math.inf)
 
 
 class _Figures(NamedTuple):
-    num_updates: jax.Array  # not `count`, which in a chain is Adam's own
+    num_updates: jax.Array  # not `count`: Adam has one in the same chain
     num_samples: jax.Array
     num_clipped: jax.Array
     num_nonfinite: jax.Array
@@ -39,14 +39,14 @@ class _Figures(NamedTuple):
     median_norm: jax.Array
     max_norm: jax.Array
     all_finite: jax.Array
-    threshold_state: Any = ()
+    threshold_state: PyTree = ()
 
 
 class PerSampleClipState(_Figures):
     """Figures of the last batch, for the train loop to log, e.g. with `optax.tree.get`.
 
-    Norms and the mean scale are over the samples that count and are finite; 0 when there is none.
-    Where a tree of thresholds clips by group, they and `num_clipped` are [groups].
+    Norms and the mean scale are over the samples that count and are finite; 0 if there are none.
+    Where a tree of thresholds clips by group, they and `num_clipped` have shape [groups].
 
     Attributes:
       num_updates: int32, updates so far.
@@ -57,162 +57,22 @@ class PerSampleClipState(_Figures):
       median_norm: float, the median of ‖g_k‖ before clipping.
       max_norm: float, the largest ‖g_k‖ before clipping.
       all_finite: bool, whether all samples that count were finite.
-      threshold_state: the state of an adaptive threshold, for the next batch; () of any other. Of
-        a tree of thresholds with an adaptive one the tree of their states.
+      threshold_state: the state of an adaptive threshold, for the next batch, or the tree of the
+        states of several; () for any other threshold.
     """
 
     __slots__ = ()
 
     def __new__(cls, *fields: Any, **named: Any) -> PerSampleClipState:
-        # JAX comes here when it rebuilds the tree. Of all dtypes only bool does not survive a
-        # weighted sum with weights 0 and 1, which is how optax.contrib.sam chooses a state.
+        # JAX calls this when it rebuilds the tree. optax.contrib.sam chooses a state by a weighted
+        # sum with weights 0 and 1, and only a bool does not keep its dtype in one.
         state = super().__new__(cls, *fields, **named)
         stacks.refuse_weighted_sum(state.all_finite)
         return state
 
 
-class Batch(NamedTuple):
-    """What is known of each sample apart from its gradient: τ [n] or [n, groups], a flag [n]."""
-
-    taus: jax.Array
-    counts: jax.Array
-
-
-def _clip_in_two_reads(
-    stack: Stack, batch: Batch, squared_norms: jax.Array
-) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
-    """Σ γ_k g_k where every squared norm can be told; anything else turns the sum into NaN."""
-    norms = clipping.norms_of(squared_norms)
-    finite = jnp.isfinite(norms)
-    scales = jnp.where(finite, clipping.clip_scales(norms, batch.taus), jnp.nan)
-    weights = scales * clipping.beside(batch.counts, scales).astype(scales.dtype)
-    sums = [stacks.weighted_sum(*one) for one in stack.with_own(weights)]
-    return sums, norms, scales, stack.groups.in_all(finite)
-
-
-def _clip_with_care(
-    stack: Stack, batch: Batch, squared_norms: jax.Array, on_nonfinite: OnNonfinite
-) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
-    """Σ γ_k g_k without the masked and the dropped, each g_k brought to a scale of its own first.
-
-    Zero weights would not do: 0 · NaN is NaN. And the square of a norm may leave the range of its
-    dtype while the norm, or the clipped gradient, does not.
-    """
-    own = _own_scales(stack, batch.taus, squared_norms)
-    finite = stack.groups.in_all(own.finite)
-    kept = batch.counts & finite if on_nonfinite == "drop" else batch.counts
-    sums = [
-        stacks.selected_weighted_sum(leaf, axis, kept, factors, weights)
-        for leaf, axis, factors, weights in stack.with_own(own.factors, own.weights)
-    ]
-    return sums, own.norms, own.scales, finite
-
-
-class _OwnScales(NamedTuple):
-    """γ_k g_k = weights_k (factors_k g_k), where no product leaves the range of its dtype.
-
-    Each is [n], or [n, groups].
-    """
-
-    factors: jax.Array
-    weights: jax.Array
-    norms: jax.Array
-    scales: jax.Array
-    finite: jax.Array
-
-
-def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _OwnScales:
-    huge = 2.0 ** (jnp.finfo(squared_norms.dtype).maxexp * 25 // 32)
-    too_large = ~jnp.isfinite(squared_norms)
-    too_small = squared_norms < clipping.smallest_square(taus.dtype)
-    # The factors depend on the data: XLA would take constant ones out of the square, in vain.
-    factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
-    squares = stacks.scaled_squared_norms(stack, factors)
-    norms, units, finite = clipping.norms_of(squares), 1 / factors, jnp.isfinite(squares)
-    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), of which no factor overflows. A norm
-    # of ∞ has no limit: at τ = ∞ its ratio would be NaN, and so would 0 times that.
-    has_limit = (norms > 0) & finite
-    limits = taus / jnp.where(has_limit, norms, 1)
-    return _OwnScales(
-        factors=factors,
-        weights=jnp.where(has_limit, jnp.minimum(units, limits), units),
-        norms=norms * units,
-        scales=jnp.where(has_limit, jnp.minimum(1, limits / units), 1),
-        finite=finite,
-    )
-
-
-def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
-    """Whether some squared norm overflowed, is not finite, or is too small to be compared."""
-    smallest = clipping.smallest_square(taus.dtype)
-    too_small = (squared_norms < smallest) & (taus < smallest**0.5)
-    return clipping.any_of(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
-
-
-# Compiled on its own, so that un-jitted updates do not trace and compile the branches every time.
-@functools.partial(jax.jit, static_argnames=("axes", "groups", "masked", "on_nonfinite"))
-def clip_and_sum(
-    leaves: list[jax.Array],
-    batch: Batch,
-    *,
-    axes: tuple[int, ...],
-    groups: Groups,
-    masked: bool,
-    on_nonfinite: OnNonfinite,
-) -> tuple[list[jax.Array], ClipStats, jax.Array]:
-    """Σ γ_k g_k per leaf, the figures, and which samples count and were not dropped, bool [n]."""
-    stack = Stack(leaves, axes, groups).apart()
-    squared_norms = stacks.squared_norms(stack, batch.taus.dtype)
-    if on_nonfinite == "propagate" and not masked:
-        sums, norms, scales, finite = _clip_in_two_reads(stack, batch, squared_norms)
-    else:
-        sums, norms, scales, finite = lax.cond(
-            _needs_care(squared_norms, batch.taus),
-            lambda: _clip_with_care(stack, batch, squared_norms, on_nonfinite),
-            lambda: _clip_in_two_reads(stack, batch, squared_norms),
-        )
-    kept = batch.counts & finite
-    return groups.whole(sums), clipping.clip_stats(norms, scales, batch.counts, finite), kept
-
-
-def clipped_alone(
-    leaves: list[jax.Array], tau: jax.Array, groups: Groups
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """γ g of one gradient, ‖g‖ and γ = min(1, τ / ‖g‖); all NaN where it is not finite.
-
-    By group, τ, ‖g‖ and γ are [groups].
-    """
-    stack = Stack([leaf[None] for leaf in leaves], (0,) * len(leaves), groups).apart()
-    taus = tau.reshape(1, *groups.shape)
-    squared_norms = stacks.squared_norms(stack, taus.dtype)
-
-    def plainly() -> tuple[jax.Array, ...]:
-        norms = clipping.norms_of(squared_norms)
-        scales = clipping.clip_scales(norms, taus)
-        return jnp.ones_like(norms), scales, norms, scales
-
-    def with_care() -> tuple[jax.Array, ...]:
-        own = _own_scales(stack, taus, squared_norms)
-        weights, scales = (jnp.where(own.finite, x, jnp.nan) for x in (own.weights, own.scales))
-        return own.factors, weights, own.norms, scales
-
-    both = lax.cond(_needs_care(squared_norms, taus), with_care, plainly)
-    factor, weight, norm, scale = (one[0] for one in both)
-
-    def clipped(leaf: jax.Array, factor: jax.Array, weight: jax.Array) -> jax.Array:
-        scaled = leaf.astype(promoted(leaf.dtype, factor.dtype)) * factor * weight
-        return scaled.astype(leaf.dtype)
-
-    both = stack.with_own(factor[None], weight[None])
-    return (
-        groups.whole([clipped(leaf[0], *(x[0] for x in own)) for leaf, _, *own in both]),
-        norm,
-        scale,
-    )
-
-
 def _next_state(
-    state: PerSampleClipState, figures: BatchFigures, threshold_state: Any
+    state: PerSampleClipState, figures: BatchFigures, threshold_state: PyTree
 ) -> PerSampleClipState:
     num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
     before = state[1 : 1 + len(figures)]
@@ -221,7 +81,7 @@ def _next_state(
     return PerSampleClipState(num_updates, *cast, all_finite, threshold_state)
 
 
-def _check_sample_axis(sample_axis: Any) -> int:
+def _check_sample_axis(sample_axis: int) -> int:
     if not is_integer(sample_axis):
         raise TypeError(
             f"sample_axis is a Python int, got {sample_axis!r}; under optax.inject_hyperparams add "
@@ -230,7 +90,7 @@ def _check_sample_axis(sample_axis: Any) -> int:
     return int(sample_axis)
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: object) -> None:
     if not isinstance(state, PerSampleClipState):
         raise TypeError(
             "per_sample_clip's update takes (per_sample_grads, state, params) with a "
@@ -239,72 +99,75 @@ def _check_state(state: Any) -> None:
 
 
 def per_sample_clip(
-    threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | Any | None = None,
+    threshold: ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree | None = None,
     *,
     sample_axis: int = 0,
     on_nonfinite: OnNonfinite = "drop",
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip every sample's gradient to its threshold, then average over the batch.
 
-    Takes stacked per-sample gradients, as `jax.vmap` of `jax.grad` gives them, and
-    returns
+    It takes stacked per-sample gradients, as `jax.vmap` of `jax.grad` gives them, and returns
 
     $$g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)$$
 
     where the norm is over all leaves of sample k together, or over those of each group. It is the
-    *first* link of a chain: it changes shapes, so that `optax.masked`, `optax.partition`,
-    `optax.MultiSteps` and `optax.apply_if_finite` go around what follows it.
+    *first* link of a chain. Because it changes shapes, `optax.masked`, `optax.partition`,
+    `optax.MultiSteps` and `optax.apply_if_finite` go around the links after it.
 
-    A large threshold changes nothing but the mean: with τ = ∞ the result is the plain mean
-    gradient. Norms and sums accumulate in `promote_types(dtype, float32)`.
+    With τ = ∞ nothing is clipped, and the result is the plain mean gradient. Norms and sums
+    accumulate in `promote_types(dtype, float32)`.
 
     Args:
       threshold: the largest norm τ_k of the sample at the 1-based position k, in the units of the
         gradient's norm: a number (the same for all), [`psclip_optax.growing_threshold`][], any
         callable from integer positions [n] to norms [n], or an adaptive one such as
-        [`psclip_optax.moment_threshold`][], whose τ_k come from the norms of the batches before
-        this one, as kept in the state. None is [`psclip_optax.auto_threshold`][], which needs no
-        number. A tree prefix of the parameters with one of these for each group of leaves clips by
-        group: ‖g_k‖ and γ_k are then of a group's leaves alone; [`psclip_optax.by_layer`][] makes
-        one, and [`psclip_optax.each_slice`][] is for layers that are stacked in one array.
+        [`psclip_optax.moment_threshold`][]. The τ_k of an adaptive threshold come from the norms
+        of earlier batches, which the state keeps. None stands for
+        [`psclip_optax.auto_threshold`][], which needs no number. A tree prefix of the parameters
+        with one of these for each group of leaves clips by group: each group has its own ‖g_k‖ and
+        γ_k. [`psclip_optax.by_layer`][] makes such a prefix, and [`psclip_optax.each_slice`][] is
+        for layers that are stacked in one array.
       sample_axis: the axis of every leaf along which the n samples are stacked.
-      on_nonfinite: "drop" gives a sample with NaN or ∞ in its gradient weight 0 and counts it; it
-        keeps its position and its share in N. "propagate" lets it through, so that the result is
-        not finite; a norm beyond the square root of the dtype's range (1.8e19 in float32), which
-        "drop" clips as any other, may give NaN there as well. "propagate" reads float32
-        gradients twice, the least possible; so does "drop" when all are finite.
-      axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the samples are
-        sharded: positions run on over the devices, and the result and the state are the whole
-        batch's, the same on all of them (`out_specs` of `P()`). Of replicated parameters
-        `jax.vmap(jax.grad(loss))` gives gradients summed over the devices there, unless they are
-        made each device's own before, by `jax.lax.pcast(params, axis_name, to="varying")`.
+      on_nonfinite: "drop" gives a sample weight 0 where its gradient holds NaN or ∞, and counts
+        it; the sample keeps its position and its share in N. "propagate" lets it through, so that
+        the result is not finite. A norm beyond the square root of the dtype's range (1.8e19 in
+        float32) may also give NaN under "propagate"; "drop" clips it as any other. "propagate"
+        reads float32 gradients twice, which is the least possible, and so does "drop" where all
+        are finite.
+      axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the samples are sharded.
+        Positions run on over the devices. The result and the state are those of the whole batch,
+        the same on all devices (`out_specs` of `P()`). Under shard_map the gradients of replicated
+        parameters by `jax.vmap(jax.grad(loss))` are summed over the devices. Mark the parameters
+        first, by `jax.lax.pcast(params, axis_name, to="varying")`, so that each device has its
+        own gradients.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its update takes
       `(per_sample_grads, state, params=None, *, sample_mask=None, positions=None)`:
 
-      * `per_sample_grads`: a pytree of floating-point arrays, n on `sample_axis` of each;
-      * `params`: when given, shapes are checked against them;
-      * `sample_mask`: bool [n], False for padding: no position, no weight, no share in N;
-      * `positions`: int [n], replaces 1, 2, …, for slices of a larger batch, shards, or a
-        permutation when batches come sorted.
+      * `per_sample_grads`: a pytree of floating-point arrays, with size n on `sample_axis`;
+      * `params`: the parameters; if given, shapes are checked against theirs;
+      * `sample_mask`: bool [n], False for padding, which has no position, no weight and no share
+        in N;
+      * `positions`: int [n], replaces 1, 2, …: for slices of a larger batch, for shards, or as a
+        permutation where batches come sorted.
 
       It returns the mean without the sample axis, in the leaves' dtypes, and a
-      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros, and a tree without
-      leaves one without leaves.
+      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros. For a tree without
+      leaves the result has none either.
 
     Raises:
       TypeError: a leaf is not real floating-point, a threshold is neither a number nor a
-        callable, or the state is another one's.
-      ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are no
-        leaves but there are parameters, shapes do not fit the parameters, mask or positions are not
+        callable, or the state is that of another transformation.
+      ValueError: a leaf has no sample axis, leaves have unequal numbers of samples, there are
+        parameters but no gradients, shapes do not fit the parameters, mask or positions are not
         of shape [n], a tree of thresholds is no prefix of the gradients' or has one for a subtree
         without leaves, the stack is summed over the devices of `axis_name`, or the transformation
         is wrapped in `optax.masked`, `optax.MultiSteps`, `optax.contrib.sam` or the like.
 
     Warns:
-      UserWarning: the stack takes more memory than the devices have; while it is traced.
+      UserWarning: the stack takes more memory than the devices have. It is given during tracing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -332,7 +195,7 @@ def per_sample_clip(
         stacks.refuse_masked_nodes(params)
         leaves = array_leaves("params", params, PART_IT_OFF)
         floats = [p for _, p in leaves if jnp.issubdtype(dtype_of(p), jnp.floating)]
-        # An array of its own for each field: a donated state may not hold one twice.
+        # Each field has its own array: a donated state may not hold an array twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
         threshold_state = rule.init()
         shape = groups.fitted(rule.threshold(threshold_state), params).groups.shape
@@ -347,7 +210,7 @@ def per_sample_clip(
         *,
         sample_mask: jax.typing.ArrayLike | None = None,
         positions: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         del extra_args
         _check_state(state)
@@ -363,9 +226,9 @@ def per_sample_clip(
         per_sample_grads: optax.Updates,
         state: PerSampleClipState,
         params: optax.Params | None,
-        sample_mask: Any,
-        positions: Any,
-        threshold: Any,
+        sample_mask: jax.typing.ArrayLike | None,
+        positions: jax.typing.ArrayLike | None,
+        threshold: Threshold | ThresholdTree,
     ) -> tuple[optax.Updates, PerSampleClipState]:
         meshes.check_axis_name(axis_name)
         stacks.refuse_masked_nodes(per_sample_grads)

@@ -15,16 +15,8 @@ STARTERS = {PACKAGE / "cli.py", PACKAGE / "__main__.py"}
 # A folder imports those before it alone.
 FOLDERS = ("data", "config", "output", "models", "steps", "run", "plot", "compare", "command")
 MOST_LINES = 400
-# Longer than that still; a name goes once its file is in parts.
+# Tests that are longer still; a name goes once its file is in parts.
 LONG = {
-    "benchmarks/cifar100/alexnet_cifar100.py",
-    "benchmarks/cifar100/many_runs.py",
-    "benchmarks/engine/cost.py",
-    "benchmarks/theory/convergence_rate.py",
-    "benchmarks/theory/estimator_error.py",
-    "benchmarks/theory/estimator_report.py",
-    "benchmarks/thresholds/auto_threshold.py",
-    "psclip_optax/transforms.py",
     "tests/test_accumulation.py",
     "tests/test_adaptive.py",
     "tests/test_clipped_grad.py",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import re
 import tomllib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +19,29 @@ from psclip_optax.training.command import doctor
 ROOT = pathlib.Path(__file__).parents[1]
 FORMS = [ROOT / ".github" / "ISSUE_TEMPLATE" / name for name in ("bug.yml", "slow.yml")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+# A function's docstring begins with a verb, which none of these is.
+NO_VERB = re.compile(
+    "(A|All|An|As|At|Below|Both|By|Each|Every|For|From|How|In|None|Of|On|One|Over|So|That|The|Those|To|Two"
+    "|What|When|Where|Whether|Which|Who|Why|With|Without),?"
+)
+
+
+def docstrings(source: str) -> Iterator[tuple[ast.AST, str]]:
+    """Yield modules, classes and functions with the first lines of their docstrings."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            yield node, str(ast.get_docstring(node)).splitlines()[0]
+
+
+def begins_well(node: ast.AST, line: str) -> bool:
+    """Tell whether a first line begins with a verb, or a class's or module's with a noun."""
+    word = line.split()[0]
+    if isinstance(node, ast.FunctionDef):
+        return re.fullmatch("[A-Z][a-z]+,?", word) is not None and not NO_VERB.fullmatch(word)
+    return word not in ("Of", "What") or "?" in line  # a benchmark asks its question
 
 
 def read_yaml(path: pathlib.Path) -> Any:
@@ -52,3 +77,23 @@ def test_issue_forms_ask_for_what_answers_most_questions(path: pathlib.Path):
     methods = set(re.findall(r"`print\(f\.(\w+)\(params, \*batch\)\)`", asked))
     assert methods == {"explain", "verify"}
     assert all(callable(getattr(ClippedValueAndGrad, name)) for name in methods)
+
+
+@pytest.mark.parametrize("folder", ["psclip_optax", "benchmarks", "docs"])
+def test_docstrings_begin_with_a_verb_or_a_noun(folder: str):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node, line in docstrings(path.read_text(encoding="utf-8")):
+            assert begins_well(node, line), f"{path.relative_to(ROOT)}: {line}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""What a module has."""',
+        'def f():\n  """The rule."""',
+        'class C:\n  """Of a batch."""',
+        'def f():\n  """τ at k."""',
+    ],
+)
+def test_docstrings_that_begin_otherwise_are_found(source: str):
+    assert not all(begins_well(*found) for found in docstrings(source))

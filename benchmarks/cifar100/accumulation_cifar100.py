@@ -19,7 +19,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.cifar100.many_runs import Numbers, Run, check_noises
+from benchmarks.cifar100.many_runs import check_noises
+from benchmarks.cifar100.runs import Numbers, Run
 from benchmarks.cifar100.tuned import (
     BATCH_NORM,
     Options,
@@ -58,7 +59,7 @@ NOTE = (
 
 
 def build_grids(noise: str, number: int) -> dict[str, list[Numbers]]:
-    """As many points a method; steps of larger batches may be longer, by the root of their size."""
+    """Builds as many points for each method; larger batches have longer steps, by their root."""
     unit = (number / 4) ** 0.5
     rates = tuple(rate * unit for rate in RATES)
     many = tuple(rate * unit for rate in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08))
@@ -67,17 +68,17 @@ def build_grids(noise: str, number: int) -> dict[str, list[Numbers]]:
     return {
         "not clipped": [Numbers(rate) for rate in many],
         "clipped after": batch_clipping_grid(rates, (0.5, 2.0)),
-        # The norms of micro-batches' gradients are about those of batches.
+        # The norms of micro-batches' gradients are close to those of batches.
         "clipped before": growing_grid(rates, (0.5, 2.0), BETA, number, BATCH_NORM),
     }
 
 
 def run_cell(noise: str, number: int, train: Trainer) -> dict[str, Any]:
-    """One noise and one number of micro-batches."""
+    """Runs one noise with one number of micro-batches."""
     options, setting = train.options, train.options.setting(number * MICROBATCH_SIZE)
 
     def make_run(stage: str, name: str, numbers: Numbers, seed: int) -> Run:
-        # The mean of micro-batches' gradients is the batch's, where it is not clipped before.
+        # Without clipping before, the mean of micro-batches' gradients is the batch's gradient.
         parts = number if name == "clipped before" else None
         own = dataclasses.replace(setting, num_microbatches=parts)
         return Run(stage, name, noise, numbers, run_length(stage, options.epochs), seed, own)
@@ -94,7 +95,7 @@ def run_cell(noise: str, number: int, train: Trainer) -> dict[str, Any]:
 
 
 def time_steps(number: int, train: Trainer) -> Any:
-    """Seconds of a step of K micro-batches of one run, by how they are clipped."""
+    """Times a step of K micro-batches of one run, for each way to clip."""
     size, num_classes = train.image_size, train.num_classes
     net = build_model("alexnet", num_classes, width=train.options.width)
     key = jax.random.key(0)
@@ -144,7 +145,7 @@ def to_table(result: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Test accuracy of each way, the differences of clipping before, and the times of a step."""
+    """Writes test accuracies, the differences of clipping before, and the times of a step."""
     header = [
         "training data, micro-batches",
         *METHODS,
@@ -182,9 +183,9 @@ def main(
     """Clip micro-batches before they are accumulated, after, or not at all?
 
     Args:
-      common: of all comparisons on CIFAR-100.
-      noises: what becomes of the training data.
-      microbatches: how many there are in a step, one comparison each.
+      common: the options of all comparisons on CIFAR-100.
+      noises: the corruptions of the training data.
+      microbatches: the numbers of micro-batches in a step, one comparison each.
     """
     options = common
     if common.quick:

@@ -14,19 +14,28 @@ import dataclasses
 import itertools
 import json
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.cifar100.many_runs import NOISES, Numbers, Run, Setting, check_noises
+from benchmarks.cifar100.alexnet_report import (
+    BASELINES,
+    FAILED,
+    NOTE,
+    Method,
+    best_of,
+    differences_to_markdown,
+    draw,
+    to_markdown,
+    to_tables,
+)
+from benchmarks.cifar100.many_runs import check_noises
+from benchmarks.cifar100.runs import NOISES, Numbers, Run, Setting
 from benchmarks.cifar100.tuned import (
     SAMPLE_NORM,
     Options,
@@ -34,8 +43,6 @@ from benchmarks.cifar100.tuned import (
     batch_clipping_grid,
     best_numbers,
     build_trainer,
-    describe_numbers,
-    edges,
     growing_grid,
     raised,
     stopped_accuracy,
@@ -43,10 +50,8 @@ from benchmarks.cifar100.tuned import (
     timed_once,
     validation_accuracy,
 )
-from benchmarks.common.machine import describe
-from benchmarks.common.publishing import RESULTS, markdown_table, publish
-from benchmarks.common.statistics import describe_difference, describe_mean, paired_difference
-from benchmarks.common.style import tidy
+from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.common.statistics import paired_difference
 from benchmarks.common.timing import quartiles
 from benchmarks.engine.accumulation import (
     NUM_MICROBATCHES,
@@ -58,11 +63,11 @@ from benchmarks.engine.accumulation import (
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.models.losses import classification_loss
 
-BASELINES = ("SGD", "momentum", "batch clipping")
+__all__ = ["BASELINES", "DEFAULTS", "FAILED", "build_methods", "main", "to_markdown"]
+
 RATES = (0.01, 0.025, 0.06, 0.15)
 BETA = 2.0
-FAILED = 0.015  # chance is 0.01
-WATCHED = ("momentum", "per-sample, growing")  # whose gradient norms' tails are estimated
+WATCHED = ("momentum", "per-sample, growing")  # methods whose tails of gradient norms are estimated
 DEFAULTS = Options(
     RESULTS / "alexnet_cifar100.runs.jsonl",
     width=0.5,
@@ -72,30 +77,9 @@ DEFAULTS = Options(
     dtype="bfloat16",
 )
 
-NOTE = (
-    "Chosen: the best of 12 trials by validation accuracy; tested with other seeds, 95% intervals "
-    "of differences paired by seed (Student's t). Stopped early: at the epoch of the best "
-    "validation accuracy. The best baseline is chosen by its test accuracy, in its favour. Times "
-    "are of one run's steps, interleaved: ratios to the plain gradient's, median (quartiles)."
-)
-
-
-class Method(NamedTuple):
-    """A method's grid, and how it is drawn.
-
-    Attributes:
-      grid: 12 points.
-      colour: in figures.
-      marker: in figures.
-    """
-
-    grid: tuple[Numbers, ...]
-    colour: str
-    marker: str
-
 
 def build_methods(batch_size: int) -> dict[str, Method]:
-    """Twelve points for every method: rates alone, or four rates by three thresholds."""
+    """Builds twelve points for each method: rates alone, or four rates with three thresholds."""
     rates = np.geomspace(RATES[0] / 2.5, 2 * RATES[-1], 12).tolist()
     constant = [
         Numbers(rate, threshold=tau)
@@ -149,7 +133,7 @@ def final_runs(
 
 
 def time_steps(batch_size: int, train: Trainer) -> Any:
-    """Seconds of a train step of one run, by how its gradient is made."""
+    """Times a train step of one run, for each way to make its gradient."""
     size, num_classes = train.image_size, train.num_classes
     model = build_model("alexnet", num_classes, width=train.options.width)
     key = jax.random.key(0)
@@ -193,21 +177,21 @@ def time_steps(batch_size: int, train: Trainer) -> Any:
 
 
 def in_one_go(runs: dict[str, list[Run]], train: Trainer) -> dict[str, list[dict[str, Any]]]:
-    """The records of all runs, by noise, trained as if they were one list."""
+    """Trains the runs of all noises as if they were one list, and returns records by noise."""
     all_runs = list(itertools.chain(*runs.values()))
     records = iter(train(all_runs))
     return {noise: [next(records) for _ in own] for noise, own in runs.items()}
 
 
 def mean_of(rows: list[Any]) -> list[float]:
-    """Column by column; not a number where a run diverged."""
+    """Averages column by column; NaN where a run diverged."""
     return np.mean(np.array(rows, float), axis=0).tolist()
 
 
 def summarize(
     tuned: list[dict[str, Any]], finals: list[dict[str, Any]], chosen: dict[str, Numbers]
 ) -> dict[str, Any]:
-    """What is kept of the runs of one noise."""
+    """Selects the figures of one noise that the results keep."""
     methods = {}
     for name, numbers in chosen.items():
         own = [record for record in finals if record["method"] == name]
@@ -249,219 +233,6 @@ def summarize(
     }
 
 
-def best_of(methods: dict[str, Any], accuracies: str) -> str:
-    return max(BASELINES, key=lambda name: statistics.fmean(methods[name][accuracies]))
-
-
-def to_tables(result: dict[str, Any]) -> list[Table]:
-    noises = result["noises"]
-    return [
-        steps_table(result),
-        *(noise_table(result, noise) for noise in noises),
-        tails_table(noises),
-        edges_table(noises),
-    ]
-
-
-def steps_table(result: dict[str, Any]) -> Table:
-    machine = describe(result["steps"]["machine"])
-    table = Table(title=machine, caption=NOTE, caption_justify="left")
-    table.add_column("gradient of a train step", no_wrap=True)
-    for name in ("ms", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, row in result["steps"]["ways"].items():
-        low, middle, high = row["ratio_quartiles"]
-        ms = f"{1e3 * row['seconds_quartiles'][1]:.2f}"
-        table.add_row(name, ms, f"{middle:.2f} ({low:.2f}–{high:.2f})")
-    return table
-
-
-def noise_table(result: dict[str, Any], noise: str) -> Table:
-    found = result["noises"][noise]
-    table = Table(title=f"{noise}: test accuracy, %")
-    for name in ("method", "chosen"):
-        table.add_column(name, no_wrap=True)
-    for name in (
-        "last epoch",
-        f"against {found['best_baseline']} (95%)",
-        "stopped early",
-        f"against {found['best_stopped_baseline']} (95%)",
-        "clipped",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, own in found["methods"].items():
-        clipped = own["batch_clipped"] if name == "batch clipping" else own["clipped_share"]
-        table.add_row(
-            name,
-            describe_numbers(own["chosen"]),
-            describe_mean(own["test_accuracies"]),
-            "" if name == found["best_baseline"] else describe_difference(own["difference"]),
-            describe_mean(own["stopped_accuracies"]),
-            ""
-            if name == found["best_stopped_baseline"]
-            else describe_difference(own["stopped_difference"]),
-            f"{clipped:.0%}",
-        )
-    return table
-
-
-def tails_table(noises: dict[str, Any]) -> Table:
-    table = Table(
-        title="tails of the samples' gradient norms, over the training batches of an epoch",
-        caption="Index: Hill's estimate with its 95% interval, by psclip_optax.tails; a light tail "
-        "has all moments.",
-        caption_justify="left",
-    )
-    for name in ("training data", "method", "epoch"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tail index", "median", "99%", "largest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for noise, found in noises.items():
-        for method, epochs in found["tails"].items():
-            for epoch, tail in epochs.items():
-                table.add_row(noise, method, epoch, *describe_tail(tail))
-    return table
-
-
-def describe_tail(tail: dict[str, Any] | None) -> tuple[str, str, str, str]:
-    if tail is None:
-        return "diverged", "", "", ""
-    median, _, high, _, largest = tail["quantiles"]
-    low, up = tail["interval"]
-    index = "light" if tail["index"] is None else f"{tail['index']:.2f} ({low:.2f} to {up:.2f})"
-    undecided = " or light" if tail["verdict"] == "undecided" else ""
-    return index + undecided, f"{median:.1f}", f"{high:.1f}", f"{largest:.0f}"
-
-
-def edges_table(noises: dict[str, Any]) -> Table:
-    """Winners beyond which the grid does not reach, where a better one may lie."""
-    table = Table(title="chosen at an edge of the grid")
-    for name in ("training data", "method", "chosen", "edge"):
-        table.add_column(name, no_wrap=True)
-    for noise, found in noises.items():
-        for name, own in found["methods"].items():
-            for edge in edges(own):
-                table.add_row(noise, name, describe_numbers(own["chosen"]), edge)
-    return table
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """Writes the guide's table: test accuracy after the last epoch."""
-    ours = "per-sample, growing"
-    names = list(result["protocol"]["trials"])
-    rows = [["training data", "tail index", *names, "growing − best baseline"]]
-    for noise, found in result["noises"].items():
-        index, *_ = describe_tail(list(found["tails"][ours].values())[-1])
-        accuracies = [describe_mean(found["methods"][name]["test_accuracies"]) for name in names]
-        difference = describe_difference(found["methods"][ours]["difference"])
-        rows.append([noise, index, *accuracies, difference])
-    return markdown_table(rows)
-
-
-def differences_to_markdown(result: dict[str, Any]) -> str:
-    """Of per-sample clipping to every baseline, after the last epoch and stopped early."""
-    rows = [["training data", "threshold", "stopped", *(f"− {name}" for name in BASELINES)]]
-    for noise, found in result["noises"].items():
-        for ours in ("constant", "growing", "automatic"):
-            for when, accuracies in (("no", "test_accuracies"), ("early", "stopped_accuracies")):
-                own, *others = (
-                    found["methods"][name][accuracies]
-                    for name in (f"per-sample, {ours}", *BASELINES)
-                )
-                differences = [describe_difference(paired_difference(own, o)) for o in others]
-                rows.append([noise, ours, when, *differences])
-    return markdown_table(rows)
-
-
-def failures_to_markdown(result: dict[str, Any]) -> str:
-    """Of all trials, those that are not above chance."""
-    names = list(result["protocol"]["trials"])
-    rows = [["training data", *names]]
-    for noise, found in result["noises"].items():
-        trials = [found["methods"][name]["trials"] for name in names]
-        failed = [sum(t["validation_accuracy"] < FAILED for t in own) for own in trials]
-        rows.append(
-            [noise, *(f"{few} of {len(own)}" for few, own in zip(failed, trials, strict=True))]
-        )
-    return markdown_table(rows)
-
-
-def tails_to_markdown(result: dict[str, Any]) -> str:
-    rows = [["training data", "method", "epoch", "tail index", "median", "99%", "largest"]]
-    rows += [
-        [noise, method, epoch, *describe_tail(tail)]
-        for noise, found in result["noises"].items()
-        for method, epochs in found["tails"].items()
-        for epoch, tail in epochs.items()
-    ]
-    return markdown_table(rows)
-
-
-def draw(result: dict[str, Any], styles: dict[str, Method]) -> Figure:
-    noises = result["noises"]
-    figure = Figure(figsize=(14, 3.6 * len(noises) + 0.6), layout="constrained")
-    rows = figure.subplots(len(noises), 3, squeeze=False)
-    for row, (noise, found) in zip(rows, noises.items(), strict=True):
-        draw_curves(row[0], found["methods"], styles, dict.fromkeys(styles, 1.0), "epoch")
-        row[0].set_ylabel(f"{noise}: test accuracy, %")
-        minutes = {name: seconds_of_epoch(result, name) / 60 for name in styles}
-        draw_curves(row[1], found["methods"], styles, minutes, "minutes of training, by the engine")
-        name = "per-sample, growing"
-        slow = {name: minutes[name] * vmap_ratio(result)}
-        draw_curves(row[1], {name: found["methods"][name]}, styles, slow, "", dashed=True)
-        draw_trials(row[2], found["methods"], styles)
-    handles, labels = rows[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(styles), frameon=False)
-    figure.suptitle(describe(result["machine"]), fontsize=10)
-    return figure
-
-
-def vmap_ratio(result: dict[str, Any]) -> float:
-    steps = result["steps"]["ways"]
-    return steps["vmap"]["seconds_quartiles"][1] / steps["engine"]["seconds_quartiles"][1]
-
-
-def seconds_of_epoch(result: dict[str, Any], name: str) -> float:
-    way = "engine" if name.startswith("per-sample") else "plain"
-    seconds = result["steps"]["ways"][way]["seconds_quartiles"][1]
-    return result["protocol"]["steps_per_epoch"] * seconds
-
-
-def draw_curves(
-    axes: Axes,
-    methods: dict[str, Any],
-    styles: dict[str, Method],
-    unit: dict[str, float],
-    label: str,
-    *,
-    dashed: bool = False,
-) -> None:
-    for name, own in methods.items():
-        curves = 100 * np.array(own["test_curves"], float)
-        measured = np.isfinite(curves[0])
-        x = unit[name] * (1 + np.flatnonzero(measured))
-        mean = curves[:, measured].mean(axis=0)
-        error = curves[:, measured].std(axis=0, ddof=1) / len(curves) ** 0.5
-        style = {"color": styles[name].colour, "linewidth": 1.6}
-        axes.plot(x, mean, "--" if dashed else "-", label="_" if dashed else name, **style)
-        axes.fill_between(x, mean - error, mean + error, alpha=0.2, color=styles[name].colour)
-        axes.plot(x[-1], mean[-1], styles[name].marker, color=styles[name].colour)
-    if label:
-        axes.set_xlabel(label)
-    tidy(axes)
-
-
-def draw_trials(axes: Axes, methods: dict[str, Any], styles: dict[str, Method]) -> None:
-    for name, own in methods.items():
-        rates = [trial["numbers"]["learning_rate"] for trial in own["trials"]]
-        values = [100 * trial["validation_accuracy"] for trial in own["trials"]]
-        axes.plot(rates, values, styles[name].marker, color=styles[name].colour, alpha=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate of a trial")
-    axes.set_ylabel("validation accuracy, %")
-    tidy(axes)
-
-
 def main(
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS,
     tuning_epochs: int = 8,
@@ -469,12 +240,12 @@ def main(
     batch_size: int = 128,
     markdown: bool = False,
 ) -> None:
-    """Does per-sample clipping train AlexNet on CIFAR-100 better than tuned baselines?
+    """Compares per-sample clipping with tuned baselines, for AlexNet on CIFAR-100.
 
     Args:
-      common: of all comparisons on CIFAR-100.
+      common: the options of all comparisons on CIFAR-100.
       tuning_epochs: of the trials.
-      noises: what becomes of the training data, one comparison each.
+      noises: the corruptions of the training data, one comparison each.
       batch_size: samples in a step.
       markdown: train nothing, and print the pages' tables from the file.
     """

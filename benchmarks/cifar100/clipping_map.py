@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.cifar100.many_runs import NOISES, Numbers, Run
+from benchmarks.cifar100.runs import NOISES, Numbers, Run
 from benchmarks.cifar100.tuned import (
     Options,
     Trainer,
@@ -51,7 +51,7 @@ class Cell(NamedTuple):
     Attributes:
       noise: one of NOISES.
       batch_size: samples in a step.
-      momentum: its decay.
+      momentum: the decay of the momentum.
       epochs: of every run.
     """
 
@@ -66,7 +66,7 @@ class Cell(NamedTuple):
 
 
 def build_cells(epochs: int, quick: bool) -> list[Cell]:
-    """Every noise with and without momentum; batch sizes; a third and three times the length."""
+    """Lists the cells: each noise with and without momentum, batch sizes, and run lengths."""
     if quick:
         return [Cell("clean", 32, 0.9, 1), Cell("40% labels", 32, 0.0, 1)]
     base = [Cell(noise, 128, momentum, epochs) for momentum in (0.0, 0.9) for noise in NOISES]
@@ -78,7 +78,7 @@ def build_cells(epochs: int, quick: bool) -> list[Cell]:
 
 
 def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
-    """As many points for each method. A step of momentum m is about 1 / (1 − m) times as long."""
+    """Builds as many points for each method; momentum m makes a step 1 / (1 − m) times as long."""
     # Steps of larger batches may be longer; by the root, as their noise is smaller.
     unit = (cell.batch_size / 128) ** 0.5 * (1 - cell.momentum) / (1 - 0.9)
     few = tuple(rate * unit for rate in (0.015, 0.04, 0.1))
@@ -135,7 +135,7 @@ def to_chosen_table(result: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Test accuracy of each method, and the differences of per-sample clipping."""
+    """Writes the test accuracy of each method, and the differences of per-sample clipping."""
     rows = [["condition", *METHODS, *(f"per-sample − {name}" for name in METHODS[:2])]]
     for row in result["rows"]:
         rows.append(
@@ -156,10 +156,10 @@ def draw(result: dict[str, Any]) -> Figure:
 def main(
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS, cells: tuple[int, ...] | None = None
 ) -> None:
-    """Where does per-sample clipping win, and where does it not?
+    """Maps where per-sample clipping wins, and where it does not.
 
     Args:
-      common: of all comparisons on CIFAR-100.
+      common: the options of all comparisons on CIFAR-100.
       cells: these conditions alone, by their place in the table from 0.
     """
     options = common

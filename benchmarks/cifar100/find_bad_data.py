@@ -194,7 +194,7 @@ def describe_areas(areas: list[float]) -> str:
 
 
 def to_cells(result: dict[str, Any]) -> list[list[str]]:
-    """The table's rows; the first is the header."""
+    """Makes the table's rows; the first is the header."""
     header = ["training", "order", "after 1 epoch", "after all", "found in the first 10 %"]
     rows = [header]
     place = SHARES.index(0.1)

@@ -8,9 +8,7 @@ is compared differs in nothing else. A finished run is kept, and is not run agai
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,39 +22,27 @@ from jax import lax
 from rich.console import Console
 
 import psclip_optax as psc
+from benchmarks.cifar100.runs import (
+    NOISES,
+    QUANTILES,
+    Data,
+    Example,
+    Numbers,
+    Run,
+    Setting,
+    as_json,
+    corrupted,
+    record_of,
+    tail_figures,
+)
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.machine import describe_machine
-from psclip_optax.training.data.corruptions import with_label_noise, with_student_t_pixels
-from psclip_optax.training.data.splits import Dataset, Split, train_validation_split
+from psclip_optax.training.data.splits import Split
 from psclip_optax.training.models.classifiers import build_model
-from psclip_optax.training.output.files import to_json
 
 PADDING = 4  # pixels that a random crop may shift an image by
 MOMENT = 1.5  # p of the automatic threshold, whose growth it is too
 EVALUATION_BATCH_SIZE = 500
-QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
-
-
-class Noise(NamedTuple):
-    """What becomes of the training data.
-
-    Attributes:
-      label_noise: share of labels that are replaced.
-      pixel_df: degrees of freedom of the Student-t factors of images; None for no factors.
-      pixel_fraction: share of images that are multiplied by them.
-    """
-
-    label_noise: float = 0.0
-    pixel_df: float | None = None
-    pixel_fraction: float = 0.0
-
-
-NOISES = {
-    "clean": Noise(),
-    "20% labels": Noise(label_noise=0.2),
-    "40% labels": Noise(label_noise=0.4),
-    "heavy pixels": Noise(pixel_df=1.5, pixel_fraction=0.2),
-}
 
 
 def check_noises(noises: Sequence[str]) -> None:
@@ -65,81 +51,8 @@ def check_noises(noises: Sequence[str]) -> None:
         raise ValueError(f"noises are of {', '.join(NOISES)}, got {', '.join(unknown) or 'none'}")
 
 
-class Numbers(NamedTuple):
-    """The method of a run, or those of several, [R]; ∞ and 0 leave out what they stand for.
-
-    Attributes:
-      learning_rate: before the cosine schedule.
-      momentum: its decay.
-      threshold: largest norm at position 1, of a sample's or micro-batch's gradient.
-      exponent: 1/β of the growth with the position.
-      scale: of the automatic threshold, in its σ̂; 0 for a threshold that is given.
-      batch_threshold: largest norm of the batch's gradient.
-    """
-
-    learning_rate: Any
-    momentum: Any = 0.9
-    threshold: Any = float("inf")
-    exponent: Any = 0.0
-    scale: Any = 0.0
-    batch_threshold: Any = float("inf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is compiled: runs that share it are trained together.
-
-    Attributes:
-      width: multiplies AlexNet's channels and hidden sizes.
-      batch_size: samples in a step.
-      num_microbatches: the mean gradients of so many micro-batches are clipped; None for samples.
-      augment: whether images are shifted and mirrored at random.
-      dtype: of the forward and backward pass; parameters and their updates are float32.
-    """
-
-    width: float
-    batch_size: int = 128
-    num_microbatches: int | None = None
-    augment: bool = True
-    dtype: str = "float32"
-
-
-class Run(NamedTuple):
-    """One training run, with all that decides how it ends.
-
-    Attributes:
-      stage: what it is for.
-      method: its name.
-      noise: one of NOISES.
-      numbers: the method.
-      epochs: its length.
-      seed: of parameters, order, augmentation and noise.
-      setting: what is compiled.
-      watches_tails: whether the tail index of the samples' norms is estimated in some epochs.
-    """
-
-    stage: str
-    method: str
-    noise: str
-    numbers: Numbers
-    epochs: int
-    seed: int
-    setting: Setting
-    watches_tails: bool = False
-
-    def described(self) -> dict[str, Any]:
-        """As JSON holds it; ∞ is null there."""
-        setting = dataclasses.asdict(self.setting)
-        return as_json(self._asdict() | {"numbers": self.numbers._asdict(), "setting": setting})
-
-
-def as_json(value: Any) -> Any:
-    """Gives what a reader of this value's JSON has: NaN and ∞ are None there."""
-    return json.loads(to_json(value))
-
-
 class State(NamedTuple):
-    """What a run is made of between two steps."""
+    """The state of a run between two steps."""
 
     params: Any
     velocity: Any
@@ -147,27 +60,10 @@ class State(NamedTuple):
     step: jax.Array
 
 
-class Example(NamedTuple):
-    """Training data of one run: labels and pixel factors of its own, [N]."""
-
-    labels: Any
-    factors: Any
-
-
-class Data(NamedTuple):
-    """The dataset on the device, images uint8 or float32 [N, H, W, C]."""
-
-    train: Split
-    validation: Split
-    test: Split
-    mean: jax.Array
-    std: jax.Array
-
-
 def convolutions_as_products(
     call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-    """Interceptor of `nn.Conv`: one product with the kernel, of windows laid side by side.
+    """Intercepts `nn.Conv`: one product of the kernel with windows laid side by side.
 
     Mapped over runs, a convolution whose kernels differ becomes one of many groups, for which
     libraries have no fast kernel, while a product becomes one batched product.
@@ -202,7 +98,7 @@ def convolutions_as_products(
 
 
 def _same_padding(size: int, window: int, stride: int) -> tuple[int, tuple[int, int]]:
-    """Outputs, and zeros before and after, as XLA's "SAME" has them."""
+    """Computes outputs, and zeros before and after, as XLA does for "SAME"."""
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + window - size, 0)
     return outputs, (total // 2, total - total // 2)
@@ -211,7 +107,7 @@ def _same_padding(size: int, window: int, stride: int) -> tuple[int, tuple[int, 
 def build_loss(
     model: nn.Module, dtype: str = "float32", *, as_products: bool = True
 ) -> Callable[..., Any]:
-    """The loss of one image, and whether its label is named; by default with few convolutions."""
+    """Builds the loss and accuracy of one image, by default with few convolutions."""
 
     def loss(params: Any, image: jax.Array, label: Any) -> Any:
         params, image = jax.tree.map(lambda x: x.astype(dtype), (params, image))
@@ -233,7 +129,7 @@ def normalized(images: Any, factors: jax.Array, data: Data) -> jax.Array:
 
 
 def shifted_and_mirrored(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Random crops of images padded by zeros, each mirrored with probability 1/2."""
+    """Crops images at random from padded ones, and mirrors each with probability 1/2."""
     shift_key, mirror_key = jax.random.split(key)
     n, *shape = images.shape
     corners = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1)
@@ -248,7 +144,7 @@ def shifted_and_mirrored(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 class Program(NamedTuple):
-    """Compiled functions over R runs at once.
+    """The compiled functions over R runs at once.
 
     Attributes:
       init: seeds [R] → state.
@@ -261,7 +157,7 @@ class Program(NamedTuple):
     accuracy: Callable[..., Any]
 
 
-def moment_rule(scale: Any) -> psc.AdaptiveThreshold:
+def moment_rule(scale: Any) -> psc.AdaptiveThreshold[Any]:
     return psc.moment_threshold(MOMENT, scale=scale)
 
 
@@ -270,12 +166,12 @@ def build_program(
     setting: Setting,
     num_classes: int,
     image_shape: tuple[int, ...],
-    automatic: Callable[[Any], psc.AdaptiveThreshold] = moment_rule,
+    automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> Program:
-    """Compiles, when first called, what trains runs of one setting.
+    """Builds the program that trains runs of one setting; it compiles at its first call.
 
     Args:
-      setting: what the runs share.
+      setting: the setting that the runs share.
       num_classes: number of labels.
       image_shape: [H, W, C].
       automatic: scale → rule of the runs whose scale is not 0.
@@ -290,11 +186,8 @@ def build_program(
         mode="one_pass",
         return_stats=True,
         on_nonfinite="propagate",  # no method drops samples, for plain SGD does not either
-        **(
-            {"clip_at": "micro-batch", "microbatch_size": setting.batch_size // number}
-            if number
-            else {}
-        ),
+        clip_at="micro-batch" if number else "sample",
+        microbatch_size=setting.batch_size // number if number else None,
     )
 
     def threshold_of(numbers: Numbers, state: State) -> Callable[[jax.Array], jax.Array]:
@@ -382,22 +275,6 @@ def build_program(
     )
 
 
-def load_data(dataset: Dataset, num_validation: int) -> Data:
-    """The dataset on the default device, its training split without the validation images."""
-    train, validation = train_validation_split(dataset.train, num_validation=num_validation, seed=0)
-    splits: Any = jax.tree.map(jnp.asarray, (train, validation, dataset.test))
-    return Data(*splits, mean=jnp.asarray(dataset.pixel_mean), std=jnp.asarray(dataset.pixel_std))
-
-
-def corrupted(split: Split, noise: Noise, num_classes: int, seed: int) -> Example:
-    """The labels and pixel factors of one run."""
-    labels = with_label_noise(np.asarray(split.labels), noise.label_noise, num_classes, seed)
-    factors = np.ones((len(labels), 1, 1, 1), np.float32)
-    if noise.pixel_df is not None:
-        factors = with_student_t_pixels(factors, noise.pixel_df, seed, noise.pixel_fraction)
-    return Example(labels, factors.reshape(-1))
-
-
 def run_all(
     runs: list[Run],
     data: Data,
@@ -408,16 +285,16 @@ def run_all(
     console: Console,
     seconds: float = float("inf"),
 ) -> list[dict[str, Any]]:
-    """Trains what is not finished yet, and returns the records of all runs, in their order.
+    """Trains the runs that are not finished yet, and returns the records of all, in order.
 
     Args:
-      runs: what to train.
-      data: on what.
+      runs: the runs to train.
+      data: the data to train on.
       num_classes: number of labels.
-      cache: of the finished runs.
-      together: how many are trained at once.
+      cache: the cache of finished runs.
+      together: how many runs are trained at once.
       console: where progress is shown.
-      seconds: no chunk is begun after so much time.
+      seconds: the time after which no chunk is begun.
 
     Raises:
       TimeoutError: the time is over before all runs are finished.
@@ -445,7 +322,7 @@ def run_all(
 
 
 def _chunks(runs: list[Run], together: int) -> Iterator[list[Run]]:
-    """Runs that share what is compiled, and the number of epochs, in order."""
+    """Groups runs that share a compiled program and the number of epochs, in order."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.setting, run.epochs), []).append(run)
@@ -459,9 +336,9 @@ def train_together(
     data: Data,
     num_classes: int,
     together: int,
-    automatic: Callable[[Any], psc.AdaptiveThreshold] = moment_rule,
+    automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> list[dict[str, Any]]:
-    """Trains runs of one setting and length, as `build_program` does; what each one gave."""
+    """Trains runs of one setting and length, and returns the record of each."""
     # As many as in any other chunk, so that nothing is compiled again.
     padded = runs + [runs[-1]] * (together - len(runs))
     setting, epochs = runs[0].setting, runs[0].epochs
@@ -488,22 +365,9 @@ def train_together(
     seconds = (time.perf_counter() - start) / len(runs)
     machine = describe_machine()
     return [
-        _record(curves, place) | {"seconds": seconds, "machine": machine}
+        record_of(curves, place) | {"seconds": seconds, "machine": machine}
         for place in range(len(runs))
     ]
-
-
-def tail_figures(norms: np.ndarray) -> dict[str, Any] | None:
-    """How heavy the tail of an epoch's norms is; None for a run that diverged."""
-    if not np.all(np.isfinite(norms)):
-        return None
-    tail = psc.tails.tail_index(norms)
-    return {
-        "verdict": tail.verdict,
-        "index": tail.index,
-        "interval": [tail.lower, tail.upper],
-        "quantiles": _rounded(np.quantile(norms, QUANTILES)),
-    }
 
 
 def _epoch_key(seed: jax.Array, index: int) -> jax.Array:
@@ -511,12 +375,12 @@ def _epoch_key(seed: jax.Array, index: int) -> jax.Array:
 
 
 def _is_watched(index: int, epochs: int) -> bool:
-    """Every second epoch, and the last."""
+    """Tells whether an epoch is watched: every second one, and the last."""
     return (epochs - 1 - index) % 2 == 0
 
 
 def _is_kept(index: int, epochs: int) -> bool:
-    """Epochs 1, 2, 4, 8, … and the last: when the tails of the norms are looked at."""
+    """Tells whether the tail of an epoch's norms is estimated: epochs 1, 2, 4, … and the last."""
     return index + 1 == epochs or (index + 1) & index == 0
 
 
@@ -529,25 +393,3 @@ def _accuracies(program: Program, params: Any, data: Data) -> dict[str, jax.Arra
             ("accuracy", "loss"), program.accuracy(params, split, data), strict=True
         )
     }
-
-
-def _record(curves: list[dict[str, np.ndarray]], place: int) -> dict[str, Any]:
-    """The curves of one run, an entry an epoch (null where nothing was measured)."""
-    names = sorted({name for epoch in curves for name in epoch} - {"norms"})
-    norms = {
-        str(epoch + 1): figures["norms"][place]
-        for epoch, figures in enumerate(curves)
-        if "norms" in figures
-    }
-    return {
-        "curves": {
-            name: [_rounded(epoch[name][place]) if name in epoch else None for epoch in curves]
-            for name in names
-        },
-        "norms": norms,
-    }
-
-
-def _rounded(value: np.ndarray) -> Any:
-    # Six digits are more than any of these figures has.
-    return [float(f"{v:.6g}") for v in value] if value.ndim else float(f"{value:.6g}")

@@ -19,16 +19,8 @@ import optax
 from jax import lax
 
 import psclip_optax as psc
-from benchmarks.cifar100.many_runs import (
-    Data,
-    Numbers,
-    Run,
-    Setting,
-    as_json,
-    build_loss,
-    load_data,
-    train_together,
-)
+from benchmarks.cifar100.many_runs import build_loss, train_together
+from benchmarks.cifar100.runs import Data, Numbers, Run, Setting, as_json, load_data
 from benchmarks.cifar100.tuned import (
     batch_clipping_grid,
     describe_numbers,
@@ -46,7 +38,7 @@ from benchmarks.engine.on_gpu_results import Results, say
 from psclip_optax.training.data.splits import Dataset, Split
 from psclip_optax.training.models.classifiers import build_model
 
-# What is asked first comes first, for the time may end before the list does.
+# The first question comes first, as the time may end before the list does.
 EPOCHS = (4, 2, 1)
 SEEDS = 15
 BATCH_SIZE = 128
@@ -72,15 +64,15 @@ NOTE = (
 
 
 class Plan(NamedTuple):
-    """How much is trained.
+    """The amount of training.
 
     Attributes:
       data_dir: folder of the parts of CIFAR-100.
-      epochs: lengths of the runs, each tuned for itself.
-      seeds: of each tuned method.
+      epochs: the lengths of the runs, each with its own tuning.
+      seeds: the number of seeds of each tuned method.
       together: runs that are trained at once.
       tiny: a tiny net and random images instead.
-      end: time by `time.perf_counter` after which nothing is begun.
+      end: the time by `time.perf_counter` after which nothing is begun.
     """
 
     data_dir: pathlib.Path | None
@@ -96,14 +88,14 @@ class Plan(NamedTuple):
         return Setting(1.0, BATCH_SIZE, dtype="bfloat16")
 
 
-def median_rule(scale: Any) -> psc.AdaptiveThreshold:
-    """The running median, which needs no scale."""
+def median_rule(scale: Any) -> psc.AdaptiveThreshold[Any]:
+    """Builds the running median, which needs no scale."""
     del scale
     return psc.quantile_threshold(0.5)
 
 
 def make_grids(batch_size: int) -> dict[str, list[Numbers]]:
-    """Twenty points for every method."""
+    """Builds twenty points for each method."""
     rates = np.geomspace(RATES[0] / 4, 4 * RATES[-1], len(RATES) * len(THRESHOLDS)).tolist()
     return {
         MOMENTUM: [Numbers(rate) for rate in rates],
@@ -123,7 +115,7 @@ def read_split(paths: list[pathlib.Path]) -> Split:
 
 
 def read_parts(folder: pathlib.Path | None) -> Dataset:
-    """CIFAR-100 of whatever parts a folder has."""
+    """Reads CIFAR-100 from the parts that a folder has."""
     train, test = (
         sorted(folder.glob(f"*{name}*.npz")) if folder else [] for name in ("train", "test")
     )
@@ -148,11 +140,11 @@ def random_images() -> Dataset:
 
 @dataclasses.dataclass
 class Trainer:
-    """Trains runs on one data set, and keeps what they gave.
+    """A trainer of runs on one data set, which keeps their records.
 
     Attributes:
-      cache: of the finished runs.
-      data: on what.
+      cache: the cache of finished runs.
+      data: the data to train on.
       num_classes: number of labels.
       plan: how many at once, and until when.
       seconds_of_epoch: of the last chunk, to foresee whether another one fits.
@@ -165,7 +157,7 @@ class Trainer:
     seconds_of_epoch: float = 0.0
 
     def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
-        """The records of these runs.
+        """Returns the records of these runs.
 
         Raises:
           TimeoutError: the time is over before all are finished.
@@ -183,7 +175,7 @@ class Trainer:
         found = train_together(chunk, self.data, self.num_classes, self.plan.together, median_rule)
         self.seconds_of_epoch = (time.perf_counter() - start) / epochs
         for run, own in zip(chunk, found, strict=True):
-            del own["norms"]  # of every sample
+            del own["norms"]  # for every sample
             self.cache.add(self.described(run), as_json(own))
         best = max(map(test_accuracy, found))
         say(
@@ -216,7 +208,7 @@ def train_all(results: Results, plan: Plan) -> None:
 
 
 def tune_and_test_in_turn(train: Trainer, epochs: int) -> None:
-    """Tests few seeds of all methods at a time: when the time is over, all have as many."""
+    """Tests a few seeds of all methods in turn, so that all have as many when time is over."""
     plan, setting = train.plan, train.plan.setting()
     grids = make_grids(setting.batch_size)
     if plan.tiny:
@@ -234,7 +226,7 @@ def tune_and_test_in_turn(train: Trainer, epochs: int) -> None:
 
 
 def gradients_of(method: str, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """(params, state of the rule, *batch) → gradient, new state."""
+    """Builds (params, state of the rule, *batch) → gradient, new state."""
     plain = jax.grad(mean_loss(loss))
     clipped = psc.clipped_value_and_grad(
         loss, psc.growing_threshold(1.0, BETA), mode="one_pass", return_stats=True
@@ -255,7 +247,7 @@ def gradients_of(method: str, loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def train_steps(method: str, loss: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
-    """Of a method: params → state, and (state, *batches) → state after a step with each of them."""
+    """Builds for a method params → state, and (state, *batches) → state after a step with each."""
     gradients = gradients_of(method, loss)
     clip = optax.clip_by_global_norm(1.0) if method == BATCH else optax.identity()
     tx = optax.chain(clip, optax.sgd(0.01, momentum=0.9))
@@ -275,7 +267,7 @@ def train_steps(method: str, loss: Callable[..., Any]) -> tuple[Any, Callable[..
 def measure_steps(
     setting: Setting, num_classes: int, shape: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
-    """Seconds of a train step of one run by each method."""
+    """Times a train step of one run by each method."""
     model = build_model("alexnet", num_classes, width=setting.width)
     both = build_loss(model, setting.dtype, as_products=False)
     key = jax.random.key(0, impl="rbg")
@@ -319,7 +311,7 @@ def step_cell(own: dict[str, Any]) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]], path: pathlib.Path) -> str:
-    """The tuned methods at each length, and what a step of each costs."""
+    """Writes the tuned methods at each length, and what a step of each costs."""
     steps = next((row["ways"] for row in rows if row["what"] == "step"), {})
     groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for record in RunsCache(path).records():
@@ -354,5 +346,5 @@ def accuracy_cells(records: list[dict[str, Any]], method: str) -> list[str]:
 
 
 def by_seed(records: list[dict[str, Any]], method: str) -> dict[int, dict[str, Any]]:
-    """The tested runs of a method."""
+    """Lists the tested runs of a method."""
     return {r["seed"]: r for r in records if (r["method"], r["stage"]) == (method, "final")}

@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.cifar100.many_runs import Numbers, Run, check_noises
+from benchmarks.cifar100.many_runs import check_noises
+from benchmarks.cifar100.runs import Numbers, Run
 from benchmarks.cifar100.tuned import (
     Options,
     Trainer,
@@ -50,7 +51,7 @@ HEADER = ("training data", "α", "learning rate", "share", "test accuracy", "aga
 
 
 def build_grids(batch_size: int) -> dict[str, list[Numbers]]:
-    """As many learning rates for each α; smaller ones are made up for by longer steps."""
+    """Builds as many learning rates for each α; smaller thresholds get longer steps."""
     grids = {UNCLIPPED: list(map(Numbers, RATES))}
     return grids | {
         f"α = {alpha:g}": growing_grid(RATES, (alpha,), BETA, batch_size) for alpha in ALPHAS
@@ -81,7 +82,7 @@ def run_noise(noise: str, batch_size: int, train: Trainer) -> dict[str, Any]:
 
 
 def to_cells(row: dict[str, Any]) -> list[list[str]]:
-    """A line of the table for no clipping and for each α."""
+    """Writes a line of the table for no clipping and for each α."""
     return [
         [
             row["noise"],
@@ -121,7 +122,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def _draw_noise(axes: Axes, row: dict[str, Any]) -> None:
-    """Accuracy over α with standard errors, beside that without clipping."""
+    """Draws accuracy over α with standard errors, beside that without clipping."""
     names = [name for name in row["test_accuracies"] if name != UNCLIPPED]
     alphas = [row["chosen"][name]["threshold"] for name in names]
     means, errors = 100 * np.transpose([estimate(row["test_accuracies"][n]) for n in names])
@@ -144,11 +145,11 @@ def main(
     noises: tuple[str, ...] = ("clean", "heavy pixels"),
     batch_size: int = 128,
 ) -> None:
-    """How much does the threshold matter, and how is it to be chosen?
+    """Measures how much the threshold matters.
 
     Args:
-      common: of all comparisons on CIFAR-100.
-      noises: what becomes of the training data.
+      common: the options of all comparisons on CIFAR-100.
+      noises: the corruptions of the training data.
       batch_size: samples in a step.
     """
     options = common

@@ -1,4 +1,4 @@
-"""Tunes and tests methods alike: grids, winners, verdicts."""
+"""Tunes and tests methods alike, and compares them: grids, winners, verdicts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 
-from benchmarks.cifar100.many_runs import Data, Numbers, Run, Setting, as_json, load_data, run_all
+from benchmarks.cifar100.many_runs import run_all
+from benchmarks.cifar100.runs import Data, Numbers, Run, Setting, as_json, load_data
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS
@@ -21,28 +22,28 @@ from benchmarks.common.style import tidy
 from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.splits import Dataset, Split
 
-# About the norm of a sample's and of a batch's gradient in the first epochs. Learning rates of
-# methods whose thresholds are smaller are raised by as much, for clipping shortens their steps.
+# Approximate norms of a sample's and a batch's gradient in the first epochs. A method with smaller
+# thresholds takes shorter steps, so that its learning rates are larger by that factor.
 SAMPLE_NORM, BATCH_NORM = 10.0, 3.0
 CLIPPING = ("threshold", "batch_threshold", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What all comparisons on CIFAR-100 have as options.
+    """The options that all comparisons on CIFAR-100 share.
 
     Attributes:
-      runs: file of the finished runs; by default of those that the results are from, so that
-        nothing is trained again.
+      runs: the file of finished runs; by default those of the published results, so that nothing
+        is trained again.
       data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
       out: folder for the table as JSON, and the figure.
       width: multiplies AlexNet's channels and hidden sizes.
-      epochs: of the runs that are tested.
-      seeds: of the runs that are tested, at least 2.
+      epochs: the length of the runs that are tested.
+      seeds: the number of seeds of the tests, at least 2.
       together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
-      dtype: of the forward and backward pass.
-      seconds: begin nothing in a comparison after so much time in it; the same command goes on.
-      quick: digits, a tiny net and few runs, to see that the benchmark works.
+      dtype: that of the forward and backward pass.
+      seconds: the time after which a comparison begins no new runs; the same command goes on.
+      quick: digits, a tiny net and few runs, to check that the benchmark works.
     """
 
     runs: pathlib.Path
@@ -60,16 +61,16 @@ class Options:
         return Setting(self.width, batch_size, augment=not self.quick, dtype=self.dtype)
 
     def protocol(self) -> dict[str, Any]:
-        """What the results say of how they came about."""
+        """Describes how the results were produced."""
         return {name: getattr(self, name) for name in ("width", "epochs", "seeds", "dtype")}
 
     def rounds(self) -> int:
-        """Of steps that are timed in turn."""
+        """Returns how many times steps are timed in turn."""
         return 3 if self.quick else 9
 
 
 class Trainer(NamedTuple):
-    """Trains runs on one data set, or reads the records of those that are finished."""
+    """A trainer of runs on one data set, or a reader of finished records."""
 
     data: Data
     num_classes: int
@@ -91,7 +92,7 @@ class Trainer(NamedTuple):
 
 
 def build_trainer(options: Options) -> Trainer:
-    """On CIFAR-100, of which 5,000 images choose between trials, or on digits."""
+    """Builds a trainer on CIFAR-100 (5,000 images choose between trials) or on digits."""
     if options.quick:
         dataset, num_validation = enlarged_digits(), 200
     else:
@@ -109,7 +110,7 @@ def growing_grid(
     norm: float = SAMPLE_NORM,
     **other: Any,
 ) -> list[Numbers]:
-    """τ_k = α k^{1/β}: every rate with every α; `norm` is about that of what is clipped."""
+    """Combines each rate with each α of τ_k = α k^{1/β}; `norm` is that of what is clipped."""
     mean_growth = batch_size ** (1 / beta) * beta / (beta + 1)
     return [
         Numbers(rate, threshold=alpha, exponent=1 / beta, **other)
@@ -129,10 +130,10 @@ def batch_clipping_grid(
 
 
 def with_lower(rates: Sequence[float], factors: Sequence[float]) -> tuple[float, ...]:
-    """Below them also the lowest over these factors, for heavy pixels where there is momentum.
+    """Adds the lowest rate over these factors, for heavy pixels where there is momentum.
 
-    It carries on what one batch began: at the rates that are the best of other data, no trial of
-    batch clipping and of none did better than chance.
+    The grid needs it: at rates that are best for the other data, no trial without clipping or with
+    batch clipping is better than chance.
     """
     return (*(rates[0] / factor for factor in factors), *rates)
 
@@ -150,7 +151,7 @@ def test_accuracy(record: dict[str, Any]) -> float:
 
 
 def stopped_accuracy(record: dict[str, Any]) -> float:
-    """Test accuracy at the epoch whose validation accuracy is the best."""
+    """Reads the test accuracy at the epoch with the best validation accuracy."""
     curves = record["curves"]
     epochs = [i for i, value in enumerate(curves["validation_accuracy"]) if value is not None]
     return curves["test_accuracy"][max(epochs, key=lambda i: curves["validation_accuracy"][i])]
@@ -162,7 +163,7 @@ def best_numbers(records: list[dict[str, Any]], runs: list[Run], name: str) -> N
 
 
 class Tuned(NamedTuple):
-    """How the methods of one comparison did.
+    """The results of the methods in one comparison.
 
     Attributes:
       chosen: the point of each method's grid with the best validation accuracy.
@@ -173,7 +174,7 @@ class Tuned(NamedTuple):
     tested: dict[str, list[dict[str, Any]]]
 
     def described(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Converts the results to JSON."""
         return {
             "machine": next(iter(self.tested.values()))[0]["machine"],
             "chosen": {name: numbers._asdict() for name, numbers in self.chosen.items()},
@@ -183,7 +184,7 @@ class Tuned(NamedTuple):
         }
 
     def described_against(self, ours: str) -> dict[str, Any]:
-        """The same, with the differences of one method to each other one."""
+        """Converts the results to JSON, with the differences of one method to each other one."""
         described = self.described()
         accuracies = described["test_accuracies"]
         return described | {
@@ -204,10 +205,10 @@ def tune_and_test(
     """Chooses from each grid with seed 0, and tests the winners with seeds 1 to `seeds`.
 
     Args:
-      grids: points of each method, as many as of every other.
+      grids: the points of each method, as many for each.
       make_run: (stage, method, numbers, seed) → run; the stage is "tune" or "final".
-      train: runs → their records.
-      seeds: of the tests.
+      train: a function from runs to their records.
+      seeds: the number of seeds of the tests.
     """
     trials = [make_run("tune", name, point, 0) for name, grid in grids.items() for point in grid]
     tuned = train(trials)
@@ -225,12 +226,12 @@ def tune_and_test(
 
 
 def run_length(stage: str, epochs: int) -> int:
-    """Epochs of a run: trials, which only choose, have half of them."""
+    """Returns the epochs of a run: a trial, which only chooses, has half of them."""
     return -(-epochs // 2) if stage == "tune" else epochs
 
 
 def timed_once(train: Trainer, measure: Callable[[], Any], **step: int) -> dict[str, Any]:
-    """Times of steps, kept beside the runs, for they belong to the machine that trained them."""
+    """Times steps once, and keeps the times with the runs of the same machine."""
     return train.cache.once(
         {"steps": "alexnet", "width": train.options.width, **step},
         lambda: as_json({"machine": describe_machine(), "ways": measure()}),
@@ -240,7 +241,7 @@ def timed_once(train: Trainer, measure: Callable[[], Any], **step: int) -> dict[
 def draw_differences(
     rows: list[dict[str, Any]], colours: dict[str, str], label: str, machine: str
 ) -> Figure:
-    """One row a condition, one mark a method that ours is compared with."""
+    """Draws a row for each condition, with a mark for each method that ours is compared with."""
     figure = Figure(figsize=(10, 1.8 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, (name, colour) in enumerate(colours.items()):
@@ -253,7 +254,7 @@ def draw_differences(
     axes.axvline(0, color="#666666", linewidth=1)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    # Linear up to 2 points, for a method that diverges would hide all others.
+    # Linear up to 2 points: a method that diverges would hide all others.
     low, high = np.clip(axes.get_xlim(), -20, 40)
     axes.set_xscale("symlog", linthresh=2)
     ticks = [tick for tick in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40) if low < tick < high]
@@ -268,7 +269,7 @@ def draw_differences(
 
 
 def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
-    """Where the interval of the difference to a method says better, worse, or neither."""
+    """Says where the interval of the difference to a method means better, worse, or neither."""
     found: dict[str, list[str]] = {"above": [], "below": [], "not distinguishable from": []}
     for row in result["rows"]:
         low, high = row["differences"][name]["interval"]
@@ -278,7 +279,7 @@ def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
 
 
 def describe_numbers(numbers: dict[str, Any]) -> str:
-    """Learning rate and what the method clips at, of numbers as JSON holds them."""
+    """Writes learning rate and threshold from numbers as JSON has them."""
     words = [f"η {numbers['learning_rate']:.3g}"]
     if numbers["scale"]:
         return f"{words[0]}, scale {numbers['scale']:g}"
@@ -291,7 +292,7 @@ def describe_numbers(numbers: dict[str, Any]) -> str:
 
 
 def edges(own: dict[str, Any]) -> list[str]:
-    """Which of a winner's numbers are the smallest or largest of its grid."""
+    """Tells which of a winner's numbers are the smallest or largest of its grid."""
     found = []
     points = [trial["numbers"] for trial in own["trials"]]
     for name in CLIPPING:
@@ -309,12 +310,12 @@ def edge_of(name: str, chosen: dict[str, Any], points: list[dict[str, Any]]) -> 
 
 
 def plain(value: float | None) -> float | None:
-    """A number as JSON holds it: ∞ is null there."""
+    """Converts a number to JSON: ∞ becomes null."""
     return None if value == float("inf") else value
 
 
 def enlarged_digits() -> Dataset:
-    """Digits of 16×16 pixels in three channels, AlexNet's smallest."""
+    """Loads digits enlarged to 16×16 pixels in three channels, AlexNet's smallest images."""
     digits = load_dataset("digits")
 
     def enlarged(split: Split) -> Split:

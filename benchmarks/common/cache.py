@@ -27,7 +27,7 @@ class RunsCache:
     A run and what was found are dicts of what JSON holds, NaN and ∞ included.
 
     Attributes:
-      path: of the file, which need not be there.
+      path: the path of the file, which may be missing.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -56,7 +56,7 @@ class RunsCache:
         with filelock.FileLock(f"{self.path}.lock"), self.path.open("ab") as file:
             if run in self:
                 return
-            # What an interruption left of a line would spoil this one.
+            # The rest of an interrupted line would spoil this one.
             file.truncate(self._size)
             file.write(f"{line}\n".encode("ascii"))
             file.flush()

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Reads the collectives of a compiled program from its text."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Collective(NamedTuple):
     """One operation that all devices take part in.
 
     Attributes:
-      name: such as "all-reduce".
-      num_elements: of what each device has at its larger end, each time.
-      num_bytes: of these.
+      name: the operation, such as "all-reduce".
+      num_elements: the elements of its larger side on each device, each time.
+      num_bytes: the bytes of these elements.
       times: how often it is run.
-      line: of the program.
+      line: its line of the program.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of a program that are run where no sample is dropped.
+    """Lists the collectives of a program that run where no sample is dropped.
 
-    Only where there are samples to drop is the body of a loop without a known number of steps run,
-    or a branch taken but the first.
+    The body of a loop without a known number of steps, and any branch but the first, run only where
+    there are samples to drop.
     """
     times = _times_run(text)
     found = []
@@ -51,19 +51,19 @@ def collectives(text: str) -> list[Collective]:
 
 
 def num_elements(text: str) -> int:
-    """How many elements a program sends between devices where no sample is dropped."""
+    """Counts the elements that a program sends between devices where no sample is dropped."""
     return sum(one.num_elements * one.times for one in collectives(text))
 
 
 def num_bytes(text: str) -> int:
-    """How many bytes a program sends between devices where no sample is dropped."""
+    """Counts the bytes that a program sends between devices where no sample is dropped."""
     return sum(one.num_bytes * one.times for one in collectives(text))
 
 
 def moving_operations(text: str) -> list[str]:
-    """What moves samples between devices where none was dropped.
+    """Lists the operations that move samples between devices where no sample is dropped.
 
-    Sums over devices do not, nor does the count of a mask's samples, by which they have positions.
+    Sums over devices move none, nor does the count of a mask's samples, which gives positions.
     """
     return [
         one.line for one in collectives(text) if one.name in _MOVING and "cumsum" not in one.line
@@ -82,7 +82,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times_run(text: str) -> Callable[[str], int]:
-    """From a computation's name to how often it is run."""
+    """Maps the name of each computation to how often it is run."""
     calls: dict[str, list[tuple[str, int]]] = {}
     for caller, lines in _computations(text).items():
         for line in lines:
@@ -112,11 +112,11 @@ def _calls(line: str) -> list[tuple[str, int]]:
 
 
 def _sizes(operation: re.Match[str], line: str) -> tuple[int, int]:
-    """Elements and bytes."""
+    """Returns elements and bytes."""
     arrays = re.findall(r"(?:pred|[a-z]+(\d+))\w*\[([\d,]*)\]", operation["shapes"])
     sizes = [math.prod(int(d) for d in shape.split(",") if d) for _, shape in arrays]
     widths = [int(bits or 8) // 8 for bits, _ in arrays]
-    # Of what is scattered a device has all before.
+    # Before a scatter, each device has the whole.
     times = group_size(line) if operation["name"] == "reduce-scatter" else 1
     return times * sum(sizes), times * sum(s * w for s, w in zip(sizes, widths, strict=True))
 

@@ -23,7 +23,7 @@ _COLLECTIVE = re.compile(
     "(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
     "(?:-start)?"
 )
-# What a GPU launches as a kernel of its own; the rest is bookkeeping.
+# Instructions that a GPU launches as kernels; the rest is bookkeeping.
 _KERNELS = {"fusion", "custom-call", "copy", "copy-start", "sort", "reduce"} | {
     "convolution",
     "dot",
@@ -44,8 +44,8 @@ class Instruction(NamedTuple):
     Attributes:
       name: unique in its computation.
       opcode: such as "fusion".
-      shape: as text; of a tuple, all of its arrays.
-      operands: shapes of what it reads, as text.
+      shape: the shape as text; for a tuple the shapes of all its arrays.
+      operands: the shapes of its operands, as text.
       times: how often it is run.
       waits: whether a GPU's host decides on it: a branch, or a loop not known to be counted.
       line: its whole text.
@@ -61,11 +61,11 @@ class Instruction(NamedTuple):
 
 
 class GpuCost(NamedTuple):
-    """What a program does on a GPU.
+    """The work of a program on a GPU.
 
     Attributes:
-      kernels: number that are launched.
-      bytes: read and written by these.
+      kernels: how many kernels are launched.
+      bytes: how many bytes these read and write.
       waits: conditionals and loops whose condition the host must read.
     """
 
@@ -75,7 +75,7 @@ class GpuCost(NamedTuple):
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """Yields what is run: the entry's instructions and those of loops and calls, not of fusions."""
+    """Yields the instructions that run: those of the entry, loops and calls, but not of fusions."""
     computations = _computations(re.sub(r"/\*.*?\*/", "", text))
     entry = next(name for name, lines in computations.items() if lines[0].startswith("ENTRY"))
     return _run(computations, entry, 1)
@@ -117,7 +117,7 @@ def _num_sent(one: Instruction, kind: str) -> int:
     sizes = [size for size, _ in _arrays(one.shape)]
     if one.opcode == f"{kind}-start" and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]  # operands stand before results
-    # Of what is scattered a device has all before.
+    # Before a scatter, each device has the whole.
     return sum(sizes) * (group_size(one.line) if kind == "reduce-scatter" else 1)
 
 
@@ -178,7 +178,7 @@ def _named(line: str, attribute: str) -> str:
 def _steps(line: str, computations: dict[str, list[str]]) -> int:
     """Gives the number of a loop's steps, 0 where no constant tells it.
 
-    Where the compiler does not say it, it is the constant that the loop's counter is compared with.
+    If the compiler does not state it, it is the constant that the loop's counter is compared with.
     """
     known = _KNOWN_STEPS.search(line)
     if known:

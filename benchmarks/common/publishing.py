@@ -1,4 +1,4 @@
-"""Prints, writes and reads what was found."""
+"""Prints, writes and reads results."""
 
 from __future__ import annotations
 

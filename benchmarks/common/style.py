@@ -11,7 +11,7 @@ TICKS = (0.01, 0.1, 0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 5
 
 def show_ticks(axis: Any, limits: tuple[float, float]) -> None:
     shown = [tick for tick in TICKS if limits[0] <= tick <= limits[1]]
-    # Of a wide range the ticks between would run into one another.
+    # In a wide range the labels of minor ticks would overlap.
     width = limits[1] / limits[0]
     if width > 1000:
         shown = [tick for tick in shown if tick in (0.01, 0.1, 1, 10, 100, 1000)]

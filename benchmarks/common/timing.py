@@ -1,4 +1,4 @@
-"""Times compiled programs in turn, so that what slows the machine meets all of them."""
+"""Times compiled programs in turn, so that disturbances of the machine hit all of them."""
 
 from __future__ import annotations
 

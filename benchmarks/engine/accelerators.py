@@ -1,4 +1,4 @@
-"""What does the engine cost on accelerators? Compiled for them by XLA, none of them needed.
+"""What does the engine cost on accelerators? XLA compiles for them without any at hand.
 
     pip install -e '.[train,accelerators]'
     python -m benchmarks.engine.accelerators
@@ -15,7 +15,7 @@ import collections
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import tyro
@@ -31,13 +31,14 @@ from benchmarks.engine.accumulation import mean_loss
 from benchmarks.engine.on_gpu_results import read_rows
 from benchmarks.engine.targets import TARGETS
 from benchmarks.zoo.models import ZOO
+from psclip_optax.options import Mode
 from psclip_optax.training.output.files import to_json, write_atomically
 
 MODES = ("one_pass", "two_pass", "vmap")
 COLORS = {"one_pass": "#0072B2", "two_pass": "#E69F00", "vmap": "#999999"}
-# What is in a chip's vector memory alone has no temporary memory, and a ratio would say nothing.
+# A program that stays in a chip's vector memory has no temporary memory, and no ratio of it.
 LEAST_BYTES = 2**22
-# Samples of a batch of the zoo.
+# The number of samples in a batch of the zoo.
 ZOO_SAMPLES = {"mlp": 512, "alexnet": 128, "lstm": 64, "recommender": 512}
 NOTE = (
     "Ratios to value_and_grad of the mean loss of the batch. TPUs: cycles by the compiler's own "
@@ -50,7 +51,7 @@ class Job(NamedTuple):
     """A loss with the shapes of its arguments.
 
     Attributes:
-      name: in tables.
+      name: the name in tables.
       group: "real" or "zoo".
       loss: of one example.
       batch_loss: the mean over a batch.
@@ -99,7 +100,7 @@ def measure(target: str, job: Job, mode: str) -> dict[str, Any]:
     function = (
         jax.value_and_grad(job.batch_loss)
         if mode == "plain"
-        else psc.clipped_value_and_grad(job.loss, 1.0, mode=mode)  # pyright: ignore[reportArgumentType]
+        else psc.clipped_value_and_grad(job.loss, 1.0, mode=cast("Mode", mode))
     )
     try:
         cost = targets.cost_of(target, function, job.arguments)
@@ -208,7 +209,7 @@ def main(
       model: the models to compile.
       mode: the modes to compile beside the plain gradient.
       rerun: whether these are compiled again where the result has them.
-      quick: small models, to see that the benchmark works.
+      quick: small models, to check that the benchmark works.
     """
     jax.config.update("jax_platforms", "cpu")
     path = out / "accelerators.json"

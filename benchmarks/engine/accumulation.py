@@ -98,7 +98,7 @@ def compiled(function: Callable[..., Any], state: Any, arguments: tuple[Any, ...
 def time_windows(
     cases: dict[str, Compiled], rounds: int, num_calls: int = NUM_MICROBATCHES
 ) -> dict[str, list[float]]:
-    """Seconds of each window of calls, after one of each that does not count."""
+    """Times each window of calls, after one call of each that does not count."""
     states = {name: case.state for name, case in cases.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
@@ -204,13 +204,13 @@ def main(
     rounds: int = 9,
     quick: bool = False,
 ) -> None:
-    """What does clipping before accumulation cost?
+    """Measures what clipping before accumulation costs.
 
     Args:
       out: folder for accumulation.json and accumulation.png.
       samples: sizes of a micro-batch.
       rounds: timed windows, at least 2.
-      quick: a small model and few rounds, to see that the benchmark works.
+      quick: a small model and few rounds, to check that the benchmark works.
     """
     model = ZOO["alexnet"]("small" if quick else "full")
     sizes, rounds = ((4,), 3) if quick else (samples, rounds)

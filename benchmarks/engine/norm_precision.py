@@ -1,4 +1,4 @@
-"""How far norms are off where their products have the operands of an accelerator's default.
+"""How far off are norms whose products have the operands of an accelerator's default?
 
     python -m benchmarks.engine.norm_precision
 

@@ -25,7 +25,7 @@ MINUTES = {"engine": 8, "training": 5}
 
 
 def to_markdown(out: pathlib.Path) -> str:
-    """The tables of every card's results in a folder."""
+    """Writes the tables of every card's results in a folder."""
     parts = []
     for path in sorted(out.glob("on_gpu_*.json")):
         rows = read_rows(path)
@@ -49,7 +49,7 @@ def main(
     tiny: bool = False,
     report: bool = False,
 ) -> None:
-    """What does clipping per sample cost on this GPU, and what does it bring at full width?
+    """Measures what clipping per sample costs on this GPU, and what it brings at full width.
 
     Args:
       what: times and errors of the engine, or training runs of AlexNet on CIFAR-100.
@@ -61,9 +61,9 @@ def main(
       data_dir: folder with parts of CIFAR-100, *train*.npz and *test*.npz, each with `images`
         [N, 32, 32, 3] of uint8 and `fine_labels`; for training.
       epochs: lengths of training, each with a tuning of its own.
-      seeds: of each tuned method, a multiple of 5.
+      seeds: the number of seeds of each tuned method, a multiple of 5.
       together: runs that are trained at once, a multiple of the number of methods.
-      tiny: small models and made-up data, to see that the script works.
+      tiny: small models and made-up data, to check that the script works.
       report: measure nothing, and print the tables of what is in the folder.
     """
     if report:

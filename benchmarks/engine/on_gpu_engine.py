@@ -1,4 +1,4 @@
-"""Times, memory and errors of the engine on one GPU, for `benchmarks.engine.on_gpu`."""
+"""Measures times, memory and errors of the engine on one GPU, for `benchmarks.engine.on_gpu`."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Job(NamedTuple):
 
     Attributes:
       what: "time" of all modes, or "error" of the norms.
-      name: of the model.
-      build: size → model.
-      leaves_out: modes that are not measured, unless the command asks for them.
+      name: the name of the model.
+      build: a function from a size to the model.
+      leaves_out: modes that are measured only if the command asks for them.
     """
 
     what: Literal["time", "error"]
@@ -85,7 +85,7 @@ def small_gpt2(size: Size) -> Model:
     return real_models.gpt2("small" if size == "full" else size)._replace(name="GPT-2, small")
 
 
-# What matters most comes first, for the time may end before the list does.
+# The most important jobs come first, as the time may end before the list does.
 JOBS = (
     Job("time", "alexnet", real_models.alexnet),
     Job("time", "vit_b16", real_models.vit_b16, ("vmap",)),
@@ -108,7 +108,7 @@ def plain_step(batch_loss: Step) -> Step:
 
 
 def clipped_step(loss: Step, **options: Any) -> Step:
-    """(params, threshold, *batch) → value, gradient, figures."""
+    """Builds (params, threshold, *batch) → value, gradient, figures."""
     clipped = psc.clipped_value_and_grad(loss, 1.0, return_stats=True, **options)
     return lambda params, tau, *batch: clipped(params, *batch, threshold=tau)
 
@@ -120,7 +120,7 @@ def steps_of(model: Model, leaves_out: tuple[str, ...]) -> dict[str, Step]:
 
 
 def make_arguments(model: Model, threshold: float = float("inf")) -> tuple[Any, ...]:
-    """(params, threshold, *batch) on the default device."""
+    """Makes (params, threshold, *batch) on the default device."""
     # The hardware's own generator: the usual one takes longer to compile than what is measured.
     keys = jax.random.split(jax.random.key(0, impl="rbg"))
     batch = jax.jit(model.make_batch, static_argnums=1)(keys[1], model.n)
@@ -128,8 +128,8 @@ def make_arguments(model: Model, threshold: float = float("inf")) -> tuple[Any, 
 
 
 def compile_step(step: Step, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """The program and its figures, after a first call."""
-    # What tracing another mode has left would shorten this one's compilation.
+    """Compiles a program, and returns it with its figures after a first call."""
+    # Caches from tracing another mode would shorten the compilation of this one.
     jax.clear_caches()
     gc.collect()
     start = time.perf_counter()
@@ -141,7 +141,7 @@ def compile_step(step: Step, arguments: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def compile_steps(steps: dict[str, Step], arguments: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
-    """Each mode's program and figures, or why it has none."""
+    """Compiles each mode's program, or says why it has none."""
     modes = {}
     for name, step in steps.items():
         try:
@@ -156,7 +156,7 @@ def compile_steps(steps: dict[str, Step], arguments: tuple[Any, ...]) -> dict[st
 
 
 def repeated(program: Step, calls: int) -> Step:
-    """So many calls at once, for a single one is shorter than the way to the device."""
+    """Repeats a call, as a single one is shorter than the way to the device."""
     return lambda *arguments: [program(*arguments) for _ in range(calls)]
 
 
@@ -183,7 +183,7 @@ def measure_time(model: Model, leaves_out: tuple[str, ...], rounds: int) -> dict
 
 
 def ratios(own: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """Of a mode's figures to the plain gradient's; none for a mode that failed."""
+    """Divides a mode's figures by the plain gradient's; none for a mode that failed."""
     if "failed" in own:
         return {}
     pairs = zip(own["seconds"], plain["seconds"], strict=True)
@@ -199,7 +199,7 @@ def ratios(own: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def stacked_norms(loss: Step, together: int) -> Step:
-    """(params, *batch) → the norm of each sample's own gradient."""
+    """Builds (params, *batch) → the norm of each sample's own gradient."""
 
     def norms(params: Any, *batch: Any) -> jax.Array:
         def norm(example: Any) -> jax.Array:
@@ -241,7 +241,7 @@ def measure(job: Job, size: Size, rounds: int) -> dict[str, Any]:
 
 
 def jobs_of(models: tuple[str, ...], stacked: tuple[str, ...]) -> list[Job]:
-    """The jobs of these models, or of all; `stacked` are those that leave out nothing."""
+    """Lists the jobs of these models, or of all; models in `stacked` leave out no mode."""
     return [
         job._replace(leaves_out=()) if job.name in stacked else job
         for job in JOBS
@@ -307,5 +307,5 @@ def errors_to_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Two tables: what each mode costs, and how far its norms are from exact ones."""
+    """Writes two tables: what each mode costs, and how far its norms are from exact ones."""
     return "\n".join(filter(None, (times_to_markdown(rows), errors_to_markdown(rows))))

@@ -1,4 +1,4 @@
-"""What `benchmarks.engine.on_gpu` writes of one card, and the lines that it prints meanwhile."""
+"""Keeps the results of `benchmarks.engine.on_gpu` for one card, and prints its progress."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Results(NamedTuple):
     """The file of one card's measurements.
 
     Attributes:
-      path: of the JSON.
-      machine: what new rows are from.
+      path: the path of the JSON.
+      machine: the machine that new rows come from.
     """
 
     path: pathlib.Path
@@ -34,7 +34,7 @@ class Results(NamedTuple):
 
     @property
     def runs(self) -> pathlib.Path:
-        """Training runs, one a line."""
+        """Opens the cache of training runs, one a line."""
         return self.path.with_suffix(".runs.jsonl")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def describe_card() -> dict[str, Any]:
-    """The machine, with its card's driver where that can be asked for."""
+    """Describes the machine, with its card's driver where that is known."""
     platform = jax.devices()[0].client.platform_version
     return describe_machine() | {"driver": driver_version(), "xla_platform": platform}
 

@@ -1,4 +1,4 @@
-"""Models of the sizes that people train, each a loss of one example, in bfloat16 where they are.
+"""Builds models of the sizes that people train, each a loss of one example.
 
 Parameters are float32. Every loss gives its network a batch of one, as code written for batches
 does. Nothing is allocated until parameters or a batch are asked for: `Model.abstract` has the
@@ -26,7 +26,7 @@ class Model(NamedTuple):
     """A loss, and what makes its arguments.
 
     Attributes:
-      name: in tables.
+      name: the name in tables.
       loss: `loss(params, *example)`, of one example.
       batch_loss: `batch_loss(params, *batch)`, the mean loss as one writes it for a batch.
       make_params: key → initial parameters, float32.
@@ -42,7 +42,7 @@ class Model(NamedTuple):
     n: int
 
     def abstract(self) -> tuple[Any, ...]:
-        """Shapes of (params, *batch)."""
+        """Returns the shapes of (params, *batch)."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = jax.eval_shape(lambda key: self.make_batch(key, self.n), key)
         return jax.eval_shape(self.make_params, key), *batch
@@ -65,7 +65,7 @@ def of_one_and_all(
 def classifier(
     name: str, network: nn.Module, shape: tuple[int, ...], num_classes: int, n: int
 ) -> Model:
-    """Model of images [H, W, C] and their labels."""
+    """Builds a model of images [H, W, C] and their labels."""
 
     def losses(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits: Any = network.apply({"params": params}, images)
@@ -81,7 +81,7 @@ def classifier(
 
 
 def language_model(name: str, network: nn.Module, vocabulary: int, length: int, n: int) -> Model:
-    """Model of the next token of texts [T + 1]."""
+    """Builds a model of the next token of texts [T + 1]."""
 
     def losses(params: Any, tokens: jax.Array) -> jax.Array:
         logits: Any = network.apply({"params": params}, tokens[:, :-1])
@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
         x = x + place.astype(COMPUTE)
         for _ in range(self.layers):
             x = Block(self.heads, causal=False)(x)
-        # In float32 from here on, for logits of bfloat16 have two or three digits.
+        # In float32 from here on, as logits in bfloat16 have two or three digits.
         return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(axis=-2))
 
 
@@ -323,7 +323,7 @@ class GPT2(nn.Module):
 
 
 def alexnet(size: Size = "full") -> Model:
-    """AlexNet for images of CIFAR-100, in float32 as the comparisons train it."""
+    """Builds AlexNet for images of CIFAR-100, in float32 as the comparisons train it."""
     width, n = {"tiny": (0.05, 4), "small": (0.25, 32), "full": (1.0, 128)}[size]
     return classifier("AlexNet", build_model("alexnet", 100, width=width), (32, 32, 3), 100, n)
 
@@ -339,7 +339,7 @@ def vit_b16(size: Size = "full") -> Model:
 
 
 def gpt2(size: Size = "full", *, scanned: bool = False) -> Model:
-    """GPT-2 of 124 million parameters, its vocabulary filled up to a multiple of 128."""
+    """Builds GPT-2 of 124 million parameters, its vocabulary filled up to a multiple of 128."""
     vocabulary, length, dim, layers, heads, n = {
         "tiny": (50, 8, 16, 2, 2, 4),
         "small": (8192, 128, 256, 4, 4, 16),
@@ -360,7 +360,7 @@ def resnet50(size: Size = "full") -> Model:
 
 
 def bert_base(size: Size = "full") -> Model:
-    """BERT-base, its vocabulary filled up; it learns the next token, which costs the same."""
+    """Builds BERT-base, its vocabulary filled up; it predicts the next token at the same cost."""
     vocabulary, length, dim, layers, heads, n = {
         "tiny": (50, 8, 16, 2, 2, 4),
         "small": (8192, 64, 256, 4, 4, 16),
@@ -371,7 +371,7 @@ def bert_base(size: Size = "full") -> Model:
 
 
 def llama_1b(size: Size = "full") -> Model:
-    """Llama-like model of 1.1 billion parameters."""
+    """Builds a Llama-like model of 1.1 billion parameters."""
     vocabulary, length, dim, layers, heads, key_heads, hidden, n = {
         "tiny": (50, 8, 16, 2, 4, 2, 32, 4),
         "small": (8192, 128, 256, 4, 4, 2, 688, 8),

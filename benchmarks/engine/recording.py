@@ -1,4 +1,4 @@
-"""What does it cost to record every sample of a training?
+"""Measures what it costs to record every sample of a training.
 
     python -m benchmarks.engine.recording
 

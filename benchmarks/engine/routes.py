@@ -1,4 +1,4 @@
-"""What losses cost that once had a stacked gradient a sample: memory and time, to a plain gradient.
+"""What do losses cost that once needed stacked gradients, compared with a plain gradient?
 
     python -m benchmarks.engine.routes
 
@@ -112,7 +112,7 @@ def position_table(table: Any, x: Any) -> Any:
     return jnp.tanh(x + table[: len(x)])
 
 
-# For each the loss's net, and the shape of its one parameter.
+# The net of each loss, and the shape of its one parameter.
 NETS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Size], tuple[int, ...]]]] = {
     "layers by index": (by_index, lambda s: (s.layers, s.width, s.width)),
     "layers by counter": (by_counter, lambda s: (s.layers, s.width, s.width)),

@@ -36,7 +36,7 @@ MODES = {"plain": "#666666", "one_pass": "#0072B2"}
 
 
 class Assumptions(NamedTuple):
-    """Of the simulated cluster. No figure of it was measured."""
+    """The assumptions about the simulated cluster. None of these figures was measured."""
 
     flops_per_second: float = 100e12
     bytes_per_second: float = 50e9
@@ -84,7 +84,7 @@ def measure(name: str, mode: str, num_devices: int, size: str) -> dict[str, Any]
 
 
 def with_flops(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of several devices too, from what each computes relative to one that is alone."""
+    """Adds the operations of several devices, relative to those of a device that is alone."""
     alone = {(r["model"], r["mode"]): r for r in rows if r["devices"] == 1}
 
     def flops(row: dict[str, Any]) -> float:
@@ -108,7 +108,7 @@ NUMBERS = ("flops", "bytes_sent")
 
 
 def seconds(row: dict[str, Any], num_devices: int) -> float:
-    """Of a simulated step; the formula of MODEL."""
+    """Predicts the seconds of a simulated step by the formula of MODEL."""
     computing = row["flops"] / ASSUMPTIONS.flops_per_second
     share = 2 * (num_devices - 1) / num_devices
     sending = share * row["bytes_sent"] / ASSUMPTIONS.bytes_per_second
@@ -188,11 +188,11 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main(out: pathlib.Path = RESULTS, quick: bool = False) -> None:
-    """What do devices that share a batch compute, and send each other?
+    """Counts what devices that share a batch compute, and send each other.
 
     Args:
       out: folder for scaling.json and scaling.png.
-      quick: small models, to see that the benchmark works.
+      quick: small models, to check that the benchmark works.
     """
     if jax.device_count() < DEVICES[-1]:
         raise SystemExit(

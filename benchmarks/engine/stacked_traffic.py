@@ -36,7 +36,7 @@ MARKERS = dict(zip(CASES, "|os^", strict=True))
 
 
 def mean(stack: jax.Array) -> jax.Array:
-    # As a dot product: XLA for CPU is slow at sums over the first axis.
+    # A dot product, as XLA for CPU is slow at sums over the first axis.
     weights = jnp.full(len(stack), 1 / len(stack), jnp.float32)
     dimensions = (((0,), (0,)), ((), ()))
     total = lax.dot_general(weights, stack.astype(jnp.float32), dimensions, lax.Precision.HIGHEST)
@@ -148,12 +148,12 @@ def main(
     repeats: int = 15,
     quick: bool = False,
 ) -> None:
-    """How often does per_sample_clip read the stacked gradients?
+    """Counts how often per_sample_clip reads the stacked gradients.
 
     Args:
       out: folder for stacked_traffic.json and stacked_traffic.png.
       repeats: timed rounds, at least 2.
-      quick: one small stack a dtype, to see that the benchmark works.
+      quick: one small stack a dtype, to check that the benchmark works.
     """
     stacks = [(64, 16_384)] if quick else [(128, 1_000_000), (127, 1_000_000), (1024, 100_000)]
     rows = [

@@ -31,14 +31,14 @@ TARGETS = ("v5e", "v6e", "h100")
 
 
 class Cost(NamedTuple):
-    """What a compiled program costs.
+    """The cost of a compiled program.
 
     Attributes:
-      cycles: of a TPU, by the compiler's own estimates; 0 for a GPU.
-      kernels: that a GPU launches; 0 for a TPU.
-      bytes: that these read and write.
-      waits: of a GPU for the host.
-      temp_bytes: peak of the temporary memory.
+      cycles: cycles of a TPU, by the compiler's own estimates; 0 for a GPU.
+      kernels: how many kernels a GPU launches; 0 for a TPU.
+      bytes: how many bytes these kernels read and write.
+      waits: how often a GPU waits for the host.
+      temp_bytes: the peak of the temporary memory.
       compile_seconds: tracing included.
     """
 

@@ -1,4 +1,4 @@
-"""What the processes of the comparison share; imports neither JAX nor PyTorch."""
+"""Defines what the processes of the comparison share, without JAX and PyTorch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Peer(NamedTuple):
     """One way to clip per sample.
 
     Attributes:
-      label: in tables and figures.
-      framework: that of its plain step.
-      module: to be importable where it is measured.
-      epsilon: its clip factor is min(1, C / (norm + epsilon)).
+      label: the label in tables and figures.
+      framework: the framework of its plain step.
+      module: the module that must be importable where it is measured.
+      epsilon: ε of its clip factor min(1, C / (norm + ε)).
       colour: Okabe and Ito's, which the colour-blind can tell apart.
-      hatch: so that it reads in grey.
-      float32_limit: the largest error of its gradients in float32 that is let through.
+      hatch: the hatch, so that it reads in grey.
+      float32_limit: the largest error of its gradients in float32 that is accepted.
     """
 
     label: str
@@ -47,14 +47,14 @@ PEERS = {
 
 
 class Inputs(NamedTuple):
-    """What a peer is run on.
+    """The inputs that a peer is run on.
 
     Attributes:
       model: "alexnet" or "gpt".
-      size: of the model, "small" or "full".
+      size: the size of the model, "small" or "full".
       threshold: C, which clips half of the samples.
       params: initial parameters, named as in Flax.
-      batch: what the loss takes after the parameters, samples on axis 0.
+      batch: the arguments of the loss after the parameters, samples on axis 0.
     """
 
     model: str
@@ -90,16 +90,16 @@ class Inputs(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A peer made ready on some inputs.
+    """The steps of a peer that is ready to run on some inputs.
 
     Attributes:
-      plain: loss and gradient of the mean loss; returns when they are there. None where it was not
-        asked for.
-      clipped: loss and clipped mean gradient; returns when they are there.
-      loss: from what `clipped` returned to the mean loss.
-      gradients: from what `clipped` returned to arrays named and shaped as in Flax.
+      plain: a function that computes loss and gradient of the mean loss, and waits for them; None
+        if it was not asked for.
+      clipped: a function that computes loss and clipped mean gradient, and waits for them.
+      loss: a function from the result of `clipped` to the mean loss.
+      gradients: a function from the result of `clipped` to arrays named and shaped as in Flax.
       temp_bytes: temporary memory of `plain` and of `clipped`, where the compiler tells.
-      clear: frees what the last steps left in the model.
+      clear: a function that frees what the last steps left in the model.
     """
 
     plain: Callable[[], Any] | None

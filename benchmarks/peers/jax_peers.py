@@ -1,4 +1,4 @@
-"""The libraries for JAX; a step returns (value, clipped mean gradient)."""
+"""Runs the libraries for JAX; a step returns (value, clipped mean gradient)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(peer: str, inputs: Inputs, with_plain: bool) -> Steps:
 def ready(
     function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> tuple[Callable[[], Any], int]:
-    """A step, compiled, and its temporary memory."""
+    """Compiles a step, and returns it with its temporary memory."""
     program: Any = jax.jit(function).lower(*arguments).compile()
     temp_bytes = program.memory_analysis().temp_size_in_bytes
     return lambda: jax.block_until_ready(program(*arguments)), temp_bytes

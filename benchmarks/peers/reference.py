@@ -1,9 +1,9 @@
-"""The inputs that all peers share, and the gradients that theirs are held against."""
+"""Computes the inputs that all peers share, and the gradients that theirs are compared with."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from benchmarks.peers.jax_peers import as_names, as_tree
 from benchmarks.zoo.models import ZOO
 
 DTYPES = ("float32", "float64")
-# In float64 few samples will do: what is compared are the algorithms, not their rounding.
+# In float64 few samples suffice, as algorithms are compared and not their rounding.
 SAMPLES_IN_FLOAT64 = 4
 # The largest error of the gradients in float64 that is let through, relative to the largest entry
 # of a leaf, and of the loss, relative.
@@ -27,12 +27,12 @@ LOSS_LIMITS = {"float32": 1e-5, "float64": FLOAT64_LIMIT}
 
 
 class Reference(NamedTuple):
-    """psclip_optax's own result.
+    """The result of psclip_optax itself.
 
     Attributes:
       loss: the mean over the samples.
-      norms: of the samples' gradients, [n].
-      gradients: from a peer's ε to the clipped mean gradient with its clip factor.
+      norms: the norms of the samples' gradients, [n].
+      gradients: a function from a peer's ε to the clipped mean gradient with its clip factor.
     """
 
     loss: float
@@ -67,7 +67,7 @@ def as_float64(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def x64(enabled: bool) -> Iterator[None]:
+def x64(enabled: bool) -> Generator[None]:
     before = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_x64", enabled)
     try:
@@ -77,7 +77,7 @@ def x64(enabled: bool) -> Iterator[None]:
 
 
 def compute(inputs: Inputs, loss: Any, epsilons: set[float]) -> tuple[Reference, float]:
-    """The reference and the threshold, the median of the norms."""
+    """Computes the reference and the threshold, which is the median of the norms."""
     clipped = psc.clipped_value_and_grad(loss, jnp.inf, mode="one_pass", return_stats=True)
 
     @jax.jit
@@ -97,7 +97,7 @@ def compute(inputs: Inputs, loss: Any, epsilons: set[float]) -> tuple[Reference,
 
 
 def thresholds_with(epsilon: float, threshold: float, norms: np.ndarray) -> np.ndarray:
-    """Norms τ_k with min(1, τ_k / ‖g_k‖) = min(1, C / (‖g_k‖ + ε)).
+    """Computes norms τ_k with min(1, τ_k / ‖g_k‖) = min(1, C / (‖g_k‖ + ε)).
 
     Some libraries add such an ε to the norm. With these thresholds it is part of what is compared,
     so that no tolerance has to cover it.
@@ -106,7 +106,7 @@ def thresholds_with(epsilon: float, threshold: float, norms: np.ndarray) -> np.n
 
 
 def limit(peer: Peer, dtype: str, what: str) -> float:
-    """The largest error that is let through, of the "loss" or the "gradients"."""
+    """Returns the largest error of the "loss" or the "gradients" that is accepted."""
     if what == "loss":
         return LOSS_LIMITS[dtype]
     return peer.float32_limit if dtype == "float32" else FLOAT64_LIMIT
@@ -115,7 +115,7 @@ def limit(peer: Peer, dtype: str, what: str) -> float:
 def errors_of(
     reference: Reference, epsilon: float, loss: float, gradients: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """Of the loss, relative; of the gradients, relative to each leaf's largest entry."""
+    """Computes the relative error of the loss, and of each leaf relative to its largest entry."""
     return {
         "loss": abs(loss - reference.loss) / abs(reference.loss),
         "gradients": largest_error(gradients, reference.gradients[epsilon]),

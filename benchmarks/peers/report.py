@@ -1,4 +1,4 @@
-"""Tables, the figure, and what is wrong in the rows of peers.json."""
+"""Reports the rows of peers.json: tables, the figure, and errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
 def problems(rows: list[dict[str, Any]]) -> list[str]:
-    """What makes the command fail: a peer that broke, or that disagrees."""
+    """Lists the reasons for the command to fail: peers that broke or disagree."""
     found = []
     for row in rows:
         peer = PEERS[row["peer"]]
@@ -94,7 +94,7 @@ def reasons(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def with_ends(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], bool, bool]]:
-    """Each row with whether it is the first and the last of its model."""
+    """Marks the first and the last row of each model."""
     models = [None, *(row["model"] for row in rows), None]
     neighbours = zip(models[:-2], models[2:], strict=True)
     return [
@@ -141,10 +141,10 @@ def shown_error(error: float | None, largest: float) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table in Markdown: time and peak memory of each library against its plain step.
+    """Writes a table in Markdown: each library's time and peak memory, against its plain step.
 
     Args:
-      rows: as peers.json holds them.
+      rows: the rows of peers.json.
     """
     models = list(dict.fromkeys(map(label, rows)))
     columns = ["library", *(f"{model}: time | memory" for model in models)]

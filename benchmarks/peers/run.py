@@ -86,7 +86,7 @@ def measure(
 
 
 def run_worker(peer: str, folder: pathlib.Path, options: Options) -> str | None:
-    """None, also where time is up; else the last that the process said before it failed."""
+    """Runs a worker: returns None, or its last words before it failed; None if time is up."""
     arguments = {
         "--folder": folder,
         "--peer": peer,
@@ -156,7 +156,7 @@ def too_slow(report: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def add_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with a new one, in order; a peer is there once a model, whatever its batch."""
+    """Adds a row in order, in place of one of the same peer and model, whatever its batch."""
     return sorted([*(other for other in rows if slot(other) != slot(row)), row], key=slot)
 
 
@@ -190,7 +190,7 @@ def main(
     rerun: bool = False,
     markdown: bool = False,
 ) -> None:
-    """What does clipping per sample cost in each library, and do they agree?
+    """Measures what clipping per sample costs in each library, and whether they agree.
 
     Args:
       out: folder for peers.json and peers.png.
@@ -198,8 +198,8 @@ def main(
       peers: ours, jax_privacy, jax_privacy_sliced, optax, opacus_ghost, opacus_hooks, fastdp.
       samples: batch sizes other than 32 and 16, as in --samples alexnet 8 gpt 4.
       rounds: timed rounds; 7 by default.
-      time_limit_seconds: of each peer on each model, its start and compilation included.
-      quick: small models, four samples and few rounds, to see that the benchmark works.
+      time_limit_seconds: the limit for each peer on each model, with its start and compilation.
+      quick: small models, four samples and few rounds, to check that the benchmark works.
       rerun: measure also what is in the file already.
       markdown: measure nothing, and print a table in Markdown from the file.
     """

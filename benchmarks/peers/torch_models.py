@@ -1,8 +1,11 @@
-"""AlexNet and GPT as in psclip_optax/training/models and benchmarks/zoo/models.py, in PyTorch.
+"""Builds AlexNet and GPT in PyTorch, as the package and benchmarks/zoo/models.py have them.
 
 Modules are called as in Flax and take their sizes from Flax's parameters, so that weights go over
 by name.
 """
+
+# PyTorch is not installed where types are checked.
+# pyright: reportUntypedBaseClass=false
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def layer_norm(params: Params, name: str) -> Any:
 
 
 class AlexNet(nn.Module):
-    """From images [n, channels, 32, 32] to logits."""
+    """AlexNet, from images [n, channels, 32, 32] to logits."""
 
     def __init__(self, params: Params):
         super().__init__()
@@ -57,7 +60,7 @@ class AlexNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention out of products, which hooks and ghost norms know."""
+    """Causal self-attention made of products, which hooks and ghost norms support."""
 
     def __init__(self, params: Params, name: str):
         super().__init__()
@@ -93,7 +96,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """From tokens [n, T] to logits [n, T, vocabulary]; the output matrix is not the embedding."""
+    """GPT, from tokens [n, T] to logits [n, T, vocabulary], with an output matrix of its own."""
 
     def __init__(self, params: Params):
         super().__init__()
@@ -119,7 +122,7 @@ MODELS = {"alexnet": AlexNet, "gpt": GPT}
 
 
 def build_model(name: str, params: Params) -> Any:
-    """The model with Flax's parameters, of their dtype."""
+    """Builds the model with Flax's parameters, in their dtype."""
     model = MODELS[name](params).to(torch.from_numpy(next(iter(params.values()))).dtype)
     state = {torch_name(key): to_torch(key, array) for key, array in params.items()}
     model.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
@@ -127,7 +130,7 @@ def build_model(name: str, params: Params) -> Any:
 
 
 def batch_tensors(name: str, batch: tuple[np.ndarray, ...]) -> tuple[Any, Any]:
-    """What the model takes and what the loss holds its logits against."""
+    """Splits a batch into the model's inputs and the targets of the loss."""
     if name == "gpt":
         tokens = torch.from_numpy(batch[0]).long()
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -136,7 +139,7 @@ def batch_tensors(name: str, batch: tuple[np.ndarray, ...]) -> tuple[Any, Any]:
 
 
 def sample_losses(logits: Any, targets: Any) -> Any:
-    """Cross-entropy of each sample, the mean over its positions: [n]."""
+    """Computes the cross-entropy of each sample, averaged over its positions, [n]."""
     classes = logits.flatten(0, -2)
     losses = F.cross_entropy(classes, targets.flatten().long(), reduction="none")
     return losses.unflatten(0, (len(targets), -1)).mean(1)

@@ -1,4 +1,4 @@
-"""The libraries for PyTorch. Their step ends with the clipped sum: no noise, no update."""
+"""Runs the libraries for PyTorch. Their step ends with the clipped sum: no noise, no update."""
 
 from __future__ import annotations
 

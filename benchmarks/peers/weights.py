@@ -1,4 +1,4 @@
-"""From Flax's parameters to PyTorch's and back; imports neither."""
+"""Converts parameters between Flax and PyTorch, without importing either."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def torch_name(name: str) -> str:
-    """The PyTorch name of a parameter: modules are called as in Flax."""
+    """Names a parameter in PyTorch, where modules are called as in Flax."""
     *modules, last = name.split("/")
     if not modules:  # a bare array in Flax; in PyTorch an embedding of the positions
         return f"{last}.weight"
@@ -37,10 +37,10 @@ def is_convolution(shape: tuple[int, ...]) -> bool:
 
 
 def to_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """A parameter of Flax, laid out as PyTorch has it.
+    """Lays out a parameter of Flax as PyTorch has it.
 
     Args:
-      name: as in Flax, "Dense_0/kernel".
+      name: the name in Flax, "Dense_0/kernel".
       array: convolutions [height, width, in, out]; products [inputs…, outputs…].
     """
     if name.endswith("/kernel") and is_convolution(array.shape):
@@ -52,12 +52,12 @@ def to_torch(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def from_torch(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `to_torch`, for a parameter or its gradient.
+    """Lays out a parameter of PyTorch, or its gradient, as Flax has it.
 
     Args:
-      name: as in Flax.
-      array: as PyTorch has it.
-      shape: as in Flax.
+      name: the name in Flax.
+      array: the array as PyTorch has it.
+      shape: the shape in Flax.
     """
     if name.endswith("/kernel") and is_convolution(shape):
         return array.transpose(2, 3, 1, 0)

@@ -29,7 +29,7 @@ def measure(folder: pathlib.Path, peer: str, rounds: int, time_limit_seconds: fl
     """Writes report.json and, per dtype, the clipped gradients.
 
     Args:
-      folder: has the inputs, float32.npz and float64.npz.
+      folder: the folder of the inputs, float32.npz and float64.npz.
       peer: a key of PEERS.
       rounds: timed calls of the plain and the clipped step, in turn.
       time_limit_seconds: after one call, nothing more is timed if all would take longer.
@@ -90,13 +90,13 @@ def timed(step: Callable[[], Any]) -> tuple[Any, float]:
 def time_rounds(
     plain: Callable[[], Any], clipped: Callable[[], Any], rounds: int
 ) -> list[list[float]]:
-    """Seconds of the plain and of the clipped step, [2][rounds], in turn."""
+    """Times the plain and the clipped step in turn, [2][rounds]."""
     pairs = [(timed(plain)[1], timed(clipped)[1]) for _ in range(rounds)]
     return [list(seconds) for seconds in zip(*pairs, strict=True)]
 
 
 def peak_bytes(step: Callable[[], Any]) -> int | None:
-    """How far the process's resident memory rises during a step; None where Linux is not."""
+    """Measures how far the resident memory rises during a step; None without Linux."""
     if not CLEAR_REFS.exists():
         return None
     gc.collect()

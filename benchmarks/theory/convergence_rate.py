@@ -36,6 +36,17 @@ from benchmarks.theory.convergence_report import (
     slopes_table,
     to_markdown,
 )
+from benchmarks.theory.convergence_statistics import (
+    best_point,
+    compare,
+    estimate,
+    interval,
+    is_at_edge,
+    replicate,
+    resample,
+    rounded,
+    slope,
+)
 from benchmarks.theory.descent import (
     METHODS,
     NORMALISED,
@@ -63,7 +74,7 @@ def key_for(seed: int, label: str) -> jax.Array:
 
 
 def examine(problem: Problem, noise: Noise, key: jax.Array, draws: int) -> dict[str, Any]:
-    """Scales at the start, and whether the noise is as heavy as stated."""
+    """Measures the scales at the start, and whether the noise is as heavy as stated."""
     gradients = problem.gradients(problem.start, problem.sample(noise, key, draws))
     population = problem.population_gradient(problem.start)
     norms = np.asarray(jnp.linalg.norm(gradients, axis=0))
@@ -83,12 +94,8 @@ def examine(problem: Problem, noise: Noise, key: jax.Array, draws: int) -> dict[
     }
 
 
-LEVEL = 0.99
-REPLICATES = 1000
-
-
 class Plan(NamedTuple):
-    """What is computed, and with how much."""
+    """The amount of computation."""
 
     seed: int
     runs: int
@@ -116,7 +123,7 @@ class Cell(NamedTuple):
 
 
 def make_cells(plan: Plan) -> Iterator[Cell]:
-    """In an order in which each comes after those it rests on."""
+    """Lists the cells in an order in which each comes after those it depends on."""
     pairs = list(itertools.product(plan.problems, plan.noises))
     yield from (Cell("noise", *pair) for pair in pairs)
     for samples in sorted({*plan.sizes, *plan.tuned_sizes}):
@@ -129,7 +136,7 @@ def make_cells(plan: Plan) -> Iterator[Cell]:
 
 
 class Results:
-    """Cells that are lines of a file, computed when they are not there."""
+    """Finished cells of a file; others are computed when they are asked for."""
 
     def __init__(self, path: pathlib.Path, plan: Plan):
         self.cache, self.plan = RunsCache(path), plan
@@ -140,7 +147,7 @@ class Results:
         return self.cache.once(run, lambda: COMPUTE[cell.kind](self, cell))
 
     def settings(self, cell: Cell) -> dict[str, Any]:
-        """What the cell's values depend on, apart from the code and what it is of."""
+        """Returns everything that a cell's values depend on, apart from the code and its names."""
         names = {
             "noise": ["draws"],
             "rate": ["draws", "runs"],
@@ -168,7 +175,7 @@ def compute_noise(results: Results, cell: Cell) -> dict[str, Any]:
 
 
 def compute_rate(results: Results, cell: Cell) -> dict[str, list[float]]:
-    """With the step 1/L, by run; the theory's α = σ, and the median norm for comparison."""
+    """Runs the step 1/L, with the theory's α = σ and, for comparison, the median norm."""
     scales, step = results.scales(cell), 1 / results.problem(cell.problem).smoothness
     alphas = jnp.array([scales.raw_moment, scales.median_norm])
     settings = Settings(jnp.full(2, step), alphas)
@@ -181,7 +188,7 @@ def compute_rate(results: Results, cell: Cell) -> dict[str, list[float]]:
 
 
 def compute_tuning(results: Results, cell: Cell) -> dict[str, dict[str, list[float]]]:
-    """Both statistics of every point of every method's grid."""
+    """Computes both statistics of every point of each method's grid."""
     smoothness = results.problem(cell.problem).smoothness
     grids = make_grids(results.scales(cell), smoothness, *results.plan.grid)
     norms = results.simulate(cell, grids)
@@ -193,7 +200,7 @@ def compute_tuning(results: Results, cell: Cell) -> dict[str, dict[str, list[flo
 
 
 def compute_final(results: Results, cell: Cell) -> dict[str, dict[str, list[float]]]:
-    """By run, each method with its best point for each statistic."""
+    """Computes, by run, each method with its best point for each statistic."""
     tuning = results[cell._replace(kind="tuning")]
     chosen = {}
     for method, values in tuning.items():
@@ -216,18 +223,10 @@ COMPUTE: dict[str, Callable[[Results, Cell], Any]] = {
 }
 
 
-def rounded(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.6g}") for value in values]
-
-
-def best_point(values: list[float]) -> int:
-    return int(np.argmin(np.nan_to_num(values, nan=np.inf)))
-
-
 def make_grids(
     scales: Scales, smoothness: float, num_rates: int, num_thresholds: int
 ) -> dict[str, Settings]:
-    """As many points for each method: learning rates × thresholds, or that many learning rates.
+    """Builds as many points for each method: rates × thresholds, or that many rates.
 
     Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
     gradient descent.
@@ -246,35 +245,8 @@ def make_grids(
     return grids
 
 
-def estimate(values: np.ndarray, statistic: str) -> np.ndarray:
-    """The statistic over runs, on axis 0."""
-    if statistic == "mean":
-        return np.mean(values, axis=0)
-    return np.quantile(values, LEVEL, axis=0, method="inverted_cdf")
-
-
-def resample(runs: int, label: str) -> np.ndarray:
-    """How often each run comes in each replicate, [replicates, runs]."""
-    generator = np.random.default_rng(zlib.crc32(label.encode()))
-    counts = generator.multinomial(runs, np.full(runs, 1 / runs), size=REPLICATES)
-    return counts.astype(np.int16)
-
-
-def replicate(values: np.ndarray, counts: np.ndarray, statistic: str) -> np.ndarray:
-    """The statistic of `values` [runs] in each replicate."""
-    if statistic == "mean":
-        return counts @ values / len(values)
-    order = np.argsort(values)
-    reached = np.cumsum(counts[:, order], axis=1, dtype=np.int32) >= LEVEL * len(values)
-    return values[order][np.argmax(reached, axis=1)]
-
-
-def interval(replicates: np.ndarray) -> list[float]:
-    return [float(bound) for bound in np.quantile(replicates, [0.025, 0.975], axis=0)]
-
-
 def assemble(results: Results) -> dict[str, Any]:
-    """Everything that is printed and drawn, from the cells."""
+    """Assembles everything that is printed and drawn, from the cells."""
     plan = results.plan
     pairs = list(itertools.product(plan.problems, plan.noises))
     tuned = [(*pair, samples) for pair in pairs for samples in plan.tuned_sizes]
@@ -300,14 +272,14 @@ def noise_row(results: Results, problem: str, noise: Noise) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Without infinities, which JSON does not have."""
+    """Replaces infinities, which JSON lacks."""
     if isinstance(value, list):
         return [as_json(one) for one in value]
     return None if value == math.inf else value
 
 
 def rate_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, Any]]:
-    """The slope of each method and statistic over N."""
+    """Computes the slope of each method and statistic over N."""
     plan = results.plan
     cells = [Cell("rate", problem, noise, samples) for samples in plan.sizes]
     norms = [{m: np.array(v) for m, v in results[cell].items()} for cell in cells]
@@ -338,14 +310,8 @@ def rate_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, An
     return rows
 
 
-def slope(totals: np.ndarray, estimates: np.ndarray) -> np.ndarray:
-    """Of log estimates [sizes, …] against log N by least squares."""
-    centred = np.log(totals) - np.mean(np.log(totals))
-    return np.tensordot(centred / np.sum(centred**2), np.log(estimates), axes=1)
-
-
 def theory_ratio_rows(results: Results, problem: str, noise: Noise) -> list[dict[str, Any]]:
-    """PS-Clip-SGD against SGD with the same step 1/L, untuned."""
+    """Compares PS-Clip-SGD with SGD at the same step 1/L, both untuned."""
     rows = []
     for samples in results.plan.sizes:
         cell = Cell("rate", problem, noise, samples)
@@ -359,7 +325,7 @@ def theory_ratio_rows(results: Results, problem: str, noise: Noise) -> list[dict
 
 
 def ratio_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
-    """Tuned PS-Clip-SGD against each other method, tuned as well."""
+    """Compares tuned PS-Clip-SGD with each other method, tuned as well."""
     cell = Cell("final", problem, noise, samples)
     norms, counts = results[cell], resample(results.plan.runs, cell.label)
     rows = []
@@ -370,21 +336,8 @@ def ratio_rows(results: Results, problem: str, noise: Noise, samples: int) -> li
     return rows
 
 
-def compare(
-    ours: np.ndarray, others: np.ndarray, counts: np.ndarray, statistic: str
-) -> dict[str, Any]:
-    """The ratio of a statistic over the same runs, with its paired interval."""
-    low, high = interval(replicate(ours, counts, statistic) / replicate(others, counts, statistic))
-    return {
-        "estimates": [float(estimate(values, statistic)) for values in (ours, others)],
-        "ratio": float(estimate(ours, statistic) / estimate(others, statistic)),
-        "interval": [low, high],
-        "verdict": "better" if high < 1 else "worse" if low > 1 else "equal",
-    }
-
-
 def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
-    """The chosen points, and at which edges of their grids they lie."""
+    """Lists the chosen points, and the edges of their grids at which they lie."""
     rows = []
     for method, values in results[Cell("tuning", problem, noise, samples)].items():
         for statistic in STATISTICS:
@@ -396,10 +349,6 @@ def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> l
     return rows
 
 
-def is_at_edge(grid: list[float], value: float) -> bool:
-    return min(grid) < max(grid) and value in (min(grid), max(grid))
-
-
 def main(
     out: pathlib.Path = RESULTS,
     runs: pathlib.Path = pathlib.Path("runs/convergence_rate.runs.jsonl"),
@@ -409,17 +358,17 @@ def main(
     quick: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Does PS-Clip-SGD converge at the optimal rate, and is it better at equal samples?
+    """Measures how fast PS-Clip-SGD converges, and whether it is better at equal samples.
 
     Args:
       out: folder for convergence_rate.json and convergence_rate.png.
       runs: file of the finished cells, which are not computed again; after a change of the
         problems or the methods take another.
-      seed: of all random numbers.
+      seed: the seed of all random numbers.
       sizes: numbers of samples N of the slopes, at least 2 of them.
       tuned_sizes: numbers of samples N at which all methods are tuned and compared.
-      quick: few and small cells, to see that the benchmark works.
-      markdown: only print README's table of the results that are in `out`.
+      quick: few and small cells, to check that the benchmark works.
+      markdown: only print the results page's table, from the results in `out`.
     """
     if markdown:
         print(to_markdown(json.loads((out / "convergence_rate.json").read_text())))

@@ -1,4 +1,4 @@
-"""What `benchmarks.theory.convergence_rate` found: tables and the figure."""
+"""Reports the results of `benchmarks.theory.convergence_rate`: tables and the figure."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tail_of(noise: dict[str, Any]) -> str:
 
 
 def ratios_table(result: dict[str, Any]) -> Table:
-    """At the largest N, all noises but the light one."""
+    """Lays out the ratios at the largest N, for all noises but the light one."""
     samples = max(result["plan"]["tuned_sizes"])
     title = f"PS-Clip-SGD / other, each tuned, N = {samples} (below 1: ours is better)"
     table = table_with(title, ["noise", "statistic", *OTHERS], describe_tuning(result))
@@ -102,7 +102,7 @@ def describe_tuning(result: dict[str, Any]) -> str:
 
 
 def control_table(result: dict[str, Any]) -> Table:
-    """Gaussian noise: against SGD, untuned at the same step and tuned."""
+    """Compares with SGD under Gaussian noise, untuned at the same step and tuned."""
     columns = ["problem, N", "statistic", "setting", "PS-Clip-SGD / SGD", "PS-Clip-SGD is"]
     table = table_with("Control: Gaussian noise", columns)
     rows = select(result["theory_ratios"], noise=LIGHT.label)
@@ -120,10 +120,10 @@ def control_table(result: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """README's table: slopes of PS-Clip-SGD, and its tuned ratios to the others, mean and tail.
+    """Writes the results page's table: slopes of PS-Clip-SGD, and its tuned ratios to others.
 
     Args:
-      result: as convergence_rate.json holds it.
+      result: the content of convergence_rate.json.
     """
     samples = max(result["plan"]["tuned_sizes"])
     columns = ["problem, noise", "bound", "slope: mean", "99%", *(f"/ {m}" for m in OTHERS)]

@@ -1,4 +1,4 @@
-"""PS-Clip-SGD and the methods it is compared with, run many times at once on a noisy problem."""
+"""Runs PS-Clip-SGD and the methods it is compared with many times at once on a noisy problem."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATISTICS = ("mean", "99% quantile")  # of ‖∇F‖ over runs
 
 
 class Scales(NamedTuple):
-    """Of the gradients at the start: what thresholds and learning rates are measured by."""
+    """The scales of the gradients at the start, in which thresholds and rates are measured."""
 
     raw_moment: float
     median_norm: float
@@ -30,8 +30,8 @@ class Method(NamedTuple):
     """An Optax transformation from per-sample gradients [d, n] to a direction [d].
 
     Attributes:
-      make: from a threshold, p and the median norm at the start.
-      thresholds: from Scales to the range of the grid; None where there is no threshold.
+      make: a function from a threshold, p and the median norm at the start.
+      thresholds: a function from Scales to the range of the grid; None without a threshold.
     """
 
     make: Callable[[jax.Array, float, float], optax.GradientTransformationExtraArgs]
@@ -78,21 +78,21 @@ OTHERS = tuple(METHODS)[1:]
 
 
 class Settings(NamedTuple):
-    """Candidates of one method, each float [c]."""
+    """The candidates of one method, each float [c]."""
 
     learning_rates: jax.Array
     thresholds: jax.Array
 
 
 class Schedule(NamedTuple):
-    """T steps of n samples."""
+    """A schedule of T steps with n samples each."""
 
     steps: int
     batch: int
 
 
 def schedule_for(samples: int, p: float) -> Schedule:
-    """The split of N for which n ≈ T^(p/(2p−2))."""
+    """Splits N so that n ≈ T^(p/(2p−2))."""
     steps = max(round(samples ** ((2 * p - 2) / (3 * p - 2))), 1)
     return Schedule(steps, round(samples / steps))
 
@@ -109,7 +109,7 @@ def simulate(
     scales: Scales,
     keys: jax.Array,
 ) -> dict[str, np.ndarray]:
-    """‖∇F‖ averaged over the iterates, by method, [runs, c]; all see the same samples in a run."""
+    """Averages ‖∇F‖ over the iterates, by method, [runs, c]; in a run all see the same samples."""
 
     def transformation(method: str, setting: Settings) -> Any:
         return METHODS[method].make(setting.thresholds, noise.p, scales.median_norm)

@@ -22,13 +22,27 @@ import tyro
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.theory.estimator_figure import draw_figure
 from benchmarks.theory.estimator_report import (
-    draw_figure,
     error_table,
     strong_table,
     summarise,
     tail_table,
     to_markdown,
+)
+from benchmarks.theory.estimator_statistics import (
+    Analysed,
+    against,
+    analyse,
+    bias_slope,
+    bootstrap,
+    failure_probabilities,
+    fit,
+    log_slopes,
+    resampled_quantiles,
+    signed_bias,
+    statistics_of,
+    with_interval,
 )
 from benchmarks.theory.heavy_tails import (
     CONSTANT,
@@ -87,75 +101,6 @@ STRONG_NOTE = (
 # Figures with their intervals
 
 
-def statistics_of(norms: np.ndarray) -> np.ndarray:
-    """RMS, median and 99% quantile of errors [estimators, trials]: [statistics, estimators]."""
-    rms = np.sqrt(np.mean(np.square(norms), axis=1))
-    return np.stack([rms, *np.quantile(norms, [0.5, 0.99], axis=1)])
-
-
-def bootstrap(norms: np.ndarray, replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """The statistics of resampled trials, the same for all estimators: [replicates, …]."""
-    trials = norms.shape[1]
-    draws = (rng.integers(trials, size=trials) for _ in range(replicates))
-    return np.stack([statistics_of(norms[:, chosen]) for chosen in draws])
-
-
-def with_interval(value: Any, replicates: np.ndarray) -> list[float]:
-    """[value, low, high] of a two-sided 95% percentile interval."""
-    low, high = np.quantile(replicates, [0.025, 0.975])
-    return [float(value), float(low), float(high)]
-
-
-def slope_weights(x: np.ndarray) -> np.ndarray:
-    """Weights of the values at x whose sum is their least-squares slope over x."""
-    centred = x - x.mean()
-    return centred / np.sum(centred**2)
-
-
-def log_slopes(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Least-squares slopes of log values over x, along the first axis."""
-    return np.tensordot(slope_weights(x), np.log(values), axes=1)
-
-
-def against(interval: list[float], bound: float) -> str:
-    _, low, high = interval
-    return "below" if high < bound else "above" if low > bound else "contains"
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def signed_bias(along: np.ndarray) -> list[float]:
-    mean, error = mean_and_error(along)
-    return [mean, mean - 1.96 * error, mean + 1.96 * error]
-
-
-def bias_slope(alongs: dict[int, np.ndarray]) -> list[float] | None:
-    """Slope of log |bias| over log n; None unless every bias is told from 0."""
-    means, errors = np.array([mean_and_error(along) for along in alongs.values()]).T
-    if np.any(np.abs(means) < 1.96 * errors):
-        return None
-    weights = slope_weights(np.log(list(alongs)))
-    slope = float(weights @ np.log(np.abs(means)))
-    error = float(np.sqrt(np.sum((weights * errors / means) ** 2)))
-    return [slope, slope - 1.96 * error, slope + 1.96 * error]
-
-
-class Analysed(NamedTuple):
-    """Statistics over sizes: [sizes, statistics, estimators], and [sizes, replicates, …]."""
-
-    sizes: np.ndarray
-    values: np.ndarray
-    replicates: np.ndarray
-
-
-def analyse(errors: dict[int, Errors], replicates: int, rng: np.random.Generator) -> Analysed:
-    values = [statistics_of(own.norms) for own in errors.values()]
-    resampled = [bootstrap(own.norms, replicates, rng) for own in errors.values()]
-    return Analysed(np.array(list(errors)), np.stack(values), np.stack(resampled))
-
-
 def slope_rows(noise: Noise, errors: dict[int, Errors], analysed: Analysed) -> list[dict[str, Any]]:
     x, bound = np.log(analysed.sizes), noise.rates()["bound"]
     slopes, resampled = log_slopes(x, analysed.values), log_slopes(x, analysed.replicates)
@@ -201,7 +146,7 @@ def level_rows(
 
 
 def ratio_rows(noise: Noise, analysed: Analysed) -> list[dict[str, Any]]:
-    """The growing threshold's errors relative to every other estimator's, in the same trials."""
+    """Divides the errors of the growing threshold by those of each other estimator."""
     first = ESTIMATORS.index(GROWING)
     ratios = analysed.values[..., [first]] / analysed.values
     resampled = analysed.replicates[..., [first]] / analysed.replicates
@@ -220,25 +165,6 @@ def ratio_rows(noise: Noise, analysed: Analysed) -> list[dict[str, Any]]:
 
 
 # Tails
-
-
-def failure_probabilities(trials: int) -> np.ndarray:
-    """From 1e-1 to 1e-4, as far down as the trials reach (20 of them beyond)."""
-    deltas = np.geomspace(1e-1, 1e-4, 13)
-    return deltas[deltas * trials >= 19.99]
-
-
-def resampled_quantiles(
-    ordered: np.ndarray, ranks: np.ndarray, replicates: int, rng: np.random.Generator
-) -> np.ndarray:
-    """The order statistics at 1-based ranks of resampled trials: [replicates, ranks].
-
-    Those of uniforms are sums of exponentials over their total, so that no resample is sorted.
-    """
-    trials = len(ordered)
-    steps = np.diff(ranks, prepend=0, append=trials + 1)
-    sums = np.cumsum(rng.standard_gamma(steps, size=(replicates, len(steps))), axis=1)
-    return ordered[np.floor(sums[:, :-1] / sums[:, -1:] * trials).astype(int)]
 
 
 def tail_row(
@@ -279,19 +205,11 @@ def tail_row(
     }
 
 
-def fit(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes and sums of squared residuals of log values [points, fits] over x [points]."""
-    slopes = log_slopes(x, values)
-    logs = np.log(values)
-    residuals = logs - logs.mean(axis=0) - np.outer(x - x.mean(), slopes)
-    return slopes, np.sum(residuals**2, axis=0)
-
-
 # The whole
 
 
 class Plan(NamedTuple):
-    """What is simulated, and how often."""
+    """The amount of simulation."""
 
     noises: tuple[Noise, ...]
     sizes: tuple[int, ...]
@@ -345,7 +263,7 @@ def errors_over_sizes(plan: Plan, noise: Noise, sigma: float) -> dict[int, Error
 
 
 def measure(plan: Plan, noise: Noise) -> dict[str, Any]:
-    """The rows of one law of noise."""
+    """Measures the rows of one law of noise."""
     sigma = raw_scale(noise, MEAN_NORM, plan.samples_for_scale, key_for(plan, "scale", noise))
     errors = errors_over_sizes(plan, noise, sigma)
     rng = np.random.default_rng((plan.seed, NOISES.index(noise)))
@@ -389,7 +307,7 @@ def describe_noise(noise: Noise, sigma: float, sizes: tuple[int, ...]) -> dict[s
 
 
 def strong_signal(plan: Plan, n: int) -> list[dict[str, Any]]:
-    """Errors where the mean is far larger than the noise: what the moment must be taken of."""
+    """Measures errors where the mean is far larger than the noise."""
     noise, p = STRONG_SIGNAL_NOISE, STRONG_SIGNAL_NOISE.order
     raw = raw_scale(
         noise,
@@ -424,7 +342,7 @@ def strong_signal(plan: Plan, n: int) -> list[dict[str, Any]]:
 
 
 def rounded(tree: Any) -> Any:
-    """Floats to five digits, more than any interval here warrants."""
+    """Rounds floats to five digits, more than any interval here supports."""
     return jax.tree.map(lambda x: float(f"{x:.5g}") if isinstance(x, float) else x, tree)
 
 
@@ -437,17 +355,17 @@ def main(
     quick: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Does the error of the clipped mean fall as the theory says, and where does it not help?
+    """Measures how the error of the clipped mean falls, and where clipping does not help.
 
     Args:
       out: folder for estimator_error.json and estimator_error.png.
       runs: file of the finished laws of noise, which are not simulated again; after a change of
         what is simulated take another.
-      trials: at every size; 10,000 by default.
-      tail_trials: for the quantiles down to 1e-4; 200,000 by default.
-      seed: of all that is drawn.
-      quick: few trials of small batches, to see that the benchmark works.
-      markdown: measure nothing, and print README's table from the file.
+      trials: the number of trials at each size; 10,000 by default.
+      tail_trials: the number of trials for quantiles down to 1e-4; 200,000 by default.
+      seed: the seed of all random numbers.
+      quick: few trials of small batches, to check that the benchmark works.
+      markdown: measure nothing, and print the results page's table from the file.
     """
     if markdown:
         print(to_markdown(json.loads((out / "estimator_error.json").read_text())))

@@ -1,6 +1,6 @@
-"""Noise with exactly known tails, robust means of it, and their errors by Monte Carlo.
+"""Draws noise with exactly known tails, and simulates the errors of its robust means.
 
-What the benchmarks of the estimator share; nothing here runs on its own.
+The benchmarks of the estimator share this module; nothing here runs by itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 import psclip_optax as psc
 
 DIMENSION = 10
-# The largest moment that exists is of an order below the index, so that the theory gets less.
+# A moment exists for orders below the index, so that the theory is given a smaller order.
 GAP = 0.1
-# What one compiled call draws, so that it stays in a core's cache.
+# The draws of one compiled call, few enough to stay in a core's cache.
 SAMPLES_PER_CHUNK = 2**17
 WEISZFELD_STEPS = 20
-# From gradients [trials, dimension, n] to estimates [trials, dimension].
+# A function from gradients [trials, dimension, n] to estimates [trials, dimension].
 Estimator: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
@@ -48,7 +48,7 @@ class Noise(NamedTuple):
 
     @property
     def order(self) -> float:
-        """p, the order of the moment that the thresholds assume."""
+        """Returns p, the order of the moment that the thresholds assume."""
         return 2.0 if self.is_gaussian else self.tail_index - GAP
 
     @property
@@ -57,11 +57,11 @@ class Noise(NamedTuple):
         return "Gaussian" if self.is_gaussian else f"{side}, a = {self.tail_index:g}"
 
     def radial_moment(self, order: float) -> float:
-        """E R^order; of the Gaussian the second alone."""
+        """Computes E R^order; for the Gaussian the second moment alone."""
         return DIMENSION if self.is_gaussian else self.tail_index / (self.tail_index - order)
 
     def rates(self) -> dict[str, float]:
-        """Slopes of log error over log n: the bound's, and what these very laws tend to.
+        """Returns slopes of log error over log n: that of the bound, and the limits for these laws.
 
         With P(R > r) = r^{-a} and τ_k of the order k^{1/p} the variance is of the order
         τ_n^{2-a} / n and the bias, if one-sided, of the order τ_n^{1-a}.
@@ -79,7 +79,7 @@ GAUSSIAN = Noise(math.inf)
 
 
 def num_blocks(delta: float) -> int:
-    """Blocks of a median of means for failure probability δ: the power of two next to 8 ln(1/δ)."""
+    """Chooses the blocks of a median of means for δ: the power of two next to 8 ln(1/δ)."""
     return 2 ** round(math.log2(8 * math.log(1 / delta)))
 
 
@@ -99,7 +99,7 @@ def unit_mean() -> jax.Array:
 
 
 def draw(key: jax.Array, noise: Noise, mean_norm: float, trials: int, n: int) -> Any:
-    """Gradients [trials, dimension, n] and the radii R of their noise [trials, n]."""
+    """Draws gradients [trials, dimension, n] and the radii R of their noise [trials, n]."""
     for_direction, for_radius = jax.random.split(key)
     directions = jax.random.normal(for_direction, (trials, DIMENSION, n))
     norms = jnp.sqrt(jnp.sum(jnp.square(directions), axis=1, keepdims=True))
@@ -115,7 +115,7 @@ def draw(key: jax.Array, noise: Noise, mean_norm: float, trials: int, n: int) ->
 
 
 def radii_of_bits(bits: jax.Array, tail_index: float) -> jax.Array:
-    """Pareto radii from 32 random bits each, of which all tell the small uniforms apart.
+    """Draws Pareto radii from 32 random bits each, all of which resolve the small uniforms.
 
     The uniforms of `jax.random.pareto` in float32 are multiples of 2^-23, which would cut off the
     tail within what is drawn here.
@@ -125,15 +125,15 @@ def radii_of_bits(bits: jax.Array, tail_index: float) -> jax.Array:
 
 
 def _mean_absolute_entry() -> float:
-    """E|U_1| of a point U that is uniform on the unit sphere."""
+    """Computes E|U_1| of a point U that is uniform on the unit sphere."""
     return math.gamma(DIMENSION / 2) / (math.sqrt(math.pi) * math.gamma((DIMENSION + 1) / 2))
 
 
 def raw_scale(noise: Noise, mean_norm: float, samples: int, key: jax.Array) -> float:
-    """σ = (E‖g‖^p)^{1/p}.
+    """Estimates σ = (E‖g‖^p)^{1/p}.
 
-    A sample mean of ‖g‖^p hardly converges for p next to the index. That of ‖g‖^p - R^p does, for
-    it has a finite variance, and E R^p is known.
+    A sample mean of ‖g‖^p hardly converges for p close to the index. The sample mean of ‖g‖^p - R^p
+    does, as it has a finite variance, and E R^p is known.
     """
     p, n = noise.order, min(SAMPLES_PER_CHUNK, samples)
     one = jax.jit(draw, static_argnums=(1, 2, 3, 4))
@@ -147,7 +147,7 @@ def raw_scale(noise: Noise, mean_norm: float, samples: int, key: jax.Array) -> f
 
 
 def clipped_mean(gradients: jax.Array, threshold: Any) -> jax.Array:
-    """The library's own, of every trial: [trials, dimension, n] → [trials, dimension]."""
+    """Computes the library's own clipped mean of every trial, [trials, dimension]."""
     tx = psc.per_sample_clip(threshold, sample_axis=1)
     state = tx.init(jnp.zeros(gradients.shape[1]))
     means: Any = jax.vmap(lambda stack: tx.update(stack, state)[0])(gradients)
@@ -155,12 +155,12 @@ def clipped_mean(gradients: jax.Array, threshold: Any) -> jax.Array:
 
 
 def block_means(gradients: jax.Array, blocks: int) -> jax.Array:
-    """[trials, dimension, n] → [trials, dimension, blocks]; `blocks` divides n."""
+    """Averages blocks: [trials, dimension, n] → [trials, dimension, blocks]; `blocks` divides n."""
     return gradients.reshape(*gradients.shape[:2], blocks, -1).mean(axis=-1)
 
 
 def geometric_median(points: jax.Array) -> jax.Array:
-    """Of the columns of [trials, dimension, blocks], by Weiszfeld's iteration."""
+    """Computes the geometric median of the columns by Weiszfeld's iteration."""
 
     def step(_: Any, centre: jax.Array) -> jax.Array:
         distances = jnp.sqrt(jnp.sum(jnp.square(points - centre), axis=1, keepdims=True))
@@ -185,7 +185,7 @@ def coordinate_median_of_means(gradients: jax.Array, blocks: int) -> jax.Array:
 
 
 def clipped_means(sigma: float, p: float, n: int) -> tuple[Estimator, Estimator]:
-    """With the growing threshold σ k^{1/p}, and with the constant one that it ends at."""
+    """Clips at the growing threshold σ k^{1/p}, and at the constant one that it ends at."""
     growing = functools.partial(clipped_mean, threshold=psc.growing_threshold(sigma, p))
     return growing, functools.partial(clipped_mean, threshold=sigma * n ** (1 / p))
 
@@ -203,7 +203,7 @@ def estimators(sigma: float, p: float, n: int) -> dict[str, Estimator]:
 
 
 class Errors(NamedTuple):
-    """Of the estimators in many trials of one size.
+    """The errors of the estimators in many trials of one size.
 
     Attributes:
       norms: [estimators, trials], Euclidean.
@@ -222,7 +222,7 @@ def simulate(
     trials: int,
     key: jax.Array,
 ) -> Errors:
-    """The errors of all estimators in the same trials."""
+    """Simulates the errors of all estimators in the same trials."""
     in_chunk = max(1, min(trials, SAMPLES_PER_CHUNK // n))
 
     @jax.jit
@@ -242,7 +242,7 @@ def simulate(
 
 
 def guaranteed_rms(taus: np.ndarray, sigma: float, p: float) -> float:
-    """What the root-mean-square error of Σ γ_k g_k / n cannot exceed if E‖g‖^p ≤ σ^p.
+    """Bounds the root-mean-square error of Σ γ_k g_k / n for E‖g‖^p ≤ σ^p.
 
     Clipping at τ moves the mean by no more than E(‖g‖ - τ)₊ ≤ c σ^p τ^{1-p} with
     c = (p - 1)^{p-1} / p^p, for x - τ ≤ c x^p τ^{1-p}; and E min(‖g‖, τ)² ≤ σ^p τ^{2-p}. With
@@ -255,7 +255,7 @@ def guaranteed_rms(taus: np.ndarray, sigma: float, p: float) -> float:
 
 
 def expected_rms(noise: Noise, taus: np.ndarray) -> float | None:
-    """RMS error of Σ γ_k g_k / n under symmetric noise far above the mean; None under others.
+    """Computes the RMS error of Σ γ_k g_k / n under symmetric noise; None under others.
 
     Without bias, and from E min(R, τ)² = (2 τ^{2-a} - a) / (2 - a).
     """

@@ -1,4 +1,4 @@
-"""Smooth non-convex problems of known ∇F, and the noise of known tail index on their gradients."""
+"""Defines smooth non-convex problems of known ∇F, with noise of known tail index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax import lax
 
 
 class Noise(NamedTuple):
-    """Of mean 0 and E|Z| = 1; `p` is the moment that the method is told to be finite.
+    """Noise of mean 0 and E|Z| = 1; `p` is the moment that the method is told to be finite.
 
     Args:
       p: in (1, 2]; the tail index is p + 0.1, and p = 2 stands for Gaussian noise.
@@ -53,9 +53,9 @@ class Problem(NamedTuple):
     Attributes:
       start: float [d].
       smoothness: the largest curvature L, on which the step η = 1/L rests.
-      population_gradient: ∇F, from [d] to [d].
-      sample: from a noise, a key and n to the samples, independent of the parameters.
-      gradients: from parameters [d] and samples to per-sample gradients [d, n].
+      population_gradient: ∇F, a function from [d] to [d].
+      sample: a function from a noise, a key and n to the samples, independent of the parameters.
+      gradients: a function from parameters [d] and samples to per-sample gradients [d, n].
     """
 
     start: jax.Array
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
 
 
 def robust_regression(dimension: int = 8, population: int = 128, ridge: float = 0.02) -> Problem:
-    """Geman–McClure regression with outliers: f(w, ξ) = F(w) + ⟨ξ, w⟩, ξ of independent entries."""
+    """Builds Geman–McClure regression with outliers: f(w, ξ) = F(w) + ⟨ξ, w⟩."""
     generator = np.random.default_rng(0)
     inputs = generator.normal(size=(population, dimension)).astype(np.float32)
     targets = inputs @ generator.normal(size=dimension)
@@ -94,7 +94,7 @@ def robust_regression(dimension: int = 8, population: int = 128, ridge: float = 
 def committee_network(
     width: int = 3, features: int = 4, population: int = 128, ridge: float = 0.1
 ) -> Problem:
-    """Teacher and student Σ_j tanh(w_j·x) on a fixed sample of inputs, the labels noisy.
+    """Builds teacher and student Σ_j tanh(w_j·x) on fixed inputs with noisy labels.
 
     f(w, x, ε) = (h(w, x) − y)²/2 − ε h(w, x), the squared loss but for what does not depend on w,
     and a ridge. The output weights are fixed, so that F is smooth everywhere and the noise
@@ -105,7 +105,7 @@ def committee_network(
     teacher = jnp.asarray(generator.normal(size=width * features), jnp.float32)
 
     def hidden(w: jax.Array, x: jax.Array) -> jax.Array:
-        # As a sum over few features: products of so small matrices take longer.
+        # A sum over few features, as products of such small matrices take longer.
         return jnp.tanh(jnp.sum(w.reshape(width, features, 1) * x, axis=1))
 
     def output(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def committee_network(
         return inputs[:, chosen], targets[chosen] + noise.draw(how_much, (n,))
 
     def gradients(w: jax.Array, samples: Any) -> jax.Array:
-        # By hand, for XLA compiles it to a third of the time of vmap(grad) on so few parameters.
+        # By hand: with so few parameters it takes a third of the time of vmap(grad).
         x, labels = samples
         activations = hidden(w, x)
         factors = (jnp.sum(activations, axis=0) - labels) * (1 - activations**2)
@@ -135,7 +135,7 @@ def committee_network(
 
 
 def largest_curvature(objective: Callable[..., Any], start: jax.Array, steps: int = 500) -> float:
-    """The Hessian's largest eigenvalue along gradient descent, where no global bound is known."""
+    """Finds the Hessian's largest eigenvalue along gradient descent, without a global bound."""
 
     def step(w: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         return w - 0.1 * jax.grad(objective)(w), jnp.linalg.eigvalsh(jax.hessian(objective)(w))[-1]

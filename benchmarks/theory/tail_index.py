@@ -43,7 +43,7 @@ QUANTILE = statistics.NormalDist().inv_cdf((1 + NOMINAL) / 2)
 
 
 class Trial(NamedTuple):
-    """What one sample gave."""
+    """The estimates from one sample."""
 
     covers: bool
     width: float
@@ -73,7 +73,7 @@ def one_trial(law: Law, norms: np.ndarray) -> Trial:
 
 
 def clipped_of_a_batch(suggestion: tails.SuggestedThreshold, norms: np.ndarray) -> float:
-    """How many samples of a batch of 512 such norms the suggestion clips, on average."""
+    """Counts the samples that the suggestion clips in a batch of 512 norms, on average."""
     taus = suggestion.alpha * BATCH ** (1 / suggestion.beta)
     below = np.searchsorted(np.sort(norms), taus, side="right")
     return float(np.sum(1 - below / len(norms)))
@@ -86,7 +86,7 @@ def true_scale(law: Law, p: float) -> float:
 
 
 def wilson(count: int, trials: int) -> list[float]:
-    """A share and its interval, in the order low, share, high."""
+    """Computes a share and its interval, in the order low, share, high."""
     share, squared = count / trials, QUANTILE**2
     centre = (share + squared / (2 * trials)) / (1 + squared / trials)
     variance = share * (1 - share) / trials + squared / (4 * trials**2)
@@ -127,7 +127,7 @@ def measure(name: str, num_norms: int, trials: int) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
-    """For JSON, which knows no ∞."""
+    """Replaces ∞, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
@@ -179,7 +179,7 @@ def make_table(title: str, columns: tuple[str, ...], caption: str | None = None)
 
 
 def grouped(rows: list[dict[str, Any]], laws: dict[str, Law]) -> list[tuple[Any, bool, bool]]:
-    """The rows of these laws, and whether each is the first and the last of its law."""
+    """Marks the first and the last row of each law."""
     own = [row for row in rows if row["law"] in laws]
     names = [None, *(row["law"] for row in own), None]
     return [
@@ -266,13 +266,13 @@ def main(
     trials: int = 500,
     quick: bool = False,
 ) -> None:
-    """How often does the interval of a tail index hold the truth, and how wide is it?
+    """Measures how often the interval of a tail index contains the truth, and its width.
 
     Args:
       out: folder for tail_index.json and tail_index.png.
       sizes: numbers of norms in a sample, at most four.
       trials: samples of each law and size.
-      quick: few samples of the smallest size, to see that the benchmark works.
+      quick: few samples of the smallest size, to check that the benchmark works.
     """
     sizes, trials = (sizes[:1], 5) if quick else (sizes, trials)
     rows = [measure(name, size, trials) for name in LAWS for size in sizes]

@@ -25,7 +25,7 @@ def tokens(length: int, vocabulary: int, seed: int = 1) -> jax.Array:
 
 
 def squared(outputs: Any) -> jax.Array:
-    """A loss of whatever a model returns."""
+    """Builds a loss from any result of a model."""
     return sum((jnp.square(leaf - 1).sum() for leaf in jax.tree.leaves(outputs)), jnp.zeros(()))
 
 
@@ -39,7 +39,7 @@ def first(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def of_linen(module: Any, *batch: Any, call: Callable[..., Any] | None = None) -> Case:
-    """What a Flax module returns, squared; what is no parameter is held."""
+    """Makes a case of a Flax module's squared result; all but the parameters is fixed."""
     call = call or (lambda variables, *example: squared(module.apply(variables, *example)))
     variables = dict(jax.jit(module.init)(KEY, *first(batch)))
     params = variables.pop("params")
@@ -49,7 +49,7 @@ def of_linen(module: Any, *batch: Any, call: Callable[..., Any] | None = None) -
 
 
 def of_nnx(module: Any, *batch: Any, call: Callable[..., Any]) -> Case:
-    """What is called on an NNX module, whose parameters alone are learnt."""
+    """Makes a case of a call of an NNX module, whose parameters alone are learnt."""
     from flax import nnx
 
     graph, params, others = nnx.split(module, nnx.Param, ...)
@@ -61,25 +61,25 @@ def of_nnx(module: Any, *batch: Any, call: Callable[..., Any]) -> Case:
 
 
 def of_haiku(function: Callable[..., Any], *batch: Any) -> Case:
-    """What a function over Haiku's modules returns, squared; its state, if any, is held."""
+    """Makes a case of a function over Haiku's modules, squared; its state, if any, is fixed."""
     import haiku as hk
 
     net = hk.transform_with_state(function)
     params, state = jax.jit(net.init)(KEY, *first(batch))
 
-    def call(params, *example):
+    def call(params: Any, *example: Any) -> Any:
         return squared(net.apply(params, state, KEY, *example)[0])
 
     return Case(call, params, batch)
 
 
 def of_equinox(module: Any, *batch: Any, call: Callable[..., Any], spread: float = 0.1) -> Case:
-    """What is called on an Equinox module, whose floating-point arrays are learnt."""
+    """Makes a case of a call of an Equinox module, whose floating-point arrays are learnt."""
     import equinox as eqx
 
     params, static = eqx.partition(module, eqx.is_inexact_array)
 
-    def run(params, *example):
+    def run(params: Any, *example: Any) -> Any:
         return call(eqx.combine(params, static), *example)
 
     return Case(run, params, batch, spread=spread)

@@ -1,4 +1,4 @@
-"""What a model of another library is to this benchmark, in its worker and in its report alike."""
+"""Defines a model of another library, for the worker and the report."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ NUM_SAMPLES = 4  # so that the median of the norms clips exactly half of them
 
 
 class Case(NamedTuple):
-    """A loss of one example, with all that it is called with.
+    """A loss of one example, with all of its arguments.
 
     Attributes:
       loss: `loss(params, *example)`.
       params: initial parameters.
       batch: the arguments after `params`, of NUM_SAMPLES samples.
       in_axes: where each argument of `batch` has its samples.
-      spread: of the noise that is added to the parameters, since gradients vanish, or agree, where
-        a library starts from zeros. 0 where parameters must stay what they are.
+      spread: the scale of noise that is added to the parameters, since gradients vanish or agree
+        where a library starts from zeros. 0 where parameters must stay as they are.
     """
 
     loss: Callable[..., Any]
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 class Model(NamedTuple):
-    """How a case is built, and the dtype in which the library can compute it."""
+    """A model: how its case is built, and the dtype in which the library can compute it."""
 
     build: Callable[[], Case]
     dtype: Dtype = "float64"

@@ -1,4 +1,4 @@
-"""Holds the engine against vmap(grad) on one model."""
+"""Compares the engine with vmap(grad) on one model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOOR = 1e-3
 
 
 def compare(model: Model) -> dict[str, Any]:
-    """What is found on a model; where something raises, at which stage and what it says."""
+    """Compares the engine on a model; where something raises, says at which stage and what."""
     row: dict[str, Any] = {"dtype": model.dtype}
     stage = "build"
     try:
@@ -72,7 +72,7 @@ def cast(leaf: Any, dtype: Dtype) -> jax.Array:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles in about half the time, for what runs once."""
+    """Compiles in about half the usual time, for programs that run once."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -87,7 +87,7 @@ def reference(case: Case) -> tuple[Any, np.ndarray]:
 
 
 def clipped(case: Case, threshold: float, mode: Mode) -> tuple[Any, Any]:
-    """Gradients and norms in a mode."""
+    """Computes gradients and norms in a mode."""
     function = psc.clipped_value_and_grad(
         case.loss, threshold, in_axes=case.in_axes, mode=mode, return_stats=True
     )
@@ -96,7 +96,7 @@ def clipped(case: Case, threshold: float, mode: Mode) -> tuple[Any, Any]:
 
 
 def share_of_routes(case: Case) -> dict[str, float]:
-    """Which share of the parameters takes which route."""
+    """Computes which share of the parameters takes which route."""
     function: Any = psc.clipped_value_and_grad(case.loss, 1.0, in_axes=case.in_axes)
     sizes: collections.Counter[str] = collections.Counter()
     plan = function.explain(case.params, *case.batch)
@@ -111,7 +111,7 @@ def error_of_norms(found: Any, norms: np.ndarray) -> float:
 
 
 def error_of_gradients(grads: Any, expected: Any) -> float:
-    """Largest over the leaves of the error relative to the leaf's largest entry; NaN if any is."""
+    """Returns the largest error of a leaf relative to its largest entry; NaN if any is."""
     wanted = jax.tree.leaves(expected)
     largest = np.array([np.abs(leaf).max(initial=0) for leaf in wanted])
     errors = [

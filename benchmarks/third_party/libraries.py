@@ -11,7 +11,7 @@ class Library(NamedTuple):
     Attributes:
       models: the module of `benchmarks.third_party.models` that has its models.
       requirements: what is installed, the library first.
-      why: of a version that is not the newest.
+      why: the reason for a version that is not the newest.
     """
 
     models: str

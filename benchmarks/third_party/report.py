@@ -1,4 +1,4 @@
-"""Renders what was found on the models of other libraries."""
+"""Renders the results on the models of other libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = """| library | JAX | model | parameters | routes | dtype | norms | gradie
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many libraries and models there are, and how many models came out how."""
+    """Counts libraries and models, and the models by their result."""
     rows = [row for record in records for row in record["rows"]]
     return {
         "libraries": len({record["library"] for record in records if record["rows"]}),
@@ -47,7 +47,7 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
 
 
 def exceptions(records: list[dict[str, Any]]) -> str:
-    """A bullet for each library that is not the newest, and for each that cannot be had."""
+    """Writes a bullet for each library that is not the newest or cannot be installed."""
     older = [
         f"- {record['library']} {record['version']} with JAX {record['jax']}: {record['why']}.\n"
         for record in records
@@ -79,7 +79,7 @@ def routes(shares: dict[str, float]) -> str:
 
 
 def largest(row: dict[str, Any], what: str) -> str:
-    """The larger error of the two modes."""
+    """Returns the larger error of the two modes."""
     if row["outcome"] == "failed":
         return "–"
     return f"{max(row['errors'][mode][what] for mode in MODES):.0e}"

@@ -34,7 +34,7 @@ VERSIONS = (
 
 
 def tried(library: Library, folder: pathlib.Path, time_limit_seconds: float) -> dict[str, Any]:
-    """The record of a library: its versions, and a row for each of its models."""
+    """Builds the record of a library: its versions, and a row for each of its models."""
     start = time.perf_counter()
     record: dict[str, Any] = {"library": library.distribution, "models_of": library.models}
     if library.why:
@@ -55,7 +55,7 @@ def tried(library: Library, folder: pathlib.Path, time_limit_seconds: float) -> 
 
 
 def installed(library: Library, folder: pathlib.Path) -> str | None:
-    """None, or why it cannot be installed."""
+    """Installs a library: returns None, or the reason why it cannot be."""
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
     install = [*uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python"]
@@ -71,7 +71,7 @@ def installed(library: Library, folder: pathlib.Path) -> str | None:
 def run_worker(
     python: pathlib.Path, library: Library, path: pathlib.Path, time_limit_seconds: float
 ) -> list[dict[str, Any]]:
-    """The rows of all models; where one ends the process, another goes on with the next."""
+    """Collects the rows of all models; where one ends the process, another goes on."""
     command = [python, "-W", "ignore", "-m", "benchmarks.third_party.worker", library.models, path]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     before = -1
@@ -105,7 +105,7 @@ def write(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
 
 
 def add_record(records: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records with a new one, in the order of LIBRARIES."""
+    """Adds a record, in the order of LIBRARIES."""
     order = [library.models for library in LIBRARIES]
     others = [other for other in records if other["models_of"] != record["models_of"]]
     return sorted([*others, record], key=lambda record: order.index(record["models_of"]))
@@ -117,13 +117,13 @@ def main(
     rerun: bool = False,
     time_limit_seconds: float = 1200,
 ) -> None:
-    """Does the engine give what vmap(grad) gives, on the models of other libraries?
+    """Compares the engine with vmap(grad) on the models of other libraries.
 
     Args:
       out: folder for third_party.json.
       libraries: names of files in benchmarks/third_party/models; all by default.
       rerun: try also what is in the file already.
-      time_limit_seconds: of all models of one library.
+      time_limit_seconds: the limit for all models of one library.
     """
     path = out / "third_party.json"
     records = load(path)

@@ -21,7 +21,7 @@ ENDED = {"outcome": "failed", "stage": "process", "message": "it ended before th
 
 
 def rows_in(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The last row of each model."""
+    """Reads the last row of each model."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {row["model"]: row for row in map(json.loads, lines)}
 

@@ -1,6 +1,6 @@
-"""The rules without a number that `benchmarks.thresholds.auto_threshold` chose from.
+"""Defines the rules without a number that `benchmarks.thresholds.auto_threshold` compares.
 
-Nothing here runs on its own.
+Nothing here runs by itself.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import psclip_optax as psc
 from psclip_optax.thresholds.adaptive import QuantileState
 from psclip_optax.thresholds.tracking import as_adaptive
 
-# From a threshold, in the units of a norm, and the number of samples in a batch.
-Rule: TypeAlias = Callable[[Any, int], psc.AdaptiveThreshold]
+# A function from a threshold, in units of a norm, and the number of samples in a batch.
+Rule: TypeAlias = Callable[[Any, int], psc.AdaptiveThreshold[Any]]
 
 MOMENT = 1.5  # p of the automatic threshold of version 0.1.0
 GROWTH = 2.0  # β of the growing variant
@@ -28,10 +28,10 @@ class Method(NamedTuple):
     """A way to clip.
 
     Attributes:
-      rule: for the samples.
+      rule: the rule for the samples.
       clips_batch: whether the threshold is for the norm of the batch's gradient instead.
-      thresholds: to be tuned, in units of the median norm in the first batch; one where there is
-        nothing to tune.
+      thresholds: the thresholds to tune, in units of the median norm in the first batch; a single
+        one where there is nothing to tune.
     """
 
     rule: Rule
@@ -43,35 +43,36 @@ class Method(NamedTuple):
         return len(self.thresholds) > 1
 
 
-def fixed(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+def fixed(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
     del n
     return as_adaptive(psc.constant_threshold(threshold))
 
 
-def unclipped(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+def unclipped(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
     return fixed(math.inf, n)
 
 
-def moment(threshold: Any, n: int) -> psc.AdaptiveThreshold:
-    """The growing threshold of a running moment: what `psclip train` called automatic in 0.1.0."""
+def moment(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
+    """Builds the growing threshold of a running moment, which `psclip train` used in 0.1.0."""
     del threshold, n
     return psc.moment_threshold(MOMENT)
 
 
 def quantile(share: float) -> Rule:
-    """A running quantile of the norms."""
+    """Builds a running quantile of the norms."""
 
-    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
         del threshold, n
         return psc.quantile_threshold(share)
 
     return rule
 
 
-def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold:
-    """τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which weighs bias against variance.
+def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
+    """Builds τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which balances bias and variance.
 
-    The tuning-free principle of Wang, Zheng, Zhou and Zhou (Statistica Sinica, 2021) over norms.
+    This applies the tuning-free principle of Wang, Zheng, Zhou and Zhou (Statistica Sinica, 2021)
+    to norms.
     """
     del threshold
     level = math.log(n + 1) / n
@@ -87,7 +88,7 @@ def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold:
 
 
 def automatic(factor: float = 1.0) -> Rule:
-    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold:
+    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
         del threshold, n
         own = psc.auto_threshold()
 
@@ -99,8 +100,8 @@ def automatic(factor: float = 1.0) -> Rule:
     return rule
 
 
-def growing(threshold: Any, n: int) -> psc.AdaptiveThreshold:
-    """The automatic one, multiplied by (k / middle)^{1/β}: the same in the middle of a batch."""
+def growing(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
+    """Multiplies the automatic threshold by (k / middle)^{1/β}: equal in the middle of a batch."""
     del threshold
     rule = psc.auto_threshold()
 

@@ -1,4 +1,4 @@
-"""Where is a threshold to be that nobody chose?
+"""Where should a threshold be that nobody chose?
 
     python -m benchmarks.thresholds.auto_threshold
 
@@ -25,15 +25,13 @@ import numpy as np
 import optax
 import tyro
 from jax import lax
-from matplotlib.figure import Figure
-from rich.table import Table
 
 import psclip_optax as psc
-from benchmarks.cifar100.many_runs import NOISES
-from benchmarks.common.machine import describe, describe_machine
+from benchmarks.cifar100.runs import NOISES
+from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS, markdown_table, publish
-from benchmarks.common.style import tidy
-from benchmarks.thresholds.auto_rules import AUTO, BATCH, FIXED, METHODS, NONE
+from benchmarks.thresholds.auto_report import COLOURS, NOTE, draw, to_rows, to_table
+from benchmarks.thresholds.auto_rules import BATCH, FIXED, METHODS, NONE
 from psclip_optax.training.data.corruptions import with_label_noise, with_student_t_pixels
 from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.splits import train_validation_split
@@ -48,27 +46,14 @@ FEATURES, NUM_TRAIN, NUM_HELD_OUT = 20, 1200, 800  # of the regressions
 NUM_VALIDATION = 300
 # Scores that a method reaches without having learned anything; 0 and 0.1 are chance.
 CHANCE = 0.2
-COLOURS = {
-    NONE: "#000000",
-    "truncated squares": "#D55E00",
-    "median": "#E69F00",
-    FIXED: "#56B4E9",
-    AUTO: "#0072B2",
-}
 TUNED = (NONE, BATCH, FIXED)  # which the others are compared with
-NOTE = (
-    "Test accuracy, or R² of the regressions, in %: mean over seeds at the learning rate (and "
-    "threshold) that is best on validation data. Best: of no clipping, batch clipping and the "
-    "fixed threshold. Failures: trials, of a learning rate and a seed, that end below 20 % while "
-    "some threshold of batch or fixed clipping does not."
-)
 
 
 class Cell(NamedTuple):
     """One condition.
 
     Attributes:
-      data: of the conditions below.
+      data: one of the conditions below.
       optimizer: one of RATES.
       batch_size: one of STEPS.
     """
@@ -92,14 +77,14 @@ class Cell(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is compiled.
+    """The settings that a program is compiled for.
 
     Attributes:
       method: one of METHODS.
       optimizer: one of RATES.
       batch_size: samples in a step.
-      steps: of each run.
-      num_outputs: of the net, 1 of a regression's.
+      steps: the steps of each run.
+      num_outputs: the outputs of the net; 1 for a regression.
     """
 
     method: str
@@ -117,7 +102,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What one seed trains on, and what is held out."""
+    """The data that one seed trains on, and the held-out data."""
 
     train: Split
     validation: Split
@@ -130,7 +115,7 @@ CONDITIONS = (*CLASSIFICATIONS, *REGRESSIONS)
 
 
 def build_cells() -> list[Cell]:
-    """All data with batches of 32 and 128 and with AdamW; the extremes with larger batches."""
+    """Lists all data with batches of 32 and 128 and with AdamW; extremes with larger batches."""
     kinds = (("momentum", 32), ("momentum", 128), ("AdamW", 128))
     cells = [Cell(data, *kind) for kind in kinds for data in CONDITIONS]
     return cells + [Cell(data, "momentum", 512) for data in ("clean", "heavy pixels")]
@@ -154,7 +139,7 @@ def digits(condition: str, seed: int) -> Data:
 
 
 def regression(df: float | None, seed: int) -> Data:
-    """Targets tanh(2 u·x) + 0.3 x_1 with |u| = 1, and noise / 2 in the training data alone."""
+    """Makes targets tanh(2 u·x) + 0.3 x_1 with |u| = 1, with noise / 2 in the training data."""
     weights = np.random.default_rng(0).normal(size=FEATURES)
     weights *= 2 / np.linalg.norm(weights)
     rng = np.random.default_rng(seed + 1)
@@ -167,7 +152,7 @@ def regression(df: float | None, seed: int) -> Data:
 
 
 def load(condition: str, seeds: int) -> Data:
-    """Of all seeds, stacked on the first axis."""
+    """Loads the data of all seeds, stacked on the first axis."""
     own = [
         regression(REGRESSIONS[condition], seed)
         if condition in REGRESSIONS
@@ -193,7 +178,7 @@ def outputs(params: Any, inputs: jax.Array) -> jax.Array:
 
 
 def loss(params: Any, inputs: jax.Array, target: jax.Array) -> jax.Array:
-    """Of one sample: cross-entropy of a label, half the squared error of a target."""
+    """Computes the loss of one sample: cross-entropy of a label, or half the squared error."""
     out = outputs(params, inputs)
     if jnp.issubdtype(target.dtype, jnp.floating):
         return jnp.square(out[0] - target) / 2
@@ -201,7 +186,7 @@ def loss(params: Any, inputs: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def score(params: Any, split: Split) -> jax.Array:
-    """Accuracy, or R² where it is above 0; 0 of what is not finite."""
+    """Computes accuracy, or R² where it is above 0; 0 where it is not finite."""
     out = outputs(params, split.inputs)
     if jnp.issubdtype(split.targets.dtype, jnp.floating):
         errors = jnp.mean(jnp.square(out[:, 0] - split.targets))
@@ -212,7 +197,7 @@ def score(params: Any, split: Split) -> jax.Array:
 
 
 class Scores(NamedTuple):
-    """On validation and test data."""
+    """The scores on validation and test data."""
 
     validation: Any
     test: Any
@@ -229,7 +214,7 @@ def build_optimizer(name: str, learning_rate: Any, steps: int) -> optax.Gradient
 
 
 def train(setting: Setting, rate: Any, threshold: Any, key: jax.Array, data: Data) -> Scores:
-    """One run; the threshold is in units of the median norm in the first batch.
+    """Trains one run; the threshold is in units of the median norm in the first batch.
 
     Every rule clips the first batch by its own norms, so that what differs is where it clips.
     """
@@ -266,7 +251,7 @@ def train(setting: Setting, rate: Any, threshold: Any, key: jax.Array, data: Dat
 
 @functools.cache
 def build_program(setting: Setting) -> Callable[..., Scores]:
-    """Compiles, when first called, all runs of a method: (rates, thresholds, keys, data) → scores.
+    """Builds (rates, thresholds, keys, data) → scores for all runs of a method.
 
     The scores are [rates, thresholds, seeds].
     """
@@ -299,7 +284,7 @@ def run_cell(cell: Cell, seeds: int, quick: bool) -> dict[str, Any]:
 
 
 def described(row: dict[str, Any]) -> dict[str, Any]:
-    """Find each method's winner, its difference to the best tuned one, and its failures.
+    """Finds each method's winner, its difference to the best tuned one, and its failures.
 
     The means are of all trials, [rates, thresholds].
     """
@@ -337,7 +322,7 @@ def _winner(row: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def kept(path: pathlib.Path | None, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds, or what is computed and then written to it."""
+    """Reads a file, or computes its content and writes it."""
     if path is None:
         return compute()
     if not path.exists():
@@ -346,61 +331,8 @@ def kept(path: pathlib.Path | None, compute: Callable[[], dict[str, Any]]) -> di
     return json.loads(path.read_text())
 
 
-def to_cells(row: dict[str, Any]) -> list[str]:
-    """A line of the table: the best, and each method's difference to it."""
-    return [
-        row["label"],
-        f"{100 * row['best']:.1f}",
-        *(f"{100 * difference:+.1f}" for difference in row["differences"].values()),
-    ]
-
-
-def totals(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The worst difference and the failures of each method, over all conditions."""
-    names = rows[0]["tuned"]
-    worst = [min(row["differences"][name] for row in rows) for name in names]
-    failures = [sum(row["failures"][name] for row in rows) for name in names]
-    return [
-        ["worst difference", "", *(f"{100 * value:+.1f}" for value in worst)],
-        ["failures", "", *map(str, failures)],
-    ]
-
-
-def to_rows(result: dict[str, Any]) -> list[list[str]]:
-    return [*map(to_cells, result["rows"]), *totals(result["rows"])]
-
-
-def to_table(result: dict[str, Any]) -> Table:
-    table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
-    table.add_column("condition", no_wrap=True)
-    for name in ("best", *result["rows"][0]["tuned"]):
-        table.add_column(name, justify="right")
-    for cells in to_rows(result):
-        table.add_row(*cells)
-    return table
-
-
 def to_markdown(result: dict[str, Any]) -> str:
     return markdown_table([["condition", "best", *result["rows"][0]["tuned"]], *to_rows(result)])
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """One row a condition, one mark a method: its difference to the best."""
-    rows = result["rows"]
-    figure = Figure(figsize=(9, 1.8 + 0.35 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for (name, colour), marker in zip(COLOURS.items(), "sDv^o", strict=True):
-        points = [100 * row["differences"][name] for row in rows]
-        axes.plot(points, range(len(rows)), marker, color=colour, label=name, alpha=0.8)
-    axes.axvline(0, color="#666666", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlabel("Test score at each method's tuned learning rate, points to the best tuned")
-    tidy(axes)
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False)
-    figure.suptitle(describe(result["machine"]), fontsize=10)
-    return figure
 
 
 def main(
@@ -409,13 +341,13 @@ def main(
     seeds: int = 4,
     quick: bool = False,
 ) -> None:
-    """Where is a threshold to be that nobody chose?
+    """Compares thresholds that need no number with tuned ones.
 
     Args:
       out: folder for auto_threshold.json and auto_threshold.png.
-      runs: folder of the finished conditions; none by default.
-      seeds: of every trial.
-      quick: one condition and few short runs, to see that the benchmark works.
+      runs: the folder of finished conditions; none by default.
+      seeds: the number of seeds of each trial.
+      quick: one condition and few short runs, to check that the benchmark works.
     """
     cells = build_cells()
     if quick:

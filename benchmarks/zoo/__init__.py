@@ -1,4 +1,4 @@
-"""Models and laws that benchmarks measure and tests check: both import them from here.
+"""Models and laws of norms that benchmarks measure and tests check.
 
 They lie beside the benchmarks, which a user runs, and not in the package, where no user needs them.
 """

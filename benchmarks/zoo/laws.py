@@ -1,4 +1,4 @@
-"""Laws of positive norms whose tail is known, to sample from: what tests and benchmarks share."""
+"""Laws of positive norms whose tail is known, for tests and benchmarks to sample from."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Law:
     """A law of norms.
 
     Attributes:
-      index: the tail index; ∞ of a light tail.
-      sample: n of them.
+      index: the tail index; ∞ for a light tail.
+      sample: a function that draws n norms.
       moment: E ‖g‖^p of an order p below the index; None where there is no formula.
     """
 
@@ -36,7 +36,7 @@ def pareto(index: float) -> Law:
 
 
 def student(df: float, dimensions: int = 1) -> Law:
-    """The norm of a multivariate Student-t; in one dimension |t|."""
+    """Builds the law of a multivariate Student-t's norm; in one dimension |t|."""
 
     def moment(p: float) -> float:
         of_gaussian = _chi_moment(p, dimensions)
@@ -50,7 +50,7 @@ def student(df: float, dimensions: int = 1) -> Law:
 
 
 def stable(index: float) -> Law:
-    """The absolute value of a symmetric stable law of scale 1, by Chambers, Mallows and Stuck."""
+    """Builds the law of |X|, X symmetric stable of scale 1, by Chambers, Mallows and Stuck."""
 
     def sample(rng: np.random.Generator, n: int) -> np.ndarray:
         angle = rng.uniform(-np.pi / 2, np.pi / 2, n)
@@ -66,7 +66,7 @@ def stable(index: float) -> Law:
 
 
 def contaminated(index: float, share: float) -> Law:
-    """Half-normal, but for a share of large ones with a power law's tail."""
+    """Builds a half-normal law with a share of large norms from a power law."""
 
     def sample(rng: np.random.Generator, n: int) -> np.ndarray:
         large = 3 * np.abs(rng.standard_t(index, n))
@@ -76,7 +76,7 @@ def contaminated(index: float, share: float) -> Law:
 
 
 def chi(dimensions: int) -> Law:
-    """The norm of a standard Gaussian; in one dimension |N(0, 1)|."""
+    """Builds the law of a standard Gaussian's norm; in one dimension |N(0, 1)|."""
     return Law(
         math.inf,
         lambda rng, n: np.sqrt(rng.chisquare(dimensions, n)),
@@ -101,7 +101,7 @@ def exponential() -> Law:
 
 
 def log_normal_mixture(sigmas: tuple[float, float], share: float) -> Law:
-    """Log-normal, of the second σ with the given share."""
+    """Builds a mixture of two log-normals, with the second σ for the given share."""
 
     def sample(rng: np.random.Generator, n: int) -> np.ndarray:
         sigma = np.where(rng.uniform(size=n) < share, sigmas[1], sigmas[0])

@@ -1,4 +1,4 @@
-"""The models that tests and benchmarks of the engine share, each a loss of one example.
+"""Builds the models that tests and benchmarks of the engine share, each a loss of one example.
 
 Every builder takes a size, "small" for tests and "full" for benchmarks, and gives a `Model`.
 """
@@ -25,7 +25,7 @@ class Model(NamedTuple):
     Attributes:
       loss: `loss(params, *example)`, of one example.
       params: initial parameters, float32.
-      batch: from a number of samples to the arguments after `params`, samples on axis 0.
+      batch: a function from a number of samples to the arguments after `params`, samples on axis 0.
     """
 
     loss: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""The reference that tests and benchmarks compare with, in NumPy float64."""
+"""Computes the reference that tests and benchmarks compare with, in NumPy float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:  # JAX < 0.8
 
 
 def clipped_mean(per_sample_grads: Any, taus: Any, sample_mask: Any = None) -> Any:
-    """Σ γ_k g_k / N for stacks with samples on axis 0, written out sample by sample."""
+    """Computes Σ γ_k g_k / N for stacks with samples on axis 0, sample by sample."""
     stacked, treedef = jax.tree.flatten(per_sample_grads)
     stacked = [np.asarray(leaf, np.float64) for leaf in stacked]
     n = len(stacked[0])

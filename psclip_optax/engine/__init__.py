@@ -1,4 +1,4 @@
-"""Take per-sample norms and weighted sums of gradients from what enters and leaves each layer.
+"""Compute per-sample norms and weighted sums of gradients from layers' inputs and cotangents.
 
-README.md, beside this file, has a picture of one call and the words that one must know.
+README.md, beside this file, has a picture of one call and a glossary.
 """

@@ -35,12 +35,12 @@ class PlanRow:
         site); "plain" where micro-batches are clipped.
       num_sites: how many times it enters the loss, the steps of a scan counted once.
       extra_flops: floating-point operations for the norms of a batch, as XLA counts them.
-      extra_bytes: what a batch keeps until the norms are known, beyond a plain gradient; 0 where
-        the group is fused, for it is clipped where it is differentiated.
-      reason: why the route was taken; for a fallback the operation and the user's line. Where
-        other groups are fused, what keeps this one from it.
-      group: where gradients are clipped by group, the column of norms and scales that is of the
-        parameter's, from 0 on; their range where it has one for each slice.
+      extra_bytes: the bytes that a batch keeps until the norms are known, beyond a plain gradient;
+        0 where the group is fused, as it is clipped where it is differentiated.
+      reason: why the route was taken. For a fallback it is the operation and the user's line; where
+        other groups are fused, the reason why this one is not.
+      group: where gradients are clipped by group, the column of norms and scales for the parameter,
+        from 0 on; a range of columns where each slice has one.
       is_fused: in mode "fused", whether its group is clipped within the one backward pass.
     """
 
@@ -60,12 +60,12 @@ class Plan:
     """The plan that `explain` returns; printed as a table.
 
     Attributes:
-      rows: one for each parameter, in the order of the tree's leaves.
-      mode: which the call takes; "micro-batch" where that is what is clipped.
-      num_samples: of the batch that it was made for.
-      num_slices: of "two_pass": over how many slices of the batch one pass runs, None for two
-        passes over all of it.
-      note: why "two_pass" does not take two passes, where the loss keeps it from that.
+      rows: a row for each parameter, in the order of the tree's leaves.
+      mode: the mode that the call takes; "micro-batch" where micro-batches are clipped.
+      num_samples: the size of the batch that the plan was made for.
+      num_slices: for "two_pass" the number of slices that one pass runs over; None for two passes
+        over the whole batch.
+      note: the reason why "two_pass" does not take two passes, where it lies in the loss.
     """
 
     rows: tuple[PlanRow, ...]

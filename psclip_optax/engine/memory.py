@@ -1,4 +1,4 @@
-"""Estimate what a plan holds in memory, by shapes."""
+"""Estimate the memory of a plan from shapes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class Bytes(NamedTuple):
     Attributes:
       saved: what a plain gradient saves between its forward and its backward pass; None where JAX
         has no gradient of the loss under vmap.
-      saved_rewritten: what the rewritten loss saves, which makes fewer weights and more arrays of
-        the samples.
-      entering: what enters the sites. Where a loss is rematerialised, that is not in `saved`.
-      kept: what "one_pass" keeps until the norms are known, for each weight.
+      saved_rewritten: the bytes that the rewritten loss saves; it computes fewer weights and more
+        arrays of the samples.
+      entering: the bytes of arrays that enter the sites. `saved` lacks them where a loss is
+        rematerialised.
+      kept: for each weight the bytes that "one_pass" keeps until the norms are known.
     """
 
     saved: int | None
@@ -105,7 +106,7 @@ def kept_bytes_of(plan: LeafPlan, shaped: Any, num_samples: int) -> int:
 
 
 def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtypeStruct, ...]]:
-    """Return the shapes and dtypes of what enters each site of a batch."""
+    """Return the shapes and dtypes of the inputs of each site, for a batch."""
     return {
         site.path: tuple(batched(site, aval(atom), num_samples) for atom in site.entering)
         for site in plan.sites
@@ -113,7 +114,7 @@ def entering(plan: LeafPlan, num_samples: int) -> dict[Any, tuple[jax.ShapeDtype
 
 
 def leaving(plan: LeafPlan, num_samples: int) -> dict[Any, jax.ShapeDtypeStruct]:
-    """Return the shape and dtype of what leaves each site of a batch."""
+    """Return the shape and dtype of the output of each site, for a batch."""
     return {site.path: batched(site, aval(site.leaving), num_samples) for site in plan.sites}
 
 

@@ -28,8 +28,8 @@ def squared_norms(
 
     Args:
       plan: the weight's plan, which has sites.
-      entered: what entered each site, [scans…, n, …].
-      cotangents: the cotangents of what left each site, [scans…, n, …].
+      entered: the inputs of each site, [scans…, n, …].
+      cotangents: the cotangents of each site's output, [scans…, n, …].
       dtype: the dtype of the result, in which sums are accumulated.
     """
     norms = [
@@ -83,9 +83,9 @@ def separable_squared_norms(
     Args:
       plan: the parameter's plan, which is separable.
       parameter: W.
-      entered: what entered each site, [scans…, n, …].
-      left: what left each site, [scans…, n, …], if the plan is radial.
-      cotangents: the cotangents of what left each site, [scans…, n, …].
+      entered: the inputs of each site, [scans…, n, …].
+      left: the output of each site, [scans…, n, …], if the plan is radial.
+      cotangents: the cotangents of each site's output, [scans…, n, …].
       slopes: D_u for each u, with the parameter's shape.
       along: c_uk for each u, [n, …] over the plan's axes.
       dtype: the dtype of the result, in which sums are accumulated.
@@ -160,8 +160,8 @@ def pulled_back_squared_norms(
       leaves: the plans, shapes and dtypes of these parameters.
       others: the plans, shapes and dtypes of all computed weights.
       stacked: the gradients of each sample by automatic differentiation.
-      entered: what entered each site, [scans…, n, …].
-      cotangents: the cotangents of what left each site, [scans…, n, …].
+      entered: the inputs of each site, [scans…, n, …].
+      cotangents: the cotangents of each site's output, [scans…, n, …].
       dtype: the dtype of the result, in which sums are accumulated.
     """
     needed = {weight for plan, _ in leaves for weight in plan.through}
@@ -221,7 +221,7 @@ def _num_made(function: Callable[[list[Any]], Any], arguments: list[Any]) -> int
 def site_squared_norm(
     site: Site, entered: tuple[jax.Array, ...], dy: jax.Array, dtype: Any
 ) -> jax.Array:
-    """Return ‖G‖² at one site for one sample, from what entered and the cotangent of what left."""
+    """Return ‖G‖² at one site for one sample, from its inputs and the output's cotangent."""
     both = {site.path: tuple(x[None] for x in entered)}, {site.path: dy[None]}
     return site.route.squared_norms([site], *both, dtype)[0]
 
@@ -234,8 +234,8 @@ def weighted_sum(
     Args:
       plan: the plan of a parameter or computed weight, which has sites.
       parameter: the parameter or computed weight, or its shape and dtype.
-      entered: what entered each site, [scans…, n, …].
-      cotangents: the cotangents of what left each site, [scans…, n, …].
+      entered: the inputs of each site, [scans…, n, …].
+      cotangents: the cotangents of each site's output, [scans…, n, …].
       weights: the sample weights, shape [n].
     """
     weighted = [_scaled(cotangents[site.path], weights, site.sample_axis) for site in plan.sites]

@@ -1,4 +1,4 @@
-"""Run samples in parts, one after the other: what is made on the way takes one part's memory."""
+"""Run samples in parts, one after another, so that intermediate arrays are those of one part."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from psclip_optax.engine.platforms import by_platform
 
 
 class Parts(NamedTuple):
-    """At least how many parts, by platform.
+    """The least number of parts, by platform.
 
-    A CPU is faster where what is made on the way stays in its cache. Elsewhere each step of a loop
-    costs, and parts are for memory alone. XLA's compiler for TPUs squares and sums products as it
-    makes them, so that these take none.
+    A CPU is faster where intermediate arrays stay in its cache. On other platforms each step of a
+    loop costs time, and parts only save memory. XLA's compiler for TPUs squares and sums products
+    as it makes them, so that these take no memory.
     """
 
     on_cpu: float
@@ -32,8 +32,8 @@ def in_parts(
 ) -> jax.Array:
     """Make a function's result [n] in at least so many parts, if the samples can be so parted.
 
-    Where devices may share the samples, a part has every so many-th one, as many of each device as
-    of the others, for consecutive ones would have to move.
+    Where devices may share the samples, a part takes samples at an even distance, equally many from
+    each device. Consecutive samples would have to move between devices.
 
     Args:
       function: a function of trees of arrays, to one number for each sample.

@@ -43,8 +43,8 @@ class LeafPlan(NamedTuple):
       norm: where its share in the norm of a sample's gradient comes from. "own": from its sites, or
         from its gradients by automatic differentiation. "separable": from these and a separable
         computation. "pulled back": from gradients that are pulled back through any computation.
-        "none": it has no share, for the weights computed from it have it, or the parameters that it
-        is computed from.
+        "none": it has no share of its own: weights computed from it have it, or the parameters that
+        it is computed from.
       through: the weights that are computed from it.
       axes: for each of these weights, the axes along which it is separable.
       is_radial: whether these weights depend on its entries through sums of their squares over the
@@ -191,13 +191,13 @@ _BY_SLICE = Escape("is clipped by slices", "")
 
 
 def _is_of_one_group(plans: Plans, family: _Family, together: Groups) -> bool:
-    """Whether one norm and one weight a sample will do for all that is in a family."""
+    """Tell whether all weights of a family are clipped together, by one norm for each sample."""
     columns = {plans.columns(leaf, together) for leaf in _relatives(family)}
     return len(columns) == 1 and len(*columns) == 1
 
 
 def _relatives(family: _Family) -> list[int]:
-    """The parameters that a family is computed from."""
+    """Find the parameters that a family is computed from."""
     return sorted(frozenset().union(*(one.leaves for one in family.values())))
 
 
@@ -256,7 +256,8 @@ def _is_better_differentiated(
 ) -> bool:
     """Tell whether automatic differentiation had best treat a family's parameters themselves.
 
-    It had if they are small, or if what is computed from them is far larger and enters no site.
+    It is better if they are small, or if the weights computed from them are far larger and enter
+    no site.
     """
     num_entries = sum(avals[plan.weight].size for plan in parents)
     num_direct = sum(family[plan.weight].aval.size for plan in others if not plan.groups)
@@ -299,10 +300,11 @@ def _separable(
 
 
 def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
-    """Find the axes of what leaves a site, [scans…, n, …], that some of the weight's axes become.
+    """Find the axes of a site's output, [scans…, n, …], that correspond to axes of the weight.
 
     Returns:
-      None if one of them becomes no axis of what leaves, or if that is not known.
+      The output's axes, in the order of the weight's. None if one has no such axis, or if it is not
+      known.
     """
     layered, _ = site.scan_axes
     layers = [step for step in site.view.frame if step[1:2] == ("layer",)]
@@ -344,7 +346,7 @@ def _mixed(sites: Sequence[Site]) -> Escape:
 
 
 def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
-    """Tell whether all samples' gradients take no more memory than what leaves the sites.
+    """Tell whether all samples' gradients take no more memory than the sites' outputs.
 
     Inside a scan they would be accumulated step by step, which is slower than one product. For
     convolutions automatic differentiation makes grouped ones, which are slow.

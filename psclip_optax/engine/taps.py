@@ -33,7 +33,7 @@ from psclip_optax.engine.analysis.segments import Segment
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import Path, as_function, aval, run_equation
 
-# By path the zeros of taps and probes, and the tuples of arrays that operations are given.
+# The zeros of taps and probes, and the operands of operations, by path.
 Taps: TypeAlias = dict[Path, Any]
 Axes: TypeAlias = dict[Path, int]
 Side: TypeAlias = Literal["entering", "leaving"]
@@ -60,7 +60,7 @@ class Action(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What takes the place of a segment's equations.
+    """The operation that takes the place of a segment's equations.
 
     Attributes:
       segment: where it stands.
@@ -72,7 +72,7 @@ class Operation(NamedTuple):
 
 
 def tap(site: Site, *, keeps_y: bool = False) -> Action:
-    """Keep what enters a site, maybe y too, and make the cotangent of what leaves it known."""
+    """Keep the inputs of a site, and its output if asked for, and expose the output's cotangent."""
     keeps: tuple[Side, ...] = ("entering", "leaving") if keeps_y else ("entering",)
     op, y = site.route.operation(site), aval(site.leaving)
     zero = jnp.zeros((*site.scans, *y.shape), y.dtype)
@@ -80,7 +80,7 @@ def tap(site: Site, *, keeps_y: bool = False) -> Action:
 
 
 def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
-    """Keep nothing, and make the squared norm of the gradient at a site known.
+    """Keep nothing, and expose the squared norm of the gradient at a site.
 
     Args:
       site: a site whose W is another in each step of each scan around it.
@@ -116,7 +116,7 @@ def _as_array(value: Any) -> jax.Array:
 def _cotangents(
     function: Callable[..., Any], entered: Sequence[Any], dy: jax.Array
 ) -> Sequence[Any]:
-    """Pull a cotangent back to what entered, of which integers have none."""
+    """Pull a cotangent back to the inputs of a site; integers have none."""
     chosen = [i for i, x in enumerate(entered) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def of_chosen(*values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Hold the engine's gradients and norms of a few samples against `jax.vmap(jax.grad(loss))`."""
+"""Compare the engine's gradients and norms of a few samples with `jax.vmap(jax.grad(loss))`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from psclip_optax.thresholds import Threshold
 
 _COLUMNS = ("parameter", "route", "largest error", "ok")
 _ISSUES = "https://github.com/psclip/psclip_optax/issues"
-# A leaf whose gradient all but vanishes is held against this much of the largest entry of all.
+# The error of a leaf whose gradient almost vanishes is relative to this share of the largest entry.
 _FLOOR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class VerificationRow:
-    """The distance of one of the results from that of `vmap(grad)`.
+    """The largest error of one of the results, compared with `vmap(grad)`.
 
     Attributes:
-      parameter: its path in the tree of parameters; "norms" or "loss" for what else is compared.
-      route: which its gradient takes, as in [`psclip_optax.engine.explain.PlanRow`][].
+      parameter: the path in the tree of parameters; "norms" or "loss" for the other rows.
+      route: the route of its gradient, as in [`psclip_optax.engine.explain.PlanRow`][].
       error: the largest difference of an entry, relative to the leaf's largest entry.
       ok: whether that is within the tolerance.
     """
@@ -51,12 +51,12 @@ class Verification:
     """The result of `verify`; printed as a table.
 
     Attributes:
-      rows: one for each parameter, then norms and loss.
-      mode: which was verified.
+      rows: a row for each parameter, then norms and loss.
+      mode: the mode that was verified.
       num_samples: how many samples were compared, or micro-batches where those are clipped.
-      dtype: in which, by its name.
+      dtype: the name of the dtype of the comparison.
       tolerance: the largest relative error that rounding explains.
-      report: where an error is described, for a report of it; None if there is none.
+      report: the file that describes an error, to attach to a report; None if there is none.
     """
 
     rows: tuple[VerificationRow, ...]
@@ -112,9 +112,9 @@ def verify(
         losses, stack = _reference(call, together)
         stack = groups.slices(stack, [1] * len(stack))
         members = groups.apart().members(len(stack))
-        # Of each sample and each group.
+        # The norm of each sample and each group.
         norms = np.sqrt(np.stack([sum(_squares(stack[i]) for i in own) for own in members], -1))
-        # Each sample with a weight of its own, for what is wrong to show.
+        # Each sample has its own weight, so that an error shows.
         taus = norms * np.linspace(0.25, 1.25, len(norms))[:, None]
         limits = Limits(tuple(map(_threshold_of, taus.T)), groups)
         value, grads, stats = jax.jit(lambda *both: clip(call.of(*both), limits))(
@@ -161,7 +161,7 @@ def _in_widest(call: Call) -> Call:
     wide = call.of(*jax.tree.map(_widened, (call.params, call.examples)))
     try:
         _jaxpr(wide)
-    except Exception:  # of a loss that mixes what it is given with a dtype of its own
+    except Exception:  # e.g. a loss that mixes its arguments with another dtype
         return call
     return wide
 

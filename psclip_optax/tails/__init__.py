@@ -1,14 +1,14 @@
-"""How heavy is the gradient noise: tail index, scale, and thresholds from them.
+"""Estimate how heavy the gradient noise is: tail index, scale, and thresholds from them.
 
 The clipped mean is made for norms whose tail is a power law, P(‖g‖ > x) ~ x^{-a}: moments of an
-order below the tail index a are finite, those above it are not. Everything here looks at concrete
-norms, in NumPy float64 on the host, outside of `jax.jit`: estimates of a tail need sorting, choices
-that depend on the data, and more samples than one batch may have.
+order below the tail index a are finite, and those above it are not. The functions here take
+concrete norms and compute in NumPy float64 on the host, outside of `jax.jit`. Estimates of a tail
+need sorting, choices that depend on the data, and often more samples than one batch has.
 
-The interval of an index holds sampling noise *and* the bias that comes from a tail that is a power
-law only far out; `python -m benchmarks.theory.tail_index` measures how often it holds the truth.
+The interval of an index covers sampling noise *and* the bias of a tail that is a power law only far
+out. `python -m benchmarks.theory.tail_index` measures how often it contains the truth.
 
-`most_clipped` tells which samples are in the tail: those that were clipped most over a training.
+`most_clipped` ranks the samples that are in the tail: those that were clipped most over a training.
 """
 
 from psclip_optax.tails.clipped import MostClipped, most_clipped

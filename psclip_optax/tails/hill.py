@@ -1,12 +1,12 @@
-"""Hill's estimator, and how many of the largest norms to take it from."""
+"""Hill's estimator, and the choice of how many of the largest norms it takes."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from psclip_optax.tails.intervals import around, normal_quantile
 from psclip_optax.tails.norms import (
@@ -18,9 +18,9 @@ from psclip_optax.tails.norms import (
     without_zeros,
 )
 
-# Guillou and Hall's diagnostic speaks where the power law visibly ends. There the bias is several
-# standard errors; with a tenth of the order statistics it falls below one half in the laws of
-# benchmarks/theory/tail_index.py, which is what the interval allows for.
+# Guillou and Hall's diagnostic responds where the power law visibly ends. The bias is several
+# standard errors there. With a tenth of the order statistics it is below half a standard error in
+# the laws of benchmarks/theory/tail_index.py, and the interval allows for that much.
 _SMALLEST_DIAGNOSED_K = 30
 _CRITICAL_TREND = 2.0
 _WINDOW = (0.25, 1.75)
@@ -51,7 +51,7 @@ class HillPlot:
     Attributes:
       k: int [m], 1, …, m: the number of largest norms.
       index: float [m], the estimate; ∞ while the k + 1 largest norms are equal.
-      lower: float [m], lower ends of the intervals, for sampling noise alone, each for itself.
+      lower: float [m], lower ends of the intervals, each by itself, for sampling noise alone.
       upper: float [m], upper ends.
     """
 
@@ -61,18 +61,19 @@ class HillPlot:
     upper: np.ndarray
 
 
-def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstimate:
+def hill_estimator(norms: npt.ArrayLike, k: int, *, confidence: float = 0.95) -> HillEstimate:
     r"""Estimates the tail index by Hill from a given number of the largest norms.
 
     $$\hat a = \left( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \right)^{-1}$$
 
-    with $X_{(1)} \ge X_{(2)} \ge \dots$. Its interval knows of sampling noise alone: where k
-    is too large, it lies beside the truth. `tail_index` chooses k and allows for that.
+    with $X_{(1)} \ge X_{(2)} \ge \dots$. Its interval covers sampling noise alone: where k is too
+    large, it misses the truth. `tail_index` chooses k and allows for the bias.
 
     Args:
       norms: real [n], n ≥ 500, finite and ≥ 0; any dtype, computed in float64. Zeros do not count.
-      k: how many of the largest norms, at least 1 and less than the number of positive ones.
-      confidence: of the two-sided interval, in (0, 1).
+      k: how many of the largest norms to take, at least 1 and less than the number of positive
+        ones.
+      confidence: that of the two-sided interval, in (0, 1).
 
     Returns:
       The estimate, its interval and k.
@@ -108,18 +109,18 @@ def hill_estimator(norms: Any, k: int, *, confidence: float = 0.95) -> HillEstim
     return HillEstimate(index, lower, upper, k)
 
 
-def hill_plot(norms: Any, *, confidence: float = 0.95) -> HillPlot:
+def hill_plot(norms: npt.ArrayLike, *, confidence: float = 0.95) -> HillPlot:
     """Estimates the tail index by Hill for every k up to half of the norms.
 
-    A power law shows as a level stretch that begins at small k; there is no index to read off
-    where the curve keeps falling to the left or has no level.
+    A power law shows as a level stretch that begins at small k. A curve that keeps falling to the
+    left, or has no level stretch, shows no index.
 
     Args:
-      norms: as of `hill_estimator`.
-      confidence: of each interval, in (0, 1).
+      norms: as for `hill_estimator`.
+      confidence: that of each interval, in (0, 1).
 
     Returns:
-      Arrays of shape [m], m half the number of positive norms.
+      Arrays of shape [m], where m is half the number of positive norms.
 
     Raises:
       TypeError: norms are traced or not real.
@@ -144,17 +145,18 @@ def hill_plot(norms: Any, *, confidence: float = 0.95) -> HillPlot:
     return HillPlot(k, index, *around(index, k, normal_quantile(confidence)))
 
 
-def choose_k(norms: Any) -> int:
+def choose_k(norms: npt.ArrayLike) -> int:
     """Chooses how many of the largest norms to estimate a tail index from.
 
     Among the k largest norms of a power law the normalised log-spacings j log(X_(j) / X_(j+1)),
-    j = 1, …, k, are independent and alike. Guillou and Hall's diagnostic is the standardised trend
-    in them, smoothed over k; the power law ends at the smallest k where that exceeds 2. An interval
-    around Hill's estimate covers best with fewer order statistics than its mean-square error asks
-    for (Cheng and Peng), so a tenth of them is taken, and at least 25.
+    j = 1, …, k, are independent and have the same law. Guillou and Hall's diagnostic is their
+    standardised trend, smoothed over k. The power law ends at the smallest k where the diagnostic
+    exceeds 2. An interval around Hill's estimate has the best coverage with fewer order statistics
+    than the least mean-square error needs (Cheng and Peng). So a tenth of them is taken, and at
+    least 25.
 
     Args:
-      norms: as of `hill_estimator`.
+      norms: as for `hill_estimator`.
 
     Returns:
       k, at least 25.
@@ -186,7 +188,7 @@ def choose_k_of(spacings: np.ndarray) -> int:
 
 
 def _squared_trends(spacings: np.ndarray) -> np.ndarray:
-    """Computes T_k², the squared standardised slope of the first k spacings; χ²_1 if level."""
+    """Computes T_k², the squared standardised slope of the first k spacings; χ²_1 without one."""
     k = np.arange(1, len(spacings) + 1)
     slopes = np.cumsum(k * spacings) - (k + 1) / 2 * np.cumsum(spacings)
     variances = k * (k**2 - 1.0) / 12 * _hill_means(spacings) ** 2

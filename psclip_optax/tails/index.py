@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import scipy
 
 from psclip_optax.tails.hill import choose_k_of
@@ -19,9 +20,9 @@ Verdict: TypeAlias = Literal["heavy", "light", "undecided"]
 _BIAS_IN_STANDARD_ERRORS = 0.5
 # "Substantial" evidence is a likelihood ratio of about 3 (Kass and Raftery 1995).
 _SUBSTANTIAL_EVIDENCE = math.log(3)
-# Of log-normal tails; those that decay as exp(-x^c) have -1.
+# The power for log-normal tails; tails that decay as exp(-x^c) have -1.
 _LIGHTEST_POWER = -0.5
-# Where all but a few of the norms are equal, the likelihood has no maximum without a bound.
+# Without a bound the likelihood has no maximum where all but a few of the norms are equal.
 _STEEPEST = 50.0
 _REASONS: dict[Verdict, str] = {
     "heavy": "a power law is more likely than a light tail",
@@ -32,7 +33,7 @@ _REASONS: dict[Verdict, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class TailIndex:
-    """How heavy a tail is; `print` shows it in words.
+    """The tail index, its interval and a verdict; `print` shows them in words.
 
     Attributes:
       index: the tail index a; ∞ where the tail is light.
@@ -40,9 +41,9 @@ class TailIndex:
       upper: upper end; ∞ where the tail is light.
       k: how many of the largest norms Hill's estimator took.
       num_norms: how many norms there were.
-      confidence: of the interval.
-      verdict: "heavy", "light", or "undecided" where both fit and the index holds if it is heavy.
-      log_likelihood_ratio: of a power law to a light tail.
+      confidence: that of the interval.
+      verdict: "heavy", "light", or "undecided" where both fit; the index then holds if it is heavy.
+      log_likelihood_ratio: that of a power law to a light tail.
     """
 
     index: float
@@ -56,34 +57,34 @@ class TailIndex:
 
     @property
     def is_light(self) -> bool:
-        """Tells whether the tail decays faster than any power, as of Gaussians and log-normals."""
+        """Tells whether the tail decays faster than any power, as a Gaussian or log-normal does."""
         return self.verdict == "light"
 
     def __str__(self) -> str:
         return table(tail_rows(self))
 
 
-def tail_index(norms: Any, *, confidence: float = 0.95) -> TailIndex:
+def tail_index(norms: npt.ArrayLike, *, confidence: float = 0.95) -> TailIndex:
     """Measures how heavy the tail is: index, interval, and whether it is a power law at all.
 
-    Index and interval are Hill's with the k of `choose_k`; the interval allows for a bias of half a
-    standard error, as intervals of fixed length for biased estimates do. Whether there is a power
-    law is decided by likelihood: the mean of the normalised log-spacings of the upper half of the
-    norms is constant far out in a power law, up to a term linear in j / n, and falls as
-    a power -1/2 or less of log(n / j) in a light tail: as of log-normals, Gaussians, exponentials
-    and Weibull laws. Where either is three times as likely as the other, that is the verdict.
+    Index and interval are Hill's with the k of `choose_k`. The interval allows for a bias of half a
+    standard error, as intervals of fixed length for biased estimates do. Likelihood decides whether
+    the tail is a power law, from the normalised log-spacings of the upper half of the norms. Far
+    out in a power law their mean is constant, up to a term linear in j / n. In a light tail (of a
+    log-normal, Gaussian, exponential or Weibull law) it falls as a power of log(n / j) of -1/2 or
+    less. The verdict is the one that is at least three times as likely as the other.
 
-    A light mixture of very different scales can pass for heavy, and with few samples a log-normal
-    for a power law or a power law of index 2 or 3 for a light tail.
+    A light mixture of very different scales can be taken for heavy. With few samples so can a
+    log-normal, and a power law of index 2 or 3 for light.
 
     Args:
-      norms: as of `hill_estimator`, e.g. `ClipStats.norms` of one or more batches, without those
-        of padding; norms before clipping.
-      confidence: of the two-sided interval, in (0, 1).
+      norms: as for `hill_estimator`: norms before clipping, e.g. `ClipStats.norms` of one or more
+        batches without their padding.
+      confidence: that of the two-sided interval, in (0, 1).
 
     Returns:
-      The index with its interval and verdict; of a light tail the index is ∞, and its interval
-      runs from the least index that these norms speak for to ∞.
+      The index with its interval and verdict. For a light tail the index is ∞, and its interval
+      runs from the least index that fits these norms to ∞.
 
     Raises:
       TypeError: norms are traced or not real.
@@ -132,7 +133,7 @@ def _verdict(heavy_to_light: float) -> Verdict:
 
 
 def _heavy_to_light(spacings: np.ndarray, num_norms: int) -> float:
-    """Takes the log-likelihood ratio of a power law to a light tail, two parameters each."""
+    """Computes the log-likelihood ratio of a power law to a light tail, two parameters each."""
     j = np.arange(1, len(spacings) + 1)
     relative = spacings / spacings.mean()
     heavy = _log_likelihood(relative, j / (len(j) + 1))
@@ -147,7 +148,7 @@ def _log_likelihood(
     centred = covariate - covariate.mean()
 
     def intercept(slope: float) -> float:
-        """Finds the most likely one of a slope: convex, and least at the most likely slope."""
+        """Finds the most likely intercept for a slope; it is convex in the slope."""
         return math.log(np.mean(values * np.exp(-slope * centred)))
 
     best = scipy.optimize.minimize_scalar(intercept, bounds=(-_STEEPEST, _STEEPEST)).x

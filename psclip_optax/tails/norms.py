@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from psclip_optax.arrays import described
 from psclip_optax.thresholds import concrete
@@ -14,7 +13,7 @@ MIN_NORMS = 500
 MIN_K = 25
 
 
-def as_norms(norms: Any) -> np.ndarray:
+def as_norms(norms: npt.ArrayLike) -> np.ndarray:
     expected = "psc.tails expects norms of a real dtype and shape [n], one a sample"
     try:
         known = concrete(norms)
@@ -58,7 +57,7 @@ def without_zeros(norms: np.ndarray) -> np.ndarray:
 
 
 def log_spacings(positive: np.ndarray, k: int) -> np.ndarray:
-    """Takes the first k of j log(X_(j) / X_(j+1)): exponential and of mean 1 / a in a power law."""
+    """Computes the first k of j log(X_(j) / X_(j+1)): exponential, mean 1 / a in a power law."""
     largest = np.sort(np.log(np.partition(positive, -k - 1)[-k - 1 :]))[::-1]
     return np.arange(1, k + 1) * -np.diff(largest)
 

@@ -1,4 +1,4 @@
-"""How estimates print: names beside values, values with their intervals."""
+"""Print estimates: names beside values, and values with their intervals."""
 
 from __future__ import annotations
 

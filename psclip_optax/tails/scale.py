@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from psclip_optax.tails.index import TailIndex, tail_index_of
 from psclip_optax.tails.intervals import normal_quantile
@@ -24,7 +25,7 @@ class MomentScale:
       lower: lower end of the interval of σ = (E ‖g‖^p)^{1/p}.
       upper: upper end; ∞ where the moment of order p may be infinite.
       p: the order.
-      confidence: of the interval.
+      confidence: that of the interval.
       method: "normal" where the variance of ‖g‖^p is finite, else "tail".
     """
 
@@ -39,19 +40,20 @@ class MomentScale:
         return table(scale_rows(self))
 
 
-def moment_scale(norms: Any, p: float, *, confidence: float = 0.95) -> MomentScale:
+def moment_scale(norms: npt.ArrayLike, p: float, *, confidence: float = 0.95) -> MomentScale:
     r"""Measures the raw-moment scale $\hat\sigma = (\frac1n \sum_k \|g_k\|^p)^{1/p}$.
 
-    Its interval is the central limit theorem's where the tail is light or the index's interval lies
-    above 2p, so that ‖g‖^p has a variance. Else that theorem, and resampling likewise, misses the
-    rare large norms that make the moment, and the interval is taken apart: the mean below the k-th
-    largest norm, and above it the moment of a power law with either end of the index's interval.
-    Where that reaches down to p the moment may be infinite, and so is the upper end.
+    Its interval is that of the central limit theorem where the tail is light or the interval of the
+    index lies above 2p: then ‖g‖^p has a variance. Otherwise that theorem, like resampling, misses
+    the rare large norms that dominate the moment. The interval is then the sum of two parts: the
+    mean below the k-th largest norm, and above it the moment of a power law whose index is an end
+    of the index's interval. Where that interval reaches down to p, the moment may be infinite, and
+    the upper end is.
 
     Args:
-      norms: as of `hill_estimator`; zeros count.
+      norms: as for `hill_estimator`; zeros count.
       p: the order, a finite number > 0.
-      confidence: of the two-sided interval, in (0, 1).
+      confidence: that of the two-sided interval, in (0, 1).
 
     Returns:
       σ̂, in the units of the norms, with its interval.
@@ -80,33 +82,34 @@ def moment_scale(norms: Any, p: float, *, confidence: float = 0.95) -> MomentSca
 
 
 def moment_scale_of(norms: np.ndarray, p: float, tail: TailIndex) -> MomentScale:
-    # Relative to the largest, so that no power overflows.
+    # Relative to the largest norm, so that no power overflows.
     largest = norms.max()
     powers = (norms / largest) ** p
     is_normal = tail.is_light or tail.lower > 2 * p
     mean = powers.mean()
     lower, upper = _mean_by_normal(powers, tail) if is_normal else _mean_by_tail(powers, p, tail)
-    # The interval by the tail need not hold the plain mean.
+    # The interval from the tail need not contain the plain mean.
     moments = np.array([mean, min(max(lower, 0.0), mean), max(upper, mean)])
     value, low, high = map(float, largest * moments ** (1 / p))
     return MomentScale(value, low, high, p, tail.confidence, "normal" if is_normal else "tail")
 
 
 def _mean_by_normal(powers: np.ndarray, tail: TailIndex) -> tuple[float, float]:
-    error = normal_quantile(tail.confidence) * powers.std() / math.sqrt(len(powers))
-    return powers.mean() - error, powers.mean() + error
+    error = normal_quantile(tail.confidence) * float(powers.std()) / math.sqrt(len(powers))
+    mean = float(powers.mean())
+    return mean - error, mean + error
 
 
 def _mean_by_tail(powers: np.ndarray, p: float, tail: TailIndex) -> tuple[float, float]:
-    start = np.partition(powers, -tail.k - 1)[-tail.k - 1]
-    body = np.mean(powers, where=powers <= start) * np.mean(powers <= start)
+    start = float(np.partition(powers, -tail.k - 1)[-tail.k - 1])
+    body = float(np.mean(powers, where=powers <= start)) * float(np.mean(powers <= start))
     of_bounded = _mean_by_normal(np.minimum(powers, start), tail)
     error = (of_bounded[1] - of_bounded[0]) / 2
 
     def of_tail(index: float) -> float:
         if index <= p:
             return math.inf
-        return np.mean(powers > start) * start * index / (index - p)
+        return float(np.mean(powers > start)) * start * index / (index - p)
 
     return body - error + of_tail(tail.upper), body + error + of_tail(tail.lower)
 

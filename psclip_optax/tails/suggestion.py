@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+
+import numpy.typing as npt
 
 from psclip_optax.tails.index import TailIndex, tail_index_of, tail_rows
 from psclip_optax.tails.norms import as_norms
@@ -17,11 +18,11 @@ _SMALLEST_MARGIN = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class SuggestedThreshold:
-    """α and β from observed norms; `print` shows what they rest on.
+    """α and β from observed norms; `print` shows the estimates behind them.
 
     Attributes:
-      tail: how heavy the tail is.
-      scale: σ̂ of the order p that the tail allows.
+      tail: the estimate of the tail index.
+      scale: σ̂ for the order p that the tail allows.
     """
 
     tail: TailIndex
@@ -64,16 +65,16 @@ class SuggestedThreshold:
         return "\n".join([table(rows), *_warnings(self), write])
 
 
-def suggest_threshold(norms: Any, *, confidence: float = 0.95) -> SuggestedThreshold:
+def suggest_threshold(norms: npt.ArrayLike, *, confidence: float = 0.95) -> SuggestedThreshold:
     """Suggests α and β for `psc.growing_threshold` from the norms of per-sample gradients.
 
-    β = p is a little under the tail index, by a tenth or by a standard error of it, whichever is
-    more, and in [1, 2]; α = σ̂(p) of the raw moment, so that a large mean gradient raises it. A
-    starting point for tuning: the intervals tell how far the norms determine it.
+    β = p lies below the tail index, by 0.1 or by a standard error of it, whichever is more, and in
+    [1, 2]. α = σ̂(p) is from the raw moment, so that a large mean gradient raises it. Both are a
+    starting point for tuning; the intervals tell how well the norms determine them.
 
     Args:
-      norms: as of `tail_index`.
-      confidence: of the intervals, in (0, 1).
+      norms: as for `tail_index`.
+      confidence: that of the intervals, in (0, 1).
 
     Returns:
       A result to print, with `alpha`, `beta`, their intervals, and `threshold`, the

@@ -1,8 +1,8 @@
 """Thresholds: from a sample's position in the batch to the largest norm its gradient may have.
 
-A threshold is any callable from 1-based integer positions, shape `[n]`, to norms τ, shape
-`[n]`. What is here is known in advance; `adaptive` has those that follow the norms, `auto` the one
-that needs no number.
+A threshold is any callable from 1-based integer positions, shape `[n]`, to norms τ, shape `[n]`.
+`fixed` has the thresholds that are known in advance, `adaptive` those that follow the norms, and
+`auto` the one that needs no number.
 """
 
 from psclip_optax.thresholds.checks import as_positions, check_number, concrete

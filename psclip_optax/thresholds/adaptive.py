@@ -1,16 +1,16 @@
-"""Adaptive thresholds: they follow the norms, so that no scale has to be known in advance.
+"""Thresholds that follow the norms, so that no scale has to be known in advance.
 
 Each is an [`psclip_optax.AdaptiveThreshold`][], whose threshold for a batch comes from the norms of
-the batches *before* it. Given the past, γ_k then depends on no sample but its own, as the theory of
-per-sample clipping needs: with this batch's norms in it, an outlier would raise the threshold that
-it is clipped at. It is also what costs nothing where gradients are not stacked, for there the norms
-come out of the same computation as the clipped gradient. So both faces of the library use it, and
-give the same numbers.
+the batches *before* it. Given those, γ_k depends on no sample but the k-th, as the theory of
+per-sample clipping requires. If the norms of the batch itself were used, an outlier would raise the
+threshold that it is clipped at. Nor would they be free: where gradients are not stacked, the norms
+come out of the same computation as the clipped gradient. Both faces of the library use these
+thresholds, and give the same numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,15 @@ from psclip_optax.thresholds.running import (
     zeros,
 )
 
-# p is estimated to be that much below the tail index, for the moment of that order is infinite.
+# The estimate of p is lower than the tail index by this much: the moment of that order is infinite.
 _MARGIN = 0.1
 _LOWEST_ORDER, _HIGHEST_ORDER = 1.05, 2.0
 _ORDERS = np.linspace(_LOWEST_ORDER, _HIGHEST_ORDER, 20)
-# Of a batch's norms, those that Hill's estimate is from. Many batches are averaged, so that what
-# matters is the bias, which falls with the share, and not the variance.
+# The share of a batch's norms that Hill's estimate takes. As many batches are averaged, the bias,
+# which falls with the share, matters more than the variance.
 _TAIL_SHARE = 0.05
 
-# Norms outside of them have squares that float32 does not hold.
+# Norms outside this range have squares that float32 cannot hold.
 _LOWEST_LOG2, _HIGHEST_LOG2 = -64, 64
 _BINS_PER_OCTAVE = 32
 _NUM_BINS = (_HIGHEST_LOG2 - _LOWEST_LOG2) * _BINS_PER_OCTAVE
@@ -46,9 +46,9 @@ class MomentState(NamedTuple):
     """State of `moment_threshold`.
 
     Attributes:
-      moment: of the order p, or of a grid of orders if p is estimated.
-      tail: mean logarithm of a norm in the tail over where the tail begins, the inverse of the tail
-        index; () if p is given.
+      moment: the moment of order p, or moments of a grid of orders if p is estimated.
+      tail: the mean of log(norm / start of the tail) over norms in the tail, which estimates the
+        inverse of the tail index; () if p is given.
     """
 
     moment: RunningMoment
@@ -59,7 +59,7 @@ class QuantileState(NamedTuple):
     """State of `quantile_threshold`.
 
     Attributes:
-      counts: float [4096], how many norms, each discounted, were nearest to 2^(i/32 − 64).
+      counts: float [4096], the discounted number of norms nearest to 2^(i/32 − 64).
     """
 
     counts: jax.Array
@@ -69,7 +69,7 @@ class MinNormState(NamedTuple):
     """State of `min_norm_threshold`.
 
     Attributes:
-      smallest: mean over the batches of the smallest norm of each.
+      smallest: the mean, over batches, of the smallest norm of a batch.
     """
 
     smallest: RunningMean
@@ -81,33 +81,35 @@ def moment_threshold(
     scale: jax.typing.ArrayLike = 1.0,
     decay: jax.typing.ArrayLike = 0.99,
     initial: jax.typing.ArrayLike = 0.0,
-) -> AdaptiveThreshold:
-    r"""A growing threshold whose scale is a running p-th moment of the norms: no α to tune.
+) -> AdaptiveThreshold[MomentState]:
+    r"""Build a growing threshold whose scale is a running p-th moment of the norms.
 
     $$\tau_k = c \, \hat\sigma \, k^{1/p}, \qquad
     \hat\sigma = {\bigl(\operatorname{mean} \|g\|^p\bigr)}^{1/p}$$
 
-    The moment is that of the norms themselves, not of their deviations from the mean gradient. It
-    bounds both the noise and the mean gradient; the central one falls with the noise alone, so that
-    the threshold would clip the signal, and in the end stop the training.
+    There is no α to tune. The moment is that of the norms themselves, not of their deviations from
+    the mean gradient. It bounds both the noise and the mean gradient. A central moment bounds the
+    noise alone: as the noise vanishes, the threshold would clip the signal and stop the training.
 
-    With p = None its order is estimated as well: the tail index of the norms less 0.1, within 1.05
-    and 2. The index is Hill's, from the largest 5 % of each batch (one norm at least), the mean
-    excess averaged over batches as the moment is. Each batch is held against its own norms alone,
-    so that a scale that changes from step to step does not pass for a heavy tail. Hill's estimate
-    takes no account of a shift: where the mean gradient is large beside the noise the tail looks
-    lighter than it is.
+    With p = None the order is estimated as well: it is the tail index of the norms minus 0.1, at
+    least 1.05 and at most 2. The index is Hill's, from the largest 5 % of each batch (at least one
+    norm), with the mean excess averaged over batches as the moment is. Each batch is compared with
+    its own norms alone, so that a scale that changes from step to step is not taken for a heavy
+    tail. Hill's estimate ignores shifts: where the mean gradient is large compared with the noise,
+    the tail looks lighter than it is.
 
-    The mean gives the norms of a batch the weight `decay` to the number of batches after it, and
-    is divided by the sum of the weights: no bias towards 0 at the start. A heavy tail's moment is
-    itself uncertain: the closer p is to the tail index, the more a single norm decides.
+    In the mean each batch has the weight `decay` to the power of the number of later batches. The
+    mean is divided by the sum of the weights, so that it has no bias towards 0 at the start. The
+    moment of a heavy tail is itself uncertain: the closer p is to the tail index, the more it
+    depends on a single norm.
 
     Args:
-      p: order of the moment, in [1, 2]; of a finite moment of the gradient noise in theory. May be
-        traced. None estimates it.
+      p: the order of the moment, in [1, 2]; in theory one whose moment of the gradient noise is
+        finite. May be traced. None estimates it.
       scale: c ≥ 0, without unit; may be traced.
-      decay: in [0, 1], by update; 1 is the mean over everything seen, 0 the last batch alone.
-      initial: τ_k of all k before any norm was seen. At 0 the first batch only measures: its
+      decay: the factor per update, in [0, 1]; 1 takes the mean over all norms seen, 0 the last
+        batch alone.
+      initial: τ_k for all k before any norm was seen. With 0 the first batch only measures, and its
         clipped gradient is zero; ∞ leaves it unclipped.
 
     Returns:
@@ -146,9 +148,10 @@ def moment_threshold(
         return MomentState(moment, RunningMean(zeros(), zeros()) if p is None else ())
 
     def threshold(state: MomentState) -> Threshold:
-        order = _order_below_index(state.tail) if p is None else p
-        root = state.moment.root
-        sigma = jnp.interp(order, _ORDERS.astype(root.dtype), root) if p is None else root
+        order, sigma = orders, state.moment.root
+        if isinstance(state.tail, RunningMean):
+            order = _order_below_index(state.tail)
+            sigma = jnp.interp(order, _ORDERS.astype(sigma.dtype), sigma)
         is_known = state.moment.weight > 0
         alpha = jnp.where(sigma > 0, scale * sigma, 0)  # a scale of ∞ times 0 would be NaN
         return GrowingThreshold(
@@ -157,7 +160,7 @@ def moment_threshold(
 
     def observe(state: MomentState, norms: jax.Array, counts: jax.Array) -> MomentState:
         moment = observe_moment(state.moment, norms, counts, orders, decay)
-        if p is not None:
+        if not isinstance(state.tail, RunningMean):
             return MomentState(moment, ())
         excess, number = _hill(norms, counts)
         return MomentState(moment, observe_mean(state.tail, excess, number, decay))
@@ -170,22 +173,24 @@ def quantile_threshold(
     *,
     decay: jax.typing.ArrayLike = 0.99,
     initial: jax.typing.ArrayLike = 0.0,
-) -> AdaptiveThreshold:
-    r"""A constant threshold at a running quantile of the norms.
+) -> AdaptiveThreshold[QuantileState]:
+    r"""Build a constant threshold at a running quantile of the norms.
 
-    The share 1 − `quantile` of the samples is clipped, whatever their scale. τ is the smallest
-    norm that the share `quantile` of those seen, each weighted by `decay` to the number of
-    batches after it, does not exceed.
+    The share 1 − `quantile` of the samples is clipped, whatever their scale. τ is the smallest norm
+    such that the share `quantile` of the norms seen is no larger. Each norm counts with the weight
+    `decay` to the power of the number of later batches.
 
-    The norms are kept as a histogram of their logarithms, of 32 bins an octave from 2⁻⁶⁴ to 2⁶⁴
-    (16 KiB in float32): τ is exact to 1.1 %, and what lies beyond counts as the last bin. Unlike a
-    buffer of the last norms, it forgets at the same rate whatever the size of a batch, keeps
-    everything at `decay=1`, as AutoClip does, and sums over devices; unlike stochastic
-    approximation, it has no step size to fit to the scale, and is right from the first batch on.
+    The norms are kept as a histogram of their logarithms, with 32 bins an octave from 2⁻⁶⁴ to 2⁶⁴
+    (16 KiB in float32). So τ is exact to 1.1 %, and a norm beyond the range counts in the last bin.
+    A buffer of the last norms would forget faster the larger a batch is; the histogram does not,
+    keeps all norms at `decay=1`, as AutoClip does, and can be summed over devices. Stochastic
+    approximation would need a step size that fits the scale; the histogram is right from the first
+    batch on.
 
     Args:
       quantile: in (0, 1); may be traced.
-      decay: in [0, 1], by update; 1 is the quantile of everything seen, 0 that of the last batch.
+      decay: the factor per update, in [0, 1]; 1 takes the quantile of all norms seen, 0 that of the
+        last batch.
       initial: τ before any norm was seen; see [`psclip_optax.moment_threshold`][].
 
     Returns:
@@ -226,7 +231,8 @@ def quantile_threshold(
 
     def threshold(state: QuantileState) -> Threshold:
         up_to = jnp.cumsum(state.counts)
-        # By what is below a bin: bins without a norm must not win by a rounding of the sums.
+        # The last bin with a norm whose lower bins hold less than the quantile. Rounding of the
+        # sums must not choose an empty bin.
         is_below = up_to - state.counts < quantile * up_to[-1]
         bins = jnp.arange(_NUM_BINS)
         found = jnp.max(jnp.where((state.counts > 0) & is_below, bins, 0))
@@ -234,7 +240,7 @@ def quantile_threshold(
         return ConstantThreshold(jnp.where(up_to[-1] > 0, norm, initial))
 
     def observe(state: QuantileState, norms: jax.Array, counts: jax.Array) -> QuantileState:
-        # Rounded to the nearest, so that round norms are not at the edge of a bin.
+        # Rounded to the nearest bin, so that powers of 2 do not lie at the edge of one.
         bins = jnp.round((jnp.log2(norms) - _LOWEST_LOG2) * _BINS_PER_OCTAVE)
         bins = jnp.clip(bins, 0, _NUM_BINS - 1).astype(int)
         seen = jnp.bincount(bins, weights=counts.astype(norms.dtype), length=_NUM_BINS)
@@ -245,20 +251,21 @@ def quantile_threshold(
 
 def min_norm_threshold(
     *, decay: jax.typing.ArrayLike = 0.0, initial: jax.typing.ArrayLike = 0.0
-) -> AdaptiveThreshold:
-    r"""A constant threshold at the smallest norm of the batch before: ρ = min_j ‖ĝ_j‖.
+) -> AdaptiveThreshold[MinNormState]:
+    r"""Build a constant threshold at the smallest norm of the previous batch: ρ = min_j ‖ĝ_j‖.
 
     Over micro-batches (`clip_at="micro-batch"` of [`psclip_optax.clipped_value_and_grad`][], or the
     means of micro-batches as the stack of [`psclip_optax.per_sample_clip`][]) this is the rule of
-    adaptive micro-batch clipping, but for one thing: there ρ_t is the smallest norm of the batch
-    that is clipped, so that every micro-batch is scaled to the same norm; here it is that of the
-    batch before, so that what is smaller yet is left as it is, and the rule needs no second pass.
+    adaptive micro-batch clipping, with one difference. There ρ_t is the smallest norm of the batch
+    that is being clipped, and every micro-batch is scaled to the same norm. Here it is the smallest
+    norm of the previous batch: a micro-batch with a smaller norm is not scaled, and the rule needs
+    no second pass.
 
-    A single zero gradient makes the next step zero (but for other zero gradients); a `decay`
-    above 0 averages the minima of batches, which softens that and is not in the paper.
+    A single zero gradient makes the next step zero. A `decay` above 0 averages the minima of
+    several batches, which softens this; the paper does not do so.
 
     Args:
-      decay: in [0, 1], by update: of the average of the minima; 0 is the last one alone.
+      decay: the factor per update, in [0, 1], of the average of the minima; 0 takes the last alone.
       initial: τ before any norm was seen; see [`psclip_optax.moment_threshold`][].
 
     Returns:
@@ -298,7 +305,7 @@ def min_norm_threshold(
 
 
 def _hill(norms: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean logarithm of the k largest norms over the next one, and k; 0 and 0 of less than two."""
+    """Return the mean of log(norm / next one) over the k largest norms, and k; 0, 0 below two."""
     if not norms.size:
         return jnp.zeros((), norms.dtype), jnp.int32(0)
     positive = counts & (norms > 0)
@@ -312,7 +319,7 @@ def _hill(norms: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total / jnp.maximum(k, 1).astype(total.dtype), k
 
 
-def _order_below_index(tail: Any) -> jax.Array:
-    """From the mean excess to p; the highest where no tail was seen."""
+def _order_below_index(tail: RunningMean) -> jax.Array:
+    """Convert the mean excess to p; the highest p where no tail was seen."""
     inverse = jnp.maximum(tail.mean, jnp.finfo(tail.mean.dtype).tiny)
     return jnp.clip(1 / inverse - _MARGIN, _LOWEST_ORDER, _HIGHEST_ORDER)

@@ -1,4 +1,4 @@
-"""The threshold that needs no number: what is taken where none is given."""
+"""The threshold that needs no number, which is taken where none is given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psclip_optax.thresholds.running import zeros
 _DECAY = 0.99
 _SHARE = 1 / 2
 _FLOOR = 1 / 2
-# The largest median is kept for good, so it must not be that of a few outliers at the start.
+# The largest median is never forgotten, so it must not come from a few outliers at the start.
 _ENOUGH_NORMS = 32
 
 _BINS_PER_OCTAVE = 32
@@ -27,12 +27,12 @@ _NUM_BINS = (_OCTAVES_BELOW + _OCTAVES_ABOVE) * _BINS_PER_OCTAVE
 
 
 class AutoState(NamedTuple):
-    """State of `auto_threshold`; all of it is of norms above 0.
+    """State of `auto_threshold`, from norms above 0 alone.
 
     Attributes:
-      unit: float, the median of the first batch that had one; 0 before.
-      counts: float [2048], how many norms, each discounted, were nearest to unit · 2^(i/32 − 32).
-      median: float, of these.
+      unit: float, the median of the first batch with such norms; 0 before it.
+      counts: float [2048], the discounted number of norms nearest to unit · 2^(i/32 − 32).
+      median: float, the median of this histogram.
       largest: float, the largest value that the median has had.
     """
 
@@ -42,30 +42,29 @@ class AutoState(NamedTuple):
     largest: jax.Array
 
 
-def auto_threshold() -> AdaptiveThreshold:
-    r"""Clip at half of the running median of the norms, and never far below where that has been.
+def auto_threshold() -> AdaptiveThreshold[AutoState]:
+    r"""Build a threshold at half of the running median of the norms, with a floor.
 
     $$\tau = \tfrac12 \max\bigl(m_t, \tfrac12 \max_{s \le t} m_s\bigr)$$
 
-    where m_t is the median of the norms above 0 that were seen up to batch t, each weighted by 0.99
-    to the number of batches after it. The threshold is the same for all samples of a batch, and no
-    number has to be chosen: it is what [`psclip_optax.per_sample_clip`][] and
-    [`psclip_optax.ps_clip_sgd`][] take where no threshold is given.
+    where m_t is the median of the norms above 0 that were seen up to batch t. Each norm counts with
+    the weight 0.99 to the power of the number of later batches. The threshold is the same for all
+    samples of a batch. It needs no number, and is taken by [`psclip_optax.per_sample_clip`][] and
+    [`psclip_optax.ps_clip_sgd`][] where no threshold is given.
 
-    A median does not feel how large the largest norms are, and follows them late when a step that
-    was too long makes them all grow. Where a model comes to fit most of its samples their norms
-    vanish, and the median with them, while those of the others are what there is left to learn
-    from: hence the floor.
+    A median does not depend on how large the largest norms are, and rises slowly when a step that
+    was too long makes all norms grow. The floor is for a model that fits most of its samples: their
+    norms vanish, and the median with them, but the other samples are those left to learn from.
 
-    Most samples are clipped, so that the steps are shorter than without clipping: the best learning
+    Most samples are clipped, and the steps are shorter than without clipping. The best learning
     rate is often a few times larger. Multiplying the loss by a constant multiplies τ by it and
     changes no γ_k.
 
     The first batch is clipped by its own norms, as no others are known. `per_sample_clip` and the
-    train steps of Flax do so; in a loop of your own `is_new(state)` tells it, and a threshold from
-    a new state is 0. The norms are kept as a histogram of their logarithms relative to the median
-    of the first batch, of 32 bins an octave over 64 octaves (8 KiB in float32): τ is exact to
-    1.1 %.
+    train steps of Flax do this by themselves. In a loop of your own `is_new(state)` says so; the
+    threshold of a new state is 0. The norms are kept as a histogram of their logarithms relative to
+    the median of the first batch, with 32 bins an octave over 64 octaves (8 KiB in float32): τ is
+    exact to 1.1 %.
 
     Returns:
       An [`psclip_optax.AdaptiveThreshold`][], whose thresholds are
@@ -101,7 +100,7 @@ def auto_threshold() -> AdaptiveThreshold:
         return ConstantThreshold(_SHARE * jnp.maximum(state.median, _FLOOR * state.largest))
 
     def observe(state: AutoState, norms: jax.Array, counts: jax.Array) -> AutoState:
-        # A sample without a gradient is not clipped: it says nothing of where to.
+        # A zero gradient is not clipped at any threshold, and so says nothing about one.
         positive = counts & (norms > 0)
         unit = jnp.where(state.unit > 0, state.unit, clipping.median(norms, positive))
         seen = _DECAY * state.counts + _histogram(norms, positive, unit)
@@ -111,15 +110,16 @@ def auto_threshold() -> AdaptiveThreshold:
             unit, seen, median, jnp.where(is_known, jnp.maximum(state.largest, median), median)
         )
         any_positive = jnp.any(positive)
-        return jax.tree.map(lambda new, old: jnp.where(any_positive, new, old), new, state)
+        both = zip(new, state, strict=True)
+        return AutoState(*(jnp.where(any_positive, new, old) for new, old in both))
 
     return build_rule(init, threshold, observe, is_new=lambda state: state.unit == 0)
 
 
 def _histogram(norms: jax.Array, counts: jax.Array, unit: jax.Array) -> jax.Array:
-    """How many norms are nearest to each power; of a unit that scales as they do."""
+    """Count the norms nearest to each power of 2^(1/32), in multiples of the unit."""
     octaves = jnp.log2(norms) - jnp.log2(unit) + _OCTAVES_BELOW
-    # Rounded to the nearest, so that the unit itself is not at the edge of a bin.
+    # Rounded to the nearest bin, so that the unit itself does not lie at the edge of one.
     bins = jnp.clip(jnp.round(octaves * _BINS_PER_OCTAVE), 0, _NUM_BINS - 1).astype(int)
     return jnp.bincount(bins, weights=counts.astype(norms.dtype), length=_NUM_BINS)
 

@@ -1,9 +1,8 @@
-"""Checks of the numbers and positions that thresholds are made of and called with."""
+"""Check the numbers that thresholds are made of, and the positions they are called with."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ _SCALAR_POSITION = (
 )
 
 
-def concrete(x: Any) -> np.ndarray | None:
-    """The value of `x`, or None while it is being traced, or is on other processes' devices."""
+def concrete(x: object) -> np.ndarray | None:
+    """Return the value of `x`; None if it is traced or lies on other processes' devices."""
     try:
         return np.asarray(x)
     except (jax.errors.TracerArrayConversionError, RuntimeError):
@@ -31,13 +30,13 @@ def concrete(x: Any) -> np.ndarray | None:
 def check_number(
     owner: str,
     name: str,
-    value: Any,
+    value: object,
     *,
     lowest: float,
     highest: float = math.inf,
     open_ends: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Refuse what is no real scalar or, where the value is known, lies outside the interval."""
+    """Refuse a value that is no real scalar or, where it is known, lies outside the interval."""
     is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
     if not (isinstance(value, int | float) or is_array) or not is_numeric(dtype_of(value)):
         raise TypeError(f"{owner} expects a real number as `{name}`, got {value!r}")
@@ -58,11 +57,11 @@ def check_number(
         raise ValueError(f"{owner} expects `{name}` {expected}, got {number:g}")
 
 
-def is_numeric(dtype: Any) -> bool:
+def is_numeric(dtype: jax.typing.DTypeLike | None) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.number)
 
 
-def as_positions(positions: Any) -> jax.Array:
+def as_positions(positions: jax.typing.ArrayLike) -> jax.Array:
     positions = as_array(positions, "positions are 1-based integers k = 1, 2, …, of shape [n]")
     if positions.ndim == 0:
         raise TypeError(_SCALAR_POSITION)

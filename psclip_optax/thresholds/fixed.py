@@ -1,13 +1,14 @@
-"""Thresholds that are known in advance: constant, and growing with the position.
+"""Thresholds that are known in advance: constant, or growing with the position.
 
-The two classes here are pytrees whose numbers may be traced, so that a threshold can be
-an argument of a jitted function, be scheduled, batched by `jax.vmap` or differentiated.
+Both classes are pytrees whose numbers may be traced. So a threshold can be an argument of a jitted
+function, and it can be scheduled, batched by `jax.vmap` or differentiated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import numpy as np
 
 from psclip_optax.arrays import as_array, described
 from psclip_optax.thresholds.checks import as_positions, check_number, concrete, is_numeric
-from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.interface import AdaptiveThreshold
+from psclip_optax.typing import Threshold, ThresholdLike
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -31,16 +33,16 @@ _KEEPS_NO_STATE = (
 def _register_without_checks(cls: _Class) -> _Class:
     """Register a dataclass as a pytree that any leaves may be put back into.
 
-    `jax.tree_util.register_dataclass` calls `__init__`, whose checks would refuse what JAX puts
-    into such trees: cotangents (which may be negative), batched values, placeholders.
+    `jax.tree_util.register_dataclass` calls `__init__`, whose checks would refuse values that JAX
+    puts into such trees: cotangents (which may be negative), batched values, placeholders.
     """
     names = [field.name for field in dataclasses.fields(cls)]
 
-    def flatten_with_keys(node: Any) -> tuple[list[tuple[Any, Any]], None]:
+    def flatten_with_keys(node: object) -> tuple[list[tuple[object, object]], None]:
         return [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in names], None
 
-    def unflatten(_: None, leaves: Any) -> Any:
-        node = object.__new__(cls)
+    def unflatten(_: None, leaves: Iterable[object]) -> object:
+        node: object = object.__new__(cls)
         for name, leaf in zip(names, leaves, strict=True):
             object.__setattr__(node, name, leaf)
         return node
@@ -56,7 +58,7 @@ class ConstantThreshold:
 
     Args:
       value: the largest norm, a real scalar ≥ 0 in the units of the gradient's norm; may be
-        traced. 0 lets only zero gradients through unscaled, ∞ clips nothing.
+        traced. 0 makes every gradient zero, ∞ clips nothing.
 
     Raises:
       TypeError: `value` is not a number; or, when called, the positions are not an integer array.
@@ -75,7 +77,7 @@ class ConstantThreshold:
         check_number("constant_threshold", "value", self.value, lowest=0)
 
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
-        """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
+        """Return τ for each of the 1-based integer `positions`, shape [n] → [n]."""
         self.__post_init__()
         positions = as_positions(positions)
         return jnp.full(positions.shape, self.value, dtype=jnp.result_type(float))
@@ -95,7 +97,7 @@ class GrowingThreshold:
       beta: the growth β, a real scalar > 0, without unit; may be traced. ∞ means no growth.
 
     Raises:
-      TypeError: a number is none; or, when called, the positions are not an integer array.
+      TypeError: α or β is no number; or, when called, the positions are not an integer array.
       ValueError: α < 0, β ≤ 0, NaN, not a scalar, or a position below 1.
 
     Examples:
@@ -120,12 +122,12 @@ class GrowingThreshold:
         check_number("growing_threshold", "beta", self.beta, lowest=0, open_ends=(True, False))
 
     def __call__(self, positions: jax.typing.ArrayLike) -> jax.Array:
-        """τ for each of the 1-based integer `positions`, shape [n] → [n]."""
+        """Return τ for each of the 1-based integer `positions`, shape [n] → [n]."""
         self.__post_init__()
         positions = as_positions(positions).astype(jnp.result_type(float))
         alpha = jnp.asarray(self.alpha, positions.dtype)
         beta = jnp.asarray(self.beta, positions.dtype)
-        # A growth that overflows stays finite, for α = 0 would turn ∞ into NaN.
+        # The growth is kept finite where it overflows: 0 · ∞ would be NaN for α = 0.
         growth = jnp.minimum(positions ** (1 / beta), jnp.finfo(positions.dtype).max)
         return alpha * growth
 
@@ -134,12 +136,12 @@ constant_threshold = ConstantThreshold
 growing_threshold = GrowingThreshold
 
 
-def _is_real(dtype: Any) -> bool:
+def _is_real(dtype: jax.typing.DTypeLike) -> bool:
     return is_numeric(dtype) and not jnp.issubdtype(dtype, jnp.complexfloating)
 
 
-def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
-    """The threshold itself, or the constant one that a number stands for."""
+def as_threshold(threshold: ThresholdLike) -> Threshold:
+    """Return the threshold itself, or the constant one that a number stands for."""
     if isinstance(threshold, AdaptiveThreshold):
         raise TypeError(_KEEPS_NO_STATE)
     if callable(threshold):
@@ -155,14 +157,16 @@ def as_threshold(threshold: Threshold | jax.typing.ArrayLike) -> Threshold:
 
 
 def least_norm(threshold: Threshold) -> np.ndarray | None:
-    """Tell the smallest τ that a threshold gives at any position; None where it is not known."""
+    """Return the smallest τ of a threshold over all positions; None where it is not known."""
     if isinstance(threshold, ConstantThreshold):
         return concrete(threshold.value)
     return concrete(threshold.alpha) if isinstance(threshold, GrowingThreshold) else None
 
 
-def thresholds_at(threshold: Threshold, positions: jax.Array, dtype: Any) -> jax.Array:
-    """τ at `positions`, shape [n], checked and cast to `dtype`."""
+def thresholds_at(
+    threshold: Threshold, positions: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Return τ at `positions`, shape [n], checked and cast to `dtype`."""
     try:
         came = threshold(positions)
     except Exception as error:

@@ -1,9 +1,9 @@
-"""Adaptive thresholds from what they observe: the checks and the devices that all of them share."""
+"""Build adaptive thresholds, with the checks and the sums over devices that all of them share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,45 +14,57 @@ from jax.sharding import PartitionSpec as P
 from psclip_optax import clipping, meshes
 from psclip_optax.arrays import as_array, described, described_tree, promoted
 from psclip_optax.thresholds.checks import check_number, concrete
-from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.interface import AdaptiveThreshold
+from psclip_optax.typing import AxisName, PyTree, Threshold
+
+StateT = TypeVar("StateT")
 
 
-def check_memory(owner: str, decay: Any, initial: Any) -> None:
+def check_memory(owner: str, decay: jax.typing.ArrayLike, initial: jax.typing.ArrayLike) -> None:
     check_number(owner, "decay", decay, lowest=0, highest=1)
     check_number(owner, "initial", initial, lowest=0)
 
 
 def build_rule(
-    init: Callable[[], Any],
-    threshold: Callable[[Any], Threshold],
-    observe: Callable[[Any, jax.Array, jax.Array], Any],
-    is_new: Callable[[Any], jax.Array] | None = None,
-) -> AdaptiveThreshold:
-    """A rule from (state, norms, which of them have a say) → state, the others being 0."""
+    init: Callable[[], StateT],
+    threshold: Callable[[StateT], Threshold],
+    observe: Callable[[StateT, jax.Array, jax.Array], StateT],
+    is_new: Callable[[StateT], jax.Array] | None = None,
+) -> AdaptiveThreshold[StateT]:
+    """Build a rule from `observe`: (state, norms, which of them count) → state.
+
+    Norms that do not count are 0.
+    """
     expected = jax.eval_shape(init)
 
-    def checked_threshold(state: Any) -> Threshold:
+    def checked_threshold(state: StateT) -> Threshold:
         _check_state(state, expected)
         return threshold(state)
 
     def update(
-        state: Any,
+        state: StateT,
         norms: jax.typing.ArrayLike,
         sample_mask: jax.typing.ArrayLike | None = None,
         *,
-        axis_name: Any = None,
-    ) -> Any:
+        axis_name: AxisName = None,
+    ) -> StateT:
         _check_state(state, expected)
 
-        def compute(state: Any, norms: Any, sample_mask: Any) -> Any:
+        def compute(
+            state: StateT,
+            norms: jax.typing.ArrayLike,
+            sample_mask: jax.typing.ArrayLike | None,
+        ) -> StateT:
             meshes.check_axis_name(axis_name)
-            norms, counts = _checked_norms(norms, sample_mask)
+            checked, counts = _checked_norms(norms, sample_mask)
             if axis_name is not None:
-                norms, counts = (clipping.gathered(x, axis_name) for x in (norms, counts))
-            new = observe(state, jnp.where(counts, norms, 0), counts)
-            return jax.tree.map(
-                lambda new, old: jnp.where(jnp.any(counts), new, old).astype(old.dtype), new, state
-            )
+                checked, counts = (clipping.gathered(x, axis_name) for x in (checked, counts))
+            new = observe(state, jnp.where(counts, checked, 0), counts)
+
+            def unless_none_counts(new: jax.Array, old: jax.Array) -> jax.Array:
+                return jnp.where(jnp.any(counts), new, old).astype(old.dtype)
+
+            return jax.tree.map(unless_none_counts, new, state)
 
         arguments = (state, norms, sample_mask)
         mesh = meshes.explicit_mesh(arguments)
@@ -63,7 +75,7 @@ def build_rule(
     return AdaptiveThreshold(init, checked_threshold, update, is_new)
 
 
-def _check_state(state: Any, expected: Any) -> None:
+def _check_state(state: PyTree, expected: PyTree) -> None:
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise TypeError(
             "an adaptive threshold's state comes from init() or update(state, norms) of the same "
@@ -71,8 +83,10 @@ def _check_state(state: Any, expected: Any) -> None:
         )
 
 
-def _checked_norms(norms: Any, sample_mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Norms in the dtype of a state, and which are finite and not masked."""
+def _checked_norms(
+    norms: jax.typing.ArrayLike, sample_mask: jax.typing.ArrayLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return norms in the dtype of a state, and which of them are finite and not masked."""
     expected = (
         "an adaptive threshold is updated with the norms of a batch, a float array of shape [n] "
         "such as stats.norms of psc.ClipStats"

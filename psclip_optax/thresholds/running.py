@@ -1,19 +1,20 @@
-"""Running means and moments of norms, each batch discounted for every one after it."""
+"""Running means and moments of norms, in which each later batch discounts the earlier ones."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class RunningMean(NamedTuple):
-    """A mean over what was seen, each batch discounted by the decay for every one after it.
+    """A mean over batches, in which each later batch discounts the earlier ones by the decay.
 
     Attributes:
-      weight: float, of all that was seen; 0 before that.
-      mean: float.
+      weight: float, the sum of the weights; 0 before the first batch.
+      mean: float, the weighted mean.
     """
 
     weight: jax.Array
@@ -24,37 +25,48 @@ class RunningMoment(NamedTuple):
     """Roots of mean powers of the norms seen, (mean ‖g‖^p)^{1/p}.
 
     Attributes:
-      weight: float, how many norms, each discounted.
-      root: float, in the units of a norm; [m] for m orders p.
+      weight: float, the discounted number of norms.
+      root: float, in the units of a norm; shape [m] for m orders p.
     """
 
     weight: jax.Array
     root: jax.Array
 
 
-def zeros(shape: Any = ()) -> jax.Array:
+def zeros(shape: Sequence[int] = ()) -> jax.Array:
     return jnp.zeros(shape, jnp.result_type(float))
 
 
-def _weigh(weight: jax.Array, amount: Any, decay: Any) -> tuple[jax.Array, jax.Array]:
-    """The new weight, and the share in it of what is new."""
+def _weigh(
+    weight: jax.Array, amount: jax.typing.ArrayLike, decay: jax.typing.ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Return the new weight, and the share of the new amount in it."""
     amount = jnp.asarray(amount, weight.dtype)
-    weight = decay * weight + amount
+    weight = weight * decay + amount
     return weight, amount / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
 
 
-def observe_mean(running: Any, value: jax.Array, amount: Any, decay: Any) -> RunningMean:
+def observe_mean(
+    running: RunningMean,
+    value: jax.Array,
+    amount: jax.typing.ArrayLike,
+    decay: jax.typing.ArrayLike,
+) -> RunningMean:
     weight, share = _weigh(running.weight, amount, decay)
     return RunningMean(weight, running.mean + share * (value - running.mean))
 
 
 def observe_moment(
-    running: RunningMoment, norms: jax.Array, counts: jax.Array, orders: Any, decay: Any
+    running: RunningMoment,
+    norms: jax.Array,
+    counts: jax.Array,
+    orders: jax.typing.ArrayLike,
+    decay: jax.typing.ArrayLike,
 ) -> RunningMoment:
     number = jnp.sum(counts)
     weight, share = _weigh(running.weight, number, decay)
     orders = jnp.asarray(orders, norms.dtype)
-    # In units of the largest, of which no power overflows.
+    # In units of the largest norm, so that no power overflows.
     largest = jnp.maximum(jnp.max(norms, initial=0), running.root)
     unit = jnp.where(largest > 0, largest, 1)
     behind_orders = (*[1] * orders.ndim, -1)

@@ -1,9 +1,9 @@
-"""Where the state of an adaptive threshold is kept: in an optimizer's."""
+"""Keep the state of an adaptive threshold in the state of an optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import optax
@@ -13,7 +13,10 @@ from psclip_optax import groups
 from psclip_optax.arrays import described
 from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.checks import concrete
-from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds.interface import AdaptiveThreshold
+from psclip_optax.typing import AxisName, PyTree, ThresholdLike, ThresholdTree
+
+StateT = TypeVar("StateT")
 
 
 class TrackNormsState(NamedTuple):
@@ -23,24 +26,25 @@ class TrackNormsState(NamedTuple):
       threshold_state: the state of the adaptive threshold.
     """
 
-    threshold_state: Any
+    threshold_state: PyTree
 
 
-def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransformationExtraArgs:
+def track_norms(
+    rule: AdaptiveThreshold[PyTree] | ThresholdTree | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
 
-    For gradients that are clipped before they come to the optimizer, as those of
-    [`psclip_optax.clipped_value_and_grad`][]. The state is saved,
-    restored and replicated with the optimizer's, where `optax.tree.get(state,
-    "threshold_state")` finds it. [`psclip_optax.per_sample_clip`][] keeps
-    the state itself.
+    It is for gradients that are clipped before they reach the optimizer, as those of
+    [`psclip_optax.clipped_value_and_grad`][]. The state is saved, restored and replicated with the
+    optimizer's, where `optax.tree.get(state, "threshold_state")` finds it.
+    [`psclip_optax.per_sample_clip`][] needs no such link: it keeps the state itself.
 
     Args:
-      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][], or a tree prefix of
-        the parameters with one for each group. The state is then the tree of their states, and
-        `jax.tree.map(lambda rule, state: rule.threshold(state), rules, states, is_leaf=lambda node:
-        isinstance(node, psc.AdaptiveThreshold))` the tree of thresholds. None for
-        [`psclip_optax.auto_threshold`][].
+      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][]. None stands for
+        [`psclip_optax.auto_threshold`][]. A tree prefix of the parameters with one for each group
+        has the tree of their states as its state, and `jax.tree.map(lambda rule, state:
+        rule.threshold(state), rules, states, is_leaf=lambda node: isinstance(node,
+        psc.AdaptiveThreshold))` as its tree of thresholds.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a
@@ -87,7 +91,7 @@ def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransfor
         *,
         norms: jax.typing.ArrayLike | None = None,
         sample_mask: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, TrackNormsState]:
         del params, extra_args
         if not isinstance(state, TrackNormsState):
@@ -107,29 +111,31 @@ def track_norms(rule: AdaptiveThreshold | None = None) -> optax.GradientTransfor
 
 
 def state_for_batch(
-    rule: AdaptiveThreshold,
-    state: Any,
+    rule: AdaptiveThreshold[StateT],
+    state: StateT,
     measure: Callable[[], jax.Array],
     sample_mask: jax.Array | None = None,
     *,
-    axis_name: Any = None,
-) -> Any:
-    """The state whose threshold clips a batch; with the norms that it measures where it is new."""
+    axis_name: AxisName = None,
+) -> StateT:
+    """Return the state whose threshold clips a batch, updated by its own norms if it is new."""
     if rule.is_new is None:
         return state
 
-    def measured() -> Any:
+    def measured() -> StateT:
         return rule.update(state, measure(), sample_mask, axis_name=axis_name)
 
     is_new = rule.is_new(state)
     known = concrete(is_new)
-    if known is not None:  # a lax.cond outside of jit would be compiled in each update
+    if known is not None:  # without jit, each update would compile a lax.cond anew
         return measured() if known else state
     return lax.cond(is_new, measured, lambda: state)
 
 
-def as_adaptive(threshold: Threshold | AdaptiveThreshold | jax.typing.ArrayLike | None) -> Any:
-    """The rule itself, the automatic one of None, that of a tree of rules, or one without state."""
+def as_adaptive(
+    threshold: ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree | None,
+) -> AdaptiveThreshold[PyTree]:
+    """Make one rule of a rule, a tree of rules, a fixed threshold, or None (the automatic one)."""
     if threshold is None:
         return auto_threshold()
     if isinstance(threshold, AdaptiveThreshold):

@@ -1,7 +1,7 @@
-"""Train steps for Flax, and all that the command `psclip` trains with.
+"""Train steps for Flax, and everything that the command `psclip` trains with.
 
-Its names are imported when they are first asked for: the command tells of its options, and
-`psclip doctor` looks at a machine, without Flax and the rest of the extra `train`.
+Names are imported when they are first used. So `psclip --help` and `psclip doctor` work without
+Flax and the other packages of the extra `train`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from benchmarks.third_party.common import Case, Model
 
 
 def policy() -> Case:
-    """The log-probability of an action, of a squashed Gaussian."""
+    """Computes the log-probability of an action under a squashed Gaussian."""
     actions = distribution.NormalTanhDistribution(event_size=2)
     net = networks.make_policy_network(actions.param_size, 4, hidden_layer_sizes=(6, 5))
 

@@ -57,7 +57,7 @@ def ordinary(adjoint: Any, solver: Any) -> Case:
 
 
 def controlled() -> Case:
-    """A neural controlled equation, driven by an interpolated series."""
+    """Builds a neural controlled equation, driven by an interpolated series."""
     mlp = eqx.nn.MLP(4, 8, 6, 1, activation=jax.nn.tanh, key=KEY)
     params, static = eqx.partition(mlp, eqx.is_inexact_array)
     ts = jnp.linspace(0.0, 1.0, 6)
@@ -73,7 +73,7 @@ def controlled() -> Case:
 
 
 def stochastic() -> Case:
-    """A neural equation with noise, of one key a sample."""
+    """Builds a neural equation with noise, with one key for each sample."""
     params, static = field()
 
     def loss(params: Any, y0: jax.Array, key: jax.Array) -> jax.Array:

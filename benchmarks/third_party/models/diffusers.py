@@ -36,7 +36,7 @@ def denoised() -> Case:
 
 
 def encoded() -> Case:
-    """Codes an image and draws it again."""
+    """Encodes an image and decodes it again."""
     module = diffusers.FlaxAutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,

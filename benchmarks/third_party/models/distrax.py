@@ -18,7 +18,7 @@ def conditioner(outputs: int) -> Any:
 
 
 def spline_flow(x: jax.Array) -> jax.Array:
-    """Couplings by rational-quadratic splines, with alternating masks."""
+    """Builds couplings by rational-quadratic splines, with alternating masks."""
     layers = [
         distrax.MaskedCoupling(
             jnp.arange(3) % 2 == parity,

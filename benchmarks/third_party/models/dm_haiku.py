@@ -22,7 +22,7 @@ def mobilenet(x: jax.Array) -> jax.Array:
 
 
 def vector_quantised(x: jax.Array) -> jax.Array:
-    """Goes straight through a table of codes."""
+    """Looks up the nearest codes, with straight-through gradients."""
     hidden = hk.Linear(4)(x)
     found = hk.nets.VectorQuantizer(4, 5, 0.25)(hidden, is_training=False)
     return hk.Linear(2)(found["quantize"]) + found["loss"]
@@ -40,7 +40,7 @@ def dropped_out(x: jax.Array) -> jax.Array:
 
 
 def lifted(x: jax.Array) -> jax.Array:
-    """Stacks layers, with weights of their own, in a loop."""
+    """Stacks layers with their own weights in a loop."""
     return hk.experimental.layer_stack(3)(lambda x: jax.nn.tanh(hk.Linear(4)(x)))(x)
 
 

@@ -22,7 +22,7 @@ def mlp() -> Case:
 
 
 def spectral() -> Case:
-    """Divides by a spectral norm whose vectors are a state that is left as it is."""
+    """Divides by a spectral norm whose vectors are a fixed state."""
     linear, state = eqx.nn.make_with_state(eqx.nn.SpectralNorm)(
         eqx.nn.Linear(4, 3, key=KEY), "weight", key=KEY
     )

@@ -14,7 +14,7 @@ BASE = distributions.StandardNormal((3,))
 
 
 def density(flow: Any) -> Case:
-    """What the library wraps as not trainable is held by itself, with a gradient of 0."""
+    """Builds a density; arrays that the library wraps as not trainable stay fixed."""
 
     def call(flow, x):
         return -paramax.unwrap(flow).log_prob(x)

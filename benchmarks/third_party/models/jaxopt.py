@@ -32,7 +32,7 @@ def ridge() -> Case:
 
 
 def quadratic() -> Case:
-    """A layer that solves a quadratic program with equalities."""
+    """Solves a quadratic program with equalities as a layer."""
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         program = jaxopt.EqualityConstrainedQP()

@@ -45,7 +45,7 @@ def posterior() -> Case:
 
 
 def bound(guide: Any) -> Case:
-    """The evidence's lower bound, of one key for all."""
+    """Computes the evidence's lower bound, with one key for all."""
     svi = SVI(bayesian_network, guide(bayesian_network), numpyro.optim.Adam(0.1), Trace_ELBO())
     batch = data(3), data()
     state = svi.init(KEY, *(leaf[0] for leaf in batch))
@@ -77,7 +77,7 @@ def hidden_markov() -> Case:
 
 
 def flow() -> Case:
-    """A mixture seen through a spline, on counts too."""
+    """Builds a mixture seen through a spline, on counts too."""
 
     def loss(params: Any, x: jax.Array, count: jax.Array) -> jax.Array:
         mixture = dist.MixtureSameFamily(

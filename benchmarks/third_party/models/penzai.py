@@ -14,7 +14,7 @@ from benchmarks.third_party.common import Case, Model
 
 
 def of_penzai(model: Any, call: Any, *batch: Any) -> Case:
-    """Learns the values of a model's parameters, without their names, which jit cannot hash."""
+    """Makes a case of a model's parameter values, without their names, which jit cannot hash."""
     unbound, parameters = pz.unbind_params(model)
     values, names = jax.tree.flatten([parameter.value for parameter in parameters])
 

@@ -29,7 +29,7 @@ def dense() -> Case:
 
 
 def deep() -> Case:
-    """A kernel on what a layer makes of the inputs."""
+    """Builds a kernel on the output of a layer."""
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         features = jnp.tanh(x[:, None] @ params["w"] + params["b"])

@@ -82,7 +82,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def made(name: str, config: str, options: dict[str, Any], **others: Any) -> Any:
-    """A model with random weights, and its class's way to be called."""
+    """Builds a model with random weights, and its class's call."""
     settings = getattr(transformers, config)(**options)
     return getattr(transformers, name)(settings, seed=0, dtype=jnp.float64, **others)
 

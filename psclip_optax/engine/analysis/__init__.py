@@ -1,1 +1,1 @@
-"""Read what the jaxpr of a loss says: each claim is proven, or not made."""
+"""Analyse the jaxpr of a loss: each claim is proven, or not made."""

@@ -29,7 +29,7 @@ from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 
 _UNKNOWN: Any = object()
-# Known of what does not depend on the parameter that is asked about.
+# The state of a variable that does not depend on the parameter in question.
 _FREE: Any = object()
 
 
@@ -131,7 +131,7 @@ def separable_axes(
     out = jaxpr.outvars[0]
     over = [a for a, size in zip(spread.axes, aval(out).shape, strict=True) if size > 1]
     axes = tuple(axis for axis in over if axis is not None)
-    is_over_them = len(axes) == len(over) and set(axes) == spread.separable
+    is_over_them = len(axes) == len(over) and frozenset(axes) == spread.separable
     return axes if is_over_them else None
 
 

@@ -40,7 +40,7 @@ class Value(NamedTuple):
       source: what it depends on.
       number: the array that it is, if that is known. If `is_stepped`, an axis in front has the
         steps of the scan around it.
-      is_stepped: whether it is another in each step.
+      is_stepped: whether it differs from step to step.
       const: the index of the scan's constant that it is, if it is the whole of one.
     """
 
@@ -59,7 +59,7 @@ def as_it_is(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Value]:
 
 
 def source_of(inputs: Sequence[Source]) -> Source:
-    """Return the source of what is made of inputs with these."""
+    """Return the source of an output from the sources of its inputs."""
     return max(inputs, key=lambda source: source.value, default=Source.CONSTANTS)
 
 
@@ -78,7 +78,7 @@ def _is_index(shaped: Any) -> bool:
 
 
 def _is_of_indices(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation makes indices, by operations that are known to need nothing else."""
+    """Tell whether an equation makes indices, by operations that need nothing else."""
     if eqn.primitive.name in CALLS:
         return all(map(_is_of_indices, inner_jaxpr(eqn)[0].eqns))
     is_known = eqn.primitive.name in _ON_INDICES and not eqn.effects
@@ -155,7 +155,7 @@ def _told(eqn: core.JaxprEqn, inputs: list[bool]) -> list[bool]:
 def _sequences(
     eqn: core.JaxprEqn, inputs: Sequence[Value], is_known: list[bool], counters: list[int]
 ) -> list[np.ndarray]:
-    """Count what counters are in each step, in the order of what the scan runs over."""
+    """Compute the number of each counter in each step, in the order in which the scan runs."""
     if not counters:
         return []
     body, _ = inner_jaxpr(eqn)

@@ -1,4 +1,4 @@
-"""Compute before a scan what its steps compute from parameters alone, for all steps at once.
+"""Compute before a scan whatever its steps compute from parameters alone, for all steps at once.
 
 Gradients of a weight that is computed anew in each step (a scale for each layer, a quantised
 kernel) could only be taken through the steps, for each sample. Computed before the scan, the weight
@@ -50,7 +50,7 @@ _PARAMETER = _Known(True, True)
 
 
 def hoisted(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
-    """Trace a loss anew, so that scans do not compute from parameters alone in their steps.
+    """Trace a loss anew, so that the steps of scans compute nothing from parameters alone.
 
     Args:
       closed: the loss for one example.
@@ -71,7 +71,7 @@ def _retraced(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> core.ClosedJ
 def _run(
     jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], known: Sequence[_Known]
 ) -> tuple[list[Any], list[_Known]]:
-    """Trace a jaxpr anew, and find what is known of its outputs."""
+    """Trace a jaxpr anew, and return the properties of its outputs."""
     values = zip(inputs, known, strict=True)
     outs = walk(
         jaxpr,
@@ -100,7 +100,7 @@ def _equation(
 
 
 def _after(eqn: core.JaxprEqn, known: Sequence[_Known]) -> list[_Known]:
-    """Find what is known of an equation's outputs."""
+    """Return the properties of an equation's outputs."""
     if not all(one.is_fixed for one in known) or eqn.effects:
         return [_DATA] * len(eqn.outvars)
     has_parameter = any(one.is_parameter for one in known)

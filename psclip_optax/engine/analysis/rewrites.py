@@ -185,7 +185,7 @@ def _of_product(eqn: core.JaxprEqn, operand: int) -> _Use:
     pairs = dict(zip(axes.w_contracted, axes.x_contracted, strict=True))
     leaving_of_x = dict(zip(axes.x_free, axes.y_x_free, strict=True))
     product = _Product(eqn.invars[1 - operand], pairs, leaving_of_x, precision)
-    # In two products a sum in a wider dtype would be rounded between them.
+    # Two products would round a sum in a wider dtype between them.
     product = product if not axes.w_blocks and _have_one_dtype(eqn) else None
     return _Use(_applied(eqn, operand), axes.leaving, product, _ndim(eqn))
 
@@ -222,7 +222,7 @@ _USES = {"dot_general": _of_product, "conv_general_dilated": _of_convolution}
 
 
 def _expand(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
-    """Apply an operation to what W is made of; None if some of that is computed in other ways."""
+    """Apply an operation to the parts that W is made of; None if a part has no rule here."""
     maker, expanded = scope.maker(atom), None
     if maker is not None and maker.primitive.name in _RULES:
         expanded = _RULES[maker.primitive.name](use, maker, scope)
@@ -291,7 +291,7 @@ def _times(expanded: Expanded, scale: Expanded, divides: bool) -> Expanded:
 
 
 def _scale(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
-    """Turn what scales W into what scales y; None unless it runs along axes that leave alone."""
+    """Turn a scale of W into a scale of y; None unless it runs along axes that y shares."""
     maker = scope.maker(atom)
     places: Sequence[int] = range(aval(atom).ndim)
     if maker is not None and maker.primitive.name == "broadcast_in_dim":
@@ -313,7 +313,7 @@ def _scale(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
 
 
 def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
-    """Let x meet the one of A and B whose axes it contracts, and the other thereafter."""
+    """Multiply x by the one of A and B whose axes it contracts, and then by the other."""
     contracted, blocks = maker.params["dimension_numbers"]
     product, operands = use.product, maker.invars
     if product is None or blocks[0] or not _have_one_dtype(maker):

@@ -37,13 +37,13 @@ class Segment(NamedTuple):
     """The piece of a loss that holds all sites of a group.
 
     Attributes:
-      path: that of its last equation, in whose place it runs.
+      path: the path of its last equation, in whose place it runs.
       equations: the indices of the equations of that body that are in it alone.
       weights: the variables of the body that are the group's parameters, or views of them.
-      parameters: the number of each one's parameter.
-      data: those that come from before it and pass a cotangent on.
-      others: those that come from before it and pass none on.
-      outputs: those that it makes for what comes behind it; first those that have a gradient.
+      parameters: the number of each weight's parameter.
+      data: the variables from before the segment that pass a cotangent on.
+      others: the variables from before the segment that pass none on.
+      outputs: the variables that later equations read; first those that have a gradient.
       closed: its equations, from weights, data and others to the outputs.
     """
 
@@ -67,7 +67,7 @@ class Segment(NamedTuple):
 
 
 class Obstacle(NamedTuple):
-    """What keeps a group from having a segment, said of its parameters."""
+    """A reason why a group has no segment, in words about its parameters."""
 
     reason: str
 
@@ -107,7 +107,7 @@ def find_segment(closed: core.ClosedJaxpr, usage: Usage, members: Members) -> Se
 
 
 class _Body(NamedTuple):
-    """What an equation runs, or the loss itself.
+    """The jaxpr that an equation runs, or the loss itself.
 
     Attributes:
       path: that of the equation.
@@ -197,7 +197,7 @@ def _in_body(
 
 
 class _Before(NamedTuple):
-    """What equations need: others that read the group's parameters alone, and variables."""
+    """The needs of equations: variables, and equations that read the group's parameters alone."""
 
     equations: list[int]
     inputs: list[core.Var]

@@ -110,7 +110,7 @@ class Site(NamedTuple):
 
     @property
     def sample_axis(self) -> int:
-        """Return the axis of samples in what enters and leaves, which is behind the scans'."""
+        """Return the axis of samples in inputs and outputs, which is after those of the scans."""
         return len(self.scans)
 
     @property
@@ -121,7 +121,7 @@ class Site(NamedTuple):
 
     @property
     def entering(self) -> list[Any]:
-        """Return what meets W: the equation's other inputs."""
+        """Return the equation's other inputs, which meet W."""
         return [atom for i, atom in enumerate(self.eqn.invars) if i != self.operand]
 
     @property

@@ -237,7 +237,7 @@ def _reshaped(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) ->
             return _without(eqn, axes[0], [a])
     if shape[:1] != (1,):
         return frozenset()
-    # Other reshapes are of what comes behind the batch axis.
+    # Other reshapes concern the axes after the batch axis.
     return frozenset([0]) if 0 in axes[0] or old[:1] != (1,) else frozenset()
 
 

@@ -164,7 +164,7 @@ def _scan(eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
 
     def step(carry: list[Any], of_step: list[Any]) -> tuple[list[Any], list[Any]]:
         within = [
-            # Anew, for what is made of them here must not be read outside.
+            # Made anew, as variables made here must not be read outside.
             *(value.like(value.given) for value in consts),
             *(_Value(bare=one, shape=s) for one, s in zip(carry, shapes_of_carry, strict=True)),
             *(_Value(full=one, shape=s) for one, s in zip(of_step, shapes_of_xs, strict=True)),
@@ -265,7 +265,7 @@ def _dot_general(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
     both = [_places(value.shape) for value in inputs]
 
     def left(axes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        # What is contracted with an axis of size 1, or runs beside it, has size 1 too.
+        # Axes that are contracted with an axis of size 1, or run beside it, have size 1 too.
         return tuple(
             tuple(places[axis] for axis in of_side if axis in places)
             for places, of_side in zip(both, axes, strict=True)

@@ -127,7 +127,7 @@ class _Walk(NamedTuple):
         varied = [isinstance(role, OfParameters) for role in roles]
         unproven = unproven_equation(eqn, varied, [has_gradient(v) for v in eqn.outvars])
         if unproven is not None:
-            # For a computed weight the weighted sum would be pulled back, not each cotangent.
+            # The weighted sum would be pulled back to a computed weight, and not each cotangent.
             self.usage.escape(roles, f"passes {described_rule(unproven)}", None, scope.path)
             return [Other.DATA] * len(eqn.outvars)
         return self.usage.compute(eqn, roles, leaves, scope.path)
@@ -215,7 +215,7 @@ def _passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
 
 
 def _without_gradient(roles: Sequence[Role]) -> Other:
-    """Tell the role of what an equation gives that passes no cotangent on to parameters."""
+    """Tell the role of an equation's outputs that pass no cotangent on to parameters."""
     if Other.DATA in roles:
         return Other.DATA
     is_stepped = any(
@@ -226,7 +226,7 @@ def _without_gradient(roles: Sequence[Role]) -> Other:
 
 
 def _has_no_entries(eqn: core.JaxprEqn, operands: Sequence[int], *, is_product: bool) -> bool:
-    """Tell whether a factor of a product, all its parameters or all that leaves have no entries."""
+    """Tell whether a factor of a product (parameters, or the output) has no entries."""
     sizes = [aval(v).size for v in eqn.invars]
     is_factor_empty = is_product and 0 in sizes
     has_gradient = any(sizes[i] for i in operands) and any(aval(v).size for v in eqn.outvars)

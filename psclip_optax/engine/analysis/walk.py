@@ -1,4 +1,4 @@
-"""Follow what is known of variables through a jaxpr, one equation after the other."""
+"""Propagate a property of variables through a jaxpr, one equation after another."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def walk(
     equation: Callable[[core.JaxprEqn, list[Known], Path], Sequence[Known]],
     path: Path = (),
 ) -> list[Known]:
-    """Find what is known of a jaxpr's outputs.
+    """Propagate a property of variables to a jaxpr's outputs.
 
     Args:
-      jaxpr: what to walk through.
-      consts: what is known of its constants.
-      inputs: what is known of its inputs.
-      literal: a function from a literal's value to what is known of it.
-      equation: a function from an equation, what is known of its inputs, and its path to what is
-        known of its outputs.
+      jaxpr: the jaxpr to walk through.
+      consts: the properties of its constants.
+      inputs: the properties of its inputs.
+      literal: a function from a literal's value to its property.
+      equation: a function from an equation, the properties of its inputs, and its path to the
+        properties of its outputs.
       path: the path of the equation that holds the jaxpr.
     """
     known: dict[Any, Known] = dict(zip(jaxpr.constvars, consts, strict=True))

@@ -24,9 +24,9 @@ class Inputs(NamedTuple):
     """The inputs of a jaxpr, and which of them depend on the sample.
 
     Attributes:
-      values: of each input, n on the first axis of those that depend on it.
-      axes: 0 for those, None for what all samples share.
-      wanted: the indices of those whose cotangents are wanted.
+      values: the value of each input, with n on the first axis of those that depend on the sample.
+      axes: 0 for those, None for inputs that all samples share.
+      wanted: the indices of the inputs whose cotangents are wanted.
     """
 
     values: list[Any]
@@ -35,12 +35,12 @@ class Inputs(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """What an operation is given of each sample, [n], or [steps, n] within a scan.
+    """The operands of an operation for each sample, [n], or [steps, n] within a scan.
 
     Attributes:
       zero: zeros, whose cotangents are ‖g_k‖² of its group.
       tau: τ_k of its group.
-      share: what the sample has of the sum before it is clipped, 0 for padding.
+      share: the weight of the sample in the sum before it is clipped, 0 for padding.
     """
 
     zero: Any
@@ -55,9 +55,9 @@ class Backward(NamedTuple):
     """The cotangents that a backward pass gives.
 
     Attributes:
-      stacked: of direct weights, for each sample.
-      cotangents: of what left each tapped site, and of the operations' zeros.
-      inputs: of the inputs whose cotangents are wanted.
+      stacked: the gradients of direct weights, for each sample.
+      cotangents: the cotangents of each tapped site's output, and of the operations' zeros.
+      inputs: the cotangents of the wanted inputs.
     """
 
     stacked: dict[int, jax.Array]
@@ -66,7 +66,7 @@ class Backward(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives.
+    """The results of a forward pass.
 
     Attributes:
       outs: the outputs, [n, …].
@@ -146,7 +146,7 @@ class _Run(NamedTuple):
 
     @property
     def axes(self) -> taps.Axes:
-        """Return the axis of samples of what each tap and each operation is given."""
+        """Return the axis of samples of the arrays at each tap and each operation."""
         axes = {path: action.num_scans for path, action in self.taps.items()}
         return axes | {path: one.zero.ndim - 1 for path, (_, one) in self.operations.items()}
 
@@ -203,7 +203,7 @@ def forward_of_each(
     num_cotangents: int,
     num_samples: int,
 ) -> Forward:
-    """Do the same without operations, so that no weight need be held for each sample.
+    """Run forwards without operations, so that no weight need be held for each sample.
 
     The derivative is that of one sample. What is saved for it and does not depend on the sample is
     saved once.
@@ -264,14 +264,14 @@ def _batched(jaxpr: core.Jaxpr, axes: Sequence[int | None]) -> list[bool]:
 
 
 class _Static(NamedTuple):
-    """What is known of a pull-back of each sample before it runs.
+    """The static properties of a pull-back of each sample.
 
     Attributes:
-      structure: of one sample's pull-back.
-      axes_saved: the axis of samples of what is saved for it, or None.
-      axes: that of the cotangent at each tap.
-      shared: which of the inputs whose cotangents are wanted all samples share.
-      spmd_axis_name: of the axis of samples.
+      structure: the tree of one sample's pull-back.
+      axes_saved: the axis of samples of each array that is saved for it, or None.
+      axes: the axis of samples of the cotangent at each tap.
+      shared: which of the wanted inputs all samples share.
+      spmd_axis_name: the name of the axis of samples.
     """
 
     structure: Any
@@ -283,7 +283,7 @@ class _Static(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class _PullBackOfEach:
-    """A pull-back of each sample as a pytree, whose leaves are what is saved for it."""
+    """A pull-back of each sample as a pytree, whose leaves are the saved arrays."""
 
     def __init__(self, saved: list[Any], static: _Static) -> None:
         self._saved, self._static = saved, static

@@ -72,7 +72,7 @@ def _has_gradient_of_batch(problem: Problem, leaves: Sequence[Any]) -> bool:
 
 
 class _Given(NamedTuple):
-    """What a pass takes: the loss's constants, the parameters' leaves and the samples."""
+    """The arguments of a pass: the loss's constants, the parameters' leaves and the samples."""
 
     consts: list[Any]
     leaves: list[Any]
@@ -154,7 +154,7 @@ def _sums_without(problem: Problem, given: _Given, kept: jax.Array) -> list[jax.
 
 
 def _and_again(problem: Problem, given: _Given) -> Result:
-    """Make a pass, and another if the sums of the first are not finite for what is left out."""
+    """Make a pass, and another without some samples if the first sums are not finite."""
     first = _passed(problem, given, given.samples.counts)
 
     def again(_: Any, given: _Given, kept: jax.Array) -> list[jax.Array]:
@@ -165,10 +165,10 @@ def _and_again(problem: Problem, given: _Given) -> Result:
 
 
 class _State(NamedTuple):
-    """What a loop over passes carries.
+    """The carry of a loop over passes.
 
     Attributes:
-      num_left: how many passes are to be made: at first one, then another where it must be.
+      num_left: how many passes are still to be made: at first one, then another where needed.
       is_first: whether none was made.
       kept: which samples are in the sums of the next one.
       result: of the first one, with the sums of the last.

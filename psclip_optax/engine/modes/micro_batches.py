@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from psclip_optax.clipped_sums import clipped_alone
 from psclip_optax.engine.explain import Plan, explained_microbatches
 from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples
 from psclip_optax.engine.modes.weighing import changed_if_any
-from psclip_optax.transforms import clipped_alone
 
 
 class MicroBatches(Mode):
@@ -39,7 +39,7 @@ def _clipped(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resul
     counts, number = samples.counts, jnp.sum(samples.counts)
     examples = samples.examples
     if problem.may_be_padded:
-        # What padding holds would get past a weight of 0 if it is not finite.
+        # Padding that is not finite would pass through a weight of 0.
         index = jnp.where(counts, jnp.arange(counts.size), jnp.argmax(counts))
         examples = [example[index] for example in examples]
     run = core.jaxpr_as_fun(problem.closed)

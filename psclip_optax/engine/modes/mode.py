@@ -1,4 +1,4 @@
-"""Give all modes one form: how a slice's result is made, and what is said of that."""
+"""Define the interface of all modes: how they make a slice's result, and how they explain it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from psclip_optax.engine.routes.route import Entered
 
 # Stacked gradients of parameters without a route may take so many times what a plain gradient does.
 _MOST_STACKED = 2
-# Of what is smaller no one has to care.
+# Smaller stacks need no limit.
 _FEW_BYTES = 2**24
 
 

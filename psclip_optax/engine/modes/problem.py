@@ -1,4 +1,4 @@
-"""Hold a traced loss, and answer what all modes ask of it."""
+"""Hold a traced loss, with the properties that all modes need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from psclip_optax.groups import Groups
 
 
 class Problem(NamedTuple):
-    """A traced loss, and what its parameters' gradients take.
+    """A traced loss, and the plans of its parameters' gradients.
 
     Attributes:
       closed: the loss for one example, from the parameters' and the example's leaves.

@@ -22,8 +22,8 @@ class Samples(NamedTuple):
     Attributes:
       examples: the batched leaves, n on the first axis of each.
       taus: τ_k, [n]; [n, groups] by group.
-      shares: 1/N, what a sample has of the mean, [n]; 1 for a sum. With it in the weights, no
-        gradient need be divided, and a mean in half precision does not leave its range.
+      shares: 1/N, the weight of a sample in the mean, [n]; 1 for a sum. As it is part of the
+        weights, no gradient is divided, and a mean in half precision stays in its range.
       counts: whether the sample is no padding, bool [n].
     """
 
@@ -43,7 +43,7 @@ class Result(NamedTuple):
     Attributes:
       sums: Σ γ_k g_k / N of each parameter.
       outs: what the loss returns, stacked: the losses, then the leaves of aux.
-      norms: ‖g_k‖, [n]; of what is clipped together, as the two below, [1] for a micro-batch.
+      norms: ‖g_k‖, [n]; [1] for a micro-batch that is clipped as a whole, as the two below.
         [n, groups] by group, as the scales.
       scales: γ_k, [n]; 0 for masked and dropped samples.
       finite: whether loss and gradient are, bool [n].
@@ -71,11 +71,11 @@ def in_slices(
     ones are short, real samples fill them, masked.
 
     Args:
-      run: what gives the result of a slice.
-      samples: all of them.
-      size: of a slice; None for one slice.
-      has_convolutions: whether `run` has some.
-      consecutive: whether a slice is of consecutive samples.
+      run: a function from the samples of a slice to its result.
+      samples: all samples.
+      size: the size of a slice; None for one slice.
+      has_convolutions: whether `run` has convolutions.
+      consecutive: whether the samples of a slice are consecutive.
     """
     n = samples.number
     if size is None or size >= n:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psclip_optax import transforms
+from psclip_optax import clipped_sums
 from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.problem import Problem, outs_of
 from psclip_optax.engine.modes.slices import Result, Samples
@@ -25,9 +25,9 @@ class Stacked(Mode):
         # A loss that is not finite drops its sample also where its gradient is finite.
         finite_loss = jnp.isfinite(outs[0])
         dropped = ~finite_loss & (problem.on_nonfinite == "drop")
-        sums, stats, kept = transforms.clip_and_sum(
+        sums, stats, kept = clipped_sums.clip_and_sum(
             stacked,
-            transforms.Batch(samples.taus, samples.counts & ~dropped),
+            clipped_sums.Batch(samples.taus, samples.counts & ~dropped),
             axes=(0,) * len(stacked),
             groups=problem.groups,
             masked=True,

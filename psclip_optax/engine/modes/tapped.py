@@ -1,4 +1,4 @@
-"""Make one forward and one backward pass with taps at the sites, and norms of what they show."""
+"""Make one forward and one backward pass with taps at the sites, and norms from the taps."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def all_weights(problem: Problem, leaves: Sequence[Any]) -> tuple[dict[int, Any]
 
 
 class Seen(NamedTuple):
-    """The arrays that one forward and one backward pass show of each sample.
+    """The arrays of each sample from one forward and one backward pass.
 
     Attributes:
-      stacked: gradients of the weights without sites.
-      cotangents: those of each action's zeros.
-      outs: what the loss returns.
-      entered: what entered the sites whose actions keep it.
-      left: what left them, alike.
+      stacked: the gradients of the weights without sites.
+      cotangents: the cotangents of each action's zeros.
+      outs: the results of the loss.
+      entered: the inputs of the sites whose actions keep them.
+      left: the outputs of the sites whose actions keep them.
     """
 
     stacked: dict[int, jax.Array]

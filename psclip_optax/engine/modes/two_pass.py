@@ -22,9 +22,9 @@ from psclip_optax.engine.modes.tapped import all_weights, squared_norms, tapped
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
 from psclip_optax.engine.plan import LeafPlan
 
-# What one pass may keep, relative to what a plain gradient saves, of a batch that is not sliced.
+# The memory that one pass over a whole batch may keep, relative to that of a plain gradient.
 MOST_KEPT = 0.15
-# In more slices than these one pass would run too few samples at a time to be fast.
+# With more slices than these, one pass would run too few samples at a time to be fast.
 MOST_SLICES = 4
 
 
@@ -127,7 +127,7 @@ def _backward(
     bad: jax.Array,
 ) -> list[jax.Array]:
     """Sum of_samples_k g_k by a plain backward pass, and by another if samples must be left out."""
-    # As the first pass has it, so that both share one forward pass.
+    # The same forward pass as in the first pass, so that both share it.
     closed = problem.plans.closed
 
     def of(consts: list[Any], leaves: list[Any], examples: list[Any], of_samples: Any) -> list[Any]:

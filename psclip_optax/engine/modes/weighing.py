@@ -1,4 +1,4 @@
-"""Make the weights of a sum from norms, and keep samples that are not finite out of it."""
+"""Compute the weights of a sum from norms, and leave out samples that are not finite."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _Values = TypeVar("_Values")
 def weigh(
     problem: Problem, samples: Samples, losses: jax.Array, squares: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Return norms, scales (0 for what is not kept), and which samples are finite and kept."""
-    # No number of samples is in it where no parameter reaches the loss.
+    """Return norms, scales (0 for samples left out), and which samples are finite and kept."""
+    # The array has no axis of samples where no parameter reaches the loss.
     norms = clipping.norms_of(jnp.broadcast_to(squares, samples.taus.shape))
     scales = told_scales(norms, samples.taus)
     finite = problem.groups.in_all(~jnp.isnan(scales)) & jnp.isfinite(losses)

@@ -1,4 +1,4 @@
-"""Register the routes: ways to the norms of per-sample gradients of one weight without these.
+"""Register the routes: ways to the norms of one weight's per-sample gradients.
 
 A route is a file with a subclass of `route.Route`, and has its place in this register.
 """

@@ -157,7 +157,7 @@ def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
 
     def arranged(array: jax.Array, *axes_of_step: list[int]) -> jax.Array:
         blocks, rows, columns = behind_samples(site, axes_of_step)
-        # As one axis, samples that are sharded and lie behind steps would all be gathered.
+        # Joined with the axis of steps in front, sharded samples would all be gathered.
         apart = [[axis] for axis in (*steps, site.sample_axis)]
         return in_groups(array.astype(dtype), layered + blocks, *apart, rows, columns)
 
@@ -200,7 +200,7 @@ def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
     def add(total: jax.Array, layer: Factors) -> tuple[jax.Array, None]:
         return total + _squared_norms_of_layer(layer, dtype), None
 
-    # As one axis, layers in front of samples that are sharded would have all of them gathered.
+    # Joined with the axis of layers in front, sharded samples would all be gathered.
     zero = jnp.zeros_like(factors.left[0, :, 0, 0, 0], dtype)
     return lax.scan(add, zero, factors)[0]
 

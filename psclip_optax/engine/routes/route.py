@@ -1,4 +1,4 @@
-"""Define what every route has: how it tells its sites, makes norms and sums, and their costs."""
+"""Define the interface of routes: the sites they take, norms, sums, and costs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from psclip_optax.engine.analysis.sites import Site, of_parameter
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.parts import Parts, in_parts
 
-# By site, what enters it and the cotangents of what leaves it, both [scans…, n, …].
+# By site, its inputs and the cotangents of its output, both [scans…, n, …].
 Entered = dict[Path, tuple[jax.Array, ...]]
 Cotangents = dict[Path, jax.Array]
 
-# How many entries of what enters and leaves are taken at a time on a CPU.
+# How many entries of inputs and cotangents are taken at a time on a CPU.
 _MOST_READ_ON_CPU = 2**22
-# What may be made at a time on other devices, and in how many parts at the most.
+# The entries that may be made at a time on other devices, and the most parts.
 _BYTES_AT_ONCE = 2**26
 _MOST_PARTS = 16
 
@@ -85,12 +85,12 @@ class Route(abc.ABC):
     def squared_norms_of_part(
         self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
     ) -> jax.Array:
-        """Return `squared_norms` of so few samples that what is made on the way fits in memory."""
+        """Return `squared_norms` of so few samples that intermediate arrays fit in memory."""
 
     def weighted_sum(
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
     ) -> tuple[Callable[[Any], Any], jax.Array]:
-        """Return a function linear in the parameter, and the cotangent of what it gives.
+        """Return a function linear in the parameter, and the cotangent of its output.
 
         The gradient is the function's transpose of the cotangent. Here the function is the
         operation over all samples, which is what a plain backward pass transposes.
@@ -103,7 +103,7 @@ class Route(abc.ABC):
         return lambda parameter: over_samples(site)(parameter, *entered), weighted
 
     def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
-        """Say in how many parts the samples go at least, for what is made on the way."""
+        """Return the least number of parts of the samples for which arrays fit in memory."""
         made = (self.entries_made(sites), self.entries_made_on_tpu(sites))
         num_bytes, on_tpu = (num_samples * one * jnp.dtype(dtype).itemsize for one in made)
         return Parts(
@@ -112,27 +112,27 @@ class Route(abc.ABC):
         )
 
     def least_parts_on_cpu(self, sites: Sequence[Site], num_samples: int, num_bytes: int) -> float:
-        """Say the same for a CPU, where all samples together make so many bytes on the way."""
+        """Return the same for a CPU, given the bytes of intermediate arrays for all samples."""
         del num_bytes
         return num_samples * entries_read(sites) / _MOST_READ_ON_CPU
 
     def entries_made(self, sites: Sequence[Site]) -> int:
-        """Say how many entries are made on the way to the norm of one sample's gradient."""
+        """Count the entries that are made on the way to the norm of one sample's gradient."""
         return entries_read(sites)
 
     def entries_made_on_tpu(self, sites: Sequence[Site]) -> int:
-        """Say the same for a TPU, where products that are squared and summed are not made."""
+        """Count the same for a TPU, where products that are squared and summed are not made."""
         return self.entries_made(sites)
 
 
 def entries_read(sites: Sequence[Site]) -> int:
-    """Count the entries of what enters and leaves sites, of one sample."""
+    """Count the entries of inputs and cotangents of sites, for one sample."""
     sides = [(s, aval(atom)) for s in sites for atom in (*s.entering, s.leaving)]
     return sum(math.prod(site.scans) * side.size for site, side in sides)
 
 
 def of_one_sample(sites: Sequence[Site]) -> tuple[Any, Any]:
-    """Return the shapes of what enters sites, and of the cotangents, of a batch of one sample."""
+    """Return the shapes of sites' inputs and cotangents, for a batch of one sample."""
 
     def batched(site: Site, atom: Any) -> jax.ShapeDtypeStruct:
         shaped = aval(atom)
@@ -143,7 +143,7 @@ def of_one_sample(sites: Sequence[Site]) -> tuple[Any, Any]:
 
 
 def over_samples(site: Site) -> Callable[..., jax.Array]:
-    """Return a function from the parameter and what enters, [scans…, n, …], to what leaves."""
+    """Return a function from the parameter and the inputs, [scans…, n, …], to the output."""
     axis = site.sample_axis
     axes = (axis,) * len(site.entering)
     return jax.vmap(

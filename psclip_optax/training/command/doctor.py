@@ -1,6 +1,6 @@
-"""`psclip doctor`: what is installed, what is known to give trouble, and whether numbers are right.
+"""`psclip doctor`: report versions, known causes of trouble, and whether numbers are right.
 
-Imports no more than the library itself does, so that it works where the extras are missing.
+It imports no more than the library itself, so that it works where the extras are missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 import psclip_optax
 from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_grad
+from psclip_optax.options import Mode
 from psclip_optax.training.config.commands import DoctorConfig
 
 NEWEST_TESTED_JAX = "0.11.2"
@@ -27,7 +28,7 @@ _CORE = ("jax", "jaxlib", "optax", "scipy", "numpy")
 _NUM_SAMPLES = 8
 _MODES = ("one_pass", "two_pass")
 _ROUTES = {"convolution": "conv", "embedding": "embedding", "kernel": "dense"}
-# Switches of JAX with which its programs are others than the tests have them, or slow.
+# Switches with which JAX makes slow programs, or others than the tests see.
 _SWITCHES = {
     "jax_enable_x64": "data without a dtype are float64: twice the memory, and slow on most GPUs",
     "jax_disable_jit": "nothing is compiled: everything is slow",
@@ -42,11 +43,11 @@ _NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-      verdict: "info"; "ok" for a check that passed; "note" for what may give trouble; "wrong" for a
-        check that failed.
+      verdict: "info"; "ok" for a check that passed; "note" for a possible cause of trouble; "wrong"
+        for a check that failed.
       text: what was found.
     """
 
@@ -83,7 +84,7 @@ def diagnose(config: DoctorConfig) -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> str:
-    """What was found, in lines.
+    """Writes the findings as lines.
 
     Args:
       findings: what `diagnose` returned.
@@ -108,7 +109,7 @@ def report(findings: list[Finding]) -> str:
 
 
 def check_extras(requirements: list[str], installed: Callable[[str], str | None]) -> list[Finding]:
-    """Whether the packages of the optional extras are there, new enough.
+    """Checks whether the packages of the optional extras are installed and new enough.
 
     Args:
       requirements: of the package's metadata, such as `"tyro>=1.0.0; extra == 'train'"`.
@@ -132,7 +133,7 @@ def check_extras(requirements: list[str], installed: Callable[[str], str | None]
 
 
 def check_jax(version: str, requirements: list[str]) -> list[Finding]:
-    """Whether JAX is among the versions that the library is tested with.
+    """Checks whether JAX is among the versions that the library is tested with.
 
     Args:
       version: of JAX.
@@ -156,7 +157,7 @@ def check_jax(version: str, requirements: list[str]) -> list[Finding]:
 
 
 def check_switches() -> list[Finding]:
-    """Which switches and variables change what JAX computes, or how fast.
+    """Lists the switches and variables that change what JAX computes, or how fast.
 
     Returns:
       A note for each that is set.
@@ -237,7 +238,7 @@ def _small_problem() -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
     return params, (normal(_NUM_SAMPLES, 4, 4, 3), samples, samples % 3)
 
 
-def _clipped(mode: Any) -> ClippedValueAndGrad:
+def _clipped(mode: Mode) -> ClippedValueAndGrad[jax.Array]:
     return clipped_value_and_grad(_loss, 1.0, mode=mode)
 
 
@@ -252,10 +253,10 @@ def _versions() -> list[Finding]:
 
 
 def why_no_device() -> str | None:
-    """Why JAX has nothing to compute on.
+    """Says why JAX has no device to compute on.
 
     Returns:
-      One line; None where it has.
+      One line; None where it has one.
 
     Examples:
       >>> why_no_device()
@@ -344,7 +345,7 @@ def _cache_folder(given: pathlib.Path | None) -> Callable[[], list[Finding]]:
 
 
 def check_cache_folder(folder: pathlib.Path) -> Finding:
-    """Whether data sets could be downloaded to a folder, which is not made.
+    """Checks whether data sets could be downloaded to a folder, without making it.
 
     Args:
       folder: an absolute path; may be missing.
@@ -368,6 +369,6 @@ def check_cache_folder(folder: pathlib.Path) -> Finding:
 def _default_cache_folder() -> pathlib.Path | None:
     try:
         import pooch
-    except ModuleNotFoundError:  # of the extra that downloads
+    except ModuleNotFoundError:  # the extra that downloads is missing
         return None
     return pathlib.Path(pooch.os_cache("psclip_optax"))

@@ -1,4 +1,4 @@
-"""Output that every encoding has letters for."""
+"""Write output in letters that its encoding has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import io
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 _HANDLER = "psclip_optax.spelled_out"
@@ -26,10 +26,10 @@ _SIGNS = {
 
 
 @contextlib.contextmanager
-def spelling_out() -> Iterator[None]:
-    """Spells out in ASCII what an output's encoding lacks, where a traceback would be the end.
+def spelling_out() -> Generator[None]:
+    """Spells out in ASCII the letters that the encodings of stdout and stderr lack.
 
-    Of stdout and stderr, until it is left.
+    Without it, such a letter ends the command with a traceback.
 
     Examples:
       >>> with spelling_out():

@@ -1,4 +1,4 @@
-"""`psclip explain`: what the engine does with a model that `psclip train` can train."""
+"""`psclip explain`: explain the plan for a model that `psclip train` can train."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from psclip_optax.training.run.trainer import build_task_model
 
 
 def explain(config: ExplainConfig) -> Plan:
-    """The plan of a train step: for each parameter its route, the extra cost, and why.
+    """Plans a train step: each parameter's route, its extra cost, and the reason.
 
-    Nothing is trained, and nothing downloaded: a plan is of shapes.
+    Nothing is trained or downloaded, as a plan needs shapes alone.
 
     Args:
       config: names model, dataset, batch size and engine.
 
     Returns:
-      What `clipped_value_and_grad(…).explain` returns, to be printed; of a slice of the batch where
-      it is worked through in several.
+      The plan of `clipped_value_and_grad(…).explain`, to be printed. It is for one slice where the
+      batch is worked through in several.
 
     Raises:
       UsageError: a number is out of range, or the model does not take the dataset's images.
@@ -45,7 +45,7 @@ def explain(config: ExplainConfig) -> Plan:
     variables = jax.eval_shape(model.init, jax.random.key(0), image[:1])
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["params"])
     keys = (jax.random.split(jax.random.key(0), n),) if has_dropout else ()
-    # The options of the train step: those that name its threshold have no part in the plan.
+    # Options of the train step that choose the threshold do not change the plan.
     options = build_gradients("ps-clip", TaskConfig(**vars(config)))
     value_and_grad = clipped_value_and_grad(
         classification_loss(model, dropout=has_dropout),

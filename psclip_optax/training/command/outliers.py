@@ -180,7 +180,7 @@ def _sample_rows(ranked: _Ranked) -> list[list[str]]:
 
 
 def _class_rows(ranked: _Ranked, shown: int) -> list[list[str]]:
-    """Of each class its share of the first samples, the largest first, and of all of them."""
+    """Counts each class's share of the first samples, the largest first, and of all samples."""
     labels = ranked.trained.labels[ranked.samples.index]
     number = ranked.dataset.num_classes
     of_first, of_all = (np.bincount(own, minlength=number) for own in (labels[:shown], labels))

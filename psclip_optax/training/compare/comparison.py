@@ -1,4 +1,4 @@
-"""`psclip compare`: the same model, seeds, batches and steps for four methods, tuned alike."""
+"""`psclip compare`: train four methods, tuned alike, on the same model, seeds and batches."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Norms(NamedTuple):
     """Gradient norms at some parameters.
 
     Attributes:
-      samples: `[N]`, of the gradients of single samples.
-      batches: `[B]`, of the mean gradients of batches.
+      samples: `[N]`, the norms of single samples' gradients.
+      batches: `[B]`, the norms of batches' mean gradients.
     """
 
     samples: np.ndarray
@@ -82,7 +82,7 @@ class Trial(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What all runs share."""
+    """The model, data and functions that all runs share."""
 
     config: CompareConfig
     trainers: dict[MethodName, Trainer]
@@ -100,7 +100,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
       console: where progress is shown and the result printed.
 
     Returns:
-      What `compare.json` holds: curves, chosen values, grids, versions, device.
+      The content of `compare.json`: curves, chosen values, grids, versions, device.
 
     Raises:
       UsageError: a number is out of range, the grids differ in size, or the folder cannot be
@@ -150,14 +150,14 @@ def _compare(config: CompareConfig, out: pathlib.Path, console: Console) -> dict
 
 
 def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
-    """The points that each method chooses from.
+    """Builds the grid of points that each method chooses from.
 
     Args:
       config: names the learning rates, and the thresholds in the units.
       units: by method, the gradient norm that is the unit of its thresholds.
 
     Returns:
-      By method, as many points as for every other.
+      The points by method, with the same number for each.
 
     Examples:
       >>> grids = build_grids(CompareConfig(), {"batch-clip": 2.0, "ps-clip": 8.0})
@@ -187,13 +187,13 @@ def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
 
 
 def best_trial(trials: list[Trial]) -> Trial:
-    """The trial of the highest validation accuracy; among equals that of the lowest loss.
+    """Finds the trial with the highest validation accuracy, and of equals with the lowest loss.
 
     Args:
       trials: at least one.
 
     Returns:
-      The best of them; a loss that is not a number is the worst.
+      The best trial; NaN counts as the highest loss.
 
     Examples:
       >>> point = Hyperparams(0.1, 1.0, 1.5)
@@ -297,7 +297,7 @@ def _tune(job: _Job, grids: Grids, report: Report) -> dict[MethodName, list[Tria
 def _run_finals(
     job: _Job, chosen: dict[MethodName, Hyperparams], num_trials: int, report: Report
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Seed by seed, all methods in turn, so that a change of the machine's speed hits all."""
+    """Runs all methods in turn for each seed, so that changes of the machine's speed hit all."""
     config = job.config
     seeds = range(config.seed + 1, config.seed + 1 + config.num_seeds)
     curves: dict[MethodName, list[dict[str, Any]]] = {name: [] for name in chosen}
@@ -356,7 +356,7 @@ def _run(
     evaluate: Callable[[Any], dict[str, float]],
     report: Callable[[int, float, float], None],
 ) -> tuple[dict[str, Any], Any]:
-    """A run's curve and its last parameters; loss and clipped share are means between points."""
+    """Trains once: returns the curve, with means between its points, and the last parameters."""
     state, key = trainer.init(seed, point), dropout_key(seed)
     loss, clipped, seconds = np.zeros((3, num_steps))
     points: list[tuple[int, dict[str, float]]] = []

@@ -1,4 +1,4 @@
-"""What `psclip compare` says: pure functions of the result that `compare.json` holds."""
+"""Summarise the result that `compare.json` holds, in pure functions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def estimate(values: list[float]) -> Estimate:
 
 
 def final_accuracies(method: dict[str, Any]) -> list[float]:
-    """Test accuracy after the last step, seed by seed.
+    """Lists the test accuracy of each seed after the last step.
 
     Args:
       method: an entry of `result["methods"]`.
@@ -92,10 +92,10 @@ def difference_to_best_other(methods: dict[str, Any], name: str) -> tuple[str, E
 
 
 def describe_task(config: CompareConfig) -> str:
-    """Dataset, corruption and model in a line.
+    """Names data set, corruption and model in a line.
 
     Args:
-      config: of the comparison.
+      config: the configuration of the comparison.
 
     Returns:
       The line.
@@ -119,13 +119,13 @@ def introduction(
     validation: Split,
     units: dict[str, float],
 ) -> str:
-    """What is about to be done.
+    """Says what is about to be done.
 
     Args:
-      config: of the comparison.
-      dataset: whose test set decides.
-      train: what is left to train on.
-      validation: what was held out.
+      config: the configuration of the comparison.
+      dataset: the data set, whose test split decides.
+      train: the split to train on.
+      validation: the split that was held out.
       units: by clipping method, the initial gradient norm that is the unit of its thresholds.
 
     Returns:
@@ -154,7 +154,7 @@ def introduction(
 
 
 def results_table(result: dict[str, Any]) -> Table:
-    """The table of a comparison.
+    """Lays out the table of a comparison.
 
     Args:
       result: what `compare` returned.
@@ -205,7 +205,7 @@ def results_table(result: dict[str, Any]) -> Table:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Who won, and whether that can be told from chance.
+    """Says which method won, and whether by more than chance.
 
     Args:
       result: what `compare` returned.
@@ -238,7 +238,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def edge_notes(result: dict[str, Any]) -> list[str]:
-    """Which chosen values lie on the edge of their grid, beyond which a better one may lie.
+    """Names the chosen values at the edge of their grid, beyond which a better one may lie.
 
     Args:
       result: what `compare` returned.

@@ -1,4 +1,4 @@
-"""Check what the commands of `psclip` are told, before any work starts."""
+"""Check the configurations of the commands of `psclip`, before any work starts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_config(config: Config) -> None:
     """Checks every number before any work starts.
 
     Args:
-      config: what a command was told.
+      config: the configuration of a command.
 
     Raises:
       UsageError: a number is out of its range, the grids of `compare` differ in size, or flags
@@ -184,7 +184,7 @@ def _check_processes(config: TrainConfig) -> None:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a field: `--batch-size` of `batch_size`.
+    """Names the command-line flag of a field: `--batch-size` for `batch_size`.
 
     Args:
       name: a field of a configuration.

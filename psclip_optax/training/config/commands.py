@@ -1,6 +1,6 @@
-"""What the commands of `psclip` are told, and which of it they refuse.
+"""The configurations of the commands of `psclip`.
 
-Nothing heavy is imported here, so that `psclip --help` answers at once.
+No heavy package is imported here, so that `psclip --help` answers at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from psclip_optax.training.data.register import DATASETS
 
 if TYPE_CHECKING:
     DatasetName: TypeAlias = str
-else:  # the choices of the command line, by the register
+else:  # the command line offers the data sets of the register
     DatasetName = Literal[tuple(DATASETS)]
 ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
 MethodName: TypeAlias = Literal[
@@ -29,7 +29,7 @@ ScheduleName: TypeAlias = Literal["cosine", "constant"]
 EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAtName: TypeAlias = Literal["sample", "micro-batch", "batch"]
 
-# What may change when a run goes on: none of it touches the parameters.
+# Fields that may change when a run goes on, as none of them changes the parameters.
 FREE_FIELDS = {
     "out",
     "resume",
@@ -85,7 +85,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig(ModelConfig):
-    """What is trained, on what: all that the methods have in common.
+    """The task that is trained: everything that the methods have in common.
 
     Examples:
       >>> TaskConfig(dataset="cifar10", model="resnet18").schedule

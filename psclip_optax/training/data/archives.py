@@ -9,7 +9,7 @@ import pickle
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ _CHUNK_BYTES = 1 << 16
 _USE_A_COPY = "or pass --data-dir with an existing copy"
 FETCH_AGAIN = "use a fresh copy of the official archive"
 
-# What `pickle` and the stand-ins below raise on bytes that are no valid pickle of arrays.
+# The errors of `pickle` and of the stand-ins below on bytes that are no valid pickle of arrays.
 _MALFORMED = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -118,8 +118,8 @@ def _why_no_download(error: requests.RequestException) -> str:
 
 
 @contextlib.contextmanager
-def _pooch_quiet() -> Iterator[None]:
-    """Without its line about a download, which `_download` shows."""
+def _pooch_quiet() -> Generator[None]:
+    """Silences Pooch's line about a download, which `_download` shows."""
     logger = pooch.get_logger()
     level_before = logger.level
     logger.setLevel(logging.WARNING)

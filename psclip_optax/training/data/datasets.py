@@ -55,7 +55,7 @@ def load_dataset(
 
 
 def dataset_shape(name: str) -> DatasetShape:
-    """The shapes of a dataset, without its images: nothing is downloaded.
+    """Looks up the shapes of a data set, without downloading it.
 
     Args:
       name: one that `load_dataset` knows.

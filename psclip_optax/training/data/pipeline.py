@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), sliced by process, read ahead by Grain."""
+"""Make batches as a pure function of (seed, step), sliced by process and read ahead by Grain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset[Batch]:
-    """Infinite training batches: element s is this process's slice of the batch of step s.
+    """Makes infinite training batches: element s is this process's slice of step s's batch.
 
     Every epoch is a fresh permutation of all examples. Batches straddle epochs, so that no
     example is dropped. What a step sees does not depend on the number of processes.
@@ -130,7 +130,7 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset[Batch]:
-    """Batches of equal size that hold every example once, in order, under a mask.
+    """Makes batches of equal size that hold every example once, in order, under a mask.
 
     `iterate(batches, 0, len(batches))` reads them ahead with little memory.
 
@@ -201,7 +201,7 @@ def _as_images(
             )
     if not np.all(moments[1] > 0):
         raise ValueError(f"std: expected positive numbers, got {moments[1]}")
-    # As whole images: NumPy subtracts and divides by them twice as fast as by three channels.
+    # Whole images: NumPy subtracts and divides by these twice as fast as by three channels.
     image_mean, image_std = (np.full(split.images.shape[1:], moment) for moment in moments)
     return image_mean, image_std
 

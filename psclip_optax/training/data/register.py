@@ -1,6 +1,6 @@
-"""The data sets that there are: a new one is a file beside this, and a line in the table.
+"""The register of data sets: a new one is a file beside this and a line in the table.
 
-Nothing heavy is imported here, for the command line names its choices from it.
+No heavy package is imported here, as the command line takes its choices from the register.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the register knows of a data set, without its images."""
+"""The entry of a data set in the register, without its images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _Path: TypeAlias = str | os.PathLike[str]
 
 
 class Origin(NamedTuple):
-    """Where a data set is to be had from, as `load_dataset` was told.
+    """The places that `load_dataset` may take a data set from.
 
     Attributes:
       data_dir: an existing copy.
       cache_dir: where downloads are kept; the user's cache folder by default.
       url: a mirror.
-      known_hash: `"<algorithm>:<hex digest>"` of what the mirror has.
+      known_hash: `"<algorithm>:<hex digest>"` of the mirror's archive.
     """
 
     data_dir: _Path | None
@@ -33,8 +33,8 @@ class Source(NamedTuple):
     Attributes:
       title: name in tables and figures.
       shape: of an image, and the number of classes.
-      load: from where it is to be had to the data set.
-      comes_with: the library that it is part of; None if it has files of its own.
+      load: a function from an origin to the data set.
+      comes_with: the library that contains it; None if it has files of its own.
     """
 
     title: str

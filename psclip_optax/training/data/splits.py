@@ -1,4 +1,4 @@
-"""What a data set is in memory, and how its examples are split."""
+"""Data sets in memory, and their splits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Dataset:
 
 
 class DatasetShape(NamedTuple):
-    """What a model must know of a dataset.
+    """The shapes of a data set, which a model depends on.
 
     Attributes:
       image_shape: of one image, `(H, W, C)`.
@@ -167,7 +167,7 @@ def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Genera
     return np.random.default_rng([seed, *purpose.encode(), *indices])
 
 
-def check_images(images: np.ndarray):
+def check_images(images: np.ndarray) -> None:
     """Checks the dtype and rank of images.
 
     Args:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from psclip_optax.typing import Params, PyTree
+
 
 def classification_loss(
     model: nn.Module, *, dropout: bool = False
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Cross-entropy of one image, and whether the model names its label.
+    """Builds the cross-entropy of one image, with the accuracy as aux.
 
     Args:
       model: A Linen module, called as `model.apply({"params": params}, images, train=dropout)` on
         images [1, H, W, C], that gives logits [1, num_classes].
-      dropout: Whether the loss is for training with dropout: it then takes a key as well, to be
-        another one for each sample.
+      dropout: Whether the loss is for training with dropout: it then takes a key as well, a
+        different one for each sample.
 
     Returns:
       `loss(params, image, label)`, or `loss(params, image, label, key)` with dropout: image
@@ -43,15 +44,17 @@ def classification_loss(
       2.3026, ln 10 for equal logits
     """
 
-    def evaluate(params: Any, image: jax.Array, label: Any, **options: Any):
+    def evaluate(params: Params, image: jax.Array, label: jax.typing.ArrayLike, **options: PyTree):
         logits = model.apply({"params": params}, image[None], train=dropout, **options)[0]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return loss, (jnp.argmax(logits) == label).astype(jnp.float32)
 
-    def loss(params: Any, image: jax.Array, label: Any):
+    def loss(params: Params, image: jax.Array, label: jax.typing.ArrayLike):
         return evaluate(params, image, label)
 
-    def loss_with_dropout(params: Any, image: jax.Array, label: Any, key: jax.Array):
+    def loss_with_dropout(
+        params: Params, image: jax.Array, label: jax.typing.ArrayLike, key: jax.Array
+    ):
         return evaluate(params, image, label, rngs={"dropout": key})
 
     return loss_with_dropout if dropout else loss

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import filelock
@@ -18,20 +18,20 @@ import numpy as np
 
 from psclip_optax.training.config.commands import UsageError
 
-# What a run's folder holds.
+# The contents of a run's folder.
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 SAMPLES = "samples"  # where they were recorded
 RUN = (CONFIG, METRICS, CHECKPOINTS)
 LOCK = ".lock"  # while something is written there
-# What a comparison's folder holds.
+# The contents of a comparison's folder.
 COMPARISON, COMPARISON_FIGURE = "compare.json", "compare.png"
 # What a folder of the samples that were clipped most holds.
 OUTLIERS = ("outliers.csv", "classes.csv", "outliers.html", "outliers.png")
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file that a crash leaves as it was, or whole.
+    """Writes a file; after a crash it holds the old content or the new, never a part.
 
     Args:
       path: the file, replaced if there is one.
@@ -55,11 +55,11 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Valid JSON: NaN and ∞, which JSON has not, become null.
+    """Writes valid JSON: NaN and ∞, which JSON lacks, become null.
 
     Args:
       value: dicts, lists, strings, paths, and numbers and arrays of Python, NumPy or JAX.
-      indent: spaces by which what is nested is indented; None writes one line.
+      indent: the number of spaces to indent by; None writes one line.
 
     Returns:
       The text.
@@ -126,11 +126,11 @@ def read_json(path: pathlib.Path, field: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writable_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Makes a folder and finds out now, not after the work, whether files may be put there.
+def writable_folder(folder: pathlib.Path) -> Generator[pathlib.Path]:
+    """Makes a folder and checks, before the work, that files may be put there.
 
     Args:
-      folder: made if missing, with its parents; what was made is gone again if it stays empty.
+      folder: made if missing, with its parents. Folders that were made and stay empty are removed.
 
     Yields:
       Its absolute path.
@@ -152,7 +152,7 @@ def writable_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield folder
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # of one that is not empty, or was not made
+            with contextlib.suppress(OSError):  # the folder is not empty, or was not made
                 path.rmdir()
 
 
@@ -170,13 +170,13 @@ def _unwritable(folder: pathlib.Path, error: OSError) -> UsageError:
 
 
 @contextlib.contextmanager
-def held_alone(folder: pathlib.Path) -> Iterator[None]:
+def held_alone(folder: pathlib.Path) -> Generator[None]:
     """Keeps other processes from writing to the same folder.
 
-    A process that dies holds nothing any more, so that its run can go on.
+    The lock ends with its process, so that the run of a process that died can go on.
 
     Args:
-      folder: it is there.
+      folder: an existing folder.
 
     Raises:
       UsageError: another process holds it, or it cannot be written.
@@ -207,14 +207,14 @@ def held_alone(folder: pathlib.Path) -> Iterator[None]:
 
 
 def named_in(folder: pathlib.Path, names: Sequence[str]) -> str:
-    """Lists which of these a folder holds.
+    """Lists which of these files and folders a folder holds.
 
     Args:
-      folder: it need not be there.
-      names: of files and folders.
+      folder: the folder; it may be missing.
+      names: the names to look for.
 
     Returns:
-      Their names, parted by commas; empty if there is none of them.
+      The names that were found, separated by commas.
 
     Examples:
       >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -229,11 +229,11 @@ def check_holds_none_of(folder: pathlib.Path, names: Sequence[str]) -> None:
     """Refuses a folder in which a run and a comparison would lie together.
 
     Args:
-      folder: it need not be there.
-      names: what the other command writes.
+      folder: the folder; it may be missing.
+      names: the names that the other command writes.
 
     Raises:
-      UsageError: one of them is there.
+      UsageError: one of them is in the folder.
 
     Examples:
       >>> check_holds_none_of(pathlib.Path(tempfile.mkdtemp()), RUN)
@@ -247,11 +247,11 @@ def check_holds_none_of(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def noticing_what_cannot_be_written(folder: pathlib.Path) -> Iterator[None]:
+def noticing_what_cannot_be_written(folder: pathlib.Path) -> Generator[None]:
     """Turns the errors of a disk that is full, or gone, into one line.
 
     Args:
-      folder: what is written to.
+      folder: the folder that is written to.
 
     Raises:
       UsageError: something could not be written.
@@ -269,7 +269,7 @@ def noticing_what_cannot_be_written(folder: pathlib.Path) -> Iterator[None]:
         reason = _why_not_written(error)
         if reason is None:
             raise
-        # Each of Orbax's tasks that failed would tell it again, with a traceback.
+        # Each of Orbax's failed tasks would report it again, with a traceback.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise UsageError(
             f"--out: cannot write to {folder}: {reason}; the checkpoints before are whole: make "
@@ -280,7 +280,7 @@ def noticing_what_cannot_be_written(folder: pathlib.Path) -> Iterator[None]:
 def _why_not_written(error: BaseException | None) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, beneath Orbax
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # from TensorStore, below Orbax
     if code:
         return os.strerror(int(code[1]))
     return None if error is None else _why_not_written(error.__cause__ or error.__context__)

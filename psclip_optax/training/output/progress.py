@@ -1,10 +1,10 @@
-"""How far a command is: a bar on a terminal, a line at every tenth elsewhere."""
+"""Show the progress of a command: a bar on a terminal, a line at every tenth elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from rich.console import Console
@@ -20,7 +20,7 @@ class Report(Protocol):
 
 
 @contextlib.contextmanager
-def reporting_progress(total: int, console: Console) -> Iterator[Report]:
+def reporting_progress(total: int, console: Console) -> Generator[Report]:
     """Shows what is being done, with the loss and the clipped share.
 
     Args:

@@ -1,4 +1,4 @@
-"""The figure of `psclip compare`, drawn from what `compare.json` holds."""
+"""Draw the figure of `psclip compare` from `compare.json`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def draw_comparison(result: dict[str, Any]) -> Figure:
     """Draws accuracy over steps and over seconds, and the distribution of gradient norms.
 
     Args:
-      result: what `compare` returned, or `compare.json` holds.
+      result: the result of `compare`, or the content of `compare.json`.
 
     Returns:
-      A figure that no global state of Matplotlib knows of.
+      A figure outside Matplotlib's global state.
 
     References:
       Okabe and Ito, "Color Universal Design", 2008, for the colours.
@@ -102,11 +102,11 @@ def tidy(axes: Axes, title: str) -> None:
 
 
 def survival(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The empirical survival function, on which heavy tails are straight lines in log-log axes.
+    """Computes the empirical survival function: heavy tails are straight lines in log-log axes.
 
     Args:
-      values: `[N]`; those that are not finite and positive have no place on a logarithmic axis but
-        keep their share.
+      values: `[N]`; values that are not finite and positive count, but have no place on a
+        logarithmic axis.
 
     Returns:
       The sorted positive values x, and for each the share of all values that are at least x.
@@ -141,7 +141,7 @@ def _standard_error(accuracy: np.ndarray) -> np.ndarray:
 
 
 def _lowest_shown(methods: dict[str, Any]) -> float:
-    """Leaves out the first quarter of the rise, next to which the ends would look alike."""
+    """Leaves out the first quarter of the rise, so that the ends can be told apart."""
     means = [_accuracies(method).mean(axis=0) for method in methods.values()]
     return min(mean[len(mean) // 4 :].min() for mean in means) - 0.05
 

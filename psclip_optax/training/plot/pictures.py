@@ -138,6 +138,6 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """`[H, W]` or `[H, W, 3]` in [0, 1]; what is brighter than white, or not a number, is cut."""
+    """Returns a picture `[H, W]` or `[H, W, 3]` in [0, 1], without numbers beyond white or NaN."""
     pixels = np.clip(np.nan_to_num(to_unit_scale(image)), 0, 1)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels

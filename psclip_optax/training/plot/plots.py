@@ -1,4 +1,4 @@
-"""`psclip plot`: the records of any set of runs, drawn over one another."""
+"""`psclip plot`: draw the records of several runs over one another."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _DECADES_OF_NORMS = 6
 
 
 class Run(NamedTuple):
-    """What is drawn of a run.
+    """The records of a run.
 
     Attributes:
-      source: the folder it is from, as it was named.
-      config: what it was told.
-      train: its records of training, in the order of steps; what was not recorded is missing or
-        None.
-      test: its records of evaluations.
+      source: the folder of the run, as it was named.
+      config: the configuration of the run.
+      train: the records of training, in the order of steps; figures that were not recorded are
+        missing or None.
+      test: the records of evaluations.
     """
 
     source: str
@@ -82,16 +82,16 @@ def plot(config: PlotConfig) -> pathlib.Path:
 
 
 def read_runs(folder: pathlib.Path) -> list[Run]:
-    """Reads what a folder holds: a run, or a comparison, of which each method is one.
+    """Reads a folder with a run, or with a comparison, where each method is a run.
 
     Args:
-      folder: that `psclip train` or `psclip compare` wrote.
+      folder: a folder that `psclip train` or `psclip compare` wrote.
 
     Returns:
       At least one run.
 
     Raises:
-      UsageError: it is missing, holds neither, nothing recorded yet, or damaged files.
+      UsageError: the folder is missing, or holds neither, no records yet, or damaged files.
 
     Examples:
       >>> read_runs(pathlib.Path("nowhere"))
@@ -110,21 +110,21 @@ def read_runs(folder: pathlib.Path) -> list[Run]:
 
 
 def labels_of(runs: list[Run]) -> list[str]:
-    """Names runs by what differs in their configurations.
+    """Names runs by the fields in which their configurations differ.
 
     Args:
       runs: one or more.
 
     Returns:
-      A label for each, no two the same unless their folders are: the values of the fields that
-      differ, or the folder where none does, or where that is not enough.
+      A label for each run: the values of the fields that differ, or the folder where these are not
+      enough. Labels differ where the folders do.
 
     Examples:
       >>> runs = [Run(name, {"lr": lr, "seed": 0}, [], []) for name, lr in (("a", 1), ("b", 2))]
       >>> labels_of(runs)
       ['lr 1', 'lr 2']
     """
-    # What an older version, or another command, does not know of tells nothing.
+    # A field that an older version or another command lacks does not tell runs apart.
     common = [name for name in runs[0].config if all(name in run.config for run in runs)]
     differing = [
         name
@@ -142,10 +142,10 @@ def draw_runs(runs: list[Run]) -> Figure:
     """Draws loss, accuracy, clipped share, norms and tail index over steps, and the last norms.
 
     Args:
-      runs: one or more; what a run has no records of is left out.
+      runs: one or more; a run without records of a quantity is left out there.
 
     Returns:
-      A figure that no global state of Matplotlib knows of.
+      A figure outside Matplotlib's global state.
 
     References:
       Okabe and Ito, "Color Universal Design", 2008, for the colours.
@@ -244,12 +244,12 @@ def _floats(rows: Iterable[Any]) -> np.ndarray:
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, NaN where there is none."""
+    """Lists steps and values, NaN where there is none."""
     return _floats(r["step"] for r in records), _floats(r.get(name) for r in records)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Over a 25th of the values; where there is none there is no mean."""
+    """Averages over a 25th of the values; NaN where no value is recorded."""
     width = 2 * (len(values) // _RUNNING_MEANS // 2) + 1
     is_finite = np.isfinite(values)
     ones = np.ones(width)
@@ -273,7 +273,7 @@ def _draw_running_means(axes: Axes, runs: list[Run], name: str) -> None:
 def _draw_loss(axes: Axes, runs: list[Run]) -> None:
     _draw_running_means(axes, runs, "loss")
     low, high = axes.dataLim.intervaly
-    if 0 < 30 * low < high:  # of a loss that falls, or explodes, over orders of magnitude
+    if 0 < 30 * low < high:  # a loss that falls or explodes by orders of magnitude
         axes.set_yscale("log")
 
 

@@ -1,6 +1,7 @@
-"""Checkpoints by Orbax, each with the digests of its files: damage is found before it is loaded.
+"""Save and restore checkpoints by Orbax, with digests of their files.
 
-Orbax itself restores a checkpoint with a flipped bit without a word, as other parameters.
+Damage is found before a checkpoint is loaded. Orbax itself restores a checkpoint with a flipped bit
+as other parameters, without an error.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _MIB = 2**20
 
 
 class Restored(NamedTuple):
-    """What was found.
+    """The result of looking for an intact checkpoint.
 
     Attributes:
-      state: the newest state whose checkpoint is intact; the one that was given if there is none.
+      state: the newest state whose checkpoint is intact; the given state if there is none.
       damaged_steps: steps of newer checkpoints, which were damaged and are removed.
     """
 
@@ -59,7 +60,7 @@ def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
       >>> with open_checkpoints(pathlib.Path(tempfile.mkdtemp())) as manager:
       ...     manager.latest_step()
     """
-    # Not in the background: the digests are of files that are complete.
+    # Not in the background: the digests need complete files.
     options = ocp.CheckpointManagerOptions(
         max_to_keep=_NUM_KEPT, create=True, enable_async_checkpointing=False
     )
@@ -139,11 +140,11 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
 
 
 def saved_norms(manager: ocp.CheckpointManager, step: int) -> np.ndarray:
-    """The window of gradient norms that a checkpoint was saved with.
+    """Reads the window of gradient norms that a checkpoint was saved with.
 
     Args:
       manager: what `open_checkpoints` returned.
-      step: of the checkpoint; there may be none.
+      step: the checkpoint's step; it may be missing.
 
     Returns:
       The norms `[N]`; none where none were saved.
@@ -168,7 +169,7 @@ def _check_room(manager: ocp.CheckpointManager, state: TrainState) -> None:
 
 
 def _newest_intact(manager: ocp.CheckpointManager, steps: list[int]) -> int | None:
-    """The first process looks, and tells the others."""
+    """Finds the newest intact checkpoint in the first process, and tells the others."""
     none = -1
     found = none
     if is_first_process():

@@ -1,13 +1,13 @@
-"""Processes that train one model together, on JAX's distributed runtime.
+"""Train one model in several processes, on JAX's distributed runtime.
 
-Each holds the whole model and its slice of every batch. The first writes what there is one of.
+Each process holds the whole model and its slice of every batch. The first one writes the files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -33,12 +33,13 @@ class ProcessLostError(Exception):
 def join_processes(config: TrainConfig) -> None:
     """Waits for the other processes of a run, and makes all their devices one set.
 
-    Before anything is computed. Each then notices within `distributed_timeout` when another has
-    died or hangs.
+    It must be called before anything is computed. Afterwards each process notices within
+    `distributed_timeout` when another has died or hangs.
 
     Args:
-      config: where the first process listens, how many there are, and which this is; what is None
-        comes from the cluster's own variables (Slurm, Open MPI, Kubernetes, Cloud TPU).
+      config: the first process's address, the number of processes, and the number of this one.
+        Fields that are None come from the cluster's variables (Slurm, Open MPI, Kubernetes, Cloud
+        TPU).
 
     Raises:
       UsageError: the others did not come in time, or the cluster does not tell who they are.
@@ -63,10 +64,10 @@ def join_processes(config: TrainConfig) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes and reports.
+    """Tells whether this process is the one that writes and reports.
 
     Returns:
-      True without `join_processes`.
+      A bool; True without `join_processes`.
 
     Examples:
       >>> is_first_process()
@@ -76,7 +77,7 @@ def is_first_process() -> bool:
 
 
 def data_parallel_mesh() -> Mesh:
-    """All devices of all processes along one axis, "data".
+    """Makes a mesh of all devices of all processes, with one axis, "data".
 
     Returns:
       A mesh, in the order of the processes.
@@ -107,7 +108,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts what is the same in all processes on all devices.
+    """Puts values that are the same in all processes on all devices.
 
     Args:
       mesh: what `data_parallel_mesh` returned.
@@ -134,10 +135,10 @@ def _global(sharding: NamedSharding, tree: Any) -> Any:
 
 
 def told_by_first_process(number: int) -> int:
-    """The number that the first process has.
+    """Sends a number from the first process to all.
 
     Args:
-      number: what this process has; of no matter but in the first.
+      number: the number of this process, which is read in the first one alone.
 
     Returns:
       The same in all processes.
@@ -162,7 +163,7 @@ def wait_for_all(point: str) -> None:
 
 
 @contextlib.contextmanager
-def noticing_lost_processes() -> Iterator[None]:
+def noticing_lost_processes() -> Generator[None]:
     """Turns the error of a sum over processes that cannot be had into one that says why.
 
     Raises:

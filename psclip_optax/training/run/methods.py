@@ -30,8 +30,8 @@ class Hyperparams(NamedTuple):
 
     Attributes:
       learning_rate: before the schedule.
-      threshold: α, or the largest norm, in the units of the gradient's norm; of "ps-clip-auto" a
-        factor of the scale that it finds; "ps-clip-median" has no use for it. ∞ clips nothing.
+      threshold: α, or the largest norm, in the units of the gradient's norm. "ps-clip-auto" has it
+        as a factor of the scale that it finds, and "ps-clip-median" ignores it. ∞ clips nothing.
       beta: growth of the threshold with a sample's position, of "ps-clip" and "ps-clip-auto".
     """
 
@@ -60,18 +60,18 @@ class Method(NamedTuple):
       has_threshold: whether it clips.
       has_momentum: whether it is SGD with momentum that follows the clipping.
       clip: (threshold, β) → the first link of the chain, for gradients of the mean loss.
-      threshold: (threshold, β) → the threshold of each sample; None for what does not clip them.
+      threshold: (threshold, β) → the threshold of each sample; None for methods that clip none.
     """
 
     label: str
     has_threshold: bool
     has_momentum: bool
     clip: Callable[[Any, Any], optax.GradientTransformation]
-    threshold: Callable[[Any, Any], Threshold | AdaptiveThreshold] | None = None
+    threshold: Callable[[Any, Any], Threshold | AdaptiveThreshold[Any]] | None = None
 
 
 def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
-    """Changes nothing, and keeps the norm of what it saw for the log."""
+    """Keeps the norm of the gradient for the log, and changes nothing."""
 
     def init(params: Any) -> BatchNormState:
         del params
@@ -100,7 +100,7 @@ def _clipped_already(threshold: Any, beta: Any) -> optax.GradientTransformation:
     return optax.identity()
 
 
-def _following_the_norms(threshold: Any, beta: Any) -> AdaptiveThreshold:
+def _following_the_norms(threshold: Any, beta: Any) -> AdaptiveThreshold[Any]:
     return moment_threshold(beta, scale=threshold)
 
 
@@ -140,7 +140,7 @@ def _method(name: str) -> Method:
 
 
 def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
-    """The method that a name stands for: clipping at the batch is batch clipping.
+    """Resolves the method of a name: clipping at the batch is batch clipping.
 
     Args:
       name: one of `METHODS`.
@@ -150,7 +150,7 @@ def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
       One of `METHODS`.
 
     Raises:
-      ValueError: `name` is none of them; so do the functions below.
+      ValueError: `name` is none of `METHODS`. The functions below raise it too.
 
     Examples:
       >>> method_that_clips("ps-clip", "batch"), method_that_clips("ps-clip", "micro-batch")
@@ -161,11 +161,11 @@ def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
 
 
 def method_of_alpha(name: MethodName, alpha: float | None) -> MethodName:
-    """Tell the method that clips where none was given an α: by the running median.
+    """Resolves the method where no α was given: it then clips by the running median.
 
     Args:
       name: one of `METHODS`.
-      alpha: what was given; None if nothing was.
+      alpha: α; None if it was not given.
 
     Returns:
       One of `METHODS`.
@@ -178,7 +178,7 @@ def method_of_alpha(name: MethodName, alpha: float | None) -> MethodName:
 
 
 def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
-    """Which gradients a method's optimizer takes.
+    """Builds the gradients that a method's optimizer takes.
 
     Args:
       name: one of `METHODS`.
@@ -197,7 +197,7 @@ def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
     if threshold is None:
         return size | {"gradients": "mean"}
 
-    def threshold_from(opt_state: Any) -> Threshold | AdaptiveThreshold:
+    def threshold_from(opt_state: Any) -> Threshold | AdaptiveThreshold[Any]:
         numbers = opt_state.hyperparams
         return threshold(numbers["threshold"], numbers["beta"])
 
@@ -210,7 +210,7 @@ def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
 
 
 def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule:
-    """The factor of the learning rate over the steps of a run.
+    """Builds the factor of the learning rate over the steps of a run.
 
     Args:
       name: "cosine", from 1 to 0 along half a cosine, or "constant".
@@ -293,7 +293,7 @@ def with_hyperparams(opt_state: Any, hyperparams: Hyperparams) -> Any:
 
 
 def learning_rate_of(opt_state: Any) -> jax.Array:
-    """The learning rate before the schedule.
+    """Reads the learning rate before the schedule.
 
     Args:
       opt_state: state of an optimizer that `build_optimizer` built.
@@ -311,7 +311,7 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
 
 
 def gradient_figures(opt_state: Any) -> dict[str, jax.Array]:
-    """What the log says of a mean gradient, under the names that per-sample clipping uses.
+    """Reads the figures of a mean gradient, under the names that per-sample clipping uses.
 
     Args:
       opt_state: state of an optimizer that `build_optimizer` built.

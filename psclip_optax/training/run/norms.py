@@ -1,7 +1,6 @@
-"""What a run records of its gradients' norms: quantiles, tail index, and a histogram.
+"""Record the norms of a run's gradients: quantiles, tail index, and a histogram.
 
-They are of a window of the latest norms, for one batch has too few of them to tell how heavy their
-tail is.
+They are taken over a window of the latest norms, as one batch has too few to estimate a tail.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class NormWindow:
             self._on_device.popleft()
 
     def norms(self) -> np.ndarray:
-        """The norms, float32 `[N]`, from the oldest to the newest."""
+        """Returns the norms, float32 `[N]`, from the oldest to the newest."""
         if self._on_device:
             size = max(WINDOW, self._on_device[-1].size)
             latest = jax.device_get(list(self._on_device))
@@ -106,7 +105,7 @@ def histogram(norms: np.ndarray) -> dict[str, int]:
 
 
 def bin_edges(bins: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the bins of a histogram begin and end.
+    """Computes where the bins of a histogram begin and end.
 
     Args:
       bins: N numbers of bins.
@@ -125,7 +124,7 @@ def bin_edges(bins: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
 def _tail_figures(norms: np.ndarray) -> dict[str, Any]:
     try:
         tail = tail_index(norms) if norms.size >= MIN_NORMS else None
-    except ValueError:  # of the largest all equal, as of samples without a gradient
+    except ValueError:  # the largest norms are equal, e.g. of zero gradients
         tail = None
     if tail is None:
         return dict.fromkeys(("tail_index", "tail_lower", "tail_upper", "tail_verdict"))

@@ -1,4 +1,4 @@
-"""One training run: `psclip train`, and the parts of it that `psclip compare` repeats."""
+"""Run `psclip train`, and the parts of a run that `psclip compare` repeats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import grain
@@ -81,7 +81,7 @@ from psclip_optax.training.steps import linen_eval_step
 
 
 class RunResult(NamedTuple):
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
       out: folder of `config.json`, `metrics.jsonl`, `checkpoints` and, if recorded, `samples`.
@@ -127,7 +127,7 @@ def _train_alone(config: TrainConfig, out: pathlib.Path, console: Console) -> Ru
 
 
 def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) -> RunResult:
-    # What may fail comes before they meet, for the others would wait for this one.
+    # Steps that may fail come before the processes meet, as the others would wait for this one.
     _check_folder(out, config)
     dataset = _dataset_of(config)
     join_processes(config)
@@ -136,8 +136,8 @@ def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) ->
 
 
 @contextlib.contextmanager
-def _held_by_first_process(out: pathlib.Path, config: TrainConfig) -> Iterator[None]:
-    """The folder, which the first process writes to; if it may not, all of them end."""
+def _held_by_first_process(out: pathlib.Path, config: TrainConfig) -> Generator[None]:
+    """Holds the folder in the first process, which writes to it; if it fails, all end."""
     refused = None
     with contextlib.ExitStack() as held:
         try:
@@ -204,7 +204,7 @@ def _train_on(
     console: Console,
 ) -> TrainState:
     start = int(state.step)
-    # Of the other processes nobody reads what they record.
+    # Nobody reads the records of the other processes.
     path = out / METRICS if is_first_process() else pathlib.Path(os.devnull)
     kept = cut_back(path, start) if is_first_process() else []
     clock = _Clock(kept[-1]["seconds"] if kept else 0.0)
@@ -253,7 +253,7 @@ def _train_on(
 def _recording(
     config: TrainConfig, out: pathlib.Path, start: int
 ) -> contextlib.AbstractContextManager[SampleLog | None]:
-    """The log of samples, which the first process writes, of all of them."""
+    """Opens the log of samples, which the first process writes for all processes."""
     if config.record_samples and is_first_process():
         return recording_samples(out / SAMPLES, start)
     return contextlib.nullcontext()

@@ -10,7 +10,7 @@ import concurrent.futures
 import contextlib
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,7 @@ class SampleLog:
 
 
 @contextlib.contextmanager
-def recording_samples(folder: pathlib.Path, step: int) -> Iterator[SampleLog]:
+def recording_samples(folder: pathlib.Path, step: int) -> Generator[SampleLog]:
     """Opens the records of a run that goes on after a step.
 
     Args:

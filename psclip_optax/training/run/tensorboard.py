@@ -1,11 +1,11 @@
-"""The records of metrics.jsonl for TensorBoard, which shows them while a run goes on."""
+"""Write the records of metrics.jsonl for TensorBoard, which shows them during a run."""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def check_tensorboard() -> None:
       >>> check_tensorboard()
     """
     try:
-        import tensorboardX  # noqa: F401
+        import tensorboardX  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
         raise UsageError(
             "--tensorboard: tensorboardX is not installed; pip install 'psclip_optax[tensorboard]'"
@@ -36,19 +36,19 @@ def check_tensorboard() -> None:
 @contextlib.contextmanager
 def writing_tensorboard(
     folder: pathlib.Path | None, records: Iterable[dict[str, Any]], seconds: float
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+) -> Generator[Callable[[dict[str, Any]], None]]:
     """Writes records as events: scalars, named by their kind, and the histogram of the norms.
 
-    Events that the folder holds already are void: what a run that goes on keeps is written anew,
-    so that TensorBoard shows what metrics.jsonl holds.
+    Events that the folder already holds become void. When a run goes on, the records that it keeps
+    are written anew, so that TensorBoard shows the same as metrics.jsonl.
 
     Args:
       folder: where the event files go; None writes nothing.
-      records: what there is already.
-      seconds: of training so far.
+      records: the records so far.
+      seconds: the seconds of training so far.
 
     Yields:
-      `write(record)`. What is None in a record, or ∞, is left out.
+      `write(record)`. Figures that are None or ∞ are left out.
 
     Examples:
       >>> import tempfile
@@ -85,7 +85,7 @@ def _write(writer: Any, record: dict[str, Any], start: float) -> None:
 def _write_histogram(
     writer: Any, tag: str, counts: dict[str, int], when: tuple[int, float]
 ) -> None:
-    # Of the logarithms: TensorBoard's axis is linear, on which a heavy tail is one bar.
+    # Logarithms are binned, as a heavy tail is a single bar on TensorBoard's linear axis.
     lower = np.arange(min(map(int, counts)), max(map(int, counts)) + 1)
     number = np.array([counts.get(str(bin), 0) for bin in lower])
     middle = (lower + 0.5) / BINS_PER_OCTAVE

@@ -1,4 +1,4 @@
-"""What `psclip train` and `psclip compare` share: model, train step, batches and evaluation."""
+"""Build the model, train step, batches and evaluation of `psclip train` and `psclip compare`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Trainer(NamedTuple):
 
 
 def build_task_model(config: ModelConfig, dataset: Dataset | DatasetShape) -> nn.Module:
-    """Builds the classifier, and finds out now whether it takes the dataset's images.
+    """Builds the classifier, and checks that it takes the images of the data set.
 
     Args:
       config: names the model, its width and dropout rate.
@@ -181,7 +181,7 @@ def build_trainer(
 
 
 def dropout_key(seed: int) -> jax.Array:
-    """The key of a run's dropout, apart from that of the initial parameters.
+    """Makes the key of a run's dropout, which is not that of the initial parameters.
 
     Args:
       seed: seed of the run.
@@ -293,7 +293,7 @@ def build_evaluation(
 
 
 def provenance() -> dict[str, Any]:
-    """The versions and the device that a result came from.
+    """Records the versions and the device that a result came from.
 
     Returns:
       A dict that JSON takes.

@@ -1,7 +1,7 @@
 """Jitted train and evaluation steps for Flax: Linen's `TrainState` and NNX's `Optimizer`.
 
-Both faces share everything but how parameters are taken out of a model and put back. How a loss
-becomes gradients is told once, to `gradient_function` or to `psclip_optax.clipped_value_and_grad`.
+Linen and NNX differ only in how parameters are taken out of a model and put back.
+`gradient_function` or `psclip_optax.clipped_value_and_grad` says how a loss becomes gradients.
 """
 
 from psclip_optax.training.steps.batch import Metrics

@@ -1,9 +1,9 @@
-"""The batch of a step, its loss, and what is logged of them."""
+"""Check the batch of a step, map its loss over the samples, and collect what is logged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from psclip_optax.arrays import array_leaves, described
 from psclip_optax.clipping import check_positions, check_sample_mask
 from psclip_optax.engine.calls import value_and_aux
+from psclip_optax.typing import Params, PyTree
 
-Metrics: TypeAlias = dict[str, Any]
-Loss: TypeAlias = Callable[..., Any]
+Metrics: TypeAlias = dict[str, PyTree]
+Loss: TypeAlias = Callable[..., PyTree]
 
 
 class Batch(NamedTuple):
     """The batch arguments, n samples on the first axis of every leaf, and which of them count."""
 
-    examples: tuple[Any, ...]
+    examples: tuple[PyTree, ...]
     sample_mask: jax.Array | None
     positions: jax.Array | None
 
@@ -28,7 +29,11 @@ class Batch(NamedTuple):
         return jnp.ones(number, bool) if self.sample_mask is None else self.sample_mask
 
 
-def checked_batch(examples: tuple[Any, ...], sample_mask: Any, positions: Any) -> Batch:
+def checked_batch(
+    examples: tuple[PyTree, ...],
+    sample_mask: jax.typing.ArrayLike | None,
+    positions: jax.typing.ArrayLike | None,
+) -> Batch:
     shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves(examples)]
     if not shapes or [] in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
@@ -45,9 +50,9 @@ def checked_batch(examples: tuple[Any, ...], sample_mask: Any, positions: Any) -
 
 
 def logged(loss: Loss, has_aux: bool) -> Loss:
-    """The loss with itself and its aux as aux, so that what follows has one case, not two."""
+    """Wraps a loss so that it returns itself and its aux as aux, with or without aux of its own."""
 
-    def logged(params: Any, *example: Any) -> tuple[jax.Array, Metrics]:
+    def logged(params: Params, *example: PyTree) -> tuple[jax.Array, Metrics]:
         result = loss(params, *example)
         value, aux = value_and_aux(result, has_aux, "take [0] of what model(x[None]) returns")
         _check_logs(aux)
@@ -56,7 +61,7 @@ def logged(loss: Loss, has_aux: bool) -> Loss:
     return logged
 
 
-def _check_logs(aux: Any) -> None:
+def _check_logs(aux: PyTree) -> None:
     advice = "aux is averaged over the samples, so leave out, or reduce, what is no number"
     for name, leaf in array_leaves("aux", aux, advice):
         if jnp.shape(leaf):
@@ -66,11 +71,11 @@ def _check_logs(aux: Any) -> None:
             )
 
 
-def over_samples(function: Loss, params: Any, examples: tuple[Any, ...]) -> Any:
+def over_samples(function: Loss, params: Params, examples: tuple[PyTree, ...]) -> PyTree:
     return jax.vmap(function, in_axes=(None, *[0] * len(examples)))(params, *examples)
 
 
-def with_samples_for_padding(batch: Batch) -> tuple[Any, ...]:
+def with_samples_for_padding(batch: Batch) -> tuple[PyTree, ...]:
     # Padding may hold anything, and weight 0 does not help: the gradient of 0 · ∞ is NaN.
     if batch.sample_mask is None:
         return batch.examples

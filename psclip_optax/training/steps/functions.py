@@ -1,13 +1,15 @@
-"""Build what a train step takes its gradients by, from a loss or a function that clips."""
+"""Build the gradient function of a train step, from a loss or a function that clips."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from psclip_optax.clipped_functions import ClippedFunction
 from psclip_optax.clipped_grad import (
     ClippedGrad,
     ClippedValueAndGrad,
@@ -15,7 +17,7 @@ from psclip_optax.clipped_grad import (
     clipped_value_and_grad,
 )
 from psclip_optax.options import ClipAt, Mode
-from psclip_optax.thresholds import AdaptiveThreshold, Threshold
+from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.auto import auto_threshold
 from psclip_optax.thresholds.tracking import TrackNormsState
 from psclip_optax.training.steps.batch import (
@@ -37,20 +39,21 @@ from psclip_optax.training.steps.ways import (
     clipped,
     mean_in_parts,
 )
+from psclip_optax.typing import Params, PyTree, ThresholdLike, ThresholdTree
 
 Gradients: TypeAlias = Literal["clipped", "per_sample", "mean"]
-StepThreshold: TypeAlias = Threshold | AdaptiveThreshold | jax.typing.ArrayLike
+StepThreshold: TypeAlias = ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree
 
 _OF_THE_STEP = ("threshold", "threshold_from", "return_norms", "return_samples")
 
 
 class GradientOptions(TypedDict, total=False):
-    """The options of `gradient_function`, which tells what they mean."""
+    """The options of `gradient_function`, which documents them."""
 
     gradients: Gradients | None
     has_aux: bool
     threshold: StepThreshold | None
-    threshold_from: Callable[[Any], StepThreshold] | None
+    threshold_from: ThresholdFrom | None
     mode: Mode
     microbatch_size: int | None
     clip_at: ClipAt
@@ -59,27 +62,33 @@ class GradientOptions(TypedDict, total=False):
 
 
 class GradientFunction(NamedTuple):
-    """What a train step takes its gradients by, as `gradient_function` builds it.
+    """The function that a train step computes gradients by, from `gradient_function`.
 
     Attributes:
-      loss: of one example.
-      has_aux: whether it gives a pair (loss, aux).
-      way: from the optimizer's state to the way from the loss to gradients.
+      loss: the loss of one example.
+      has_aux: whether the loss returns a pair (loss, aux).
+      way: a function from the optimizer's state to the way from the loss to gradients.
     """
 
     loss: Loss
     has_aux: bool
-    way: Callable[[Any], Way]
+    way: Callable[[optax.OptState], Way]
 
-    def compute(self, loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
-        """Give the gradients of `loss`, which is this one's own as a function of `params`."""
+    def compute(
+        self, loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState
+    ) -> Computed:
+        """Computes the gradients of `loss`, which is `self.loss` as a function of `params`."""
         way = self.way(opt_state)
         return way.compute(logged(loss, self.has_aux), params, batch, opt_state)
 
     def checked_batch(
-        self, opt_state: Any, examples: tuple[Any, ...], sample_mask: Any, positions: Any
+        self,
+        opt_state: optax.OptState,
+        examples: tuple[PyTree, ...],
+        sample_mask: jax.typing.ArrayLike | None,
+        positions: jax.typing.ArrayLike | None,
     ) -> Batch:
-        """Refuse an optimizer that does not fit the gradients, and a batch that is none."""
+        """Refuses an optimizer that does not fit the gradients, and checks the batch."""
         way = self.way(opt_state)
         check_optimizer(opt_state, way.stacked)
         _check_use_of_positions(positions, way.by_position)
@@ -87,57 +96,58 @@ class GradientFunction(NamedTuple):
 
 
 def gradient_function(
-    loss: Callable[..., Any] | ClippedValueAndGrad | GradientFunction,
+    loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> GradientFunction:
-    """Builds what `linen_train_step` and `nnx_train_step` take their gradients by.
+    """Builds the function by which `linen_train_step` and `nnx_train_step` compute gradients.
 
     Args:
-      loss: What [`psclip_optax.clipped_value_and_grad`][] returned, whose options then hold and
-        whose samples lie on axis 0. Or a loss of one example, as of
+      loss: A function that [`psclip_optax.clipped_value_and_grad`][] returned, with samples on axis
+        0; its options hold. Or a loss of one example, as for
         [`linen_train_step`][psclip_optax.training.steps.linen_train_step] or
-        [`nnx_train_step`][psclip_optax.training.steps.nnx_train_step], for which these options say
-        how it becomes gradients. Or what this function returned.
+        [`nnx_train_step`][psclip_optax.training.steps.nnx_train_step], with options below. Or a
+        function that this one returned.
       **options: `threshold` is a number, a threshold such as `psclip_optax.growing_threshold`, or
-        an adaptive one such as `psclip_optax.moment_threshold()`, whose state is that of a
-        [`psclip_optax.track_norms`][] of the same rule in the optimizer. It replaces the one that
-        `clipped_value_and_grad` was given; without either it is
-        [`psclip_optax.auto_threshold`][], that of a `track_norms()`.
+        an adaptive one such as `psclip_optax.moment_threshold()`. The state of an adaptive
+        threshold is kept by a [`psclip_optax.track_norms`][] of the same rule in the optimizer.
+        `threshold` replaces the threshold that `clipped_value_and_grad` was given. Without either
+        it is [`psclip_optax.auto_threshold`][], whose state `track_norms()` keeps.
 
-        `threshold_from` stands instead of it: a function from the optimizer's state to the
-        threshold, for one that is scheduled or tuned.
+        `threshold_from` takes the place of `threshold`: it is a function from the optimizer's state
+        to the threshold, for one that is scheduled or tuned.
 
-        `return_norms`, False by default: whether "norms" is among the metrics, float [n] (of
-        micro-batches one for each), the gradient norms before clipping; NaN for padding.
+        `return_norms`, False by default: whether the metrics include "norms", float [n], the
+        gradient norms before clipping (one for each micro-batch where those are clipped). They are
+        NaN for padding.
 
-        `return_samples`, False by default: whether "samples" is among the metrics, a dict of
-        "loss", "norm" and "scale", float [n] each, of each sample in this step; NaN for padding.
+        `return_samples`, False by default: whether the metrics include "samples", a dict of "loss",
+        "norm" and "scale" of each sample in this step, float [n] each. They are NaN for padding.
         By group, the norm is that of the whole gradient, and the scale the share of it that
         clipping leaves. [`psclip_optax.tails.most_clipped`][] ranks samples by them.
 
-        The others are for a loss. `gradients` is "clipped", the default where a threshold is given
-        or the optimizer has a [`psclip_optax.track_norms`][]: any Optax optimizer gets the clipped
-        mean gradient of [`psclip_optax.clipped_value_and_grad`][]. "per_sample", the default
-        without either, gives it the stacked gradients [n, …] and the mask and positions; its first
-        link is [`psclip_optax.per_sample_clip`][]. "mean" gives the gradient of the mean loss, for
-        baselines.
+        The other options are for a loss. `gradients` is "clipped" by default where a threshold is
+        given or the optimizer has a [`psclip_optax.track_norms`][]: any Optax optimizer then gets
+        the clipped mean gradient of [`psclip_optax.clipped_value_and_grad`][]. It is "per_sample"
+        by default otherwise: the optimizer, whose first link is [`psclip_optax.per_sample_clip`][],
+        gets the stacked gradients [n, …], the mask and the positions. "mean" takes the gradient of
+        the mean loss, for baselines.
 
-        `has_aux`, False by default: whether the loss gives a pair (loss, aux), aux a pytree of
-        scalars.
+        `has_aux`, False by default: whether the loss returns a pair (loss, aux), where aux is a
+        pytree of scalars.
 
         `mode` and `clip_at` are for "clipped", as for [`psclip_optax.clipped_value_and_grad`][].
-        Of micro-batches there are no `positions`, and "num_microbatches" is among the metrics, of
-        which "num_clipped" and "num_nonfinite" speak.
+        Micro-batches have no `positions`. The metrics then include "num_microbatches", and
+        "num_clipped" and "num_nonfinite" count micro-batches.
 
         `microbatch_size` is for "clipped" and "mean": the batch is worked through in slices of at
         most this many samples.
 
     Returns:
-      A value to pass to a train step.
+      A function to pass to a train step.
 
     Raises:
-      ValueError: On unknown `gradients` or options, a threshold where it has no use, or options
-        that `clipped_value_and_grad` was to be told.
+      ValueError: On unknown `gradients` or options, a threshold where it is not used, or options
+        that belong to `clipped_value_and_grad`.
       TypeError: If the loss or `threshold_from` is no function.
 
     Examples:
@@ -151,17 +161,22 @@ def gradient_function(
         return loss
     if isinstance(loss, ClippedValueAndGrad):
         _check_unsaid(options, _OF_THE_STEP)
-        of_the_step: dict[str, Any] = {**options}
-        return _of_built(loss, **of_the_step)
+        return _of_built(
+            loss,
+            options.get("threshold"),
+            options.get("threshold_from"),
+            options.get("return_norms", False),
+            options.get("return_samples", False),
+        )
     return _of_loss(loss, **options)
 
 
 def _of_built(
-    function: ClippedValueAndGrad,
-    threshold: Any = None,
-    threshold_from: ThresholdFrom | None = None,
-    return_norms: bool = False,
-    return_samples: bool = False,
+    function: ClippedFunction,
+    threshold: StepThreshold | None,
+    threshold_from: ThresholdFrom | None,
+    return_norms: bool,
+    return_samples: bool,
 ) -> GradientFunction:
     if function.options.in_axes != 0 or function.options.axis_name is not None:
         raise ValueError(
@@ -187,7 +202,7 @@ def _of_loss(
     *,
     gradients: str | None = None,
     has_aux: bool = False,
-    threshold: Any = None,
+    threshold: StepThreshold | None = None,
     threshold_from: ThresholdFrom | None = None,
     mode: Mode = "auto",
     microbatch_size: int | None = None,
@@ -210,14 +225,14 @@ def _of_loss(
     _check_is_of_clipped(name, clip_at, returned)
     named = _unclipped(name, microbatch_size)
 
-    def way(opt_state: Any) -> Way:
+    def way(opt_state: optax.OptState) -> Way:
         tracks_norms = nodes_of_kind(opt_state, TrackNormsState) and not clip_states(opt_state)
         return by_clipping if gradients is None and tracks_norms else named
 
     return GradientFunction(loss, has_aux, way)
 
 
-def _source(threshold: Any, threshold_from: ThresholdFrom | None) -> ThresholdFrom:
+def _source(threshold: StepThreshold | None, threshold_from: ThresholdFrom | None) -> ThresholdFrom:
     given = auto_threshold() if threshold is None else threshold
     return threshold_from or (lambda _: given)
 
@@ -243,7 +258,7 @@ def _check_unsaid(options: GradientOptions, known: tuple[str, ...]) -> None:
         )
 
 
-def _check_built_whole(loss: Any) -> None:
+def _check_built_whole(loss: object) -> None:
     check_loss(loss)
     if isinstance(loss, ClippedGrad):
         raise TypeError(
@@ -252,7 +267,7 @@ def _check_built_whole(loss: Any) -> None:
         )
 
 
-def _check_name(name: str, threshold: Any, threshold_from: Any) -> None:
+def _check_name(name: str, threshold: object, threshold_from: object) -> None:
     known = ("per_sample", "mean", "clipped")
     if name not in known:
         raise ValueError(f"gradients is one of {', '.join(map(repr, known))}, got {name!r}")
@@ -265,7 +280,7 @@ def _check_name(name: str, threshold: Any, threshold_from: Any) -> None:
         )
 
 
-def _check_threshold_from(threshold_from: Any) -> None:
+def _check_threshold_from(threshold_from: object) -> None:
     if threshold_from is not None and not callable(threshold_from):
         raise TypeError(
             "threshold_from is a function from the optimizer's state to the threshold, got "
@@ -297,7 +312,7 @@ def _check_is_of_clipped(name: str, clip_at: str, returned: Returned) -> None:
             )
 
 
-def _check_use_of_positions(positions: Any, by_position: bool) -> None:
+def _check_use_of_positions(positions: object, by_position: bool) -> None:
     if positions is not None and not by_position:
         raise ValueError(
             "positions are of samples that are clipped one by one; a step with "
@@ -305,8 +320,8 @@ def _check_use_of_positions(positions: Any, by_position: bool) -> None:
         )
 
 
-def metrics_of(computed: Computed, batch: Batch, opt_state: Any) -> Metrics:
-    """What a step returns to be logged."""
+def metrics_of(computed: Computed, batch: Batch, opt_state: optax.OptState) -> Metrics:
+    """Collects the metrics that a step returns."""
     states = clip_states(opt_state)
     figures = states[0]._asdict() if states else computed.figures
     unlogged = ("num_updates", "all_finite", "threshold_state")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ import optax
 from flax.training.train_state import TrainState
 
 from psclip_optax.arrays import described
-from psclip_optax.clipped_grad import ClippedValueAndGrad, check_loss
+from psclip_optax.clipped_functions import ClippedFunction
+from psclip_optax.clipped_grad import check_loss
 from psclip_optax.training.steps.batch import (
+    Loss,
     Metrics,
     checked_batch,
     logged,
@@ -27,10 +29,11 @@ from psclip_optax.training.steps.functions import (
     gradient_function,
     metrics_of,
 )
+from psclip_optax.typing import Params, PyTree
 
 
 def linen_train_step(
-    loss: Callable[..., Any] | ClippedValueAndGrad | GradientFunction,
+    loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds a jitted train step over Flax's `TrainState`.
@@ -39,26 +42,26 @@ def linen_train_step(
     state and must not be read afterwards.
 
     Args:
-      loss: What [`psclip_optax.clipped_value_and_grad`][] made of `loss(params, *example)`, a
-        scalar for one example, for any Optax optimizer. Or the loss itself, which is how
-        `state.tx` may begin with [`psclip_optax.per_sample_clip`][]; map no batch axis over it.
+      loss: The result of [`psclip_optax.clipped_value_and_grad`][] for `loss(params, *example)`, a
+        scalar for one example, with any Optax optimizer. Or the loss itself, which `state.tx` may
+        clip by [`psclip_optax.per_sample_clip`][] as its first link. Map no batch axis over it.
       **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: a
         threshold that is adaptive or comes from the optimizer's state, `return_norms` and
-        `return_samples`, and for a loss how it becomes gradients.
+        `return_samples`, and for a loss the kind of gradients.
 
     Returns:
       `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of
       the batch has n samples on its first axis. `sample_mask`, bool [n], is False for padding;
       `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" takes none).
-      Metrics are scalars: "loss" and, leaf by leaf, "aux", means over the samples that count and
-      whose loss is finite; where samples are clipped also the
-      figures of [`psclip_optax.transforms.PerSampleClipState`][], and "clipped_share"; with an
-      adaptive threshold "threshold_scale", τ_1 of this step. Means over no sample are 0.
+      Metrics are scalars. "loss" and each leaf of "aux" are means over the samples that count and
+      whose loss is finite; a mean over no sample is 0. Where samples are clipped, the figures of
+      [`psclip_optax.transforms.PerSampleClipState`][] and "clipped_share" are added. An adaptive
+      threshold adds "threshold_scale", τ_1 of this step.
 
     Raises:
-      ValueError: On unknown `gradients` or options, or a threshold where it has no use; in the
+      ValueError: On unknown `gradients` or options, or a threshold that would not be used. In the
         step, on batch arguments of unequal sizes, a mask or positions not of shape [n], positions
-        where they have no use, or an optimizer that does not fit the gradients.
+        that would not be used, or an optimizer that does not fit the gradients.
       TypeError: If the loss or `threshold_from` is no function; in the step, if the state is no
         `TrainState`, the loss is no real scalar, or a leaf of its aux no scalar.
 
@@ -84,12 +87,15 @@ def linen_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
-        state: TrainState, *examples: Any, sample_mask: Any = None, positions: Any = None
+        state: TrainState,
+        *examples: PyTree,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
     ) -> tuple[TrainState, Metrics]:
         _check_state(state)
         batch = function.checked_batch(state.opt_state, examples, sample_mask, positions)
         computed = function.compute(function.loss, state.params, batch, state.opt_state)
-        # Not `apply_gradients`: it passes no further arguments on to the optimizer.
+        # `apply_gradients` would not pass further arguments on to the optimizer.
         updates, opt_state = state.tx.update(
             computed.gradients, state.opt_state, state.params, **computed.extra_args
         )
@@ -100,7 +106,7 @@ def linen_train_step(
     return step
 
 
-def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Metrics]:
+def linen_eval_step(loss: Loss, *, has_aux: bool = False) -> Callable[..., Metrics]:
     """Builds a jitted evaluation step that gives sums, exact also for a padded last batch.
 
     Args:
@@ -131,7 +137,9 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
     logged_loss = logged(loss, has_aux)
 
     @jax.jit
-    def step(params: Any, *examples: Any, sample_mask: Any = None) -> Metrics:
+    def step(
+        params: Params, *examples: PyTree, sample_mask: jax.typing.ArrayLike | None = None
+    ) -> Metrics:
         batch = checked_batch(examples, sample_mask, None)
         losses, logs = over_samples(logged_loss, params, batch.examples)
         counts = which_count(losses, batch.sample_mask)
@@ -141,7 +149,7 @@ def linen_eval_step(loss: Callable[..., Any], *, has_aux: bool = False) -> Calla
     return step
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: object) -> None:
     if not isinstance(state, TrainState):
         raise TypeError(
             "the step is called as step(state, *batch) with a "

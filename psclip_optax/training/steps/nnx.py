@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from psclip_optax.arrays import described
-from psclip_optax.clipped_grad import ClippedValueAndGrad
+from psclip_optax.clipped_functions import ClippedFunction
 from psclip_optax.training.steps.batch import Loss, Metrics
 from psclip_optax.training.steps.functions import (
     GradientFunction,
@@ -18,9 +18,10 @@ from psclip_optax.training.steps.functions import (
     gradient_function,
     metrics_of,
 )
+from psclip_optax.typing import Params, PyTree
 
 
-def _check_pair(model: Any, optimizer: Any) -> None:
+def _check_pair(model: object, optimizer: object) -> None:
     if not isinstance(optimizer, nnx.Optimizer):
         raise TypeError(
             "the step is called as step(model, optimizer, *batch) with an nnx.Optimizer, got "
@@ -30,24 +31,24 @@ def _check_pair(model: Any, optimizer: Any) -> None:
 
 
 def nnx_train_step(
-    loss: Callable[..., Any] | ClippedValueAndGrad | GradientFunction,
+    loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> Callable[..., Metrics]:
     """Builds a jitted train step over an NNX model and its `nnx.Optimizer`.
 
-    Both are updated in place, and their old buffers donated. Trained are the parameters that the
-    optimizer's `wrt` selects; all other state of the model is read only, for each sample would
-    write its own.
+    Both are updated in place, and their old buffers are donated. The step trains the parameters
+    that the optimizer's `wrt` selects. All other state of the model is read only, as each sample
+    would write its own.
 
     Args:
-      loss: What [`psclip_optax.clipped_value_and_grad`][] made of `loss(model, *example)`, a
-        scalar for one example, for any Optax optimizer. Or the loss itself, which is how the
-        optimizer may begin with [`psclip_optax.per_sample_clip`][]; map no batch axis over it.
-        Randomness comes as an argument of the batch, one key a sample:
+      loss: The result of [`psclip_optax.clipped_value_and_grad`][] for `loss(model, *example)`, a
+        scalar for one example, with any Optax optimizer. Or the loss itself, which the optimizer
+        may clip by [`psclip_optax.per_sample_clip`][] as its first link. Map no batch axis over it.
+        Randomness comes as an argument of the batch, with one key for each sample:
         `model(x, rngs=nnx.Rngs(dropout=key))`.
       **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: a
         threshold that is adaptive or comes from the optimizer's state, `return_norms` and
-        `return_samples`, and for a loss how it becomes gradients.
+        `return_samples`, and for a loss the kind of gradients.
 
     Returns:
       `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,
@@ -55,9 +56,9 @@ def nnx_train_step(
       [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
 
     Raises:
-      ValueError: On unknown `gradients` or options, or a threshold where it has no use; in the
+      ValueError: On unknown `gradients` or options, or a threshold that would not be used. In the
         step, on batch arguments of unequal sizes, a mask or positions not of shape [n], positions
-        where they have no use, an optimizer that does not fit the gradients, or a loss that writes
+        that would not be used, an optimizer that does not fit the gradients, or a loss that writes
         to the model's state (batch statistics, the counters of `nnx.Rngs`).
       TypeError: If the loss or `threshold_from` is no function; in the step, if there is no
         `nnx.Optimizer` in its place, the loss is no real scalar, or a leaf of its aux no scalar.
@@ -84,11 +85,11 @@ def nnx_train_step(
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(
-        model: Any,
-        optimizer: nnx.Optimizer,
-        *examples: Any,
-        sample_mask: Any = None,
-        positions: Any = None,
+        model: PyTree,
+        optimizer: nnx.Optimizer[Any],
+        *examples: PyTree,
+        sample_mask: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
     ) -> Metrics:
         _check_pair(model, optimizer)
         batch = function.checked_batch(optimizer.opt_state, examples, sample_mask, positions)
@@ -101,10 +102,10 @@ def nnx_train_step(
     return step
 
 
-def _loss_of_params(loss: Loss, graphdef: Any, rest: Any) -> Loss:
-    def loss_of_params(params: Any, *example: Any) -> Any:
-        # Flax lets only the trace that made a variable write to it. With variables made here, a
-        # loss that writes comes to the check below, which says what to do instead.
+def _loss_of_params(loss: Loss, graphdef: nnx.GraphDef[Any], rest: PyTree) -> Loss:
+    def loss_of_params(params: Params, *example: PyTree) -> PyTree:
+        # Flax lets only the trace that made a variable write to it. As variables are made here, a
+        # loss that writes reaches the check below, whose error says what to do instead.
         own_rest = jax.tree.map(lambda value: value, rest)
         model = nnx.merge(graphdef, params, own_rest)
         before = _values_by_path(model)
@@ -115,13 +116,13 @@ def _loss_of_params(loss: Loss, graphdef: Any, rest: Any) -> Loss:
     return loss_of_params
 
 
-def _values_by_path(model: Any) -> dict[str, list[Any]]:
+def _values_by_path(model: PyTree) -> dict[str, list[Any]]:
     variables = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): jax.tree.leaves(variable) for path, variable in variables}
 
 
 def _check_unwritten(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> None:
-    # By identity: under tracing, a variable that was written to holds another tracer.
+    # Compared by identity: under tracing, a variable that was written to holds another tracer.
     identities = {path: list(map(id, values)) for path, values in before.items()}
     written = [path for path in after if list(map(id, after[path])) != identities.get(path)]
     if written:

@@ -1,24 +1,29 @@
-"""The state of an optimizer: which clipping it holds, and what that tells of a step."""
+"""Find the states of clipping in the state of an optimizer."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.tracking import TrackNormsState
 from psclip_optax.transforms import PerSampleClipState
+from psclip_optax.typing import PyTree
+
+NodeT = TypeVar("NodeT")
+StateT = TypeVar("StateT")
 
 
-def nodes_of_kind(opt_state: Any, kind: type) -> list[Any]:
+def nodes_of_kind(opt_state: optax.OptState, kind: type[NodeT]) -> list[NodeT]:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]
 
 
-def clip_states(opt_state: Any) -> list[PerSampleClipState]:
-    """Without the states of their thresholds."""
+def clip_states(opt_state: optax.OptState) -> list[PerSampleClipState]:
+    """Finds the states of per_sample_clip, without those of their thresholds."""
     # NNX wraps every array of an optimizer's state in a Variable; the leaves are what is inside.
     nodes = nodes_of_kind(opt_state, PerSampleClipState)
     return [
@@ -26,8 +31,8 @@ def clip_states(opt_state: Any) -> list[PerSampleClipState]:
     ]
 
 
-def tracked_state(rule: AdaptiveThreshold, opt_state: Any) -> Any:
-    """What `track_norms` keeps in the optimizer's state."""
+def tracked_state(rule: AdaptiveThreshold[StateT], opt_state: optax.OptState) -> StateT:
+    """Finds the state of a rule that `track_norms` keeps in the optimizer's."""
     expected = jax.eval_shape(rule.init)
     tracked = [node.threshold_state for node in nodes_of_kind(opt_state, TrackNormsState)]
     if len(tracked) != 1 or not _are_alike(tracked[0], expected):
@@ -37,17 +42,17 @@ def tracked_state(rule: AdaptiveThreshold, opt_state: Any) -> Any:
             f"{', of another rule' if len(tracked) == 1 else ''}. Write "
             "optax.chain(psclip_optax.track_norms(rule), …) with the rule that the step has"
         )
-    # As in clip_states: the leaves are what NNX has in Variables.
+    # The leaves are inside NNX's Variables, as in clip_states.
     return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(tracked))
 
 
-def _are_alike(state: Any, expected: Any) -> bool:
-    # Not by their structures, which NNX's Variables are a part of.
+def _are_alike(state: PyTree, expected: PyTree) -> bool:
+    # Structures cannot be compared, as NNX's Variables are part of them.
     leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
     return type(state) is type(expected) and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]
 
 
-def check_optimizer(opt_state: Any, stacked: bool) -> None:
+def check_optimizer(opt_state: optax.OptState, stacked: bool) -> None:
     number = len(clip_states(opt_state))
     if stacked and number != 1:
         raise ValueError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_grad
+from psclip_optax.clipped_functions import ClippedFunction
+from psclip_optax.clipped_grad import clipped_value_and_grad
 from psclip_optax.clipping import ClipStats, batch_figures, beside
 from psclip_optax.groups import in_groups_of
 from psclip_optax.thresholds import AdaptiveThreshold
@@ -26,24 +28,27 @@ from psclip_optax.training.steps.batch import (
     with_samples_for_padding,
 )
 from psclip_optax.training.steps.optimizers import tracked_state
+from psclip_optax.typing import Params, PyTree, ThresholdLike, ThresholdTree
 
-ThresholdFrom: TypeAlias = Callable[[Any], Any]
+ThresholdFrom: TypeAlias = Callable[
+    [optax.OptState], ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree
+]
 
 
 class Computed(NamedTuple):
     """Gradients for the optimizer, and what there is to log.
 
     Attributes:
-      logs: what the loss logged, stacked [n].
+      logs: the logs of the loss, stacked [n].
       gradients: stacked [n, …], or of the parameters' own shapes.
       extra_args: further arguments of the optimizer's update.
-      figures: of the clipping, where it is done already; "norms" and "samples" among them where
-        asked for.
+      figures: figures of the clipping where it is done already, with "norms" and "samples" if asked
+        for.
     """
 
     logs: Metrics
-    gradients: Any
-    extra_args: dict[str, Any]
+    gradients: PyTree
+    extra_args: dict[str, jax.Array | None]
     figures: Metrics
 
 
@@ -56,23 +61,23 @@ class Way(NamedTuple):
       by_position: Whether each sample is clipped at the threshold of its position.
     """
 
-    compute: Callable[[Loss, Any, Batch, Any], Computed]
+    compute: Callable[[Loss, Params, Batch, optax.OptState], Computed]
     stacked: bool
     by_position: bool
 
 
-def _per_sample(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+def _per_sample(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
     del opt_state
     gradients, logs = over_samples(jax.grad(loss, has_aux=True), params, batch.examples)
     extra_args = {"sample_mask": batch.sample_mask, "positions": batch.positions}
     return Computed(logs, gradients, extra_args, {})
 
 
-def _mean(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+def _mean(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
     del opt_state
     examples = with_samples_for_padding(batch)
 
-    def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
+    def mean_loss(params: Params) -> tuple[jax.Array, Metrics]:
         losses, logs = over_samples(loss, params, examples)
         counts = which_count(losses, batch.sample_mask)
         return sum_over(losses, counts) / at_least_one(counts), logs
@@ -86,9 +91,9 @@ MEAN = Way(_mean, stacked=False, by_position=False)
 
 
 def mean_in_parts(microbatch_size: int) -> Way:
-    """The mean gradient of micro-batches one after the other, none of them clipped."""
+    """Makes the way of unclipped mean gradients, over one micro-batch after another."""
 
-    def compute(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+    def compute(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
         del opt_state
         value_and_grad = clipped_value_and_grad(
             loss,
@@ -107,30 +112,28 @@ def mean_in_parts(microbatch_size: int) -> Way:
 
 
 class Returned(NamedTuple):
-    """What of single samples is among the figures.
+    """The figures of single samples that are wanted.
 
     Attributes:
-      norms: whether the norms are, of whatever is clipped.
-      samples: whether each sample's loss, norm and scale are.
+      norms: whether the norms of whatever is clipped are wanted.
+      samples: whether each sample's loss, norm and scale are wanted.
     """
 
     norms: bool
     samples: bool
 
 
-def clipped(
-    function: ClippedValueAndGrad, threshold_from: ThresholdFrom, returned: Returned
-) -> Way:
-    """The clipped mean gradient, at the threshold that the optimizer's state gives.
+def clipped(function: ClippedFunction, threshold_from: ThresholdFrom, returned: Returned) -> Way:
+    """Makes the way of clipped mean gradients, at a threshold from the optimizer's state.
 
     Args:
-      function: whose options are taken; its loss is replaced by the logged one.
-      threshold_from: from the optimizer's state to a threshold, a tree of them or a rule.
-      returned: what of single samples is among the figures.
+      function: the function whose options hold; its loss is replaced by the logged one.
+      threshold_from: a function from the optimizer's state to a threshold, a tree or a rule.
+      returned: the figures of single samples that are wanted.
     """
     options = function.options
 
-    def compute(loss: Loss, params: Any, batch: Batch, opt_state: Any) -> Computed:
+    def compute(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
         value_and_grad = functools.partial(
             dataclasses.replace(
                 function, loss=loss, options=options._replace(has_aux=True), return_stats=True
@@ -142,10 +145,10 @@ def clipped(
         )
         counts = batch.counts()
         units = options.unit(counts.size).counting(counts)
-        threshold, rule = threshold_from(opt_state), None
+        threshold, scale = threshold_from(opt_state), None
         if isinstance(threshold, AdaptiveThreshold):
-            rule = threshold
-            threshold = _threshold_of(rule, opt_state, units, value_and_grad)
+            threshold = _threshold_of(threshold, opt_state, units, value_and_grad)
+            scale = threshold(jnp.ones(1, int))[0]
         (_, logs), gradients, stats = value_and_grad(threshold=threshold)
         figures = _figures(stats, units)
         if options.clip_at == "micro-batch":
@@ -155,9 +158,9 @@ def clipped(
             figures["norms"] = jnp.where(beside(units, stats.norms), stats.norms, jnp.nan)
         if returned.samples:
             figures["samples"] = _samples(stats, logs["loss"], counts)
-        if rule is None:
+        if scale is None:
             return Computed(logs, gradients, {}, figures)
-        figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]
+        figures["threshold_scale"] = scale
         extra_args = {"norms": stats.norms, "sample_mask": units}
         return Computed(logs, gradients, extra_args, figures)
 
@@ -165,22 +168,25 @@ def clipped(
 
 
 def _threshold_of(
-    rule: AdaptiveThreshold, opt_state: Any, units: jax.Array, value_and_grad: Callable[..., Any]
-) -> Any:
-    """The rule's threshold for this batch, from whose norms a new rule takes its first one."""
+    rule: AdaptiveThreshold[PyTree],
+    opt_state: optax.OptState,
+    units: jax.Array,
+    value_and_grad: Callable[..., tuple[PyTree, Params, ClipStats]],
+) -> ThresholdTree:
+    """Returns the rule's threshold for this batch; a new rule takes it from the batch's norms."""
     state = tracked_state(rule, opt_state)
     limits = in_groups_of(rule.threshold(state), jnp.inf)
     measure = lambda: value_and_grad(threshold=limits)[-1].norms  # noqa: E731
     return rule.threshold(state_for_batch(rule, state, measure, units))
 
 
-def _figures(stats: Any, units: jax.Array) -> Metrics:
+def _figures(stats: ClipStats, units: jax.Array) -> Metrics:
     finite = jnp.all(jnp.isfinite(stats.norms).reshape(units.size, -1), axis=1)
     return batch_figures(stats, units, units & finite)._asdict()
 
 
 def _samples(stats: ClipStats, losses: jax.Array, counts: jax.Array) -> Metrics:
-    """The loss, norm and scale of each sample's whole gradient, [n]; NaN for padding."""
+    """Returns the loss, norm and scale of each sample's whole gradient, [n]; NaN for padding."""
     by_group = stats.norms.ndim > 1
     norms, scales = _of_whole_gradients(stats) if by_group else (stats.norms, stats.scales)
     values = {"loss": losses, "norm": norms, "scale": scales}
@@ -188,7 +194,7 @@ def _samples(stats: ClipStats, losses: jax.Array, counts: jax.Array) -> Metrics:
 
 
 def _of_whole_gradients(stats: ClipStats) -> tuple[jax.Array, jax.Array]:
-    """‖g_k‖, and the share of it that is left where each group has a scale of its own."""
+    """Returns ‖g_k‖, and the share of it that is left where each group has its own scale."""
     before, after = _over_groups(stats.norms), _over_groups(stats.norms * stats.scales)
     has_share = jnp.isfinite(before) & (before > 0)
     share = jnp.minimum(after / jnp.where(has_share, before, 1), 1)
@@ -197,7 +203,7 @@ def _of_whole_gradients(stats: ClipStats) -> tuple[jax.Array, jax.Array]:
 
 
 def _over_groups(norms: jax.Array) -> jax.Array:
-    """The root of the sum of squares, in units of the largest: none overflows or vanishes."""
+    """Adds squares in units of the largest, so that none overflows or vanishes, and takes the root."""
     largest = jnp.max(norms, axis=1, keepdims=True)
     units = norms / jnp.where(largest > 0, largest, 1)
     total = largest[:, 0] * jnp.linalg.norm(units, axis=1)

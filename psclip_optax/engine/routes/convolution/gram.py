@@ -1,4 +1,4 @@
-"""Take squared norms from Gram matrices of what the kernel read and of the cotangents."""
+"""Take squared norms from Gram matrices of the kernel's inputs and of the cotangents."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ CONVOLUTION = Convolution()
 
 
 def _read_alike(one: Site, other: Site) -> bool:
-    """Tell whether two sites in one frame read it alike, as a network does that sees two images."""
+    """Tell whether two sites in one frame read it in the same way."""
     return (
         one.view.axes == other.view.axes
         and str(one.eqn.params) == str(other.eqn.params)

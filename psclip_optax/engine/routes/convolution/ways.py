@@ -12,13 +12,13 @@ import jax
 from psclip_optax.engine.routes.convolution import geometry, gradients, gram
 from psclip_optax.engine.routes.convolution.geometry import Axis, Reads
 
-# To write an entry costs as much as so many multiply-adds of a product of matrices. Those for a TPU
-# are of its compiler's estimates for v5e, of kernels of 1 to 16 between 3 and 512 channels: a cycle
+# Writing an entry costs as much as this many multiply-adds in a matrix product. Those for a TPU
+# are its compiler's estimates for v5e, for kernels of 1 to 16 between 3 and 512 channels: a cycle
 # makes 20,000 multiply-adds, 45 entries in another order of axes, or 100 cut from rows of channels.
 _MULTIPLY_ADDS_PER_ENTRY = 32
 _MULTIPLY_ADDS_PER_ENTRY_ON_TPU = 440
 _MULTIPLY_ADDS_PER_ENTRY_CUT_ON_TPU = 200
-# It multiplies so many rows or columns at once, be there fewer, and cuts out so many.
+# It multiplies at least this many rows or columns at once, and cuts out at least so many.
 _COLUMNS_ON_TPU = 128
 _LEAST_CUT_ON_TPU = 32
 
