@@ -203,7 +203,7 @@ def _of_whole_gradients(stats: ClipStats) -> tuple[jax.Array, jax.Array]:
 
 
 def _over_groups(norms: jax.Array) -> jax.Array:
-    """Adds squares in units of the largest, so that none overflows or vanishes, and takes the root."""
+    """Takes the root of a sum of squares in units of the largest, so that none overflows."""
     largest = jnp.max(norms, axis=1, keepdims=True)
     units = norms / jnp.where(largest > 0, largest, 1)
     total = largest[:, 0] * jnp.linalg.norm(units, axis=1)
