@@ -1,4 +1,3 @@
-import math
 import os
 
 import jax
@@ -6,7 +5,7 @@ import jaxlib
 import pytest
 from hypothesis import settings
 
-from psclip_optax.engine.modes import two_pass
+from tests import passes
 from tests.fuzz import record
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
@@ -58,9 +57,8 @@ def few_optimizations(request):
     jax.config.update("jax_disable_most_optimizations", "optimized" not in request.keywords)
 
 
-@pytest.fixture(autouse=True)
-def two_passes_even_where_slices_would_do(request, monkeypatch):
-    """So that small models test them; but not in tests marked `as_is`."""
-    if "as_is" not in request.keywords:
-        monkeypatch.setattr(two_pass, "MOST_SLICES", 0)
-        monkeypatch.setattr(two_pass, "MOST_KEPT", math.inf)
+@pytest.fixture
+def two_passes():
+    """The mode `two_pass` makes two passes, where users of so small a model have slices."""
+    with passes.two_passes():
+        yield

@@ -47,6 +47,7 @@ def expected_of(params, batch, taus, mask=None):
 # The zoo
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo_equals_vmap_of_grad_in_float64(name):
     n = 5
@@ -85,6 +86,7 @@ def test_zoo_in_float32(name):
 # Semantics, in every mode
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("jit", [False, True])
 def test_masks_positions_and_the_mean_loss(mode, jit):
@@ -121,6 +123,7 @@ def clipped_by_formula(params, batch, alpha):
     return {name: jnp.tensordot(scales, leaf, 1) / len(leaf) for name, leaf in stacked.items()}
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("face", [*MODES, "stack"])
 def test_clipped_gradients_have_derivatives(face):
     """In the parameters and in α, as meta-learning takes them; also where a gradient is 0."""
@@ -145,6 +148,7 @@ def test_clipped_gradients_have_derivatives(face):
         assert_close(derivatives(params, alpha, clip), expected, 1e-10)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_samples_that_are_not_finite_are_dropped(mode, masked):
@@ -166,6 +170,7 @@ def test_samples_that_are_not_finite_are_dropped(mode, masked):
     assert not np.asarray(stats.scales)[~(mask & finite)].any()
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_a_dropped_image_leaves_the_others_alone(mode):
     # Not compared with vmap(grad): in float64 XLA's CPU backend computes the convolutions'
@@ -179,6 +184,7 @@ def test_a_dropped_image_leaves_the_others_alone(mode):
         assert_close(jax.tree.map(lambda g: g * 4 / 3, grads), expected, 1e-10, floor=1e-3)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_all_samples_dropped_or_masked_give_zeros(mode):
     x, y = heavy_batch(3)
@@ -189,6 +195,7 @@ def test_all_samples_dropped_or_masked_give_zeros(mode):
         assert value == 0
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_propagate_lets_it_through(mode):
     x, y = heavy_batch(4)
@@ -199,6 +206,7 @@ def test_propagate_lets_it_through(mode):
     assert jnp.isnan(grads["b"]).all()
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 99])
 @pytest.mark.parametrize("bad", [False, True])
@@ -260,6 +268,7 @@ def test_infinite_threshold_is_the_plain_gradient_and_twice_a_sample_is_no_chang
 # How a loss may be called
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_in_axes_shared_arguments_and_trees(mode):
     x, y = heavy_batch(5)
@@ -297,6 +306,7 @@ def test_aux_and_statistics_of_clipped_grad():
     assert_close(grads, expected_of(PARAMS, (x, y), np.full(5, 0.7))[1], 1e-5)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_vmap_over_seeds(mode):
     batches = [heavy_batch(4, seed) for seed in range(3)]
@@ -396,6 +406,7 @@ USES = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("use", USES)
 def test_any_use_of_a_parameter_is_exact(use, mode):
@@ -408,6 +419,7 @@ def test_any_use_of_a_parameter_is_exact(use, mode):
         assert_close(grads, clipped_mean(stacked, np.full(5, tau)), 1e-10)
 
 
+@pytest.mark.usefixtures("two_passes")
 @given(
     spatial=st.integers(1, 2),
     groups=st.sampled_from([1, 2]),
@@ -460,6 +472,7 @@ def test_embeddings_with_repeated_and_outside_indices(indices, length):
 # Plans
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_parameters_that_do_not_reach_the_loss_have_zero_gradients(mode):
     f = psc.clipped_value_and_grad(
@@ -494,6 +507,7 @@ IN_SCANS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("use", IN_SCANS)
 def test_convolutions_and_look_ups_in_scans(use, mode):
@@ -546,7 +560,6 @@ MEMORY = {  # how many slices, and how many second passes
 }
 
 
-@pytest.mark.as_is
 @pytest.mark.parametrize("what", MEMORY)
 def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypatch):
     outputs, num_slices, num_passes, words = MEMORY[what]
@@ -673,6 +686,7 @@ def test_a_loss_with_effects_is_refused():
         psc.clipped_grad(printing, 1.0)(PARAMS, jnp.ones((2, 3)))
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_debug_effects_run_as_under_vmap_of_grad(mode):
     seen = []
@@ -709,6 +723,7 @@ def test_a_symbolic_number_of_samples_is_refused():
         jax.export.export(run)(jax.ShapeDtypeStruct((n, 3), jnp.float32))
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_a_float8_product_has_the_gradients_of_vmap_of_grad():
     def loss(w, x):
         narrow = [a.astype(jnp.float8_e4m3fn) for a in (x, w)]
@@ -736,6 +751,7 @@ def test_a_float8_product_has_the_gradients_of_vmap_of_grad():
             assert_close(psc.clipped_grad(one, 1.0, mode=mode)(w, x), expected, 1e-5)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="JAX before 0.8 has no mutable references")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loss_may_keep_a_mutable_reference_to_itself(mode):

@@ -139,6 +139,7 @@ def expected_of(stacked, columns, taus):
     return jax.tree.unflatten(jax.tree.structure(stacked), means), norms
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["auto", "one_pass", "two_pass", "vmap"])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 def test_slices_equal_the_formula_on_both_faces(loss, mode):

@@ -63,6 +63,7 @@ FORMS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass", "vmap"])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_vmap_of_grad(form, mode):

@@ -213,6 +213,7 @@ def reference(framework):
         return loss, params, arguments, taus, clipped_mean(stacked, taus)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_each_framework_equals_vmap_of_grad_in_float64(framework, mode):
@@ -380,6 +381,7 @@ def plain_loss(params, x):
     return jnp.square(jnp.tanh(x @ params["w"] + params["b"])).sum()
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass", "vmap"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, np.inf])
 def test_no_nan_is_made_in_passing(mode, threshold):
@@ -393,6 +395,7 @@ def test_no_nan_is_made_in_passing(mode, threshold):
 # Outer derivatives
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize(
     ("mode", "microbatch_size"), [("one_pass", None), ("two_pass", None), ("one_pass", 3)]
 )

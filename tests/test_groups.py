@@ -309,6 +309,7 @@ def test_micro_batches_are_clipped_by_group():
 # One group, and layers
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_one_threshold_is_one_group_bit_by_bit(mode):
     batch, threshold = batch_of(), psc.growing_threshold(0.2, 2.0)

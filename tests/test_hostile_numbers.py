@@ -147,6 +147,7 @@ def leaves_of(expected):
     return [np.asarray(leaf, np.float64) for leaf in leaves]
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "not jitted"])
 @pytest.mark.parametrize(
     "options", [*({"mode": m} for m in MODES), {"microbatch_size": 1}], ids=str
@@ -220,6 +221,7 @@ def test_a_stack_that_fits_is_not_warned_of(recwarn):
     assert not recwarn
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "not jitted"])
 def test_no_sample_at_all_gives_zeros(jit):
     tx = psc.per_sample_clip(1.0)
@@ -234,6 +236,7 @@ def test_no_sample_at_all_gives_zeros(jit):
         assert float(value) == 0.0
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_a_norm_too_small_to_be_told_from_a_traced_threshold_is_counted(mode):
     x = jnp.array([[3e-25, 4e-25], [3, 4]])

@@ -224,6 +224,7 @@ RULES = {
 }
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("loss", LOSSES)
@@ -244,6 +245,7 @@ def test_gradients_and_norms_are_those_of_vmap_of_grad(loss, rule, mode):
         assert_close(grads, clipped_mean(stack, [tau] * 5), 1e-12, floor=1e-3)
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_linear_rules_stay_fast_and_others_say_why_not():
     x, w = jnp.ones((5, 64)), jnp.ones((64, 64))
 

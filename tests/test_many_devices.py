@@ -93,6 +93,7 @@ def in_words(options):
     return "-".join(map(str, options.values()))
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "options",
@@ -118,6 +119,7 @@ def test_sharded_by_jit(layout, options):
         assert_same(f(params, *batch, sample_mask=mask), expected)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("is_set", [False, True], ids=["mesh not set", "mesh set"])
 @pytest.mark.parametrize("layout", ["data parallel", "tensor parallel"])
 @pytest.mark.parametrize("size", [None, 8])
@@ -208,6 +210,7 @@ def specs_of_stats():
     return psc.ClipStats(P("data"), P("data"), P(), P())
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(
@@ -241,6 +244,7 @@ def test_shard_map(options, masked, check_vma):
         assert_same(jax.jit(sharded)(params, *batch, mask), expected)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap])
 def test_an_axis_of_vmap_or_pmap_stands_for_one_of_a_mesh(mapped, mode):
@@ -311,6 +315,7 @@ def scanned_loss(params, i, x):
     return jax.lax.scan(step, params["table"][0], x)[0].sum() * x[0, 0]
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("loss", [row_loss, normalised_loss, scanned_loss])
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_equations_that_are_rewritten_or_computed_vary_as_before(loss, mode):
@@ -374,6 +379,7 @@ def test_what_all_samples_of_a_device_share_varies_the_loss_too():
         jax.eval_shape(sharded, jnp.ones(3), jnp.ones((4, 3)), jnp.ones(8))
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_each_device_clips_its_own_where_parameters_vary_too(mode):
     f = psc.clipped_grad(sequence_loss, THRESHOLD, mode=mode)
@@ -422,6 +428,7 @@ def test_a_stack_that_shard_map_has_summed_is_refused():
 # The zoo
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("layout", ["data parallel", "sharded parameters"])
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", ["alexnet", "gpt_tied", "gpt_scanned", "lstm", "weight_norm"])
@@ -505,7 +512,6 @@ def test_groups_under_shard_map(options):
         assert_same(jax.jit(sharded)(params, batch, jnp.asarray(MASK)), expected)
 
 
-@pytest.mark.as_is
 @pytest.mark.parametrize("name", ["alexnet", "gpt", "lstm"])
 def test_two_passes_send_the_gradient_once_as_users_have_them(name):
     n, layout = 16, "data parallel"
@@ -537,7 +543,6 @@ def plain_gradient(loss):
 # Slices of a sharded batch
 
 
-@pytest.mark.as_is
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize(("n", "size"), [(32, 16), (160, 8)], ids=["unrolled", "in a loop"])
 def test_slices_of_a_sharded_batch_stay_sharded(mode, n, size):

@@ -165,6 +165,7 @@ def arguments():
     return p, jax.random.normal(last, (N, T, D))
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", [*FAST, *EXACT])
 def test_gradients_are_those_of_vmap_of_grad(name, mode):
@@ -194,6 +195,7 @@ TABLES = {
 }
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", TABLES)
 def test_of_a_table_of_positions_only_what_is_added_is_stacked(name, mode):

@@ -71,6 +71,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts(name, mode):
@@ -189,6 +190,7 @@ NOT_CLAIMED = {
 }
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("name", [*RULED, *NOT_CLAIMED])
 def test_rules_of_the_users(name, mode):

@@ -71,6 +71,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass", "vmap"])
 def test_from_the_loss(mode, options):
@@ -116,6 +117,7 @@ def traced(loss, params, *batch, **options):
         return jax.eval_shape(f, params, *batch)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_zoo(name, mode):
@@ -124,6 +126,7 @@ def test_zoo(name, mode):
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, model.params)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.filterwarnings("ignore:the loss of one example takes statistics")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_random_programs(mode):

@@ -133,6 +133,7 @@ def arguments():
     return p, jax.random.normal(keys[2], (N, T, D))
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
 def test_gradients_are_those_of_the_loss(net, mode):
