@@ -34,6 +34,27 @@ def running_programs(pytestconfig):
     return pytestconfig.cache.mkdir(RUNNING_PROGRAMS)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow-share", default="0/1", metavar="I/N", help="every Nth slow test, from the Ith"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if "slow" in item.keywords]
+    left_out = set(slow).difference(in_share(config.getoption("--slow-share"), slow))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def in_share(share, tests):
+    """Every Nth of the tests from the Ith, of a share "I/N"."""
+    first, _, of = share.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and int(first) < int(of)):
+        raise pytest.UsageError(f"--slow-share: expected I/N with 0 <= I < N, got {share!r}")
+    return tests[int(first) :: int(of)]
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not hasattr(config, "cache"):  # with -p no:cacheprovider
         return
