@@ -18,6 +18,7 @@ _FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jaxlib.version.__version_info__ < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in those processes too
 
 # Compiling takes as long as it takes. A failure must be seen again by whoever looks for it; new
 # examples come of `python -m tests.fuzz` and `python -m tests.random_programs`.

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 import psclip_optax as psc
+from tests import slow
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 WIDTH, HEADS, WORDS = 4, 2, 11
@@ -214,8 +215,7 @@ def reference(framework):
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(("framework", "mode"), slow.diagonal(FRAMEWORKS, ["one_pass", "two_pass"]))
 def test_each_framework_equals_vmap_of_grad_in_float64(framework, mode):
     loss, params, arguments, taus, expected = reference(framework)
     with enable_x64(True):
@@ -359,8 +359,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("tree", "mode"), slow.diagonal(TREES, ["one_pass", "two_pass"]))
 def test_plain_trees_come_back_as_they_are(tree, mode):
     params, w_and_b = TREES[tree]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
+from tests import slow
 from tests.numerics import enable_x64
 
 NAN, INF = float("nan"), float("inf")
@@ -147,13 +149,15 @@ def leaves_of(expected):
     return [np.asarray(leaf, np.float64) for leaf in leaves]
 
 
-@pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "not jitted"])
-@pytest.mark.parametrize(
-    "options", [*({"mode": m} for m in MODES), {"microbatch_size": 1}], ids=str
+WAYS = list(
+    itertools.product([*({"mode": mode} for mode in MODES), {"microbatch_size": 1}], [True, False])
 )
-@pytest.mark.parametrize("name", ROWS)
-def test_from_the_loss(name, options, jit):
+
+
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("name", "way"), slow.diagonal(ROWS, WAYS), ids=str)
+def test_from_the_loss(name, way):
+    options, jit = way
     row = ROWS[name]
     with enable_x64(True):
         x = arrays_of(row)
@@ -173,8 +177,7 @@ def test_from_the_loss(name, options, jit):
         np.testing.assert_allclose(value, row.value, rtol=1e-6)
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "not jitted"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "jit"), slow.diagonal(ROWS, [True, False]))
 def test_from_stacked_gradients(name, jit):
     row = ROWS[name]
     with enable_x64(True):

@@ -1,6 +1,7 @@
 """Both faces on 8 virtual devices give what they give on one, and send little between them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import psclip_optax as psc
 from benchmarks.common.collectives import collectives, moving_operations, num_bytes, num_elements
 from benchmarks.zoo.models import ZOO
 from psclip_optax import meshes
+from tests import slow
 from tests.numerics import assert_close, enable_x64, in_float64
 
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # JAX < 0.8
@@ -83,6 +85,16 @@ def finite(stats):
     return stats._replace(norms=jnp.nan_to_num(stats.norms, posinf=-1.0, nan=-1.0))
 
 
+SLICED = [
+    *({"mode": mode} for mode in MODES),
+    {"mode": "one_pass", "microbatch_size": 8},
+    {"mode": "two_pass", "microbatch_size": 8},
+    {"mode": "vmap", "microbatch_size": 8},
+    {"mode": "one_pass", "microbatch_size": 5},
+    {"clip_at": "micro-batch", "microbatch_size": 4},
+]
+
+
 def assert_same(got, expected):
     assert_close(got[:2], expected[:2], 1e-10)
     assert_close(finite(got[2]), finite(expected[2]), 1e-10)
@@ -94,19 +106,7 @@ def in_words(options):
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"mode": mode} for mode in MODES),
-        {"mode": "one_pass", "microbatch_size": 8},
-        {"mode": "two_pass", "microbatch_size": 8},
-        {"mode": "vmap", "microbatch_size": 8},
-        {"mode": "one_pass", "microbatch_size": 5},
-        {"clip_at": "micro-batch", "microbatch_size": 4},
-    ],
-    ids=in_words,
-)
+@pytest.mark.parametrize(("layout", "options"), slow.diagonal(LAYOUTS, SLICED), ids=str)
 def test_sharded_by_jit(layout, options):
     with enable_x64(True):
         params, batch = sequences()
@@ -120,10 +120,10 @@ def test_sharded_by_jit(layout, options):
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("is_set", [False, True], ids=["mesh not set", "mesh set"])
-@pytest.mark.parametrize("layout", ["data parallel", "tensor parallel"])
-@pytest.mark.parametrize("size", [None, 8])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "size", "layout", "is_set"),
+    slow.diagonal(MODES, [None, 8], ["data parallel", "tensor parallel"], [False, True]),
+)
 def test_explicit_mesh(mode, size, layout, is_set):
     with enable_x64(True):
         params, batch = vectors()
@@ -211,20 +211,22 @@ def specs_of_stats():
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(
-    "options",
-    [
-        *({"mode": mode} for mode in MODES),
-        {"mode": "one_pass", "microbatch_size": 1},
-        {"mode": "two_pass", "microbatch_size": 3},
-        {"mode": "vmap", "microbatch_size": 2},
-        {"clip_at": "micro-batch", "microbatch_size": 2},
-    ],
-    ids=in_words,
+    ("options", "masked_and_checked"),
+    slow.diagonal(
+        [
+            *({"mode": mode} for mode in MODES),
+            {"mode": "one_pass", "microbatch_size": 1},
+            {"mode": "two_pass", "microbatch_size": 3},
+            {"mode": "vmap", "microbatch_size": 2},
+            {"clip_at": "micro-batch", "microbatch_size": 2},
+        ],
+        list(itertools.product([True, False], repeat=2)),
+    ),
+    ids=str,
 )
-def test_shard_map(options, masked, check_vma):
+def test_shard_map(options, masked_and_checked):
+    masked, check_vma = masked_and_checked
     build = functools.partial(
         psc.clipped_value_and_grad, sequence_loss, THRESHOLD, return_stats=True, **options
     )
@@ -245,8 +247,7 @@ def test_shard_map(options, masked, check_vma):
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap])
+@pytest.mark.parametrize(("mapped", "mode"), slow.diagonal([jax.vmap, jax.pmap], MODES))
 def test_an_axis_of_vmap_or_pmap_stands_for_one_of_a_mesh(mapped, mode):
     with enable_x64(True):
         params, batch = sequences()
@@ -316,8 +317,10 @@ def scanned_loss(params, i, x):
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("loss", [row_loss, normalised_loss, scanned_loss])
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize(
+    ("loss", "mode"),
+    slow.diagonal([row_loss, normalised_loss, scanned_loss], ["one_pass", "two_pass"]),
+)
 def test_equations_that_are_rewritten_or_computed_vary_as_before(loss, mode):
     with enable_x64(True):
         random = np.random.default_rng(0)
@@ -431,7 +434,9 @@ def test_a_stack_that_shard_map_has_summed_is_refused():
 @pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("layout", ["data parallel", "sharded parameters"])
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("name", ["alexnet", "gpt_tied", "gpt_scanned", "lstm", "weight_norm"])
+@pytest.mark.parametrize(
+    "name", slow.but(["weight_norm"], ["alexnet", "gpt_tied", "gpt_scanned", "lstm", "weight_norm"])
+)
 def test_zoo_is_that_of_one_device_and_sends_no_more_than_a_plain_gradient(name, mode, layout):
     n = 16
     with enable_x64(True):
@@ -512,7 +517,7 @@ def test_groups_under_shard_map(options):
         assert_same(jax.jit(sharded)(params, batch, jnp.asarray(MASK)), expected)
 
 
-@pytest.mark.parametrize("name", ["alexnet", "gpt", "lstm"])
+@pytest.mark.parametrize("name", slow.but(["alexnet"], ["alexnet", "gpt", "lstm"]))
 def test_two_passes_send_the_gradient_once_as_users_have_them(name):
     n, layout = 16, "data parallel"
     model = ZOO[name]("small")
