@@ -8,6 +8,7 @@ from jax import lax
 
 import psclip_optax as psc
 from psclip_optax.engine.routes import tied
+from tests import slow
 from tests.numerics import assert_close, enable_x64, in_all_modes
 
 N, T, D, Q, E = 6, 8, 4, 5, 3
@@ -72,8 +73,7 @@ EXPERTS = {
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(("name", "mode"), slow.diagonal(EXPERTS, ["one_pass", "two_pass"]))
 def test_experts(name, mode):
     loss = lambda p, x: jnp.sum(jnp.sin(EXPERTS[name](p, x))).astype(float)
     with enable_x64(True):
