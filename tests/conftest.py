@@ -1,4 +1,3 @@
-import math
 import os
 
 import jax
@@ -6,7 +5,7 @@ import jaxlib
 import pytest
 from hypothesis import settings
 
-from psclip_optax.engine.modes import two_pass
+from tests import passes
 from tests.fuzz import record
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
@@ -19,6 +18,7 @@ _FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jaxlib.version.__version_info__ < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in those processes too
 
 # Compiling takes as long as it takes. A failure must be seen again by whoever looks for it; new
 # examples come of `python -m tests.fuzz` and `python -m tests.random_programs`.
@@ -33,6 +33,27 @@ RUNNING_PROGRAMS = "running_programs"
 def running_programs(pytestconfig):
     """Where a test writes which program it runs, for an abort of XLA takes the process along."""
     return pytestconfig.cache.mkdir(RUNNING_PROGRAMS)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow-share", default="0/1", metavar="I/N", help="every Nth slow test, from the Ith"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if "slow" in item.keywords]
+    left_out = set(slow).difference(in_share(config.getoption("--slow-share"), slow))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def in_share(share, tests):
+    """Every Nth of the tests from the Ith, of a share "I/N"."""
+    first, _, of = share.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and int(first) < int(of)):
+        raise pytest.UsageError(f"--slow-share: expected I/N with 0 <= I < N, got {share!r}")
+    return tests[int(first) :: int(of)]
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -58,9 +79,8 @@ def few_optimizations(request):
     jax.config.update("jax_disable_most_optimizations", "optimized" not in request.keywords)
 
 
-@pytest.fixture(autouse=True)
-def two_passes_even_where_slices_would_do(request, monkeypatch):
-    """So that small models test them; but not in tests marked `as_is`."""
-    if "as_is" not in request.keywords:
-        monkeypatch.setattr(two_pass, "MOST_SLICES", 0)
-        monkeypatch.setattr(two_pass, "MOST_KEPT", math.inf)
+@pytest.fixture
+def two_passes():
+    """The mode `two_pass` makes two passes, where users of so small a model have slices."""
+    with passes.two_passes():
+        yield

@@ -185,6 +185,7 @@ def stacked_gradients(loss, params, batch):
     return jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0))(params, *batch)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("use", USES)
 def test_computed_weights_are_exact(use):
     loss, parameter, words = USES[use]

@@ -292,6 +292,7 @@ def scanned_loss(params, x):
     return jnp.sin(x).sum()
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_convolutions_in_scans(mode):
     with enable_x64(True):

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
+from tests import slow
 from tests.numerics import assert_close, enable_x64, in_float64
 
 N, L = 6, 3
@@ -139,8 +140,10 @@ def expected_of(stacked, columns, taus):
     return jax.tree.unflatten(jax.tree.structure(stacked), means), norms
 
 
-@pytest.mark.parametrize("mode", ["auto", "one_pass", "two_pass", "vmap"])
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(
+    ("loss", "mode"), slow.diagonal(LOSSES, ["auto", "one_pass", "two_pass", "vmap"])
+)
 def test_slices_equal_the_formula_on_both_faces(loss, mode):
     with enable_x64(True):
         params, batch = in_float64(PARAMS), in_float64(batch_of())

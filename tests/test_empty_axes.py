@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
-from tests.numerics import assert_close, clipped_mean
+from tests.numerics import assert_close, clipped_mean, in_all_modes
 
 
 def ones(*shape):
@@ -63,19 +63,18 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass", "vmap"])
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_are_those_of_vmap_of_grad(form, mode):
+def test_gradients_are_those_of_vmap_of_grad(form):
     function, shape, of_one = FORMS[form]
 
     def loss(p, x):
         return jnp.sum(jnp.sin(function(p["w"], x))) + jnp.sum(p["v"] ** 2)
 
     p, x = {"w": ones(*shape), "v": ones(2)}, ones(4, *of_one)
-    stack = jax.vmap(jax.grad(loss), (None, 0))(p, x)
-    f = psc.clipped_value_and_grad(loss, 0.5, mode=mode, return_stats=True)
-    _, grads, stats = f(p, x)
-    assert_close(grads, clipped_mean(stack, [0.5] * 4), 1e-5, floor=1e-3)
+    stack = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(p, x)
     norms = np.sqrt(sum(np.sum(np.asarray(g).reshape(4, -1) ** 2, 1) for g in stack.values()))
-    np.testing.assert_allclose(stats.norms, norms, rtol=1e-5)
-    assert psc.clipped_value_and_grad(loss, 0.5, mode=mode).explain(p, x).rows
+    for mode, (_, grads, stats) in in_all_modes(loss, 0.5)(p, x).items():
+        assert_close(grads, clipped_mean(stack, [0.5] * 4), 1e-5, floor=1e-3)
+        np.testing.assert_allclose(stats.norms, norms, rtol=1e-5)
+        assert psc.clipped_grad(loss, 0.5, mode=mode).explain(p, x).rows

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 import psclip_optax as psc
+from tests import slow
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 WIDTH, HEADS, WORDS = 4, 2, 11
@@ -213,8 +214,8 @@ def reference(framework):
         return loss, params, arguments, taus, clipped_mean(stacked, taus)
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("framework", "mode"), slow.diagonal(FRAMEWORKS, ["one_pass", "two_pass"]))
 def test_each_framework_equals_vmap_of_grad_in_float64(framework, mode):
     loss, params, arguments, taus, expected = reference(framework)
     with enable_x64(True):
@@ -358,8 +359,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("tree", "mode"), slow.diagonal(TREES, ["one_pass", "two_pass"]))
 def test_plain_trees_come_back_as_they_are(tree, mode):
     params, w_and_b = TREES[tree]
 
@@ -380,6 +380,7 @@ def plain_loss(params, x):
     return jnp.square(jnp.tanh(x @ params["w"] + params["b"])).sum()
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass", "vmap"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, np.inf])
 def test_no_nan_is_made_in_passing(mode, threshold):
@@ -393,6 +394,7 @@ def test_no_nan_is_made_in_passing(mode, threshold):
 # Outer derivatives
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize(
     ("mode", "microbatch_size"), [("one_pass", None), ("two_pass", None), ("one_pass", 3)]
 )

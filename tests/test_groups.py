@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import psclip_optax as psc
+from tests import slow
 from tests.numerics import assert_close, clipped_mean, enable_x64, growing, in_float64
 
 MODES = ["auto", "one_pass", "two_pass", "vmap"]
@@ -176,6 +177,7 @@ def test_groups_equal_the_formula_in_float64(name):
     with enable_x64(True):
         params, batch = in_float64(params), in_float64(batch_of())
         stacked = stacked_of(loss, params, batch)
+        losses = jax.jit(jax.vmap(loss, (None, 0, 0)))(params, *batch)
         expected, norms = expected_of(prefix, stacked), norms_of(prefix, stacked)
         thresholds, *_ = parts_of(prefix, stacked)
         taus = np.stack([taus_of(one, np.arange(1, N + 1)) for one in thresholds], axis=1)
@@ -187,7 +189,7 @@ def test_groups_equal_the_formula_in_float64(name):
             np.testing.assert_allclose(stats.scales, np.minimum(1, taus / norms), rtol=1e-9)
             np.testing.assert_array_equal(stats.num_clipped, (norms > taus).sum(0))
             assert stats.num_nonfinite.shape == ()
-            np.testing.assert_allclose(value, np.mean(jax.vmap(loss, (None, 0, 0))(params, *batch)))
+            np.testing.assert_allclose(value, np.mean(losses))
         updates, state = by_stacking(prefix, stacked, params)
         assert_close(updates, expected, 1e-10)
         np.testing.assert_array_equal(state.num_clipped, (norms > taus).sum(0))
@@ -195,8 +197,7 @@ def test_groups_equal_the_formula_in_float64(name):
         np.testing.assert_allclose(state.max_norm, norms.max(0), rtol=1e-9)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(("mode", "jit"), slow.diagonal(MODES, [False, True]))
 def test_masks_positions_and_slices(mode, jit):
     batch, mask = batch_of(), np.array([1, 0, 1, 1, 0, 1, 1], bool)
     prefix = {"in": psc.growing_threshold(0.2, 1.5), "out": psc.growing_threshold(0.1, 3.0)}
@@ -309,6 +310,7 @@ def test_micro_batches_are_clipped_by_group():
 # One group, and layers
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_one_threshold_is_one_group_bit_by_bit(mode):
     batch, threshold = batch_of(), psc.growing_threshold(0.2, 2.0)
@@ -411,8 +413,7 @@ def test_a_plan_tells_groups_and_why_weights_across_them_have_no_route():
     assert "group" not in str(alone)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "mode"), slow.diagonal(LOSSES, MODES))
 def test_verify_knows_groups(name, mode):
     loss, params, prefix = LOSSES[name]
     assert psc.clipped_grad(loss, prefix, mode=mode).verify(params, *batch_of()).ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import psclip_optax as psc
+from tests import slow
 from tests.numerics import enable_x64
 
 NAN, INF = float("nan"), float("inf")
@@ -147,12 +149,15 @@ def leaves_of(expected):
     return [np.asarray(leaf, np.float64) for leaf in leaves]
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "not jitted"])
-@pytest.mark.parametrize(
-    "options", [*({"mode": m} for m in MODES), {"microbatch_size": 1}], ids=str
+WAYS = list(
+    itertools.product([*({"mode": mode} for mode in MODES), {"microbatch_size": 1}], [True, False])
 )
-@pytest.mark.parametrize("name", ROWS)
-def test_from_the_loss(name, options, jit):
+
+
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("name", "way"), slow.diagonal(ROWS, WAYS), ids=str)
+def test_from_the_loss(name, way):
+    options, jit = way
     row = ROWS[name]
     with enable_x64(True):
         x = arrays_of(row)
@@ -172,8 +177,7 @@ def test_from_the_loss(name, options, jit):
         np.testing.assert_allclose(value, row.value, rtol=1e-6)
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "not jitted"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "jit"), slow.diagonal(ROWS, [True, False]))
 def test_from_stacked_gradients(name, jit):
     row = ROWS[name]
     with enable_x64(True):
@@ -220,6 +224,7 @@ def test_a_stack_that_fits_is_not_warned_of(recwarn):
     assert not recwarn
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "not jitted"])
 def test_no_sample_at_all_gives_zeros(jit):
     tx = psc.per_sample_clip(1.0)
@@ -234,6 +239,7 @@ def test_no_sample_at_all_gives_zeros(jit):
         assert float(value) == 0.0
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_a_norm_too_small_to_be_told_from_a_traced_threshold_is_counted(mode):
     x = jnp.array([[3e-25, 4e-25], [3, 4]])

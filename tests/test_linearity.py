@@ -1,5 +1,7 @@
 """Whether a rule is linear in its cotangent: what is claimed is held against numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax import lax
 
 import psclip_optax as psc
 from psclip_optax.engine.analysis.linearity import unproven_rule, with_cotangents
-from tests.numerics import assert_close, clipped_mean, enable_x64
+from tests.numerics import assert_close, clipped_mean, enable_x64, in_all_modes
 
 
 def with_rule(backward):
@@ -224,26 +226,25 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_and_norms_are_those_of_vmap_of_grad(loss, rule, mode):
+def test_gradients_and_norms_are_those_of_vmap_of_grad(loss, rule):
     rule = with_rule(RULES[rule])
     with enable_x64(True):
         rng = np.random.default_rng(0)
         p = {"w": jnp.asarray(rng.normal(size=(3, 4))), "v": jnp.asarray(rng.normal(size=(4, 3)))}
         x = jnp.asarray(rng.normal(size=(5, 6, 3)))
-        stack = jax.vmap(jax.grad(lambda p, x: loss(rule, p, x)), (None, 0))(p, x)
+        of_rule = functools.partial(loss, rule)
+        stack = jax.jit(jax.vmap(jax.grad(of_rule), (None, 0)))(p, x)
         norms = np.sqrt(sum((np.asarray(g).reshape(5, -1) ** 2).sum(1) for g in stack.values()))
         tau = np.median(norms)
-        f = psc.clipped_value_and_grad(
-            lambda p, x: loss(rule, p, x), tau, mode=mode, return_stats=True
-        )
-        _, grads, stats = f(p, x)
-        np.testing.assert_allclose(stats.norms, norms, rtol=1e-12)
-        assert_close(grads, clipped_mean(stack, [tau] * 5), 1e-12, floor=1e-3)
+        for _, grads, stats in in_all_modes(of_rule, tau)(p, x).values():
+            np.testing.assert_allclose(stats.norms, norms, rtol=1e-12)
+            assert_close(grads, clipped_mean(stack, [tau] * 5), 1e-12, floor=1e-3)
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_linear_rules_stay_fast_and_others_say_why_not():
     x, w = jnp.ones((5, 64)), jnp.ones((64, 64))
 

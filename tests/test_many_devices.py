@@ -1,6 +1,7 @@
 """Both faces on 8 virtual devices give what they give on one, and send little between them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import psclip_optax as psc
 from benchmarks.common.collectives import collectives, moving_operations, num_bytes, num_elements
 from benchmarks.zoo.models import ZOO
 from psclip_optax import meshes
+from tests import slow
 from tests.numerics import assert_close, enable_x64, in_float64
 
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # JAX < 0.8
@@ -83,6 +85,16 @@ def finite(stats):
     return stats._replace(norms=jnp.nan_to_num(stats.norms, posinf=-1.0, nan=-1.0))
 
 
+SLICED = [
+    *({"mode": mode} for mode in MODES),
+    {"mode": "one_pass", "microbatch_size": 8},
+    {"mode": "two_pass", "microbatch_size": 8},
+    {"mode": "vmap", "microbatch_size": 8},
+    {"mode": "one_pass", "microbatch_size": 5},
+    {"clip_at": "micro-batch", "microbatch_size": 4},
+]
+
+
 def assert_same(got, expected):
     assert_close(got[:2], expected[:2], 1e-10)
     assert_close(finite(got[2]), finite(expected[2]), 1e-10)
@@ -93,19 +105,8 @@ def in_words(options):
     return "-".join(map(str, options.values()))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"mode": mode} for mode in MODES),
-        {"mode": "one_pass", "microbatch_size": 8},
-        {"mode": "two_pass", "microbatch_size": 8},
-        {"mode": "vmap", "microbatch_size": 8},
-        {"mode": "one_pass", "microbatch_size": 5},
-        {"clip_at": "micro-batch", "microbatch_size": 4},
-    ],
-    ids=in_words,
-)
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("layout", "options"), slow.diagonal(LAYOUTS, SLICED), ids=str)
 def test_sharded_by_jit(layout, options):
     with enable_x64(True):
         params, batch = sequences()
@@ -118,10 +119,11 @@ def test_sharded_by_jit(layout, options):
         assert_same(f(params, *batch, sample_mask=mask), expected)
 
 
-@pytest.mark.parametrize("is_set", [False, True], ids=["mesh not set", "mesh set"])
-@pytest.mark.parametrize("layout", ["data parallel", "tensor parallel"])
-@pytest.mark.parametrize("size", [None, 8])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(
+    ("mode", "size", "layout", "is_set"),
+    slow.diagonal(MODES, [None, 8], ["data parallel", "tensor parallel"], [False, True]),
+)
 def test_explicit_mesh(mode, size, layout, is_set):
     with enable_x64(True):
         params, batch = vectors()
@@ -208,20 +210,23 @@ def specs_of_stats():
     return psc.ClipStats(P("data"), P("data"), P(), P())
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize(
-    "options",
-    [
-        *({"mode": mode} for mode in MODES),
-        {"mode": "one_pass", "microbatch_size": 1},
-        {"mode": "two_pass", "microbatch_size": 3},
-        {"mode": "vmap", "microbatch_size": 2},
-        {"clip_at": "micro-batch", "microbatch_size": 2},
-    ],
-    ids=in_words,
+    ("options", "masked_and_checked"),
+    slow.diagonal(
+        [
+            *({"mode": mode} for mode in MODES),
+            {"mode": "one_pass", "microbatch_size": 1},
+            {"mode": "two_pass", "microbatch_size": 3},
+            {"mode": "vmap", "microbatch_size": 2},
+            {"clip_at": "micro-batch", "microbatch_size": 2},
+        ],
+        list(itertools.product([True, False], repeat=2)),
+    ),
+    ids=str,
 )
-def test_shard_map(options, masked, check_vma):
+def test_shard_map(options, masked_and_checked):
+    masked, check_vma = masked_and_checked
     build = functools.partial(
         psc.clipped_value_and_grad, sequence_loss, THRESHOLD, return_stats=True, **options
     )
@@ -241,8 +246,8 @@ def test_shard_map(options, masked, check_vma):
         assert_same(jax.jit(sharded)(params, *batch, mask), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap])
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("mapped", "mode"), slow.diagonal([jax.vmap, jax.pmap], MODES))
 def test_an_axis_of_vmap_or_pmap_stands_for_one_of_a_mesh(mapped, mode):
     with enable_x64(True):
         params, batch = sequences()
@@ -311,8 +316,11 @@ def scanned_loss(params, i, x):
     return jax.lax.scan(step, params["table"][0], x)[0].sum() * x[0, 0]
 
 
-@pytest.mark.parametrize("loss", [row_loss, normalised_loss, scanned_loss])
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(
+    ("loss", "mode"),
+    slow.diagonal([row_loss, normalised_loss, scanned_loss], ["one_pass", "two_pass"]),
+)
 def test_equations_that_are_rewritten_or_computed_vary_as_before(loss, mode):
     with enable_x64(True):
         random = np.random.default_rng(0)
@@ -374,6 +382,7 @@ def test_what_all_samples_of_a_device_share_varies_the_loss_too():
         jax.eval_shape(sharded, jnp.ones(3), jnp.ones((4, 3)), jnp.ones(8))
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("mode", MODES)
 def test_each_device_clips_its_own_where_parameters_vary_too(mode):
     f = psc.clipped_grad(sequence_loss, THRESHOLD, mode=mode)
@@ -422,9 +431,12 @@ def test_a_stack_that_shard_map_has_summed_is_refused():
 # The zoo
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("layout", ["data parallel", "sharded parameters"])
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("name", ["alexnet", "gpt_tied", "gpt_scanned", "lstm", "weight_norm"])
+@pytest.mark.parametrize(
+    "name", slow.but(["weight_norm"], ["alexnet", "gpt_tied", "gpt_scanned", "lstm", "weight_norm"])
+)
 def test_zoo_is_that_of_one_device_and_sends_no_more_than_a_plain_gradient(name, mode, layout):
     n = 16
     with enable_x64(True):
@@ -505,8 +517,7 @@ def test_groups_under_shard_map(options):
         assert_same(jax.jit(sharded)(params, batch, jnp.asarray(MASK)), expected)
 
 
-@pytest.mark.as_is
-@pytest.mark.parametrize("name", ["alexnet", "gpt", "lstm"])
+@pytest.mark.parametrize("name", slow.but(["alexnet"], ["alexnet", "gpt", "lstm"]))
 def test_two_passes_send_the_gradient_once_as_users_have_them(name):
     n, layout = 16, "data parallel"
     model = ZOO[name]("small")
@@ -537,7 +548,6 @@ def plain_gradient(loss):
 # Slices of a sharded batch
 
 
-@pytest.mark.as_is
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize(("n", "size"), [(32, 16), (160, 8)], ids=["unrolled", "in a loop"])
 def test_slices_of_a_sharded_batch_stay_sharded(mode, n, size):

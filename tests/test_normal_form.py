@@ -8,7 +8,8 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
-from tests.numerics import assert_close, enable_x64
+from tests import slow
+from tests.numerics import assert_close, enable_x64, in_all_modes
 
 L, D, N, T = 4, 6, 5, 3
 
@@ -165,14 +166,13 @@ def arguments():
     return p, jax.random.normal(last, (N, T, D))
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("name", [*FAST, *EXACT])
-def test_gradients_are_those_of_vmap_of_grad(name, mode):
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize("name", slow.but([*FAST, *EXACT][::3], [*FAST, *EXACT]))
+def test_gradients_are_those_of_vmap_of_grad(name):
     with enable_x64(True):
-        p, x = arguments()
-        loss = loss_of((FAST | EXACT)[name])
-        run = lambda mode: psc.clipped_value_and_grad(loss, 0.05, mode=mode, return_stats=True)
-        assert_close(jax.jit(run(mode))(p, x), jax.jit(run("vmap"))(p, x), 1e-12)
+        results = in_all_modes(loss_of((FAST | EXACT)[name]), 0.05)(*arguments())
+        for mode in ("one_pass", "two_pass"):
+            assert_close(results[mode], results["vmap"], 1e-12)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -194,17 +194,18 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("name", TABLES)
-def test_of_a_table_of_positions_only_what_is_added_is_stacked(name, mode):
+def test_of_a_table_of_positions_only_what_is_added_is_stacked(name):
     loss = lambda p, x: jnp.sum(jnp.sin(x + TABLES[name](p["w"])))
     with enable_x64(True):
         p = {"w": jax.random.normal(jax.random.key(1), (512, D))}
         x = jax.random.normal(jax.random.key(2), (N, T, D))
-        f = psc.clipped_value_and_grad(loss, 0.5, mode=mode, return_stats=True)
-        wanted = psc.clipped_value_and_grad(loss, 0.5, mode="vmap", return_stats=True)(p, x)
-        assert_close(f(p, x), wanted, 1e-12)
-        assert f.explain(p, x).rows[0].extra_bytes <= N * T * D * 8
+        results = in_all_modes(loss, 0.5)(p, x)
+        for mode in ("one_pass", "two_pass"):
+            assert_close(results[mode], results["vmap"], 1e-12)
+            plan = psc.clipped_grad(loss, 0.5, mode=mode).explain(p, x)
+            assert plan.rows[0].extra_bytes <= N * T * D * 8
 
 
 @jax.custom_vjp
@@ -353,8 +354,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("mode", NETS)
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(("name", "mode"), slow.diagonal(WEIGHTS, NETS))
 def test_weights_that_are_computed_anywhere(name, mode):
     with enable_x64(True):
         p, x = arguments()

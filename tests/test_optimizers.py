@@ -5,13 +5,13 @@ import optax
 import pytest
 
 import psclip_optax as psc
-from tests.numerics import assert_close, clipped_mean, enable_x64, growing
+from tests.numerics import assert_close, clipped_mean, enable_x64, growing, heavy_tailed
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array(0.1)}
 
 
 def batch_grads(params, step, n=6):
-    x = jax.random.t(jax.random.key(step), 1.5, (n, 3))
+    x = heavy_tailed(step, (n, 3))
     loss = lambda p, x: jnp.square(jnp.dot(p["w"], x) + p["b"] - x[0])
     return jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, x)
 

@@ -18,7 +18,8 @@ from psclip_optax.training.command import doctor
 
 ROOT = pathlib.Path(__file__).parents[1]
 FORMS = [ROOT / ".github" / "ISSUE_TEMPLATE" / name for name in ("bug.yml", "slow.yml")]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 # A function's docstring begins with a verb, which none of these is.
 NO_VERB = re.compile(
@@ -58,14 +59,32 @@ def test_hooks_run_what_ci_runs_with_the_same_versions():
     pins = {re.sub(r"\[.*\]", "", pin) for pin in PROJECT["optional-dependencies"]["dev"]}
     (local,) = read_yaml(ROOT / ".pre-commit-config.yaml")["repos"]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    names = re.findall(r"^check (lint|format|types) ", script, flags=re.MULTILINE)
-    assert [hook["name"] for hook in local["hooks"]] == names
+    checks = r"^(?:check|begin) (lint|format|types) (.*)$"
+    commands = dict(re.findall(checks, script, flags=re.MULTILINE))
+    assert {hook["name"] for hook in local["hooks"]} == commands.keys()
     for hook in local["hooks"]:
         if hook["language"] == "python":
             assert set(hook["additional_dependencies"]) <= pins
         else:  # of the environment that the extra made
-            assert f"check {hook['name']} {hook['entry']}" in script
+            assert commands[hook["name"]] == hook["entry"]
             assert any(pin.startswith("pyright==") for pin in pins)
+
+
+def test_every_night_all_tests_are_run():
+    options = PYPROJECT["tool"]["pytest"]["ini_options"]["addopts"]
+    assert options.endswith("-m 'not slow'")
+    workflow = read_yaml(ROOT / ".github" / "workflows" / "tests.yml")
+    (night,) = workflow[True]["schedule"]  # YAML's `on`
+    assert night["cron"].endswith("* * *")
+    is_night = "github.event_name == 'schedule'"
+    assert workflow["env"]["TESTS"] == f"${{{{ {is_night} && 'slow or not slow' || 'not slow' }}}}"
+    runs = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
+    tests = [run for run in runs if "pytest" in run or ".ci/" in run]
+    assert f".ci/run ${{{{ {is_night} && '--all' || '' }}}}" in tests
+    assert len(tests) == 3
+    assert all('-m "$TESTS"' in run for run in tests if ".ci/run" not in run)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)

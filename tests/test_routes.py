@@ -8,7 +8,8 @@ from jax import lax
 
 import psclip_optax as psc
 from psclip_optax.engine.routes import tied
-from tests.numerics import assert_close, enable_x64
+from tests import slow
+from tests.numerics import assert_close, enable_x64, in_all_modes
 
 N, T, D, Q, E = 6, 8, 4, 5, 3
 
@@ -71,8 +72,8 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("name", "mode"), slow.diagonal(EXPERTS, ["one_pass", "two_pass"]))
 def test_experts(name, mode):
     loss = lambda p, x: jnp.sum(jnp.sin(EXPERTS[name](p, x))).astype(float)
     with enable_x64(True):
@@ -189,18 +190,19 @@ NOT_CLAIMED = {
 }
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("name", [*RULED, *NOT_CLAIMED])
-def test_rules_of_the_users(name, mode):
+def test_rules_of_the_users(name):
     net = (RULED | NOT_CLAIMED)[name]
     loss = lambda p, x: jnp.sum(jnp.sin(net(p, x)))
     with enable_x64(True):
         p, x = arguments()
         p = {"k": p["k"]}
-        run = lambda mode: psc.clipped_value_and_grad(loss, 2.0, mode=mode, return_stats=True)
-        assert_close(jax.jit(run(mode))(p, x), jax.jit(run("vmap"))(p, x), 1e-12)
-        routes = {row.route for row in run(mode).explain(p, x).rows}
-        assert routes == {"custom"} or name not in RULED
+        results = in_all_modes(loss, 2.0)(p, x)
+        for mode in ("one_pass", "two_pass"):
+            assert_close(results[mode], results["vmap"], 1e-12)
+            plan = psc.clipped_grad(loss, 2.0, mode=mode).explain(p, x)
+            assert {row.route for row in plan.rows} == {"custom"} or name not in RULED
 
 
 def test_a_rule_that_is_not_known_does_not_stack_all_samples():

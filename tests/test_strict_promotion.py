@@ -11,14 +11,14 @@ import pytest
 
 import psclip_optax as psc
 from benchmarks.zoo.models import ZOO
-from tests.numerics import assert_close, enable_x64
+from tests import slow
+from tests.numerics import assert_close, enable_x64, heavy_tailed
 from tests.random_programs.drawing import draw_program
 from tests.random_programs.program import MIXTURES
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.3], [-0.7, 1.1]]), "b": jnp.zeros(2, jnp.bfloat16)}
 N = 8
-KEYS = jax.random.split(jax.random.key(0), 2)
-BATCH = jax.random.t(KEYS[0], 1.5, (N, 3)), jax.random.t(KEYS[1], 1.5, (N,))
+BATCH = jnp.asarray(heavy_tailed(0, (N, 3))), jnp.asarray(heavy_tailed(1, (N,)))
 MASK = jnp.arange(N) != 3
 THRESHOLDS = {
     "number": 1.0,
@@ -71,9 +71,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass", "vmap"])
-def test_from_the_loss(mode, options):
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("name", "mode"), slow.diagonal(OPTIONS, ["one_pass", "two_pass", "vmap"]))
+def test_from_the_loss(name, mode):
+    options = OPTIONS[name]
     f = psc.clipped_value_and_grad(loss, THRESHOLDS["growing"], mode=mode, **options)
 
     def run():
@@ -116,14 +117,15 @@ def traced(loss, params, *batch, **options):
         return jax.eval_shape(f, params, *batch)
 
 
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.usefixtures("two_passes")
+@pytest.mark.parametrize(("name", "mode"), slow.diagonal(ZOO, ["one_pass", "two_pass"]))
 def test_zoo(name, mode):
     model = ZOO[name]("small")
     _, grads = traced(model.loss, model.params, *model.batch(3), mode=mode)
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, model.params)
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.filterwarnings("ignore:the loss of one example takes statistics")
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_random_programs(mode):

@@ -11,7 +11,7 @@ from jax.extend import core
 
 import psclip_optax as psc
 from psclip_optax.engine.analysis.unit_axes import without_unit_axes
-from tests.numerics import assert_close, clipped_mean, enable_x64
+from tests.numerics import assert_close, clipped_mean, enable_x64, in_all_modes
 
 N, T, D, V = 3, 4, 6, 7
 
@@ -133,24 +133,24 @@ def arguments():
     return p, jax.random.normal(keys[2], (N, T, D))
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
-def test_gradients_are_those_of_the_loss(net, mode):
+def test_gradients_are_those_of_the_loss(net):
     with enable_x64(True):
         p, x = arguments()
-        f = psc.clipped_value_and_grad(loss_of(net), 0.5, mode=mode)
-        _, gradient = jax.jit(f)(p, x)
-        stacked = jax.vmap(jax.grad(loss_of(net)), in_axes=(None, 0))(p, x)
-        assert_close(gradient, clipped_mean(stacked, np.full(N, 0.5)), 1e-10)
+        stacked = jax.jit(jax.vmap(jax.grad(loss_of(net)), in_axes=(None, 0)))(p, x)
+        for _, gradient, _ in in_all_modes(loss_of(net), 0.5)(p, x).values():
+            assert_close(gradient, clipped_mean(stacked, np.full(N, 0.5)), 1e-10)
 
 
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
 def test_the_loss_is_the_same_function(net):
     p, x = arguments()
     traced = jax.make_jaxpr(loss_of(net))(p, x[0])
-    changed = core.jaxpr_as_fun(without_unit_axes(traced))
+    changed = jax.jit(core.jaxpr_as_fun(without_unit_axes(traced)))
+    loss = jax.jit(loss_of(net))
     for example in x:
-        assert_close(changed(*jax.tree.leaves(p), example)[0], loss_of(net)(p, example), 1e-6)
+        assert_close(changed(*jax.tree.leaves(p), example)[0], loss(p, example), 1e-6)
 
 
 @pytest.mark.parametrize("net", [dense, normalized, attention, looked_up])

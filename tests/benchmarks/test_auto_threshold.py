@@ -7,6 +7,7 @@ import psclip_optax as psc
 from benchmarks.thresholds import auto_rules, auto_threshold
 
 
+@pytest.mark.slow
 def test_quick_run_writes_its_table_and_figure_and_is_not_repeated(tmp_path, capsys, monkeypatch):
     auto_threshold.main(out=tmp_path, runs=tmp_path / "runs", quick=True)
     (row,) = json.loads((tmp_path / "auto_threshold.json").read_text())["rows"]

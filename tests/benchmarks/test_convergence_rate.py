@@ -22,6 +22,7 @@ def refuse(*_):
     raise AssertionError("a finished cell was computed again")
 
 
+@pytest.mark.slow
 def test_quick_run_writes_tables_and_figure_and_goes_on_from_its_cells(
     tmp_path, capsys, monkeypatch
 ):
@@ -120,7 +121,7 @@ def test_largest_curvature_is_found_along_the_way():
 
 def directions(threshold: float) -> dict[str, np.ndarray]:
     """Of each method by NumPy, of gradients [n, d]."""
-    gradients = np.asarray(jax.random.t(jax.random.key(2), 1.5, (40, 5)), np.float64)
+    gradients = numerics.heavy_tailed(2, (40, 5)).astype(np.float64)
     mean = gradients.mean(axis=0)
     norm = np.linalg.norm(mean)
     return {

@@ -44,6 +44,7 @@ def finished(tmp_path_factory):
     return out, first.stdout, json.loads((out / "engine.json").read_text())
 
 
+@pytest.mark.slow
 def test_writes_every_figure_of_every_mode(finished):
     out, printed, result = finished
     machine = result["settings"]["machine"]
@@ -73,6 +74,7 @@ def test_writes_every_figure_of_every_mode(finished):
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_one_pass_with_plain(finished):
     points = [row for row in finished[2]["rows"] if row["experiment"] == "n"]
     assert [row["samples"] for row in points] == [2, 4]
@@ -82,6 +84,7 @@ def test_a_sweep_compares_one_pass_with_plain(finished):
     assert finished[2]["summary"]["largest_per_smallest_ratio"]["n of mlp"] >= 1
 
 
+@pytest.mark.slow
 def test_finished_models_are_not_measured_again(finished):
     out, printed, result = finished
     assert printed.count("Measuring") == 4

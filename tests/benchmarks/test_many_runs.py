@@ -109,6 +109,7 @@ def trained_together(names, data: Data, setting: Setting):
     return runs, many_runs.train_together(runs, data, CLASSES, len(RUNS))
 
 
+@pytest.mark.slow
 def test_runs_together_are_runs_alone(data):
     runs, records = trained_together(RUNS, data, SETTING)
     for run, record in zip(runs, records, strict=True):
@@ -232,6 +233,7 @@ def test_no_chunk_is_begun_after_the_time(data, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("benchmark", "words"),
     [

@@ -230,6 +230,7 @@ def test_peak_is_what_a_step_adds():
 # The command
 
 
+@pytest.mark.slow
 def test_peers_of_the_main_environment_agree(tmp_path):
     peers = ["--models", "gpt", "--peers", "ours", "optax"]
     first = command(tmp_path, *peers)
@@ -245,6 +246,7 @@ def test_peers_of_the_main_environment_agree(tmp_path):
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not importable: {', '.join(MISSING)}")
+@pytest.mark.slow
 def test_all_peers_agree(tmp_path):
     peers = [key for key in PEERS if key != "fastdp" or importlib.util.find_spec("fastDP")]
     done = command(tmp_path)

@@ -7,18 +7,17 @@ import time
 import warnings
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import psclip_optax as psc
-from psclip_optax.engine.modes import two_pass
 from tests.fuzz.command import NO_REFERENCE, Outcome, Source, shower
 from tests.fuzz.groups import clipped_by_group, errors_by_group, norms_of, taus_of
 from tests.fuzz.programs import Program, draw_program, every_equation
 from tests.numerics import clipped_mean, enable_x64
+from tests.passes import two_passes
 from tests.random_programs.checks import NoReferenceError, compiled, reduced, relative_error
 from tests.random_programs.program import MODES, NUM_SAMPLES, Run
 
@@ -119,9 +118,7 @@ def check(
 ) -> Outcome:
     """Compares what `clip` gives in all modes, and maybe by group, with the reference."""
     started = time.perf_counter()
-    # Two passes even where slices would do, as in all programs as small as these.
-    two_passes = mock.patch.multiple(two_pass, MOST_SLICES=0, MOST_KEPT=math.inf)
-    with enable_x64(True), warnings.catch_warnings(), two_passes:
+    with enable_x64(True), warnings.catch_warnings(), two_passes():
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")
         try:
             errors, tolerance = _checked(program, clip, by_group)

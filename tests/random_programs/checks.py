@@ -9,16 +9,15 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import psclip_optax as psc
-from psclip_optax.engine.modes import two_pass
 from tests.fuzz.command import NO_REFERENCE, Outcome
 from tests.numerics import clipped_mean, enable_x64, growing
+from tests.passes import two_passes
 from tests.random_programs.program import (
     BETA,
     FLOOR,
@@ -205,9 +204,7 @@ def check(
     started = time.perf_counter()
     mixture, checks = MIXTURES[program.mixture], checks_of(program.seed)
     errors, routes = {}, {}
-    # Two passes even where slices would do, as in all programs as small as these.
-    two_passes = mock.patch.multiple(two_pass, MOST_SLICES=0, MOST_KEPT=math.inf)
-    with enable_x64(mixture.has_float64), warnings.catch_warnings(), two_passes:
+    with enable_x64(mixture.has_float64), warnings.catch_warnings(), two_passes():
         # What is random may look like batch statistics of one sample.
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")
         try:

@@ -33,7 +33,10 @@ def command(out: pathlib.Path, **flags: Any) -> list[str]:
 
 
 def start(argv: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    # One device each, whatever the shell says.
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    changed = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | changed
     return subprocess.Popen(
         argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -45,6 +45,7 @@ def uninterrupted(tmp_path_factory) -> pathlib.Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(uninterrupted: pathlib.Path, tmp_path: pathlib.Path):
     moments = random.Random(0)
     out, killed = tmp_path / "run", 0
@@ -96,6 +97,7 @@ def needs_leave_to(mount: str) -> None:
         pytest.skip(f"needs leave to mount, as in: {mount}")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_one_line_and_room_lets_it_go_on(tmp_path: pathlib.Path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -47,6 +47,7 @@ def assert_same_run(out: pathlib.Path, expected: pathlib.Path):
         np.testing.assert_allclose(*([r[k] for k in numbers] for r in (a, b)), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
 def test_processes_train_as_one(number: int, alone: pathlib.Path, tmp_path: pathlib.Path):
     printed = assert_all_succeed(start_together(number, tmp_path))
@@ -56,6 +57,7 @@ def test_processes_train_as_one(number: int, alone: pathlib.Path, tmp_path: path
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "who"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSTOP, 1)]
 )
@@ -80,6 +82,7 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on_from_its_checkpoint
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change(alone: pathlib.Path, tmp_path: pathlib.Path):
     running = start(command(tmp_path, checkpoint_every=1))
     wait_until(lambda: (tmp_path / "checkpoints" / "3" / "digests.json").exists())
@@ -89,6 +92,7 @@ def test_the_number_of_processes_may_change(alone: pathlib.Path, tmp_path: pathl
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_process_that_stays_alone_says_so(tmp_path: pathlib.Path):
     started = time.monotonic()
     first, second = start_together(2, tmp_path, distributed_timeout=5)
@@ -101,6 +105,7 @@ def test_a_process_that_stays_alone_says_so(tmp_path: pathlib.Path):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_all_processes_end_where_another_run_is_writing(tmp_path: pathlib.Path):
     with held_alone(tmp_path):
         complaints = []

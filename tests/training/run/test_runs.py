@@ -29,6 +29,7 @@ from psclip_optax.training.run.trainer import (
     dropout_key,
     training_batches,
 )
+from tests import slow
 from tests.training.run.test_checkpoints import flip_a_bit
 
 NUM_STEPS = 10
@@ -105,7 +106,7 @@ def finished(tmp_path_factory) -> RunResult:
     return run(tiny(tmp_path_factory.mktemp("finished") / "run"))[0]
 
 
-@pytest.mark.parametrize("at_step", [4, NUM_STEPS])
+@pytest.mark.parametrize("at_step", slow.but([4], [4, NUM_STEPS]))
 def test_killed_run_goes_on_to_the_same_bits(
     finished: RunResult, at_step: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -125,7 +126,9 @@ def test_killed_run_of_all_randomness_goes_on_to_the_same_bits(
     assert_same_run(resumed, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_at": "micro-batch", "accumulate": 4}])
+@pytest.mark.parametrize(
+    "options", slow.but([{}], [{}, {"clip_at": "micro-batch", "accumulate": 4}])
+)
 def test_killed_run_of_an_automatic_threshold_goes_on_to_the_same_bits(
     options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -139,6 +142,7 @@ def test_killed_run_of_an_automatic_threshold_goes_on_to_the_same_bits(
     assert len(set(scales)) == NUM_STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"clip_at": "micro-batch", "accumulate": 4}])
 def test_killed_run_without_an_alpha_goes_on_to_the_same_bits(
     options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -384,7 +388,9 @@ def test_dropout_is_a_function_of_seed_step_and_position():
     assert all(other != pytest.approx(loss(batch), rel=1e-3) for other in others)
 
 
-@pytest.mark.parametrize("method", ["sgd", "batch-clip", "ps-clip-constant", "ps-clip-auto"])
+@pytest.mark.parametrize(
+    "method", slow.but(["ps-clip-auto"], ["sgd", "batch-clip", "ps-clip-constant", "ps-clip-auto"])
+)
 def test_other_methods_train_too(method: str, tmp_path: pathlib.Path):
     config = tiny(tmp_path, pixel_df=None, dropout=0.0, steps=40, alpha=10.0)
     run(TrainConfig(**vars(config) | {"width": 0.1, "log_every": 10, "checkpoint_every": 40}))
