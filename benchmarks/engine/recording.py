@@ -1,4 +1,4 @@
-"""Measures what it costs to record every sample of a training.
+"""What does it cost to record every sample of a training?
 
     python -m benchmarks.engine.recording
 
