@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -72,6 +74,12 @@ def test_a_folder_of_training_imports_those_before_it_alone(folder):
 def test_folders_of_training_are_those_in_order():
     folders = {path.parent.name for path in (PACKAGE / "training").glob("*/__init__.py")}
     assert folders == set(FOLDERS)
+
+
+def test_an_import_starts_no_backend():
+    """For what is set afterwards, such as a number of devices, would be refused."""
+    set_afterwards = "import psclip_optax, psclip_optax.training, jax; jax.config.update('jax_num_cpu_devices', 2)"
+    subprocess.run([sys.executable, "-c", set_afterwards], check=True, timeout=120)
 
 
 def test_benchmarks_import_no_tests():

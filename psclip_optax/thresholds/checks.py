@@ -40,7 +40,7 @@ def check_number(
     is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
     if not (isinstance(value, int | float) or is_array) or not is_numeric(dtype_of(value)):
         raise TypeError(f"{owner} expects a real number as `{name}`, got {value!r}")
-    if np.shape(value) or jnp.iscomplexobj(value):
+    if np.shape(value) or jnp.issubdtype(dtype_of(value), jnp.complexfloating):
         raise ValueError(
             f"{owner} expects a real scalar as `{name}`, got {described(value)}; for one threshold "
             "per sample pass a callable, `lambda k: taus[k - 1]`"
