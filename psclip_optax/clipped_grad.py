@@ -105,9 +105,9 @@ def clipped_value_and_grad(
       reduction: "mean" divides by N. "sum" gives $\sum_k \gamma_k g_k$, which a sample that is
         added to the batch or taken out of it moves by at most its τ_k, so long as it leaves the
         others their thresholds, as constant ones do (by group, by $\sqrt{\sum_j \tau_{kj}^2}$ over
-        the groups j; a micro-batch, by its number of samples times its τ_j). That is the
-        sensitivity which noise for differential privacy is scaled to. The value stays the mean
-        loss.
+        the groups j; a micro-batch, by its number of samples times its τ_j), and one that is
+        replaced by at most twice that. That is the sensitivity which noise for differential privacy
+        is scaled to. The value stays the mean loss, which no threshold bounds.
       norm_precision: the `jax.lax.Precision` of the products that norms are made of; None takes
         JAX's default, as the loss does. A CPU's default is exact; a TPU's has bfloat16 operands, an
         NVIDIA GPU's TF32, and `jax.lax.Precision.HIGHEST` those of float32, at up to six times the

@@ -214,6 +214,47 @@ def check_before_or_after(names: Names) -> None:
     assert_close(names["grads"], expected, 1e-4)
 
 
+def check_private(names: Names) -> None:
+    """The recipe's run is jax_privacy's own, and ε is what dp_accounting says of it."""
+    import dp_accounting
+    from jax_privacy import batch_selection, clipping
+
+    x, y, clip_norm, tx = (names[name] for name in ("x", "y", "clip_norm", "tx"))
+    theirs = clipping.clipped_grad(
+        names["loss"], l2_clip_norm=clip_norm, batch_argnums=(1, 2), keep_batch_dim=False
+    )
+
+    @jax.jit
+    def step(params: Any, opt_state: Any, x: Any, y: Any, mask: Any) -> Any:
+        summed = theirs(params, x, y, is_padding_example=~mask)
+        updates, opt_state = tx.update(summed, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = names["start"], tx.init(names["start"])
+    for chosen in names["sampling"].batch_iterator(len(x), rng=0):
+        padded = batch_selection.pad_to_multiple_of(chosen, 32)
+        params, opt_state = step(params, opt_state, x[padded], y[padded], padded >= 0)
+    assert_close(names["params"], jax.tree.map(np.asarray, params), 1e-4)
+    # Some noise is in it, and the sum moves by no more than what theirs says.
+    whole, fewer = (names["f"](names["start"], x[i:], y[i:]) for i in (0, 1))
+    noisy, _ = names["noise"].update(whole, names["noise"].init(whole))
+    stddev = names["noise_multiplier"] * clip_norm
+    added = np.concatenate(
+        [np.ravel(leaf) for leaf in jax.tree.leaves(optax.tree.sub(noisy, whole))]
+    )
+    assert np.std(added) == pytest.approx(stddev, rel=0.2)
+    moved = float(optax.tree.norm(optax.tree.sub(whole, fewer)))
+    first = jax.grad(names["loss"])(names["start"], x[0], y[0])
+    assert moved == pytest.approx(min(clip_norm, float(optax.tree.norm(first))), rel=1e-3)
+    assert moved <= theirs.sensitivity() * (1 + 1e-5)
+    step_event = dp_accounting.PoissonSampledDpEvent(
+        names["batch_size"] / len(x), dp_accounting.GaussianDpEvent(names["noise_multiplier"])
+    )
+    accountant = dp_accounting.pld.PLDAccountant().compose(step_event, names["num_steps"])
+    epsilon = names["accountant"].compute_epsilon(names["num_steps"], names["privacy"])
+    assert epsilon == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+
+
 CHECKS: dict[str, Callable[[Names], None]] = {
     "Flax Linen, a step of your own": check_linen,
     "Flax Linen, the train step of this package": check_linen,
@@ -234,5 +275,6 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "bfloat16": check_bfloat16,
     "float16 with dynamic loss scaling": check_float16,
     "From jax_privacy": check_before_or_after,
+    "A private step": check_private,
     "From optax.contrib.differentially_private_aggregate": check_before_or_after,
 }
