@@ -39,6 +39,8 @@ def writing_tensorboard(
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Writes records as events: scalars, named by their kind, and the histogram of the norms.
 
+    What is of a group of parameters has its name behind that of the figure.
+
     Events that the folder holds already are void: what a run that goes on keeps is written anew,
     so that TensorBoard shows what metrics.jsonl holds.
 
@@ -73,9 +75,12 @@ def writing_tensorboard(
 
 def _write(writer: Any, record: dict[str, Any], start: float) -> None:
     kind, when = record["kind"], (record["step"], start + record["seconds"])
-    for name, value in record.items():
-        if name not in _AXES and isinstance(value, int | float) and np.isfinite(value):
-            writer.add_scalar(f"{kind}/{name}", value, *when)
+    figures = {f"{kind}/{name}": value for name, value in record.items() if name not in _AXES}
+    for group, own in record.get("groups", {}).items():
+        figures |= {f"{kind}/{name}/{group}": value for name, value in own.items()}
+    for tag, value in figures.items():
+        if isinstance(value, int | float) and np.isfinite(value):
+            writer.add_scalar(tag, value, *when)
     counts = record.get("norm_histogram")
     if counts:
         _write_histogram(writer, f"{kind}/log2_norm", counts, when)

@@ -100,7 +100,8 @@ def gradient_function(
         how it becomes gradients. Or what this function returned.
       **options: `threshold` is a number, a threshold such as `psclip_optax.growing_threshold`, or
         an adaptive one such as `psclip_optax.moment_threshold()`, whose state is that of a
-        [`psclip_optax.track_norms`][] of the same rule in the optimizer. It replaces the one that
+        [`psclip_optax.track_norms`][] of the same rule in the optimizer; or a tree prefix of the
+        parameters with one of these for each group. It replaces the one that
         `clipped_value_and_grad` was given; without either it is
         [`psclip_optax.auto_threshold`][], that of a `track_norms()`.
 
@@ -108,7 +109,8 @@ def gradient_function(
         threshold, for one that is scheduled or tuned.
 
         `return_norms`, False by default: whether "norms" is among the metrics, float [n] (of
-        micro-batches one for each), the gradient norms before clipping; NaN for padding.
+        micro-batches one for each) or by group [n, groups], the gradient norms before clipping; NaN
+        for padding.
 
         `return_samples`, False by default: whether "samples" is among the metrics, a dict of
         "loss", "norm" and "scale", float [n] each, of each sample in this step; NaN for padding.

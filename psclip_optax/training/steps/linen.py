@@ -53,7 +53,8 @@ def linen_train_step(
       Metrics are scalars: "loss" and, leaf by leaf, "aux", means over the samples that count and
       whose loss is finite; where samples are clipped also the
       figures of [`psclip_optax.transforms.PerSampleClipState`][], and "clipped_share"; with an
-      adaptive threshold "threshold_scale", τ_1 of this step. Means over no sample are 0.
+      adaptive threshold "threshold_scale", τ_1 of this step. Means over no sample are 0. Where
+      gradients are clipped by group, figures of the clipping are [groups].
 
     Raises:
       ValueError: On unknown `gradients` or options, or a threshold where it has no use; in the

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from psclip_optax.clipped_grad import ClippedValueAndGrad, clipped_value_and_grad
 from psclip_optax.clipping import ClipStats, batch_figures, beside
-from psclip_optax.groups import in_groups_of
+from psclip_optax.groups import has_rules, in_groups_of, is_prefix, is_threshold, rule_by_group
 from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.tracking import state_for_batch
 from psclip_optax.training.steps.batch import (
@@ -143,6 +143,8 @@ def clipped(
         counts = batch.counts()
         units = options.unit(counts.size).counting(counts)
         threshold, rule = threshold_from(opt_state), None
+        if has_rules(threshold):
+            threshold = rule_by_group(threshold)
         if isinstance(threshold, AdaptiveThreshold):
             rule = threshold
             threshold = _threshold_of(rule, opt_state, units, value_and_grad)
@@ -157,7 +159,7 @@ def clipped(
             figures["samples"] = _samples(stats, logs["loss"], counts)
         if rule is None:
             return Computed(logs, gradients, {}, figures)
-        figures["threshold_scale"] = threshold(jnp.ones(1, int))[0]
+        figures["threshold_scale"] = _first_thresholds(threshold)
         extra_args = {"norms": stats.norms, "sample_mask": units}
         return Computed(logs, gradients, extra_args, figures)
 
@@ -172,6 +174,13 @@ def _threshold_of(
     limits = in_groups_of(rule.threshold(state), jnp.inf)
     measure = lambda: value_and_grad(threshold=limits)[-1].norms  # noqa: E731
     return rule.threshold(state_for_batch(rule, state, measure, units))
+
+
+def _first_thresholds(threshold: Any) -> jax.Array:
+    """τ_1, or of a tree of thresholds those of all groups."""
+    of_groups = jax.tree.leaves(threshold, is_leaf=is_threshold)
+    first = jnp.stack([own(jnp.ones(1, int))[0] for own in of_groups])
+    return first if is_prefix(threshold) else first[0]
 
 
 def _figures(stats: Any, units: jax.Array) -> Metrics:
