@@ -14,8 +14,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import psclip_optax as psc
+from benchmarks.common.collectives import num_elements
+from psclip_optax import groups
+from psclip_optax.training import linen_train_step
 from tests.numerics import assert_close, clipped_mean, growing
 
 Names = dict[str, Any]
@@ -113,6 +117,51 @@ def check_gpt(names: Names) -> None:
     _, grads, *_ = names["step"](params, KEEPING.init(params), tokens, mask)
     # Keys' biases have a gradient of 0, but for rounding.
     assert_close(grads, expected, 1e-3, floor=1e-2)
+
+
+def check_fsdp(names: Names) -> None:
+    """Devices that share parameters and batch do what one device does, and what stacking does."""
+    assert jax.device_count() == names["mesh"].size == 8
+    params, rules, tokens, loss = (names[name] for name in ("params", "rules", "tokens", "loss"))
+    tx = optax.chain(psc.track_norms(rules), KEEPING)
+
+    def result(place: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
+        state = TrainState.create(apply_fn=loss, params=jax.tree.map(jnp.copy, params), tx=tx)
+        step = linen_train_step(psc.clipped_value_and_grad(loss), threshold=rules)
+        state, metrics = step(place(state), tokens)
+        return state.opt_state[1], metrics
+
+    grads, metrics = result(
+        lambda state: jax.device_put(state, jax.tree.map(names["sharded"], state)), tokens
+    )
+    placed = names["state"].params
+    for leaf in jax.tree.leaves([placed, names["state"].opt_state[1][0].mu]):
+        assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+    once = psc.clipped_value_and_grad(
+        loss,
+        jax.tree.map(lambda _: 1.0, rules, is_leaf=groups.is_threshold),
+        return_stats=True,
+        on_nonfinite="propagate",  # without a loop that may make a pass again
+    )
+    assert all(row.is_fused for row in once.explain(placed, tokens).rows)
+    mean_loss = lambda params, tokens: jax.vmap(loss, (None, 0))(params, tokens).mean()
+    sent, by_plain = (
+        num_elements(jax.jit(f).lower(placed, tokens).compile().as_text())
+        for f in (once, jax.value_and_grad(mean_loss))
+    )
+    assert by_plain > 0
+    assert sent <= 1.02 * by_plain + 32 * len(tokens) * 6, f"{sent} against {by_plain}"
+
+    names["gathered"] = lambda tree: tree
+    jax.clear_caches()  # of what was traced with a mesh
+    alone = jax.device_put(tokens, jax.devices()[0])
+    expected, expected_metrics = result(lambda state: state, alone)
+    assert_close(grads, jax.tree.map(np.asarray, expected), 1e-4)
+    for name, figures in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], figures, rtol=1e-4, err_msg=name)
+    stacked = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, alone)
+    clip = psc.per_sample_clip(rules)
+    assert_close(grads, clip.update(stacked, clip.init(params))[0], 1e-4)
 
 
 def check_batched(names: Names) -> None:
@@ -263,6 +312,7 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "Equinox": check_equinox,
     "Haiku, and a random key for each sample": check_haiku,
     "A GPT training loop": check_gpt,
+    "Thresholds for each layer, under FSDP": check_fsdp,
     "A batched loss, left as it is": check_batched,
     "AdamW": check_adamw,
     "Muon": check_step,
