@@ -29,6 +29,7 @@ from psclip_optax.training.data.splits import Dataset
 from psclip_optax.training.models.classifiers import build_model
 
 Arrays: TypeAlias = tuple[Any, ...]
+IMAGES_IN_BATCH, WINDOWS_IN_BATCH = 32, 16
 LENGTH = 64  # characters that are predicted in a window
 HELD_OUT = 0.1  # of the text, for validation and as much for the test
 WEIGHT_DECAY = 1e-3
@@ -47,7 +48,8 @@ class Task:
       examples: (key, *arrays) → the loss's arguments, by which images are shifted and mirrored.
       held_out: the loss's arguments, by "validation" and "test".
       optimizer: without its learning rate.
-      rates: of the method that clips nothing.
+      steps: of the runs that are tested; of trials half as many.
+      rates: where the threshold is about the norm.
       feels_scale: whether a step is as long as its gradient; then rates are raised where
         thresholds are small.
       described: what a finished run says of the data and the model.
@@ -61,6 +63,7 @@ class Task:
     examples: Callable[..., Arrays]
     held_out: dict[str, Arrays]
     optimizer: optax.GradientTransformation
+    steps: int
     rates: tuple[float, ...]
     feels_scale: bool
     described: dict[str, Any]
@@ -77,7 +80,7 @@ def indices(num_examples: int, batch_size: int, seed: int, steps: int) -> Iterat
         order = order[batch_size:]
 
 
-def alexnet(dataset: Dataset, width: float, batch_size: int, num_validation: int) -> Task:
+def alexnet(dataset: Dataset, width: float, num_validation: int, steps: int) -> Task:
     """AlexNet with momentum SGD under the noises of the other comparisons."""
     data = load_data(dataset, num_validation)
     model = build_model("alexnet", dataset.num_classes, width=width)
@@ -85,7 +88,7 @@ def alexnet(dataset: Dataset, width: float, batch_size: int, num_validation: int
 
     def batches(condition: str, seed: int, steps: int) -> Iterator[Arrays]:
         own = corrupted(data.train, NOISES[condition], dataset.num_classes, seed)
-        for chosen in indices(len(images), batch_size, seed, steps):
+        for chosen in indices(len(images), IMAGES_IN_BATCH, seed, steps):
             yield images[chosen], own.labels[chosen], own.factors[chosen]
 
     def examples(key: jax.Array, images: Any, labels: Any, factors: Any) -> Arrays:
@@ -105,9 +108,10 @@ def alexnet(dataset: Dataset, width: float, batch_size: int, num_validation: int
         examples=examples,
         held_out=held_out,
         optimizer=optax.trace(0.9),
-        rates=(0.01, 0.03, 0.1),
+        steps=steps,
+        rates=(0.005, 0.015, 0.05),
         feels_scale=True,
-        described={"data": dataset.name, "width": width, "batch_size": batch_size},
+        described={"data": dataset.name, "width": width, "batch_size": IMAGES_IN_BATCH},
     )
 
 
@@ -117,7 +121,7 @@ def corpus() -> str:
     return "\n\n".join(dict.fromkeys(text.split("\n\n")))
 
 
-def language_model(dim: int, layers: int, batch_size: int) -> Task:
+def language_model(dim: int, layers: int, steps: int) -> Task:
     """A GPT with AdamW on the characters of a text, whose last fifth is held out."""
     text = corpus()
     vocabulary = sorted(set(text))
@@ -135,7 +139,7 @@ def language_model(dim: int, layers: int, batch_size: int) -> Task:
     def batches(condition: str, seed: int, steps: int) -> Iterator[Arrays]:
         del condition
         windows = np.lib.stride_tricks.sliding_window_view(training, LENGTH + 1)
-        for chosen in indices(len(windows), batch_size, seed, steps):
+        for chosen in indices(len(windows), WINDOWS_IN_BATCH, seed, steps):
             yield (windows[chosen],)
 
     return Task(
@@ -147,6 +151,7 @@ def language_model(dim: int, layers: int, batch_size: int) -> Task:
         examples=lambda key, windows: (windows,),
         held_out={"validation": (side_by_side(validation),), "test": (side_by_side(test),)},
         optimizer=optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY)),
+        steps=steps,
         rates=(0.001, 0.003, 0.01),
         feels_scale=False,
         described={
@@ -154,7 +159,7 @@ def language_model(dim: int, layers: int, batch_size: int) -> Task:
             "characters": len(text),
             "dim": dim,
             "layers": layers,
-            "batch_size": batch_size,
+            "batch_size": WINDOWS_IN_BATCH,
         },
     )
 
