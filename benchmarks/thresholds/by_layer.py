@@ -25,17 +25,25 @@ import numpy as np
 import optax
 import tyro
 from jax import lax
-from matplotlib.figure import Figure
-from rich.table import Table
 
 import psclip_optax as psc
 from benchmarks.cifar100.many_runs import as_json
 from benchmarks.cifar100.tuned import enlarged_digits, raised
 from benchmarks.common.cache import RunsCache
-from benchmarks.common.machine import describe, describe_machine
-from benchmarks.common.publishing import RESULTS, markdown_table, publish
-from benchmarks.common.statistics import describe_difference, describe_mean, paired_difference
-from benchmarks.common.style import tidy
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.common.statistics import paired_difference
+from benchmarks.thresholds.by_layer_report import (
+    ALL,
+    ALL_AUTO,
+    LAYER,
+    LAYER_AUTO,
+    NOTE,
+    PAIRS,
+    draw,
+    to_chosen_table,
+    to_table,
+)
 from benchmarks.thresholds.by_layer_tasks import Task, alexnet, language_model
 from psclip_optax.groups import in_groups_of
 from psclip_optax.thresholds.tracking import as_adaptive
@@ -45,11 +53,6 @@ from psclip_optax.training.data.datasets import load_dataset
 THRESHOLDS = (0.3, 2.0)
 AUTOMATIC = 0.5  # where the automatic threshold lies, in these units
 EVALUATED_TOGETHER = 500
-NOTE = (
-    "Test accuracy (of the GPT: share of the characters that are named rightly) in %, mean ± "
-    "standard error over seeds that chose nothing; differences of clipping by layer are paired by "
-    "seed, with 95% intervals (Student's t)."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +96,12 @@ def automatic_by_layer(params: Any, threshold: Any) -> Any:
     return dict.fromkeys(params, psc.auto_threshold())
 
 
-ALL, LAYER = "one threshold", "by layer"
-ALL_AUTO, LAYER_AUTO = "one threshold, automatic", "by layer, automatic"
 METHODS = {
     ALL: Method(lambda params, threshold: psc.constant_threshold(threshold), THRESHOLDS),
     LAYER: Method(psc.by_layer, THRESHOLDS),
     ALL_AUTO: Method(lambda params, threshold: psc.auto_threshold(), (AUTOMATIC,)),
     LAYER_AUTO: Method(automatic_by_layer, (AUTOMATIC,)),
 }
-PAIRS = {LAYER: ALL, LAYER_AUTO: ALL_AUTO}
-COLOURS = {LAYER: "#0072B2", LAYER_AUTO: "#D55E00"}
 
 
 class Point(NamedTuple):
@@ -239,7 +238,7 @@ def run_condition(task: Task, condition: str, options: Options, cache: RunsCache
     def found(run: Run) -> dict[str, Any]:
         return cache.once(run.described(task), functools.partial(train, task, run))
 
-    def tuned(method: str) -> tuple[Point, list[dict[str, Any]]]:
+    def chosen(method: str) -> tuple[Point, list[dict[str, Any]]]:
         trials = {
             point: found(Run("tune", method, condition, point, task.steps // 2, 0))
             for point in points_of(task, method)
@@ -249,7 +248,7 @@ def run_condition(task: Task, condition: str, options: Options, cache: RunsCache
 
     rows = {}
     for method in METHODS:
-        point, trials = tuned(method)
+        point, trials = chosen(method)
         runs = [
             found(Run("final", method, condition, point, task.steps, seed))
             for seed in range(1, options.seeds + 1)
@@ -273,71 +272,6 @@ def run_condition(task: Task, condition: str, options: Options, cache: RunsCache
             for ours, other in PAIRS.items()
         },
     }
-
-
-def to_rows(result: dict[str, Any]) -> list[list[str]]:
-    """A line a condition, under a header."""
-    header = ["training data", ALL, LAYER, "difference", ALL_AUTO, LAYER_AUTO, "difference"]
-    rows = [header]
-    for row in result["rows"]:
-        cells = [row["label"]]
-        for ours, other in PAIRS.items():
-            cells += [describe_mean(row["methods"][m]["accuracies"]) for m in (other, ours)]
-            cells.append(describe_difference(row["differences"][ours]))
-        rows.append(cells)
-    return rows
-
-
-def to_table(result: dict[str, Any]) -> Table:
-    header, *rows = to_rows(result)
-    table = Table(title=describe(result["machine"]), caption=NOTE, caption_justify="left")
-    for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place else "left")
-    for cells in rows:
-        table.add_row(*cells)
-    return table
-
-
-def to_chosen_table(result: dict[str, Any]) -> Table:
-    table = Table(title="chosen: learning rate, threshold in first median norms; share clipped")
-    for name in ("training data", *METHODS):
-        table.add_column(name)
-    for row in result["rows"]:
-        table.add_row(row["label"], *map(describe_chosen, row["methods"].values()))
-    return table
-
-
-def describe_chosen(own: dict[str, Any]) -> str:
-    shares = [sum(of_group) / len(of_group) for of_group in zip(*own["clipped"], strict=True)]
-    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
-    clipped = f"{low}%" if low == high else f"{low}–{high}%"
-    return f"{own['chosen']['rate']:.3g}, {own['chosen']['threshold']:g}; {clipped}"
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    return markdown_table(to_rows(result))
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """One row a condition, one mark a kind of threshold: by layer against one for all."""
-    rows = result["rows"]
-    figure = Figure(figsize=(9, 1.8 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for place, (name, colour) in enumerate(COLOURS.items()):
-        own = [row["differences"][name] for row in rows]
-        means = [100 * difference["mean"] for difference in own]
-        half = [100 * (d["interval"][1] - d["interval"][0]) / 2 for d in own]
-        heights = [i + 0.2 * (place - 0.5) for i in range(len(rows))]
-        style: Any = {"color": colour, "marker": "os"[place], "linestyle": "none", "capsize": 3}
-        axes.errorbar(means, heights, xerr=half, label=f"{name} − {PAIRS[name]}", **style)
-    axes.axvline(0, color="#666666", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("Test accuracy by layer, difference in percentage points (95%)")
-    tidy(axes)
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False)
-    figure.suptitle(describe(result["machine"]), fontsize=10)
-    return figure
 
 
 def build_tasks(options: Options) -> Iterator[tuple[Task, str]]:

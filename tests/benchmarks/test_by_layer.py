@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.thresholds import by_layer, by_layer_tasks
+from benchmarks.thresholds import by_layer, by_layer_report, by_layer_tasks
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_quick_run_writes_its_table_and_figure_and_is_not_repeated(tmp_path, cap
     assert row["label"] in capsys.readouterr().out
     monkeypatch.setattr(by_layer, "train", lambda *_: pytest.fail("trained again"))
     by_layer.main(options)
-    assert by_layer.to_markdown(result).count("\n") == 3
+    assert by_layer_report.to_markdown(result).count("\n") == 3
 
 
 def test_thresholds_are_in_units_of_the_whole_gradients_first_norms(gpt):
@@ -49,6 +49,27 @@ def test_thresholds_are_in_units_of_the_whole_gradients_first_norms(gpt):
     for name, median in medians.items():
         ordered = np.sort(norms[name])
         assert ordered[7] * 0.98 <= median <= ordered[8] * 1.02
+
+
+def test_sentences_are_of_the_intervals():
+    def row(task, *differences):
+        own = {"losses": [1.0, 3.0]}
+        return {
+            "task": task,
+            "label": task,
+            "methods": dict.fromkeys(by_layer.METHODS, own),
+            "differences": {
+                ours: {"interval": interval}
+                for ours, interval in zip(by_layer.PAIRS, differences, strict=True)
+            },
+        }
+
+    rows = [row("GPT", [0.1, 0.2], [-1, 1]), row("AlexNet", [-0.2, -0.1], [-2, 1])]
+    better, worse, neither, bits = by_layer_report.sentences({"rows": rows})
+    assert better == "By layer, above one threshold: GPT"
+    assert worse == "By layer, below one threshold: AlexNet"
+    assert neither.endswith("not distinguishable from one threshold, automatic: GPT; AlexNet")
+    assert bits.startswith(f"Bits a character of the held-out text: {2 / np.log(2):.3f} one")
 
 
 def test_learning_rates_are_raised_where_a_step_is_as_long_as_its_gradient(gpt):
