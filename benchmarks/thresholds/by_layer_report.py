@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.cifar100 import tuned
+from benchmarks.cifar100.alexnet_cifar100 import FAILED
 from benchmarks.common.machine import describe
 from benchmarks.common.publishing import markdown_table
 from benchmarks.common.statistics import describe_difference, describe_mean
@@ -73,7 +74,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
-    """Where clipping by layer is better, worse, or neither, by the intervals; the GPT's loss."""
+    """Where clipping by layer is better, worse, or neither; trials that failed; the GPT's loss."""
     found = [
         f"{ours[0].upper()}{ours[1:]}, {word} {other}: {'; '.join(labels)}"
         for ours, other in PAIRS.items()
@@ -85,7 +86,39 @@ def sentences(result: dict[str, Any]) -> list[str]:
         f"{statistics.fmean(own['losses']) / math.log(2):.3f} {name}"
         for name, own in row["methods"].items()
     )
-    return [*found, f"Bits a character of the held-out text: {'; '.join(bits)}"]
+    return [
+        *found,
+        describe_failures([other for other in result["rows"] if other is not row]),
+        describe_edges(result["rows"]),
+        f"Bits a character of the held-out text: {'; '.join(bits)}",
+    ]
+
+
+def describe_failures(rows: list[dict[str, Any]]) -> str:
+    """How many of the classifier's trials end no better than chance."""
+    trials = {
+        name: [
+            trial["accuracy"] < FAILED for row in rows for trial in row["methods"][name]["trials"]
+        ]
+        for name in rows[0]["methods"]
+    }
+    told = (f"{sum(failed)} of {len(failed)} {name}" for name, failed in trials.items())
+    return f"Trials of AlexNet that end no better than chance: {'; '.join(told)}"
+
+
+def describe_edges(rows: list[dict[str, Any]]) -> str:
+    """How many winners with constant thresholds lie where their grid ends."""
+    winners = [row["methods"][name] for row in rows for name in (ALL, LAYER)]
+    smallest = outermost = 0
+    for own in winners:
+        chosen, trials = own["chosen"], own["trials"]
+        rates = [t["rate"] for t in trials if t["threshold"] == chosen["threshold"]]
+        smallest += chosen["threshold"] == min(trial["threshold"] for trial in trials)
+        outermost += chosen["rate"] in (min(rates), max(rates))
+    return (
+        f"Of {len(winners)} winners with constant thresholds {smallest} have the smaller one, and "
+        f"{outermost} the lowest or highest learning rate beside it: wider grids may do better"
+    )
 
 
 def draw(result: dict[str, Any]) -> Figure:

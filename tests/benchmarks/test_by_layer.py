@@ -53,7 +53,9 @@ def test_thresholds_are_in_units_of_the_whole_gradients_first_norms(gpt):
 
 def test_sentences_are_of_the_intervals():
     def row(task, *differences):
-        own = {"losses": [1.0, 3.0]}
+        points = [(0.01, 1, 2), (0.02, 1, 3), (0.0, 1, 4), (0.0, 2, 4)]
+        trials = [{"accuracy": a, "threshold": t, "rate": r} for a, t, r in points]
+        own = {"losses": [1.0, 3.0], "trials": trials, "chosen": {"threshold": 1, "rate": 3}}
         return {
             "task": task,
             "label": task,
@@ -65,10 +67,14 @@ def test_sentences_are_of_the_intervals():
         }
 
     rows = [row("GPT", [0.1, 0.2], [-1, 1]), row("AlexNet", [-0.2, -0.1], [-2, 1])]
-    better, worse, neither, bits = by_layer_report.sentences({"rows": rows})
+    better, worse, neither, failures, edges, bits = by_layer_report.sentences({"rows": rows})
     assert better == "By layer, above one threshold: GPT"
     assert worse == "By layer, below one threshold: AlexNet"
     assert neither.endswith("not distinguishable from one threshold, automatic: GPT; AlexNet")
+    assert failures.startswith(
+        "Trials of AlexNet that end no better than chance: 3 of 4 one threshold"
+    )
+    assert edges.startswith("Of 4 winners with constant thresholds 4 have the smaller one, and 0 ")
     assert bits.startswith(f"Bits a character of the held-out text: {2 / np.log(2):.3f} one")
 
 
