@@ -314,8 +314,10 @@ def _check_folder(out: pathlib.Path, config: TrainConfig) -> None:
 
 def _check_same_run(path: pathlib.Path, config: dict[str, Any]) -> None:
     try:
-        # Of a run that knew of no groups there is one.
-        before = {"clip_groups": "all"} | json.loads(path.read_text(encoding="utf-8"))["config"]
+        # What a run of an earlier version knew nothing of.
+        before = {"clip_groups": "all", "record_samples": False} | json.loads(
+            path.read_text(encoding="utf-8")
+        )["config"]
     except FileNotFoundError as error:
         raise UsageError(f"--resume: no run in {path.parent}, {path.name} is missing") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -188,10 +188,12 @@ def test_tensorboard_shows_each_group(pair: dict[str, pathlib.Path]):
             assert found[f"train/{figure}/{name}", record["step"]] == pytest.approx(own[figure])
 
 
-def test_a_run_that_knew_of_no_groups_goes_on_with_all(pair: dict[str, pathlib.Path]):
+def test_a_run_of_an_earlier_version_goes_on_with_all_groups_together(
+    pair: dict[str, pathlib.Path],
+):
     path = pair["all"] / "config.json"
     content = json.loads(path.read_text())
-    del content["config"]["clip_groups"]
+    del content["config"]["clip_groups"], content["config"]["record_samples"]
     path.write_text(json.dumps(content))
     same: dict[str, Any] = {"method": "ps-clip-median", "tensorboard": True, "resume": True}
     run(tiny(pair["all"], **same))
