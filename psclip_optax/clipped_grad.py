@@ -163,8 +163,9 @@ def clipped_value_and_grad(
         batch, or taking it out, moves the sum by at most its τ_k, as long as the thresholds of the
         other samples stay the same (constant ones do). By group the bound is
         $\sqrt{\sum_j \tau_{kj}^2}$ over the groups j; for a micro-batch it is its number of samples
-        times its τ_j. Noise for differential privacy is scaled to this sensitivity. The value
-        stays the mean loss.
+        times its τ_j. Replacing a sample by another moves the sum by at most twice as much. Noise
+        for differential privacy is scaled to this sensitivity. The value stays the mean loss, which
+        no threshold bounds.
       norm_precision: the `jax.lax.Precision` of the products that norms are computed from; None
         takes JAX's default, as the loss does. That is exact on a CPU, but rounds the operands to
         bfloat16 on a TPU and to TF32 on an NVIDIA GPU. `jax.lax.Precision.HIGHEST` has operands in

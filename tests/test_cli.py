@@ -96,6 +96,14 @@ def test_help_lists_the_options(command: str, options: str, capsys):
             ["--clip-at: expected sample or micro-batch with --method ps-clip-auto, got batch"],
         ),
         (
+            ["train", "--method", "sgd", "--clip-groups", "leaf"],
+            ["--clip-groups: expected all with --method sgd, got leaf", "--method ps-clip"],
+        ),
+        (
+            ["train", "--clip-at", "batch", "--clip-groups", "layer", "--alpha", "1"],
+            ["--clip-groups: expected all with --clip-at batch, got layer", "micro-batch"],
+        ),
+        (
             ["train", "--method", "ps-clip-auto", "--beta", "3"],
             ["--beta: expected a number in [1, 2] with --method ps-clip-auto, got 3.0"],
         ),

@@ -14,6 +14,7 @@ from benchmarks.common.cache import RunsCache
 from benchmarks.common.statistics import describe_difference, paired_difference
 from benchmarks.engine import cost
 from benchmarks.peers import report
+from benchmarks.thresholds import by_layer_report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,6 +64,21 @@ def test_intervals_of_the_tail_index_are_those_of_the_committed_measurement():
 def test_page_of_results_is_that_of_the_committed_measurements():
     page = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
     assert page == summary.page()
+
+
+def test_thresholds_by_layer_are_those_of_the_committed_measurement():
+    rows = json.loads((ROOT / "benchmarks/results/by_layer.json").read_text())["rows"]
+    (text,) = (row for row in rows if row["task"] == "GPT")
+    difference = describe_difference(text["differences"][by_layer_report.LAYER])
+    assert f"With constant thresholds the GPT is *below* by {difference} points" in WHEN
+    others = [
+        difference
+        for row in rows
+        for name, difference in row["differences"].items()
+        if row is not text or name == by_layer_report.LAYER_AUTO
+    ]
+    assert len(others) >= 5
+    assert all(low < 0 < high for low, high in (own["interval"] for own in others))
 
 
 @ON_BOTH_PAGES

@@ -606,12 +606,17 @@ def test_a_sum_of_micro_batches_is_the_number_of_samples_times_their_mean():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_sample_moves_a_sum_by_at_most_its_threshold(mode):
+@pytest.mark.parametrize("threshold", [0.3, psc.by_layer(PARAMS, 0.3)], ids=["one", "by layer"])
+def test_a_sample_moves_a_sum_by_at_most_its_threshold(mode, threshold):
     x, y = batch_of()
-    f = psc.clipped_grad(LOSS, 0.3, mode=mode, reduction="sum")
-    whole, fewer = f(PARAMS, x, y), f(PARAMS, x[1:], y[1:])
+    f = psc.clipped_grad(LOSS, threshold, mode=mode, reduction="sum", return_stats=True)
+    (whole, stats), (fewer, _) = f(PARAMS, x, y), f(PARAMS, x[1:], y[1:])
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, whole, fewer))
-    assert moved <= 0.3 + 1e-6
+    assert moved == pytest.approx(0.3, abs=1e-6)
+    assert (stats.scales[0] < 1).all()  # of the sample that is left out, in each group
+    replaced = f(PARAMS, x.at[0].set(-x[0]), y.at[0].set(-y[0]))[0]
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, whole, replaced))
+    assert moved <= 2 * 0.3 + 1e-6
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")

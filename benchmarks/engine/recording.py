@@ -145,7 +145,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(out: pathlib.Path = RESULTS, repeats: int = 21, quick: bool = False) -> None:
-    """What does it cost to record every sample of a training?
+    """Measures what it costs to record every sample of a training.
 
     Args:
       out: where recording.json is written.

@@ -52,6 +52,12 @@ ROWS = [
         "--method ps-clip, ps-clip-constant, ps-clip-auto or ps-clip-median",
     ),
     Row(
+        lambda: check(method="batch-clip", clip_groups="layer"),
+        UsageError,
+        "--clip-groups: expected all with --method batch-clip, got layer; leave it out, or take "
+        "--method ps-clip, ps-clip-constant, ps-clip-auto or ps-clip-median",
+    ),
+    Row(
         lambda: check(method="ps-clip-median", alpha=2.0),
         UsageError,
         "--alpha: expected none with --method ps-clip-median, got 2.0; leave it out, or take "

@@ -528,6 +528,26 @@ def test_adaptive_threshold_of_tracked_norms_is_that_of_the_stacked_face(train_s
         assert figures.keys() == stacked.keys()
 
 
+def test_rules_by_group_of_tracked_norms_are_those_of_the_stacked_face():
+    sgd = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
+    rules = jax.tree.map(lambda _: adaptive_rule(), linen_state(sgd).params)
+    batches = list(heavy_tailed_batches(np.float32))
+    tx = optax.chain(psc.track_norms(rules), sgd)
+    got, _, metrics = trained(linen_train_step, tx, batches, threshold=rules, return_norms=True)
+    stacked_tx = optax.chain(psc.per_sample_clip(rules), sgd)
+    expected, _, stacked_metrics = trained(linen_train_step, stacked_tx, batches)
+    assert_relative_error(got, expected, 1e-5)
+    number = len(jax.tree.leaves(rules, is_leaf=lambda x: isinstance(x, psc.AdaptiveThreshold)))
+    assert number > 1
+    for figures, stacked in zip(metrics[1:], stacked_metrics[1:], strict=True):
+        assert figures.pop("norms").shape == (len(batches[0][0]), number)
+        scales = figures.pop("threshold_scale")
+        assert scales.shape == (number,)
+        assert len(set(scales.tolist())) == number
+        np.testing.assert_array_equal(figures["num_clipped"], stacked["num_clipped"])
+        assert figures.keys() == stacked.keys()
+
+
 def test_adaptive_threshold_of_micro_batches_follows_their_norms():
     rule = psc.min_norm_threshold()
     tx = optax.chain(psc.track_norms(rule), optax.sgd(1.0))

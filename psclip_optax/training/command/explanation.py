@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 from psclip_optax.clipped_grad import clipped_value_and_grad
 from psclip_optax.engine.explain import Plan
 from psclip_optax.training.config.checks import check_config
-from psclip_optax.training.config.commands import ExplainConfig, TaskConfig
+from psclip_optax.training.config.commands import ExplainConfig, ModelConfig, TaskConfig
 from psclip_optax.training.data.datasets import dataset_shape
 from psclip_optax.training.models.losses import classification_loss
+from psclip_optax.training.run.groups import parameter_groups
 from psclip_optax.training.run.methods import build_gradients
 from psclip_optax.training.run.trainer import build_task_model
 
@@ -23,7 +25,7 @@ def explain(config: ExplainConfig) -> Plan:
     Nothing is trained or downloaded, as a plan needs shapes alone.
 
     Args:
-      config: names model, dataset, batch size and engine.
+      config: names model, dataset, batch size, engine and what is clipped together.
 
     Returns:
       The plan of `clipped_value_and_grad(…).explain`, to be printed. It is for one slice where the
@@ -46,10 +48,12 @@ def explain(config: ExplainConfig) -> Plan:
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["params"])
     keys = (jax.random.split(jax.random.key(0), n),) if has_dropout else ()
     # Options of the train step that choose the threshold do not change the plan.
-    options = build_gradients("ps-clip", TaskConfig(**vars(config)))
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    options = build_gradients("ps-clip", TaskConfig(**own))
+    groups = parameter_groups(config.clip_groups, params)
     value_and_grad = clipped_value_and_grad(
         classification_loss(model, dropout=has_dropout),
-        math.inf,
+        math.inf if groups is None else jax.tree.map(lambda _: math.inf, groups),
         has_aux=True,
         mode=options["mode"],
         microbatch_size=options["microbatch_size"],

@@ -69,6 +69,9 @@ _RANGES = {
 }
 
 
+_CLIPPING_SAMPLES = "--method ps-clip, ps-clip-constant, ps-clip-auto or ps-clip-median"
+
+
 def check_config(config: Config) -> None:
     """Checks every number before any work starts.
 
@@ -130,8 +133,7 @@ def _check_training(config: TrainConfig) -> None:
     if config.clip_at != "sample" and not config.method.startswith("ps-clip"):
         raise UsageError(
             f"--clip-at: expected sample with --method {config.method}, got {config.clip_at}; "
-            "leave it out, or take --method ps-clip, ps-clip-constant, ps-clip-auto or "
-            "ps-clip-median"
+            f"leave it out, or take {_CLIPPING_SAMPLES}"
         )
     if config.record_samples and not (
         config.method.startswith("ps-clip") and config.clip_at == "sample"
@@ -141,6 +143,8 @@ def _check_training(config: TrainConfig) -> None:
             f"got --method {config.method} --clip-at {config.clip_at}; to record momentum SGD, "
             "clip nothing by --method ps-clip --alpha inf"
         )
+    if config.clip_groups != "all":
+        _check_groups(config)
     if config.method == "ps-clip-auto" and not 1 <= config.beta <= 2:
         raise UsageError(
             f"--beta: expected a number in [1, 2] with --method ps-clip-auto, got {config.beta}"
@@ -148,6 +152,19 @@ def _check_training(config: TrainConfig) -> None:
     if config.method in ("ps-clip-auto", "ps-clip-median"):
         _check_following(config)
     _check_processes(config)
+
+
+def _check_groups(config: TrainConfig) -> None:
+    if not config.method.startswith("ps-clip"):
+        beside, other = f"--method {config.method}", _CLIPPING_SAMPLES
+    elif config.clip_at == "batch":
+        beside, other = "--clip-at batch", "--clip-at sample or micro-batch"
+    else:
+        return
+    raise UsageError(
+        f"--clip-groups: expected all with {beside}, got {config.clip_groups}; leave it out, or "
+        f"take {other}"
+    )
 
 
 def _check_following(config: TrainConfig) -> None:

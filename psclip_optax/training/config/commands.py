@@ -28,6 +28,7 @@ MethodName: TypeAlias = Literal[
 ScheduleName: TypeAlias = Literal["cosine", "constant"]
 EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAtName: TypeAlias = Literal["sample", "micro-batch", "batch"]
+ClipGroupsName: TypeAlias = Literal["all", "layer", "leaf"]
 
 # Fields that may change when a run goes on, as none of them changes the parameters.
 FREE_FIELDS = {
@@ -127,6 +128,8 @@ class TrainConfig(TaskConfig):
     """Learning rate."""
     alpha: float | None = None
     """α of ps-clip, without which it is ps-clip-median; 1 by default of the others' thresholds."""
+    clip_groups: ClipGroupsName = "all"
+    """What ps-clip clips together: all parameters, those of each layer, or each array alone."""
     steps: int = 1000
     """Updates to make."""
     eval_every: int = 100
@@ -213,6 +216,8 @@ class ExplainConfig(ModelConfig):
 
     clip_at: Literal["sample", "micro-batch"] = "sample"
     """What ps-clip clips: each sample's gradient, or each micro-batch's mean."""
+    clip_groups: ClipGroupsName = "all"
+    """What ps-clip clips together: all parameters, those of each layer, or each array alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ grid share one compiled step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from psclip_optax.groups import has_rules
 from psclip_optax.thresholds import (
     AdaptiveThreshold,
     Threshold,
@@ -59,14 +61,15 @@ class Method(NamedTuple):
       label: name in tables and figures.
       has_threshold: whether it clips.
       has_momentum: whether it is SGD with momentum that follows the clipping.
-      clip: (threshold, β) → the first link of the chain, for gradients of the mean loss.
+      clip: threshold → the first link of the chain, for gradients of the mean loss; None for
+        methods that clip samples.
       threshold: (threshold, β) → the threshold of each sample; None for methods that clip none.
     """
 
     label: str
     has_threshold: bool
     has_momentum: bool
-    clip: Callable[[Any, Any], optax.GradientTransformation]
+    clip: Callable[[Any], optax.GradientTransformation] | None = None
     threshold: Callable[[Any, Any], Threshold | AdaptiveThreshold[Any]] | None = None
 
 
@@ -85,50 +88,37 @@ def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _no_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
-    del threshold, beta
+def _no_clip(threshold: Any) -> optax.GradientTransformation:
+    del threshold
     return _recorded_norm(jnp.inf)
 
 
-def _batch_clip(threshold: Any, beta: Any) -> optax.GradientTransformation:
-    del beta
+def _batch_clip(threshold: Any) -> optax.GradientTransformation:
     return optax.chain(_recorded_norm(threshold), optax.clip_by_global_norm(threshold))
-
-
-def _clipped_already(threshold: Any, beta: Any) -> optax.GradientTransformation:
-    del threshold, beta
-    return optax.identity()
-
-
-def _following_the_norms(threshold: Any, beta: Any) -> AdaptiveThreshold[Any]:
-    return moment_threshold(beta, scale=threshold)
-
-
-def _tracked_norms(threshold: Any, beta: Any) -> optax.GradientTransformation:
-    return track_norms(_following_the_norms(threshold, beta))
 
 
 METHODS: dict[MethodName, Method] = {
     "sgd": Method("SGD", False, False, _no_clip),
     "momentum": Method("momentum SGD", False, True, _no_clip),
     "batch-clip": Method("batch clipping", True, True, _batch_clip),
-    "ps-clip": Method("per-sample clipping", True, True, _clipped_already, growing_threshold),
+    "ps-clip": Method("per-sample clipping", True, True, threshold=growing_threshold),
     "ps-clip-constant": Method(
         "per-sample clipping, constant",
         True,
         True,
-        _clipped_already,
-        lambda threshold, beta: constant_threshold(threshold),
+        threshold=lambda threshold, beta: constant_threshold(threshold),
     ),
     "ps-clip-auto": Method(
-        "per-sample clipping, automatic", True, True, _tracked_norms, _following_the_norms
+        "per-sample clipping, automatic",
+        True,
+        True,
+        threshold=lambda threshold, beta: moment_threshold(beta, scale=threshold),
     ),
     "ps-clip-median": Method(
         "per-sample clipping, running median",
         True,
         True,
-        lambda threshold, beta: track_norms(),
-        lambda threshold, beta: auto_threshold(),
+        threshold=lambda threshold, beta: auto_threshold(),
     ),
 }
 
@@ -177,12 +167,26 @@ def method_of_alpha(name: MethodName, alpha: float | None) -> MethodName:
     return "ps-clip-median" if name == "ps-clip" and alpha is None else name
 
 
-def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
+def _limits(threshold: Callable[[Any, Any], Any], numbers: Any, groups: Any) -> Any:
+    """Makes the samples' threshold, or a tree of shares of it, or of rules, one for each group."""
+    given = threshold(numbers["threshold"], numbers["beta"])
+    if groups is None:
+        return given
+    if not isinstance(given, AdaptiveThreshold):
+        # So that a clipped gradient is no longer than under the threshold for all parameters.
+        share = numbers["threshold"] / math.sqrt(len(jax.tree.leaves(groups)))
+        given = threshold(share, numbers["beta"])
+    return jax.tree.map(lambda _: given, groups)
+
+
+def build_gradients(name: MethodName, config: TaskConfig, groups: Any = None) -> dict[str, Any]:
     """Builds the gradients that a method's optimizer takes.
 
     Args:
       name: one of `METHODS`.
       config: names the engine, what is clipped, and in how many micro-batches.
+      groups: a tree prefix of the parameters, whose leaves are clipped apart; None for all
+        together.
 
     Returns:
       Arguments for `linen_train_step`. The threshold comes from the optimizer's state.
@@ -197,9 +201,8 @@ def build_gradients(name: MethodName, config: TaskConfig) -> dict[str, Any]:
     if threshold is None:
         return size | {"gradients": "mean"}
 
-    def threshold_from(opt_state: Any) -> Threshold | AdaptiveThreshold[Any]:
-        numbers = opt_state.hyperparams
-        return threshold(numbers["threshold"], numbers["beta"])
+    def threshold_from(opt_state: Any) -> Any:
+        return _limits(threshold, opt_state.hyperparams, groups)
 
     return size | {
         "gradients": "clipped",
@@ -235,7 +238,12 @@ def learning_rate_schedule(name: ScheduleName, num_steps: int) -> optax.Schedule
 
 
 def build_optimizer(
-    name: MethodName, hyperparams: Hyperparams, *, momentum: float, schedule: optax.Schedule
+    name: MethodName,
+    hyperparams: Hyperparams,
+    *,
+    momentum: float,
+    schedule: optax.Schedule,
+    groups: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a method's chain: clipping, (momentum) SGD, schedule.
 
@@ -244,6 +252,7 @@ def build_optimizer(
       hyperparams: the numbers that its initial state holds.
       momentum: decay of the momentum, in [0, 1).
       schedule: factor of the learning rate over steps.
+      groups: as for `build_gradients`.
 
     Returns:
       An optimizer for the gradients that `build_gradients` names; see `with_hyperparams`.
@@ -260,9 +269,17 @@ def build_optimizer(
     """
     method = _method(name)
 
+    def first_link(threshold: Any, beta: Any) -> optax.GradientTransformation:
+        if method.clip is not None:
+            return method.clip(threshold)
+        assert method.threshold is not None
+        limits = _limits(method.threshold, {"threshold": threshold, "beta": beta}, groups)
+        is_rule = isinstance(limits, AdaptiveThreshold) or has_rules(limits)
+        return track_norms(limits) if is_rule else optax.identity()
+
     def chain(learning_rate: Any, threshold: Any, beta: Any) -> optax.GradientTransformation:
         return optax.chain(
-            method.clip(threshold, beta),
+            first_link(threshold, beta),
             optax.sgd(learning_rate, momentum=momentum if method.has_momentum else None),
             optax.scale_by_schedule(schedule),
         )

@@ -59,6 +59,7 @@ from psclip_optax.training.run.distributed import (
     told_by_first_process,
     wait_for_all,
 )
+from psclip_optax.training.run.groups import recorded
 from psclip_optax.training.run.methods import (
     METHODS,
     Hyperparams,
@@ -171,6 +172,7 @@ def _train(config: TrainConfig, dataset: Dataset, out: pathlib.Path, console: Co
         mesh,
         return_norms=True,
         return_samples=config.record_samples,
+        clip_groups=config.clip_groups,
     )
     eval_step = linen_eval_step(classification_loss(model), has_aux=True)
     evaluate = build_evaluation(eval_step, dataset.test, dataset, mesh)
@@ -209,7 +211,7 @@ def _train_on(
     kept = cut_back(path, start) if is_first_process() else []
     clock = _Clock(kept[-1]["seconds"] if kept else 0.0)
     key = dropout_key(config.seed)
-    label = METHODS[method_of_alpha(config.method, config.alpha)].label
+    label = _label(config)
     window = NormWindow(saved_norms(manager, start))
     board = out / TENSORBOARD if config.tensorboard and is_first_process() else None
     with (
@@ -234,7 +236,7 @@ def _train_on(
             if samples is not None:
                 samples.add(step, of_samples)
             if _is_due(step, config.log_every, config.steps):
-                figures = {name: value.item() for name, value in metrics.items()}
+                figures = recorded(metrics, trainer.groups)
                 of_norms = {} if norms is None else norm_figures(window.norms())
                 record("train", step, figures | of_norms)
                 report(step, label, figures["loss"], figures["clipped_share"])
@@ -257,6 +259,11 @@ def _recording(
     if config.record_samples and is_first_process():
         return recording_samples(out / SAMPLES, start)
     return contextlib.nullcontext()
+
+
+def _label(config: TrainConfig) -> str:
+    label = METHODS[method_of_alpha(config.method, config.alpha)].label
+    return label if config.clip_groups == "all" else f"{label}, by {config.clip_groups}"
 
 
 def _check_devices(config: TrainConfig, mesh: Mesh | None) -> None:
@@ -307,7 +314,10 @@ def _check_folder(out: pathlib.Path, config: TrainConfig) -> None:
 
 def _check_same_run(path: pathlib.Path, config: dict[str, Any]) -> None:
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        # What a run of an earlier version knew nothing of.
+        before = {"clip_groups": "all", "record_samples": False} | json.loads(
+            path.read_text(encoding="utf-8")
+        )["config"]
     except FileNotFoundError as error:
         raise UsageError(f"--resume: no run in {path.parent}, {path.name} is missing") from error
     except (ValueError, KeyError, TypeError) as error:

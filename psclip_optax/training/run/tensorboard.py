@@ -39,6 +39,8 @@ def writing_tensorboard(
 ) -> Generator[Callable[[dict[str, Any]], None]]:
     """Writes records as events: scalars, named by their kind, and the histogram of the norms.
 
+    A figure of one group of parameters has the group's name behind its own.
+
     Events that the folder already holds become void. When a run goes on, the records that it keeps
     are written anew, so that TensorBoard shows the same as metrics.jsonl.
 
@@ -73,9 +75,12 @@ def writing_tensorboard(
 
 def _write(writer: Any, record: dict[str, Any], start: float) -> None:
     kind, when = record["kind"], (record["step"], start + record["seconds"])
-    for name, value in record.items():
-        if name not in _AXES and isinstance(value, int | float) and np.isfinite(value):
-            writer.add_scalar(f"{kind}/{name}", value, *when)
+    figures = {f"{kind}/{name}": value for name, value in record.items() if name not in _AXES}
+    for group, own in record.get("groups", {}).items():
+        figures |= {f"{kind}/{name}/{group}": value for name, value in own.items()}
+    for tag, value in figures.items():
+        if isinstance(value, int | float) and np.isfinite(value):
+            writer.add_scalar(tag, value, *when)
     counts = record.get("norm_histogram")
     if counts:
         _write_histogram(writer, f"{kind}/log2_norm", counts, when)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import psclip_optax
 from psclip_optax.training.config.commands import (
+    ClipGroupsName,
     MethodName,
     ModelConfig,
     TaskConfig,
@@ -32,6 +33,7 @@ from psclip_optax.training.run.distributed import (
     replicate,
     shard_batch,
 )
+from psclip_optax.training.run.groups import parameter_groups, whole_norms
 from psclip_optax.training.run.methods import (
     METHODS,
     Hyperparams,
@@ -56,12 +58,14 @@ class Trainer(NamedTuple):
 
     Attributes:
       init: (seed, hyperparams) → the initial state.
-      step: (state, key, batch) → the next state and scalar metrics; the state is donated. "norms"
-        and "samples" are among the metrics where they were asked for.
+      step: (state, key, batch) → the next state and scalar metrics, by group arrays of them; the
+        state is donated. "norms" and "samples" are among the metrics where they were asked for.
+      groups: of parameters that are clipped apart, as `parameter_groups` names them.
     """
 
     init: Callable[[int, Hyperparams], TrainState]
     step: Callable[[TrainState, jax.Array, dict[str, Any]], tuple[TrainState, Metrics]]
+    groups: Any = None
 
 
 def build_task_model(config: ModelConfig, dataset: Dataset | DatasetShape) -> nn.Module:
@@ -103,6 +107,7 @@ def build_trainer(
     *,
     return_norms: bool = False,
     return_samples: bool = False,
+    clip_groups: ClipGroupsName = "all",
 ) -> Trainer:
     """Builds a method's initialisation and train step.
 
@@ -118,6 +123,7 @@ def build_trainer(
         of the gradients that are clipped, `[n]`, or one for each micro-batch.
       return_samples: whether the metrics have "samples", as of `gradient_function`, with the
         "index" of each; of methods that clip samples alone.
+      clip_groups: which parameters are clipped together.
 
     Returns:
       The trainer. A batch is a dict with `image`, `label` and `position`, and `index` where samples
@@ -136,13 +142,20 @@ def build_trainer(
     """
     name = method_that_clips(name, config.clip_at)
     schedule = learning_rate_schedule(config.schedule, num_steps)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: _initial_params(key, model, dataset.image_shape))
+    groups = parameter_groups(clip_groups, shapes)
     tx = build_optimizer(
-        name, Hyperparams(0.0, 0.0, 1.0), momentum=config.momentum, schedule=schedule
+        name,
+        Hyperparams(0.0, 0.0, 1.0),
+        momentum=config.momentum,
+        schedule=schedule,
+        groups=groups,
     )
     has_dropout = config.dropout > 0
     loss = classification_loss(model, dropout=has_dropout)
     return_norms = return_norms and METHODS[name].threshold is not None
-    gradients = build_gradients(name, config)
+    gradients = build_gradients(name, config, groups)
     by_sample = gradients.get("clip_at") == "sample"
     returned = {"return_norms": return_norms, "return_samples": return_samples}
     update = linen_train_step(loss, has_aux=True, **returned, **gradients)
@@ -168,6 +181,8 @@ def build_trainer(
         if index is not None:  # of the whole batch, where processes share it
             metrics = metrics | {"samples": metrics["samples"] | {"index": index}}
         metrics = metrics | gradient_figures(state.opt_state)
+        if return_norms:
+            metrics["norms"] = whole_norms(metrics["norms"])
         return state, _named_metrics(metrics) | {"learning_rate": learning_rate}
 
     def step(state: TrainState, key: jax.Array, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -177,7 +192,7 @@ def build_trainer(
             arrays, key = shard_batch(mesh, arrays), replicate(mesh, key)
         return compiled_step(state, key, *arrays)
 
-    return Trainer(init, step)
+    return Trainer(init, step, groups)
 
 
 def dropout_key(seed: int) -> jax.Array:

@@ -109,16 +109,17 @@ def gradient_function(
         function that this one returned.
       **options: `threshold` is a number, a threshold such as `psclip_optax.growing_threshold`, or
         an adaptive one such as `psclip_optax.moment_threshold()`. The state of an adaptive
-        threshold is kept by a [`psclip_optax.track_norms`][] of the same rule in the optimizer.
+        threshold is kept by a [`psclip_optax.track_norms`][] of the same rule in the optimizer. A
+        tree prefix of the parameters with one of these for each group clips by group.
         `threshold` replaces the threshold that `clipped_value_and_grad` was given. Without either
         it is [`psclip_optax.auto_threshold`][], whose state `track_norms()` keeps.
 
         `threshold_from` takes the place of `threshold`: it is a function from the optimizer's state
         to the threshold, for one that is scheduled or tuned.
 
-        `return_norms`, False by default: whether the metrics include "norms", float [n], the
-        gradient norms before clipping (one for each micro-batch where those are clipped). They are
-        NaN for padding.
+        `return_norms`, False by default: whether the metrics include "norms", float [n] or by group
+        [n, groups], the gradient norms before clipping (one for each micro-batch where those are
+        clipped). They are NaN for padding.
 
         `return_samples`, False by default: whether the metrics include "samples", a dict of "loss",
         "norm" and "scale" of each sample in this step, float [n] each. They are NaN for padding.

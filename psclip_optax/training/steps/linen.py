@@ -56,7 +56,8 @@ def linen_train_step(
       Metrics are scalars. "loss" and each leaf of "aux" are means over the samples that count and
       whose loss is finite; a mean over no sample is 0. Where samples are clipped, the figures of
       [`psclip_optax.transforms.PerSampleClipState`][] and "clipped_share" are added. An adaptive
-      threshold adds "threshold_scale", τ_1 of this step.
+      threshold adds "threshold_scale", τ_1 of this step. Where gradients are
+      clipped by group, figures of the clipping are [groups].
 
     Raises:
       ValueError: On unknown `gradients` or options, or a threshold that would not be used. In the

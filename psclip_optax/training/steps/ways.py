@@ -14,7 +14,7 @@ import optax
 from psclip_optax.clipped_functions import ClippedFunction
 from psclip_optax.clipped_grad import clipped_value_and_grad
 from psclip_optax.clipping import ClipStats, batch_figures, beside
-from psclip_optax.groups import in_groups_of
+from psclip_optax.groups import has_rules, in_groups_of, is_prefix, is_threshold, rule_by_group
 from psclip_optax.thresholds import AdaptiveThreshold
 from psclip_optax.thresholds.tracking import state_for_batch
 from psclip_optax.training.steps.batch import (
@@ -145,10 +145,12 @@ def clipped(function: ClippedFunction, threshold_from: ThresholdFrom, returned: 
         )
         counts = batch.counts()
         units = options.unit(counts.size).counting(counts)
-        threshold, scale = threshold_from(opt_state), None
+        threshold, first = threshold_from(opt_state), None
+        if has_rules(threshold):
+            threshold = rule_by_group(threshold)
         if isinstance(threshold, AdaptiveThreshold):
             threshold = _threshold_of(threshold, opt_state, units, value_and_grad)
-            scale = threshold(jnp.ones(1, int))[0]
+            first = _first_thresholds(threshold)
         (_, logs), gradients, stats = value_and_grad(threshold=threshold)
         figures = _figures(stats, units)
         if options.clip_at == "micro-batch":
@@ -158,9 +160,9 @@ def clipped(function: ClippedFunction, threshold_from: ThresholdFrom, returned: 
             figures["norms"] = jnp.where(beside(units, stats.norms), stats.norms, jnp.nan)
         if returned.samples:
             figures["samples"] = _samples(stats, logs["loss"], counts)
-        if scale is None:
+        if first is None:
             return Computed(logs, gradients, {}, figures)
-        figures["threshold_scale"] = scale
+        figures["threshold_scale"] = first
         extra_args = {"norms": stats.norms, "sample_mask": units}
         return Computed(logs, gradients, extra_args, figures)
 
@@ -178,6 +180,13 @@ def _threshold_of(
     limits = in_groups_of(rule.threshold(state), jnp.inf)
     measure = lambda: value_and_grad(threshold=limits)[-1].norms  # noqa: E731
     return rule.threshold(state_for_batch(rule, state, measure, units))
+
+
+def _first_thresholds(threshold: ThresholdTree) -> jax.Array:
+    """Returns τ_1, or for a tree of thresholds those of all groups."""
+    of_groups = jax.tree.leaves(threshold, is_leaf=is_threshold)
+    first = jnp.stack([own(jnp.ones(1, int))[0] for own in of_groups])
+    return first if is_prefix(threshold) else first[0]
 
 
 def _figures(stats: ClipStats, units: jax.Array) -> Metrics:

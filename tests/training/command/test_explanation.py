@@ -46,6 +46,17 @@ def test_options_are_those_of_train(options: dict[str, Any], mode: str, num_samp
     assert (plan.mode, plan.num_samples) == (mode, num_samples)
 
 
+def test_groups_are_those_of_train():
+    config = {"model": "small_cnn", "width": 0.25, "batch_size": 8}
+    together, by_layer, by_leaf = (
+        explain(ExplainConfig(**config, clip_groups=groups)) for groups in ("all", "layer", "leaf")
+    )
+    assert {row.group for row in together.rows} == {None}
+    assert [row.group for row in by_layer.rows] == [n for n in range(6) for _ in range(2)]
+    assert [row.group for row in by_leaf.rows] == [*range(12)]
+    assert all(row.is_fused for row in by_layer.rows)
+
+
 def test_model_that_does_not_take_the_images_is_refused():
     with pytest.raises(UsageError, match="--model alexnet: AlexNet takes images"):
         explain(ExplainConfig(model="alexnet"))
