@@ -23,6 +23,7 @@ _COLLECTIVE = re.compile(
     "(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
     "(?:-start)?"
 )
+_CHAIN = re.compile(r'channel_id=\d+,.*chain_id="\d+"')
 # Instructions that a GPU launches as kernels; the rest is bookkeeping.
 _KERNELS = {"fusion", "custom-call", "copy", "copy-start", "sort", "reduce"} | {
     "convolution",
@@ -74,11 +75,12 @@ class GpuCost(NamedTuple):
     waits: int
 
 
-def instructions(text: str) -> Iterator[Instruction]:
-    """Yields the instructions that run: those of the entry, loops and calls, but not of fusions."""
+def instructions(text: str, *, with_fusions: bool = False) -> Iterator[Instruction]:
+    """Yields the instructions that run: those of the entry, loops and calls, maybe of fusions."""
     computations = _computations(re.sub(r"/\*.*?\*/", "", text))
     entry = next(name for name, lines in computations.items() if lines[0].startswith("ENTRY"))
-    return _run(computations, entry, 1)
+    calls = _CALLS | ({"fusion": "calls="} if with_fusions else {})
+    return _run(computations, calls, entry, 1)
 
 
 def tpu_cycles(text: str) -> int:
@@ -100,11 +102,20 @@ def gpu_cost(text: str) -> GpuCost:
 
 
 def elements_sent(text: str) -> dict[str, int]:
-    """Counts by kind of collective the elements that a device has at its larger end."""
+    """Counts by kind of collective the elements that a device has at its larger end.
+
+    A TPU has collectives within fusions too: a sum of which a device takes its part, and one that
+    is sent in steps beside products, each step a fusion with the same chain.
+    """
     found: collections.Counter[str] = collections.Counter()
-    for one in instructions(text):
-        if kind := _COLLECTIVE.fullmatch(one.opcode):
-            found[kind[1]] += one.times * _num_sent(one, kind[1])
+    chains: set[str] = set()
+    for one in instructions(text, with_fusions=True):
+        kind, chain = _COLLECTIVE.fullmatch(one.opcode), _CHAIN.search(one.line)
+        if kind is None or (chain and chain[0] in chains):
+            continue
+        if chain:
+            chains.add(chain[0])
+        found[kind[1]] += one.times * _num_sent(one, kind[1])
     return dict(found)
 
 
@@ -139,7 +150,9 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _run(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Instruction]:
+def _run(
+    computations: dict[str, list[str]], calls: dict[str, str], name: str, times: int
+) -> Iterator[Instruction]:
     shapes: dict[str, str] = {}
     for line in computations[name][1:]:
         match = _INSTRUCTION.match(line)
@@ -148,7 +161,7 @@ def _run(computations: dict[str, list[str]], name: str, times: int) -> Iterator[
         shapes[match["name"]] = match["shape"]
         read = re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])
         operands = tuple(shapes.get(operand, "") for operand in read)
-        called = _called(line, match["opcode"], computations)
+        called = _called(line, match["opcode"], computations, calls)
         waits = match["opcode"] == "conditional" or (
             match["opcode"] == "while" and _KNOWN_STEPS.search(line) is None
         )
@@ -157,14 +170,16 @@ def _run(computations: dict[str, list[str]], name: str, times: int) -> Iterator[
         )
         for body, number in called:
             if number:
-                yield from _run(computations, body, times * number)
+                yield from _run(computations, calls, body, times * number)
 
 
-def _called(line: str, opcode: str, computations: dict[str, list[str]]) -> list[tuple[str, int]]:
+def _called(
+    line: str, opcode: str, computations: dict[str, list[str]], calls: dict[str, str]
+) -> list[tuple[str, int]]:
     """Lists the computations that an instruction runs, and how often each."""
     if opcode == "while":
         return [(_named(line, "body="), _steps(line, computations))]
-    attribute = _CALLS.get(opcode)
+    attribute = calls.get(opcode)
     return [(_named(line, attribute), 1)] if attribute else []
 
 
