@@ -32,6 +32,7 @@ class Problem(NamedTuple):
       may_be_padded: whether some samples may not count.
       fusion: which groups may be clipped in the backward pass; None where that is not asked for.
       norm_precision: of the products that norms are made of; None for JAX's default.
+      num_devices: how many devices may share the samples.
     """
 
     closed: core.ClosedJaxpr
@@ -44,6 +45,7 @@ class Problem(NamedTuple):
     may_be_padded: bool
     fusion: Fusion | None
     norm_precision: lax.Precision | None
+    num_devices: int
 
     @property
     def has_convolutions(self) -> bool:
