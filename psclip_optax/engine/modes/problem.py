@@ -71,8 +71,10 @@ class Problem(NamedTuple):
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.norm_precision.name.lower())
 
-    def over_samples(self, function: Callable[..., Any], out_axes: Any = 0) -> Callable[..., Any]:
-        in_axes, name = (None, None, 0), self.spmd_axis_name
+    def over_samples(
+        self, function: Callable[..., Any], in_axes: Any = (None, None, 0), out_axes: Any = 0
+    ) -> Callable[..., Any]:
+        name = self.spmd_axis_name
         return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, spmd_axis_name=name)
 
 
