@@ -13,6 +13,7 @@ import psclip_optax as psc
 from benchmarks.common.collectives import collectives, moving_operations, num_bytes, num_elements
 from benchmarks.zoo.models import ZOO
 from psclip_optax import meshes
+from psclip_optax.engine.routes import route
 from tests.numerics import assert_close, enable_x64, in_float64
 
 set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh  # JAX < 0.8
@@ -597,3 +598,72 @@ ENTRY %main (x: bf16[4]) -> bf16[4] {
     assert [one.times for one in collectives(text)] == [15, 1]
     assert num_elements(text) == 64
     assert num_bytes(text) == 128
+
+
+# What is known of a mesh
+
+
+def mesh_of_four():
+    return jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+
+def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
+    array = jnp.ones((4, 2))
+    assert meshes.num_devices([array]) == jax.device_count()
+    on_four = jax.device_put(array, NamedSharding(mesh_of_four(), P("data")))
+    assert meshes.num_devices([array, on_four]) == 4
+    found = []
+    of_each = jax.shard_map(
+        lambda x: found.append(meshes.num_devices(x)) or x,
+        mesh=mesh_of("tensor parallel"),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    jax.eval_shape(jax.jit(of_each), array)
+    assert found == [2]  # those of "model", for each device along "data" has an array of its own
+
+
+@pytest.mark.as_is
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_samples_stay_where_they_are_on_a_part_of_the_devices(mode, monkeypatch):
+    monkeypatch.setattr(route, "_MOST_READ_ON_CPU", 500)  # so that norms are made in parts
+    n = 20  # samples that four devices share, and eight cannot
+    params, batch = sequences(n)
+    sharding = NamedSharding(mesh_of_four(), P("data"))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in batch]
+    f = psc.clipped_grad(sequence_loss, THRESHOLD, mode=mode)
+    moved = moving_operations(jax.jit(f).lower(params, *shapes).compile().as_text())
+    assert not moved, "samples move between devices\n" + "\n".join(moved)
+
+
+def two_layers_loss(params, x, y):
+    return jnp.mean(jnp.square(jnp.tanh(x @ params["up"]) @ params["down"] - y))
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_products_of_gram_matrices_are_summed_where_their_columns_are(mode):
+    n, num_rows, width = 16, 24, 64
+    mesh = mesh_of("tensor parallel")
+    shardings = {
+        "up": NamedSharding(mesh, P(None, "model")),
+        "down": NamedSharding(mesh, P("model", None)),
+    }
+    random = np.random.default_rng(0)
+    params = {
+        "up": random.normal(size=(width, 4 * width)),
+        "down": random.normal(size=(4 * width, width)),
+    }
+    batch = random.standard_t(1.5, (2, n, num_rows, width))
+    with enable_x64(True):
+        f = functools.partial(psc.clipped_value_and_grad, two_layers_loss, 1e-3, mode=mode)
+        expected = jax.jit(f(return_stats=True))(params, *batch)
+        placed_params = jax.tree.map(jax.device_put, params, shardings)
+        placed_batch = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batch]
+        compiled = jax.jit(f(return_stats=True)).lower(placed_params, *placed_batch).compile()
+        assert_close(compiled(placed_params, *placed_batch), expected, 1e-10)
+        by_plain = plain_gradient(two_layers_loss).lower(placed_params, *placed_batch).compile()
+    sent, plain = num_elements(compiled.as_text()), num_elements(by_plain.as_text())
+    # The activations of each pass are summed over "model"; of the norms n numbers alone are.
+    of_a_pass = n // 4 * num_rows * width
+    assert sent <= plain + 32 * n + (of_a_pass if mode == "two_pass" else 0)
