@@ -50,6 +50,7 @@ class Instruction(NamedTuple):
       times: how often it is run.
       waits: whether a GPU's host decides on it: a branch, or a loop not known to be counted.
       line: its whole text.
+      computation: the name of that which it is in.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Instruction(NamedTuple):
     times: int
     waits: bool
     line: str
+    computation: str
 
 
 class GpuCost(NamedTuple):
@@ -75,8 +77,22 @@ class GpuCost(NamedTuple):
     waits: int
 
 
+class Sent(NamedTuple):
+    """What a collective sends, all its times together.
+
+    Attributes:
+      kind: such as "all-gather".
+      elements: that a device has at its larger end.
+      bytes: of these.
+    """
+
+    kind: str
+    elements: int
+    bytes: int
+
+
 def instructions(text: str, *, with_fusions: bool = False) -> Iterator[Instruction]:
-    """Yields the instructions that run: those of the entry, loops and calls, maybe of fusions."""
+    """Yields what is run: the instructions of the entry, of loops and calls, maybe of fusions."""
     computations = _computations(re.sub(r"/\*.*?\*/", "", text))
     entry = next(name for name, lines in computations.items() if lines[0].startswith("ENTRY"))
     calls = _CALLS | ({"fusion": "calls="} if with_fusions else {})
@@ -102,12 +118,19 @@ def gpu_cost(text: str) -> GpuCost:
 
 
 def elements_sent(text: str) -> dict[str, int]:
-    """Counts by kind of collective the elements that a device has at its larger end.
-
-    A TPU has collectives within fusions too: a sum of which a device takes its part, and one that
-    is sent in steps beside products, each step a fusion with the same chain.
-    """
+    """Counts by kind of collective the elements that a device has at its larger end."""
     found: collections.Counter[str] = collections.Counter()
+    for one in sent(text):
+        found[one.kind] += one.elements
+    return dict(found)
+
+
+def sent(text: str) -> Iterator[Sent]:
+    """Yields what each collective sends.
+
+    A TPU has them within fusions too: a sum of which a device takes its part, and one that is sent
+    in steps beside products, each step a fusion with the same chain.
+    """
     chains: set[str] = set()
     for one in instructions(text, with_fusions=True):
         kind, chain = _COLLECTIVE.fullmatch(one.opcode), _CHAIN.search(one.line)
@@ -115,8 +138,9 @@ def elements_sent(text: str) -> dict[str, int]:
             continue
         if chain:
             chains.add(chain[0])
-        found[kind[1]] += one.times * _num_sent(one, kind[1])
-    return dict(found)
+        is_scattered = one.computation.startswith("all-reduce-scatter")
+        sizes = [one.times * size for size in _sizes_sent(one, kind[1])]
+        yield Sent("reduce-scatter" if is_scattered else kind[1], *sizes)
 
 
 def num_bytes(shape: str) -> int:
@@ -124,12 +148,15 @@ def num_bytes(shape: str) -> int:
     return sum(size * max(bits // 8, 1) for size, bits in _arrays(shape))
 
 
-def _num_sent(one: Instruction, kind: str) -> int:
-    sizes = [size for size, _ in _arrays(one.shape)]
+def _sizes_sent(one: Instruction, kind: str) -> tuple[int, int]:
+    """Counts elements and bytes."""
+    arrays = list(_arrays(one.shape))
     if one.opcode == f"{kind}-start" and kind != "all-reduce":
-        sizes = sizes[len(sizes) // 2 :]  # operands stand before results
+        arrays = arrays[len(arrays) // 2 :]  # operands stand before results
     # Before a scatter, each device has the whole.
-    return sum(sizes) * (group_size(one.line) if kind == "reduce-scatter" else 1)
+    times = group_size(one.line) if kind == "reduce-scatter" else 1
+    elements = sum(size for size, _ in arrays)
+    return times * elements, times * sum(size * max(bits // 8, 1) for size, bits in arrays)
 
 
 def _arrays(shape: str) -> Iterator[tuple[int, int]]:
@@ -166,7 +193,7 @@ def _run(
             match["opcode"] == "while" and _KNOWN_STEPS.search(line) is None
         )
         yield Instruction(
-            match["name"], match["opcode"], match["shape"], operands, times, waits, line
+            match["name"], match["opcode"], match["shape"], operands, times, waits, line, name
         )
         for body, number in called:
             if number:

@@ -73,7 +73,7 @@ def test_elements_are_those_of_the_larger_end():
 FUSED = """\
 HloModule b
 
-%scattered (p: bf16[8,4]) -> bf16[2,4] {
+%all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[2,4] {
   %p = bf16[8,4]{1,0} parameter(0)
   %sum = bf16[8,4]{1,0} all-reduce(%p), channel_id=1, to_apply=%add
   ROOT %own = bf16[2,4]{1,0} dynamic-slice(%sum, %i), dynamic_slice_sizes={2,4}
@@ -95,13 +95,14 @@ ENTRY %main (x: bf16[8,4], y: f32[4]) -> bf16[2,4] {
   %one = f32[16]{0} fusion(%y), kind=kCustom, calls=%start
   %two = f32[16]{0} fusion(%y), kind=kCustom, calls=%end
   %rest = f32[2]{0} reduce-scatter(%y), replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
-  ROOT %own = bf16[2,4]{1,0} fusion(%x), kind=kCustom, calls=%scattered
+  ROOT %own = bf16[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
 
 
 def test_what_fusions_send_is_counted_once():
-    assert hlo.elements_sent(FUSED) == {"all-gather": 16, "reduce-scatter": 2 * 2, "all-reduce": 32}
+    assert hlo.elements_sent(FUSED) == {"all-gather": 16, "reduce-scatter": 2 * 2 + 32}
+    assert sum(one.bytes for one in hlo.sent(FUSED)) == 4 * (16 + 2 * 2) + 2 * 32
 
 
 def test_a_program_of_this_jax_is_read():
