@@ -68,8 +68,12 @@ def compiled(tmp_path_factory):
         "libtpu", reason="compiles for a TPU: pip install 'psclip_optax[accelerators]'"
     )
     out = tmp_path_factory.mktemp("sharded")
-    chosen = {"topology": ("2x2",), "layout": ("fsdp",), "model": ("gpt2_scanned",)}
-    chosen["mode"] = ("one_pass", "two_pass")
+    chosen = {
+        "topology": ("2x2",),
+        "layout": ("fsdp",),
+        "model": ("gpt2_scanned",),
+        "mode": ("one_pass", "two_pass"),
+    }
     sharded.main(out, **chosen, quick=True)
     return out, chosen
 

@@ -56,7 +56,8 @@ class TwoPass(Mode):
 
     def course(self, problem: Problem, leaves: Sequence[Any], num_samples: int) -> Course:
         slices, why = _num_slices(problem, leaves, num_samples), _why_never_weighted(problem)
-        return Course(slices, f"one pass over slices, never two passes: {why}" if why else "")
+        note = f"one pass over slices, never two passes: {why}" if why else ""
+        return Course(slices, note, _probing(problem).plans if slices is None else None)
 
 
 TWO_PASS = TwoPass()
