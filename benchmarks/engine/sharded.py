@@ -27,6 +27,7 @@ from benchmarks.common.machine import describe, describe_machine
 from benchmarks.common.publishing import RESULTS, publish
 from benchmarks.common.style import tidy
 from benchmarks.engine import real_models
+from benchmarks.engine.accelerators import LEAST_BYTES
 from benchmarks.engine.layouts import LAYOUTS, Laid, laid_out, mesh_of
 from benchmarks.engine.on_gpu_results import read_rows
 from psclip_optax.training.output.files import to_json, write_atomically
@@ -35,6 +36,7 @@ TARGET = "v5e"
 TOPOLOGIES = ("2x2", "4x4", "16x16")
 MODES = ("one_pass", "two_pass", "by_layer")
 COLORS = {"one_pass": "#0072B2", "two_pass": "#E69F00", "by_layer": "#009E73"}
+_RATIOS = {"cycles": "cycles", "compile": "compile_seconds"}
 COLUMNS = ("sent", "bytes", "memory", "cycles", "compile")
 NOTE = (
     "Ratios to value_and_grad of the mean loss over as many chips. Sent: elements that a chip has "
@@ -129,9 +131,9 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         allowed = 32 * row["samples"] * row["groups"]
         sent = max(sum(row["elements"].values()) - allowed, 0) / sum(base["elements"].values())
         of_bytes = sum(row["bytes"].values()) / sum(base["bytes"].values())
-        names = {"memory": "temp_bytes", "cycles": "cycles", "compile": "compile_seconds"}
-        others = {name: row[key] / base[key] for name, key in names.items()}
-        return {"sent": sent, "bytes": of_bytes, **others}
+        memory = (max(one["temp_bytes"], LEAST_BYTES) for one in (row, base))
+        others = {name: row[key] / base[key] for name, key in _RATIOS.items()}
+        return {"sent": sent, "bytes": of_bytes, "memory": next(memory) / next(memory), **others}
 
     return [row | {"ratios": ratios(row)} for row in rows if row["mode"] != "plain"]
 

@@ -49,12 +49,21 @@ def test_the_longer_axis_of_a_matrix_is_shared_but_not_that_of_layers():
 
 def row(mode, **numbers):
     keys = {"topology": "2x2", "layout": "fsdp", "job": "gpt2", "mode": mode, "fits": True}
-    of_plain = {"elements": {"all-gather": 1000}, "bytes": {"all-gather": 2000}, "temp_bytes": 10}
+    of_plain = {
+        "elements": {"all-gather": 1000},
+        "bytes": {"all-gather": 2000},
+        "temp_bytes": 10**8,
+    }
     return keys | of_plain | {"cycles": 5, "compile_seconds": 2.0, "samples": 2} | numbers
 
 
 def test_what_is_sent_is_less_what_norms_take():
-    own = row("by_layer", elements={"all-gather": 1100, "all-reduce": 128}, groups=2, temp_bytes=15)
+    own = row(
+        "by_layer",
+        elements={"all-gather": 1100, "all-reduce": 128},
+        groups=2,
+        temp_bytes=15 * 10**7,
+    )
     too_large = {**row("two_pass"), "fits": False}
     by_layer, unknown = sharded.with_ratios([row("plain", groups=0), own, too_large])
     expected = {"sent": 1.1, "bytes": 1.0, "memory": 1.5, "cycles": 1.0, "compile": 1.0}
@@ -72,7 +81,7 @@ def compiled(tmp_path_factory):
         "topology": ("2x2",),
         "layout": ("fsdp",),
         "model": ("gpt2_scanned",),
-        "mode": ("one_pass", "two_pass"),
+        "mode": ("one_pass",),
     }
     sharded.main(out, **chosen, quick=True)
     return out, chosen
@@ -81,10 +90,9 @@ def compiled(tmp_path_factory):
 def test_a_small_model_is_compiled_for_four_chips(compiled):
     out, _ = compiled
     result = json.loads((out / "sharded.json").read_text())
-    assert [one["mode"] for one in result["ratios"]] == ["one_pass", "two_pass"]
-    for one in result["ratios"]:
-        assert one["samples"] == 8
-        assert 0.5 < one["ratios"]["sent"] <= 1.4
+    (one,) = result["ratios"]
+    assert (one["mode"], one["samples"]) == ("one_pass", 8)
+    assert 0.5 < one["ratios"]["sent"] <= 1.1
     assert (out / "sharded.png").stat().st_size > 1000
 
 
