@@ -1,6 +1,7 @@
 """What chips that share a model send each other, compiled for a TPU that is not there."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ def compiled(tmp_path_factory):
         "libtpu", reason="compiles for a TPU: pip install 'psclip_optax[accelerators]'"
     )
     out = tmp_path_factory.mktemp("sharded")
-    chosen = {
+    chosen: dict[str, Any] = {
         "topology": ("2x2",),
         "layout": ("fsdp",),
         "model": ("gpt2_scanned",),
