@@ -7,6 +7,7 @@ and so runs with Auto axes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +116,35 @@ def explicit_mesh(tree: Any) -> Any:
             if AxisType.Explicit in kinds and AxisType.Manual not in kinds:
                 return mesh
     return None
+
+
+def num_devices(tree: Any) -> int:
+    """Count the devices that may share arrays: those of their mesh, or all where they are on none.
+
+    The axes that shard_map has made each device's own do not count. Ahead of time programs are
+    compiled for meshes of devices that are not here.
+    """
+    shapes = _shapes_of_meshes(tree)
+    return max(map(math.prod, shapes)) if shapes else jax.device_count()
+
+
+def has_several_axes(tree: Any) -> bool:
+    """Tell whether a mesh is known that may share something else than samples besides them."""
+    return any(sum(size > 1 for size in shape) > 1 for shape in _shapes_of_meshes(tree))
+
+
+def _shapes_of_meshes(tree: Any) -> list[list[int]]:
+    """Return the sizes of the axes that are not shard_map's, of each mesh that arrays are on."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
+    return [
+        [
+            mesh.shape[name]
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind != AxisType.Manual
+        ]
+        for mesh in meshes
+        if not mesh.empty
+    ]
 
 
 def specs_of(tree: Any) -> Any:

@@ -601,9 +601,8 @@ def test_two_pass_takes_slices_or_a_second_pass_by_what_is_saved(what, monkeypat
     ("num_devices", "num_samples", "numbers"),
     [(1, 6, [1, 2, 3, 4, 5, 6]), (4, 24, [1, 2, 3, 6]), (4, 4, [1]), (4, 6, [1, 2, 3, 4, 5, 6])],
 )
-def test_slices_leave_each_device_as_many_samples(num_devices, num_samples, numbers, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: num_devices)
-    assert slices.even_slices(range(1, 9), num_samples) == numbers
+def test_slices_leave_each_device_as_many_samples(num_devices, num_samples, numbers):
+    assert slices.even_slices(range(1, 9), num_samples, num_devices) == numbers
 
 
 def test_explain_counts_every_layer_of_a_scan_and_every_part_of_a_batch(monkeypatch):

@@ -14,6 +14,7 @@ import psclip_optax as psc
 from benchmarks.common.collectives import collectives, moving_operations, num_bytes, num_elements
 from benchmarks.zoo.models import ZOO
 from psclip_optax import meshes
+from psclip_optax.engine.routes import route
 from tests import slow
 from tests.numerics import assert_close, enable_x64, in_float64
 
@@ -607,3 +608,120 @@ ENTRY %main (x: bf16[4]) -> bf16[4] {
     assert [one.times for one in collectives(text)] == [15, 1]
     assert num_elements(text) == 64
     assert num_bytes(text) == 128
+
+
+# What is known of a mesh
+
+
+def mesh_of_four():
+    return jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+
+def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
+    array = jnp.ones((4, 2))
+    assert meshes.num_devices([array]) == jax.device_count()
+    on_four = jax.device_put(array, NamedSharding(mesh_of_four(), P("data")))
+    assert meshes.num_devices([array, on_four]) == 4
+    found = []
+    of_each = jax.shard_map(
+        lambda x: found.append(meshes.num_devices(x)) or x,
+        mesh=mesh_of("tensor parallel"),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    jax.eval_shape(jax.jit(of_each), array)
+    assert found == [2]  # those of "model", for each device along "data" has an array of its own
+
+
+@pytest.mark.as_is
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_samples_stay_where_they_are_on_a_part_of_the_devices(mode, monkeypatch):
+    monkeypatch.setattr(route, "_MOST_READ_ON_CPU", 500)  # so that norms are made in parts
+    n = 20  # samples that four devices share, and eight cannot
+    params, batch = sequences(n)
+    sharding = NamedSharding(mesh_of_four(), P("data"))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in batch]
+    f = psc.clipped_grad(sequence_loss, THRESHOLD, mode=mode)
+    moved = moving_operations(jax.jit(f).lower(params, *shapes).compile().as_text())
+    assert not moved, "samples move between devices\n" + "\n".join(moved)
+
+
+def two_layers_loss(params, x, y):
+    return jnp.mean(jnp.square(jnp.tanh(x @ params["up"]) @ params["down"] - y))
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_products_of_gram_matrices_are_summed_where_their_columns_are(mode):
+    n, num_rows, width = 16, 24, 64
+    mesh = mesh_of("tensor parallel")
+    shardings = {
+        "up": NamedSharding(mesh, P(None, "model")),
+        "down": NamedSharding(mesh, P("model", None)),
+    }
+    random = np.random.default_rng(0)
+    params = {
+        "up": random.normal(size=(width, 4 * width)),
+        "down": random.normal(size=(4 * width, width)),
+    }
+    batch = random.standard_t(1.5, (2, n, num_rows, width))
+    with enable_x64(True):
+        f = functools.partial(psc.clipped_value_and_grad, two_layers_loss, 1e-3, mode=mode)
+        expected = jax.jit(f(return_stats=True))(params, *batch)
+        placed_params = jax.tree.map(jax.device_put, params, shardings)
+        placed_batch = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batch]
+        compiled = jax.jit(f(return_stats=True)).lower(placed_params, *placed_batch).compile()
+        assert_close(compiled(placed_params, *placed_batch), expected, 1e-10)
+        by_plain = plain_gradient(two_layers_loss).lower(placed_params, *placed_batch).compile()
+    sent, plain = num_elements(compiled.as_text()), num_elements(by_plain.as_text())
+    # The activations of each pass are summed over "model"; of the norms n numbers alone are.
+    of_a_pass = n // 4 * num_rows * width
+    assert sent <= plain + 32 * n + (of_a_pass if mode == "two_pass" else 0)
+
+
+def layers_loss(params, x, y):
+    def layer(x, weights):
+        up, down = weights
+        return x + jnp.tanh(x @ up) @ down, None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), x, params)
+    return jnp.mean(jnp.square(x - y))
+
+
+@pytest.mark.as_is
+def test_two_passes_gather_rematerialised_layers_once_more_than_a_plain_gradient():
+    n, num_layers, num_rows, width = 16, 5, 24, 16  # gradients no larger than what leaves
+    mesh = mesh_of_four()
+    by_column, by_sample = (
+        NamedSharding(mesh, P(None, None, "data")),
+        NamedSharding(mesh, P("data")),
+    )
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(2, num_layers, width, width)) / width
+    batch = random.standard_t(1.5, (2, n, num_rows, width))
+    f = functools.partial(psc.clipped_value_and_grad, mode="two_pass", return_stats=True)
+    with enable_x64(True):
+        expected = jax.jit(f(layers_loss, 1e-3))(tuple(weights), *batch)
+        params = jax.device_put(tuple(weights), by_column)
+        placed_batch = [jax.device_put(x, by_sample) for x in batch]
+
+        def loss(params, x, y):
+            """As activations are constrained, so that parameters are gathered where they are used."""
+            everywhere = NamedSharding(mesh, P())
+            constrained = lambda x: jax.lax.with_sharding_constraint(x, everywhere)
+            return layers_loss(params, constrained(x), constrained(y))
+
+        own = f(loss, 1e-3, spmd_axis_name="data")
+        plan = own.explain(params, *placed_batch)
+        assert {row.route for row in plan.rows} == {"dense"}
+        compiled = jax.jit(own).lower(params, *placed_batch).compile()
+        assert_close(compiled(params, *placed_batch), expected, 1e-10)
+        plain = plain_gradient(layers_loss).lower(params, *placed_batch).compile()
+
+    def gathered(program):
+        of_weights = [c for c in collectives(program.as_text()) if c.name == "all-gather"]
+        return sum(c.num_elements * c.times for c in of_weights)
+
+    assert gathered(plain) > 0
+    # Forwards, and in each of two backward passes, where a plain gradient has one.
+    assert gathered(compiled) <= 1.5 * gathered(plain)

@@ -127,6 +127,10 @@ def group_size(line: str) -> int:
     if listed:
         return len(listed[1].split(","))
     folded = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    if folded is None:
+    if folded:
+        return int(folded[1])
+    of_mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if of_mesh is None:
         raise ValueError(f"no groups of devices in {line}")
-    return int(folded[1])
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", of_mesh[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", of_mesh[2]))

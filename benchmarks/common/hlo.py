@@ -23,6 +23,7 @@ _COLLECTIVE = re.compile(
     "(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
     "(?:-start)?"
 )
+_CHAIN = re.compile(r'channel_id=\d+,.*chain_id="\d+"')
 # Instructions that a GPU launches as kernels; the rest is bookkeeping.
 _KERNELS = {"fusion", "custom-call", "copy", "copy-start", "sort", "reduce"} | {
     "convolution",
@@ -49,6 +50,7 @@ class Instruction(NamedTuple):
       times: how often it is run.
       waits: whether a GPU's host decides on it: a branch, or a loop not known to be counted.
       line: its whole text.
+      computation: the name of that which it is in.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Instruction(NamedTuple):
     times: int
     waits: bool
     line: str
+    computation: str
 
 
 class GpuCost(NamedTuple):
@@ -74,11 +77,26 @@ class GpuCost(NamedTuple):
     waits: int
 
 
-def instructions(text: str) -> Iterator[Instruction]:
-    """Yields the instructions that run: those of the entry, loops and calls, but not of fusions."""
+class Sent(NamedTuple):
+    """The traffic of a collective, all its times together.
+
+    Attributes:
+      kind: such as "all-gather".
+      elements: that a device has at its larger end.
+      bytes: of these.
+    """
+
+    kind: str
+    elements: int
+    bytes: int
+
+
+def instructions(text: str, *, with_fusions: bool = False) -> Iterator[Instruction]:
+    """Yields what is run: the instructions of the entry, of loops and calls, maybe of fusions."""
     computations = _computations(re.sub(r"/\*.*?\*/", "", text))
     entry = next(name for name, lines in computations.items() if lines[0].startswith("ENTRY"))
-    return _run(computations, entry, 1)
+    calls = _CALLS | ({"fusion": "calls="} if with_fusions else {})
+    return _run(computations, calls, entry, 1)
 
 
 def tpu_cycles(text: str) -> int:
@@ -102,10 +120,27 @@ def gpu_cost(text: str) -> GpuCost:
 def elements_sent(text: str) -> dict[str, int]:
     """Counts by kind of collective the elements that a device has at its larger end."""
     found: collections.Counter[str] = collections.Counter()
-    for one in instructions(text):
-        if kind := _COLLECTIVE.fullmatch(one.opcode):
-            found[kind[1]] += one.times * _num_sent(one, kind[1])
+    for one in sent(text):
+        found[one.kind] += one.elements
     return dict(found)
+
+
+def sent(text: str) -> Iterator[Sent]:
+    """Yields what each collective sends.
+
+    A TPU has them within fusions too: a sum of which a device takes its part, and one that is sent
+    in steps beside products, each step a fusion with the same chain.
+    """
+    chains: set[str] = set()
+    for one in instructions(text, with_fusions=True):
+        kind, chain = _COLLECTIVE.fullmatch(one.opcode), _CHAIN.search(one.line)
+        if kind is None or (chain and chain[0] in chains):
+            continue
+        if chain:
+            chains.add(chain[0])
+        is_scattered = one.computation.startswith("all-reduce-scatter")
+        sizes = [one.times * size for size in _sizes_sent(one, kind[1])]
+        yield Sent("reduce-scatter" if is_scattered else kind[1], *sizes)
 
 
 def num_bytes(shape: str) -> int:
@@ -113,12 +148,15 @@ def num_bytes(shape: str) -> int:
     return sum(size * max(bits // 8, 1) for size, bits in _arrays(shape))
 
 
-def _num_sent(one: Instruction, kind: str) -> int:
-    sizes = [size for size, _ in _arrays(one.shape)]
+def _sizes_sent(one: Instruction, kind: str) -> tuple[int, int]:
+    """Counts elements and bytes."""
+    arrays = list(_arrays(one.shape))
     if one.opcode == f"{kind}-start" and kind != "all-reduce":
-        sizes = sizes[len(sizes) // 2 :]  # operands stand before results
+        arrays = arrays[len(arrays) // 2 :]  # operands stand before results
     # Before a scatter, each device has the whole.
-    return sum(sizes) * (group_size(one.line) if kind == "reduce-scatter" else 1)
+    times = group_size(one.line) if kind == "reduce-scatter" else 1
+    elements = sum(size for size, _ in arrays)
+    return times * elements, times * sum(size * max(bits // 8, 1) for size, bits in arrays)
 
 
 def _arrays(shape: str) -> Iterator[tuple[int, int]]:
@@ -139,7 +177,9 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _run(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Instruction]:
+def _run(
+    computations: dict[str, list[str]], calls: dict[str, str], name: str, times: int
+) -> Iterator[Instruction]:
     shapes: dict[str, str] = {}
     for line in computations[name][1:]:
         match = _INSTRUCTION.match(line)
@@ -148,23 +188,25 @@ def _run(computations: dict[str, list[str]], name: str, times: int) -> Iterator[
         shapes[match["name"]] = match["shape"]
         read = re.findall(r"%([\w.\-]+)", match["rest"].split("), ")[0])
         operands = tuple(shapes.get(operand, "") for operand in read)
-        called = _called(line, match["opcode"], computations)
+        called = _called(line, match["opcode"], computations, calls)
         waits = match["opcode"] == "conditional" or (
             match["opcode"] == "while" and _KNOWN_STEPS.search(line) is None
         )
         yield Instruction(
-            match["name"], match["opcode"], match["shape"], operands, times, waits, line
+            match["name"], match["opcode"], match["shape"], operands, times, waits, line, name
         )
         for body, number in called:
             if number:
-                yield from _run(computations, body, times * number)
+                yield from _run(computations, calls, body, times * number)
 
 
-def _called(line: str, opcode: str, computations: dict[str, list[str]]) -> list[tuple[str, int]]:
+def _called(
+    line: str, opcode: str, computations: dict[str, list[str]], calls: dict[str, str]
+) -> list[tuple[str, int]]:
     """Lists the computations that an instruction runs, and how often each."""
     if opcode == "while":
         return [(_named(line, "body="), _steps(line, computations))]
-    attribute = _CALLS.get(opcode)
+    attribute = calls.get(opcode)
     return [(_named(line, attribute), 1)] if attribute else []
 
 

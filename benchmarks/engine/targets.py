@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 
 @functools.cache
 def devices(target: str, topology: str = "2x2") -> Any:
-    """Gives the devices of a target, an array of the topology's shape for a TPU."""
+    """Gives the devices of a target, those of a TPU row by row of the topology."""
     os.environ.update(_ENVIRONMENT)
     if target == "h100":
         return topologies.get_topology_desc(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from psclip_optax import meshes
 from psclip_optax.engine.platforms import by_platform
 
 
@@ -42,7 +43,8 @@ def in_parts(
       num_samples: n.
       least: at least how many parts.
     """
-    devices = jax.device_count() if num_samples % jax.device_count() == 0 else 1
+    devices = meshes.num_devices(trees)
+    devices = devices if num_samples % devices == 0 else 1
     numbers = [
         number_of_parts(num_samples // devices, at_least / devices, devices == 1)
         for at_least in least

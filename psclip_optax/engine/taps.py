@@ -11,13 +11,11 @@ flow stay.
 from __future__ import annotations
 
 import collections
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -90,43 +88,27 @@ def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
     op, one_step = site.route.operation(site), site._replace(scans=(), layered=())
 
     @jax.custom_vjp
-    def run(zero: jax.Array, w: Any, *x: Any) -> Any:
+    def probed(zero: jax.Array, y: jax.Array, x: tuple[Any, ...]) -> jax.Array:
+        del zero, x
+        return y
+
+    def forward(zero: jax.Array, y: jax.Array, x: tuple[Any, ...]) -> Any:
         del zero
-        return op(w, *x)
+        return y, x
 
-    def forward(zero: jax.Array, w: Any, *x: Any) -> Any:
-        del zero
-        return op(w, *x), (w, x)
+    def backward(x: tuple[Any, ...], dy: jax.Array) -> Any:
+        return squared_norm(one_step, x, dy), dy, None
 
-    def backward(entered: Any, dy: jax.Array) -> Any:
-        w, x = entered
-        # W is a constant of the derivative that is taken, so that no one reads its cotangent.
-        cotangents = _cotangents(functools.partial(op, w), x, dy)
-        return (squared_norm(one_step, x, dy), jnp.zeros_like(w), *cotangents)
+    probed.defvjp(forward, backward)
 
-    run.defvjp(forward, backward)
-    zero = jnp.zeros(site.scans, dtype)
-    return Action(site.operand, zero, len(site.scans), (), run)
+    def run(zero: jax.Array, w: Any, *x: Any) -> jax.Array:
+        return probed(zero, op(w, *x), lax.stop_gradient(x))
+
+    return Action(site.operand, jnp.zeros(site.scans, dtype), len(site.scans), (), run)
 
 
 def _as_array(value: Any) -> jax.Array:
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
-
-
-def _cotangents(
-    function: Callable[..., Any], entered: Sequence[Any], dy: jax.Array
-) -> Sequence[Any]:
-    """Pull a cotangent back to the inputs of a site; integers have none."""
-    chosen = [i for i, x in enumerate(entered) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    def of_chosen(*values: Any) -> Any:
-        given = dict(zip(chosen, values, strict=True))
-        return function(*(given.get(i, x) for i, x in enumerate(entered)))
-
-    pulled = jax.vjp(of_chosen, *(entered[i] for i in chosen))[1](dy)
-    found = dict(zip(chosen, pulled, strict=True))
-    zeros = [np.zeros(x.shape, jax.dtypes.float0) for x in entered]
-    return [found.get(i, zero) for i, zero in enumerate(zeros)]
 
 
 def run_with(

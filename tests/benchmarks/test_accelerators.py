@@ -17,6 +17,10 @@ from benchmarks.engine import accelerators
 TEXT = """\
 HloModule a
 
+%f (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
 %body (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
   ROOT %inner = f32[8]{0} fusion(%p), calls=%f, backend_config={"estimated_cycles":"10"}
@@ -62,6 +66,43 @@ def test_kernels_and_their_bytes_are_counted():
 def test_elements_are_those_of_the_larger_end():
     sent = hlo.elements_sent(TEXT)
     assert sent == {"all-reduce": 8 + 8, "all-gather": 32, "reduce-scatter": 4 * 2}
+
+
+# As a TPU has them: a sum of which each device takes its part is a fusion, and what is sent beside
+# products goes in steps, each of which is a fusion of one chain.
+FUSED = """\
+HloModule b
+
+%all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[2,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %sum = bf16[8,4]{1,0} all-reduce(%p), channel_id=1, to_apply=%add
+  ROOT %own = bf16[2,4]{1,0} dynamic-slice(%sum, %i), dynamic_slice_sizes={2,4}
+}
+
+%start (p: f32[4]) -> f32[16] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %sent = f32[16]{0} all-gather(%p), channel_id=2, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%end (p: f32[4]) -> f32[16] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %sent = f32[16]{0} all-gather(%p), channel_id=2, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (x: bf16[8,4], y: f32[4]) -> bf16[2,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %y = f32[4]{0} parameter(1)
+  %one = f32[16]{0} fusion(%y), kind=kCustom, calls=%start
+  %two = f32[16]{0} fusion(%y), kind=kCustom, calls=%end
+  %rest = f32[2]{0} reduce-scatter(%y), replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
+  ROOT %own = bf16[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_what_fusions_send_is_counted_once():
+    assert hlo.elements_sent(FUSED) == {"all-gather": 16, "reduce-scatter": 2 * 2 + 32}
+    assert sum(one.bytes for one in hlo.sent(FUSED)) == 4 * (16 + 2 * 2) + 2 * 32
 
 
 def test_a_program_of_this_jax_is_read():

@@ -16,7 +16,7 @@ from jax.extend import core
 from psclip_optax import meshes
 from psclip_optax.engine import taps
 from psclip_optax.engine.modes.problem import Problem
-from psclip_optax.engine.modes.tapped import Seen
+from psclip_optax.engine.modes.tapped import Seen, seen_of
 from psclip_optax.engine.plan import LeafPlan
 
 
@@ -80,9 +80,7 @@ class Forward(NamedTuple):
 
     def seen(self, backward: Backward) -> Seen:
         """Put together what norms and sums of the tapped weights are made of."""
-        entered = {path: arrays for (path, side), arrays in self.kept.items() if side == "entering"}
-        left = {path: y for (path, side), (y, *_) in self.kept.items() if side == "leaving"}
-        return Seen(backward.stacked, backward.cotangents, self.outs, entered, left)
+        return seen_of(backward.stacked, backward.cotangents, self.outs, self.kept)
 
 
 def forward(

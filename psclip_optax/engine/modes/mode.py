@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from psclip_optax.engine.explain import Plan, explained
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples
+from psclip_optax.engine.plan import Plans
 
 
 class Course(NamedTuple):
@@ -17,10 +18,12 @@ class Course(NamedTuple):
     Attributes:
       num_slices: over how many slices it makes one pass; None for two passes over all of it.
       note: what keeps it from the course that it would take otherwise.
+      plans: those that it follows, if others than the problem's.
     """
 
     num_slices: int | None = 1
     note: str = ""
+    plans: Plans | None = None
 
 
 class Mode(abc.ABC):
@@ -47,7 +50,7 @@ class Mode(abc.ABC):
         """Tell what each parameter's gradient takes; the leaves are those of the tree `params`."""
         course = self.course(problem, leaves, num_samples)
         return explained(
-            problem.plans,
+            course.plans or problem.plans,
             params,
             num_samples,
             problem.dtype,

@@ -66,7 +66,7 @@ def _samples_at_a_time(problem: Problem, leaves: Sequence[Any], num_samples: int
     plain = estimated_bytes(problem.closed, plans, leaves, num_samples).saved or 0
     most = max(_FEW_BYTES, _MOST_STACKED * (plain + num_bytes(leaves)))
     wanted = min(num_samples, -(-stacked // most))
-    numbers = even_slices(range(1, num_samples + 1), num_samples)
+    numbers = even_slices(range(1, num_samples + 1), num_samples, problem.num_devices)
     number = next((number for number in numbers if number >= wanted), numbers[-1])
     return None if number == 1 else -(-num_samples // number)
 

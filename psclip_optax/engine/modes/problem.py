@@ -32,6 +32,7 @@ class Problem(NamedTuple):
       may_be_padded: whether some samples may not count.
       fusion: which groups may be clipped in the backward pass; None where that is not asked for.
       norm_precision: of the products that norms are made of; None for JAX's default.
+      num_devices: how many devices may share the samples.
     """
 
     closed: core.ClosedJaxpr
@@ -44,6 +45,7 @@ class Problem(NamedTuple):
     may_be_padded: bool
     fusion: Fusion | None
     norm_precision: lax.Precision | None
+    num_devices: int
 
     @property
     def has_convolutions(self) -> bool:
@@ -69,8 +71,10 @@ class Problem(NamedTuple):
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.norm_precision.name.lower())
 
-    def over_samples(self, function: Callable[..., Any], out_axes: Any = 0) -> Callable[..., Any]:
-        in_axes, name = (None, None, 0), self.spmd_axis_name
+    def over_samples(
+        self, function: Callable[..., Any], in_axes: Any = (None, None, 0), out_axes: Any = 0
+    ) -> Callable[..., Any]:
+        name = self.spmd_axis_name
         return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, spmd_axis_name=name)
 
 

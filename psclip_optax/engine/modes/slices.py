@@ -141,12 +141,12 @@ def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:
     return i + never.astype(i.dtype)
 
 
-def even_slices(numbers: Iterable[int], num_samples: int) -> list[int]:
+def even_slices(numbers: Iterable[int], num_samples: int, num_devices: int) -> list[int]:
     """Choose the numbers of slices that leave samples where they are, should devices share them."""
-    if not may_be_shared(num_samples):
+    if not may_be_shared(num_samples, num_devices):
         return [number for number in numbers if number <= num_samples]
-    return [number for number in numbers if num_samples % (number * jax.device_count()) == 0]
+    return [number for number in numbers if num_samples % (number * num_devices) == 0]
 
 
-def may_be_shared(num_samples: int) -> bool:
-    return jax.device_count() > 1 and num_samples % jax.device_count() == 0
+def may_be_shared(num_samples: int, num_devices: int) -> bool:
+    return num_devices > 1 and num_samples % num_devices == 0

@@ -85,9 +85,16 @@ def tapped(
     axes_kept = {(path, side): axes[path] for path in actions for side in actions[path].keeps}
     run = problem.over_samples(grad, out_axes=((0, axes), (0, axes_kept)))
     (stacked, cotangents), (outs_, kept) = run(direct, zeros, samples.examples)
+    return seen_of(stacked, cotangents, outs_, kept)
+
+
+def seen_of(
+    stacked: dict[int, jax.Array], cotangents: taps.Taps, outs: list[jax.Array], kept: taps.Kept
+) -> Seen:
+    """Put together what norms and sums are made of."""
     entered = {path: arrays for (path, side), arrays in kept.items() if side == "entering"}
     left = {path: y for (path, side), (y, *_) in kept.items() if side == "leaving"}
-    return Seen(stacked, cotangents, outs_, entered, left)
+    return Seen(stacked, cotangents, outs, entered, left)
 
 
 def squared_norms(

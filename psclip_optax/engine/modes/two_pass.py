@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from psclip_optax import meshes
 from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
 from psclip_optax.engine.analysis.linearity import described_rule
 from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.engine.modes.mode import Course, Mode
 from psclip_optax.engine.modes.one_pass import ONE_PASS
 from psclip_optax.engine.modes.problem import Problem, outs_of
 from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_slices, may_be_shared
-from psclip_optax.engine.modes.tapped import all_weights, squared_norms, tapped
+from psclip_optax.engine.modes.tapped import Seen, all_weights, seen_of, squared_norms
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
-from psclip_optax.engine.plan import LeafPlan
+from psclip_optax.engine.plan import LeafPlan, without_small
+from psclip_optax.engine.routes import route_of
 
 # The memory that one pass over a whole batch may keep, relative to that of a plain gradient.
 MOST_KEPT = 0.15
+# The same where devices may share the batch, of which each slice gathers parameters anew that are
+# sharded, and sums up its gradient.
+MOST_KEPT_OF_SHARED = 0.5
 # With more slices than these, one pass would run too few samples at a time to be fast.
 MOST_SLICES = 4
 
@@ -50,7 +56,8 @@ class TwoPass(Mode):
 
     def course(self, problem: Problem, leaves: Sequence[Any], num_samples: int) -> Course:
         slices, why = _num_slices(problem, leaves, num_samples), _why_never_weighted(problem)
-        return Course(slices, f"one pass over slices, never two passes: {why}" if why else "")
+        note = f"one pass over slices, never two passes: {why}" if why else ""
+        return Course(slices, note, _probing(problem).plans if slices is None else None)
 
 
 TWO_PASS = TwoPass()
@@ -69,7 +76,8 @@ def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> in
     plans = problem.plans
     # Behind a rule that is not linear, weighted cotangents give no weighted sum.
     is_weighted = not _why_never_weighted(problem)
-    others = [plan.weight for plan in plans.all if not (is_weighted and _may_be_probed(plan))]
+    probing = _probing(problem).plans.all
+    others = [plan.weight for plan in probing if not (is_weighted and _may_be_probed(plan))]
     if problem.axis_name is not None:  # an estimate would have to know what varies over the mesh
         return None if len(others) < len(plans.all) else 1
     estimate = estimated_bytes(problem.closed, plans, leaves, 1)
@@ -78,23 +86,25 @@ def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> in
     most_kept = MOST_KEPT * estimate.saved
     fits = sum(estimate.kept.values()) <= most_kept
     wanted = 1 if fits else max(1, -(-estimate.of_one_pass // max(estimate.saved, 1)))
-    few = even_slices(range(wanted, MOST_SLICES + 1), num_samples)
-    # Devices that share the batch would sum up each slice's gradient.
-    if few and (few[0] == 1 or not may_be_shared(num_samples)):
+    devices = problem.num_devices
+    is_shared = may_be_shared(num_samples, devices)
+    few = even_slices(range(wanted, MOST_SLICES + 1), num_samples, devices)
+    if few and (few[0] == 1 or not is_shared):
         return few[0]
     would_keep = sum(estimate.kept[weight] for weight in others)
+    most_kept = MOST_KEPT_OF_SHARED * estimate.saved if is_shared else most_kept
     if is_weighted and would_keep <= most_kept:
         return None
-    return few[0] if few else even_slices(range(1, wanted + 1), num_samples)[-1]
+    return few[0] if few else even_slices(range(1, wanted + 1), num_samples, devices)[-1]
 
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """Make one forward pass and two backward: for the norms, then for the weighted sum."""
+    problem = _probing(problem)
     plans, params = problem.plans.all, leaves
     leaves = problem.plans.pieces.of(params)
     probed = [plan for plan in plans if _may_be_probed(plan)]
     others = [plan for plan in plans if not _may_be_probed(plan)]
-    weights, pull_back = all_weights(problem, leaves)
 
     def norm(site: Site, entered: tuple[jax.Array, ...], dy: jax.Array) -> jax.Array:
         with problem.making_norms():
@@ -105,7 +115,9 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
     }
     for site in (site for plan in probed for site in plan.sites):
         actions[site.path] = taps.probe(site, norm, problem.dtype)
-    seen = tapped(problem, leaves, weights, samples, actions)
+    passes = _forward(problem, list(leaves), samples, actions)
+    seen = passes.seen()
+    weights, pull_back = all_weights(problem, leaves)
     squares = squared_norms(problem, others, pull_back, weights, seen)
     for site in (site for plan in probed for site in plan.sites):
         probed_squares = seen.cotangents[site.path]
@@ -113,21 +125,82 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
     norms, scales, finite, kept = weigh(problem, samples, seen.outs[0], squares)
 
     of_samples, bad = weights_of_sum(samples.taus, samples.shares, norms, scales), ~finite & ~kept
-    sums = _backward(problem, list(leaves), samples.examples, of_samples, kept, bad)
+    sums = _backward(problem, passes, list(leaves), samples.examples, of_samples, kept, bad)
     sums = problem.plans.pieces.together(sums, params)
     return Result(sums, seen.outs, norms, scales, finite)
 
 
+class _Passes(NamedTuple):
+    """A forward pass, which two backward passes share.
+
+    Attributes:
+      pull_back: a function from cotangents of the losses to those of what is added to direct
+        weights for each sample, of the actions' zeros, and of the parameters' leaves.
+      losses: of the samples.
+      outs: what the loss returns.
+      kept: what the actions keep.
+    """
+
+    pull_back: Callable[[jax.Array], tuple[dict[int, jax.Array], taps.Taps, list[jax.Array]]]
+    losses: jax.Array
+    outs: list[jax.Array]
+    kept: taps.Kept
+
+    def seen(self) -> Seen:
+        stacked, cotangents, _ = self.pull_back(jnp.ones_like(self.losses))
+        return seen_of(stacked, cotangents, self.outs, self.kept)
+
+    def sums(self, of_samples: jax.Array) -> list[jax.Array]:
+        return self.pull_back(of_samples.astype(self.losses.dtype))[2]
+
+
+def _forward(
+    problem: Problem, leaves: list[Any], samples: Samples, actions: dict[taps.Path, taps.Action]
+) -> _Passes:
+    """Run the loss on all samples, with the derivative of the batch."""
+    plans, n = problem.plans, samples.number
+    axes_of_loss = meshes.axes_of_type(problem.closed.out_avals[0])
+    places = {
+        plan.weight: (one.path, one.output)
+        for plan, one in zip(plans.others, plans.computed, strict=True)
+    }
+
+    def of_batch(own: dict[int, Any], zeros: taps.Taps, leaves: list[Any]) -> Any:
+        weights, _ = all_weights(problem, leaves)
+
+        def of_sample(own: dict[int, Any], zeros: taps.Taps, example: list[Any]) -> Any:
+            used = {i: weight + own[i] if i in own else weight for i, weight in weights.items()}
+            inputs = [*(used[i] for i in range(plans.num_leaves)), *example]
+            given = {place: used[i] for i, place in places.items()}
+            outs, kept = taps.run_with(plans.closed, inputs, zeros, actions, given)
+            return outs[0], (outs, kept)
+
+        axes = {path: action.num_scans for path, action in actions.items()}
+        axes_kept = {(path, side): axes[path] for path in actions for side in actions[path].keeps}
+        run = problem.over_samples(of_sample, in_axes=(0, axes, 0), out_axes=(0, (0, axes_kept)))
+        return run(own, zeros, samples.examples)
+
+    def zeros(shaped: Any, axis: int) -> jax.Array:
+        shape = (*shaped.shape[:axis], n, *shaped.shape[axis:])
+        return meshes.varying(jnp.zeros(shape, shaped.dtype), axes_of_loss)
+
+    kinds = zip(plans.all, plans.avals, strict=True)
+    own = {plan.weight: zeros(shaped, 0) for plan, shaped in kinds if plan.is_direct}
+    at_sites = {path: zeros(action.zero, action.num_scans) for path, action in actions.items()}
+    losses, pull_back, (outs, kept) = jax.vjp(of_batch, own, at_sites, leaves, has_aux=True)
+    return _Passes(pull_back, losses, outs, kept)
+
+
 def _backward(
     problem: Problem,
+    passes: _Passes,
     leaves: list[jax.Array],
     examples: list[jax.Array],
     of_samples: jax.Array,
     kept: jax.Array,
     bad: jax.Array,
 ) -> list[jax.Array]:
-    """Sum of_samples_k g_k by a plain backward pass, and by another if samples must be left out."""
-    # The same forward pass as in the first pass, so that both share it.
+    """Sum of_samples_k g_k by the second backward pass, and anew if samples must be left out."""
     closed = problem.plans.closed
 
     def of(consts: list[Any], leaves: list[Any], examples: list[Any], of_samples: Any) -> list[Any]:
@@ -153,8 +226,17 @@ def _backward(
         return [jnp.where(jnp.any(kept), total, 0) for total in sums]
 
     consts = list(closed.consts)
-    sums = of(consts, leaves, examples, of_samples)
+    sums = passes.sums(of_samples)
     return changed_if_any(bad, without_dropped, sums, consts, leaves, examples, of_samples, kept)
+
+
+def _probing(problem: Problem) -> Problem:
+    """Plan anew what is direct because it is small, where a probe keeps no stack of gradients."""
+    plans = problem.plans
+    usage = find_usage(plans.closed, plans.num_leaves, route_of)
+    both = zip(plans.leaves, without_small(plans, usage, problem.groups).leaves, strict=True)
+    leaves = [new if old.is_direct and _may_be_probed(new) else old for old, new in both]
+    return problem._replace(plans=plans._replace(leaves=leaves))
 
 
 def _may_be_probed(plan: LeafPlan) -> bool:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from psclip_optax import meshes
 from psclip_optax.arrays import promoted
 from psclip_optax.engine.analysis.operations import ProductAxes, product_axes
 from psclip_optax.engine.analysis.sites import Site, viewed
@@ -215,11 +216,23 @@ def _squared_norms_of_layer(factors: Factors, dtype: Any) -> jax.Array:
         squares = [jnp.sum(jnp.square(side.astype(dtype)), axis=(1, 2)) for side in (left, right)]
         norms = squares[0] * squares[1]
     elif _takes_gram(left, right):
-        gram = product(left, left, 2, dtype) * product(right, right, 2, dtype)
-        norms = jnp.maximum(jnp.sum(gram, axis=(1, 2)), 0)
+        norms = jnp.maximum(_products_of_grams(left, right, dtype), 0)
     else:
         norms = jnp.sum(jnp.square(product(left, right, 1, dtype)), axis=(1, 2))
     return jnp.sum(norms.reshape(parts), axis=1)
+
+
+def _products_of_grams(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
+    """Return ⟨L Lᵀ, R Rᵀ⟩ for each of m matrices L [m, T, a] and R [m, T, c]."""
+    if not meshes.has_several_axes((left, right)):
+        grams = (product(side, side, 2, dtype) for side in (left, right))
+        return jnp.sum(math.prod(grams), axis=(1, 2))
+    # Where devices share columns, they would add up Gram matrices before these are multiplied. Most
+    # often they share the wider side's. ⟨L Lᵀ R, R⟩ is a sum over its columns, each device's own.
+    narrow, wide = sorted((left, right), key=lambda side: side.shape[-1])
+    gram, wide = product(narrow, narrow, 2, dtype), wide.astype(dtype)
+    spread = lax.dot_general(gram, wide, (((2,), (1,)), ((0,), (0,))))
+    return jnp.sum(spread * wide, axis=(1, 2))
 
 
 def _takes_gram(left: Any, right: Any) -> bool:
