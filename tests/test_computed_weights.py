@@ -194,11 +194,11 @@ def test_computed_weights_are_exact(use):
         stacked = jax.jit(lambda p, *b: stacked_gradients(loss, p, b))(params, *batch)
         squares = [np.sum(np.square(g), axis=tuple(range(1, g.ndim))) for g in stacked.values()]
         tau = float(np.sqrt(np.median(sum(squares))))
-        for mode in ("one_pass", "two_pass"):
-            function = psc.clipped_grad(loss, tau, mode=mode)
+        one_pass, two_pass = (psc.clipped_grad(loss, tau, mode=m) for m in ("one_pass", "two_pass"))
+        for function in (one_pass, two_pass):
             grads = jax.jit(function)(params, *batch)
             assert_close(grads, clipped_mean(stacked, np.full(N, tau)), 1e-10)
-        rows = {row.parameter: row for row in function.explain(params, *batch).rows}
+        rows = {row.parameter: row for row in one_pass.explain(params, *batch).rows}
         assert words in rows[f"['{parameter}']"].reason
 
 

@@ -634,7 +634,6 @@ def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
     assert found == [2]  # those of "model", for each device along "data" has an array of its own
 
 
-@pytest.mark.as_is
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_samples_stay_where_they_are_on_a_part_of_the_devices(mode, monkeypatch):
     monkeypatch.setattr(route, "_MOST_READ_ON_CPU", 500)  # so that norms are made in parts
@@ -688,7 +687,6 @@ def layers_loss(params, x, y):
     return jnp.mean(jnp.square(x - y))
 
 
-@pytest.mark.as_is
 def test_two_passes_gather_rematerialised_layers_once_more_than_a_plain_gradient():
     n, num_layers, num_rows, width = 16, 5, 24, 16  # gradients no larger than what leaves
     mesh = mesh_of_four()

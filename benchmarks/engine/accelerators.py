@@ -24,7 +24,7 @@ from rich.table import Table
 
 import psclip_optax as psc
 from benchmarks.common.machine import describe, describe_machine
-from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.style import tidy
 from benchmarks.engine import real_models, targets
 from benchmarks.engine.accumulation import mean_loss
@@ -40,6 +40,12 @@ COLORS = {"one_pass": "#0072B2", "two_pass": "#E69F00", "vmap": "#999999"}
 LEAST_BYTES = 2**22
 # The number of samples in a batch of the zoo.
 ZOO_SAMPLES = {"mlp": 512, "alexnet": 128, "lstm": 64, "recommender": 512}
+# What the guide shows: "h100" alone has kernels and bytes.
+_IN_THE_GUIDE = (
+    ("v5e", "one_pass", ("cycles", "memory")),
+    ("v5e", "two_pass", ("cycles", "memory")),
+    ("h100", "one_pass", ("kernels", "bytes", "memory")),
+)
 NOTE = (
     "Ratios to value_and_grad of the mean loss of the batch. TPUs: cycles by the compiler's own "
     "estimates. H100: kernels launched, bytes that they move, waits for the host. Memory: peak of "
@@ -156,7 +162,7 @@ def to_table(result: dict[str, Any]) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("cycles", "kernels", "bytes", "waits", "memory", "compile"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in result["ratios"] + result["means"]:
+    for row in _rows(result):
         cells = [row["target"], row["name"], row["mode"]]
         if not row["ratios"]:
             table.add_row(*cells, "does not fit")
@@ -164,6 +170,34 @@ def to_table(result: dict[str, Any]) -> Table:
         named = ("cycles", "kernels", "bytes", "waits", "memory", "compile_seconds")
         table.add_row(*cells, *(_cell(row["ratios"].get(name)) for name in named))
     return table
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Writes the guide's table: what each mode costs against a plain gradient, by model."""
+    shown = [
+        (target, mode, figure) for target, mode, figures in _IN_THE_GUIDE for figure in figures
+    ]
+    found = {(row["name"], row["target"], row["mode"]): row for row in _rows(result)}
+    names = dict.fromkeys(name for name, *_ in found)
+    heads = [f"{target}, `{mode}`: {figure}" for target, mode, figure in shown]
+    cells = [
+        [
+            name,
+            *(_figure(found.get((name, target, mode)), figure) for target, mode, figure in shown),
+        ]
+        for name in names
+    ]
+    return markdown_table([["model, samples", *heads], *cells])
+
+
+def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*result["ratios"], *result["means"]]
+
+
+def _figure(row: dict[str, Any] | None, figure: str) -> str:
+    if row is None or figure not in row["ratios"]:
+        return "–" if row is None or row["fits"] else "does not fit"
+    return _cell(row["ratios"][figure])
 
 
 def _cell(number: float | None) -> str:

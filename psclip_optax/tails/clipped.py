@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from psclip_optax.arrays import described
 from psclip_optax.table import table
@@ -56,7 +57,12 @@ class MostClipped:
 
 
 def most_clipped(
-    index: Any, scale: Any, norm: Any, loss: Any = None, *, by: By = "scale"
+    index: npt.ArrayLike,
+    scale: npt.ArrayLike,
+    norm: npt.ArrayLike,
+    loss: npt.ArrayLike | None = None,
+    *,
+    by: By = "scale",
 ) -> MostClipped:
     """Ranks samples by how much they were clipped over a training.
 
@@ -118,7 +124,7 @@ def most_clipped(
     return _ranked(_by_sample(arrays), by)
 
 
-def _as_numbers(name: str, values: Any) -> np.ndarray:
+def _as_numbers(name: str, values: npt.ArrayLike) -> np.ndarray:
     kinds = {"index": ("integers", (jnp.integer,))}
     wanted, dtypes = kinds.get(name, ("real numbers", (jnp.integer, jnp.floating)))
     expected = f"{name}: most_clipped expects an array of {wanted}"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from psclip_optax import meshes
 from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
+from psclip_optax.engine.analysis.computed import compute
 from psclip_optax.engine.analysis.linearity import described_rule
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.usage import find_usage
@@ -166,7 +167,9 @@ def _forward(
     }
 
     def of_batch(own: dict[int, Any], zeros: taps.Taps, leaves: list[Any]) -> Any:
-        weights, _ = all_weights(problem, leaves)
+        # Not by `all_weights`, whose vjp would hide the rules of custom derivatives from this one.
+        computed = compute(plans.closed, plans.computed)(list(leaves)) if places else []
+        weights = dict(enumerate(leaves)) | dict(zip(places, computed, strict=True))
 
         def of_sample(own: dict[int, Any], zeros: taps.Taps, example: list[Any]) -> Any:
             used = {i: weight + own[i] if i in own else weight for i, weight in weights.items()}
