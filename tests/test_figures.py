@@ -12,7 +12,7 @@ from benchmarks import headlines, summary
 from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100, find_bad_data
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.statistics import describe_difference, paired_difference
-from benchmarks.engine import cost
+from benchmarks.engine import accelerators, cost
 from benchmarks.peers import report
 from benchmarks.thresholds import by_layer_report
 
@@ -272,14 +272,26 @@ def test_tables_are_those_of_the_committed_measurements(to_markdown, path):
     assert table in GUIDE["engine"]
 
 
-def test_rows_of_the_engine_are_of_the_whole_table():
-    rows = json.loads((ROOT / "benchmarks/results/engine.json").read_text())["rows"]
-    header, _, *every = cost.to_markdown(rows).strip().splitlines()
+def test_costs_on_accelerators_are_those_of_the_committed_compilations():
+    result = json.loads((ROOT / "benchmarks/results/accelerators.json").read_text())
+    table = accelerators.to_markdown(result).strip()
+    assert table in GUIDE["engine"]
+    header, _, *every = table.splitlines()
     lines = README.splitlines()
     start = lines.index(header) + 2
     shown = lines[start : lines.index("", start)]
     assert len(shown) == 3
     assert set(shown) <= set(every)
+
+
+def test_the_dearest_on_a_cpu_is_that_of_the_committed_measurement():
+    rows = json.loads((ROOT / "benchmarks/results/engine.json").read_text())["rows"]
+    modes = [row["modes"] for row in rows if row["experiment"] == "zoo"]
+    one_pass, two_pass = (
+        max(mode[name]["ratio_quartiles"][1] for mode in modes) for name in ("one_pass", "two_pass")
+    )
+    said = f"one pass takes at most {one_pass:.2f} of the time, two passes {two_pass:.2f}"
+    assert said in SHORT
 
 
 def test_the_models_of_other_libraries_are_as_many_as_agree():

@@ -129,7 +129,9 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         numbers = {name: row[name] / base[name] for name in (*of_target, "compile_seconds")}
         return numbers | {"memory": next(memory) / next(memory), "waits": row["waits"]}
 
-    return [row | {"ratios": ratios(row)} for row in rows if row["mode"] != "plain"]
+    # While some are compiled again, the plain gradient of others may be missing.
+    compared = [row for row in rows if (row["target"], row["job"]) in plain]
+    return [row | {"ratios": ratios(row)} for row in compared if row["mode"] != "plain"]
 
 
 def geometric_means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -174,12 +176,12 @@ def to_table(result: dict[str, Any]) -> Table:
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Writes the guide's table: what each mode costs against a plain gradient, by model."""
-    shown = [
-        (target, mode, figure) for target, mode, figures in _IN_THE_GUIDE for figure in figures
-    ]
+    shown = [(t, mode, figure) for t, mode, figures in _IN_THE_GUIDE for figure in figures]
     found = {(row["name"], row["target"], row["mode"]): row for row in _rows(result)}
     names = dict.fromkeys(name for name, *_ in found)
-    heads = [f"{target}, `{mode}`: {figure}" for target, mode, figure in shown]
+    heads = [
+        f"{target}, `{mode}`: {' | '.join(figures)}" for target, mode, figures in _IN_THE_GUIDE
+    ]
     cells = [
         [
             name,
@@ -187,7 +189,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         ]
         for name in names
     ]
-    return markdown_table([["model, samples", *heads], *cells])
+    header, _, *body = markdown_table([["model, samples", *heads], *cells]).splitlines()
+    return "\n".join([header, "|---" * (1 + len(shown)) + "|", *body])
 
 
 def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:

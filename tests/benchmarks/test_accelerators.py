@@ -143,3 +143,11 @@ def test_what_was_compiled_is_not_compiled_again(compiled, monkeypatch):
     out, chosen = compiled
     monkeypatch.setattr(accelerators, "measure", lambda *_: pytest.fail("compiled again"))
     accelerators.main(out, **chosen, quick=True)
+
+
+def test_rows_wait_for_the_plain_gradient_that_is_compiled_again():
+    cost = {"fits": True, "cycles": 6, "temp_bytes": 2**23, "compile_seconds": 2.0, "waits": 0}
+    rows = [{"target": "v5e", "job": "a", "mode": mode, **cost} for mode in ("plain", "one_pass")]
+    (row,) = accelerators.with_ratios(rows)
+    assert row["ratios"] == {"cycles": 1, "compile_seconds": 1, "memory": 1, "waits": 0}
+    assert accelerators.with_ratios(rows[1:]) == []
