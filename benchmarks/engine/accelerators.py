@@ -28,11 +28,9 @@ from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.style import tidy
 from benchmarks.engine import real_models, targets
 from benchmarks.engine.accumulation import mean_loss
-from benchmarks.engine.on_gpu_results import read_rows
 from benchmarks.engine.targets import TARGETS
 from benchmarks.zoo.models import ZOO
 from psclip_optax.options import Mode
-from psclip_optax.training.output.files import to_json, write_atomically
 
 MODES = ("one_pass", "two_pass", "vmap")
 COLORS = {"one_pass": "#0072B2", "two_pass": "#E69F00", "vmap": "#999999"}
@@ -250,23 +248,16 @@ def main(
     """
     jax.config.update("jax_platforms", "cpu")
     path = out / "accelerators.json"
-    rows = read_rows(path)
     wanted = [(t, j, m) for t in target for j in model for m in ("plain", *mode)]
-    stale = set(wanted) if rerun else set()
-    rows = [row for row in rows if (row["target"], row["job"], row["mode"]) not in stale]
-    done = {(row["target"], row["job"], row["mode"]) for row in rows}
-    result = summary(rows)
-    for point in wanted:
-        if point in done:
-            continue
+
+    def row(point: tuple[str, str, str]) -> dict[str, Any]:
         job = JOBS[point[1]](quick)
         keys = {"target": point[0], "job": point[1], "mode": point[2]}
-        rows.append(
-            keys | {"name": job.name, "group": job.group} | measure(point[0], job, point[2])
-        )
-        result = summary(rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"{to_json(result, indent=2)}\n".encode())
+        return keys | {"name": job.name, "group": job.group} | measure(point[0], job, point[2])
+
+    result = targets.compile_missing(
+        path, wanted, lambda row: (row["target"], row["job"], row["mode"]), row, summary, rerun
+    )
     publish(out, "accelerators", result, [to_table(result)], draw(result), width=110)
 
 

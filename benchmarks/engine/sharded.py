@@ -26,11 +26,9 @@ from benchmarks.common import hlo
 from benchmarks.common.machine import describe, describe_machine
 from benchmarks.common.publishing import RESULTS, publish
 from benchmarks.common.style import tidy
-from benchmarks.engine import real_models
+from benchmarks.engine import real_models, targets
 from benchmarks.engine.accelerators import LEAST_BYTES
 from benchmarks.engine.layouts import LAYOUTS, Laid, laid_out, mesh_of
-from benchmarks.engine.on_gpu_results import read_rows
-from psclip_optax.training.output.files import to_json, write_atomically
 
 TARGET = "v5e"
 TOPOLOGIES = ("2x2", "4x4", "16x16")
@@ -218,14 +216,9 @@ def main(
         for j in model
         for m in ("plain", *mode)
     ]
-    rows = [row for row in read_rows(path) if not (rerun and Point.of(row) in wanted)]
-    done = {Point.of(row) for row in rows}
-    result = summary(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for point in (point for point in wanted if point not in done):
-        rows.append(measure(point, quick))
-        result = summary(rows)
-        write_atomically(path, f"{to_json(result, indent=2)}\n".encode())
+    result = targets.compile_missing(
+        path, wanted, Point.of, lambda point: measure(point, quick), summary, rerun
+    )
     publish(out, "sharded", result, [to_table(result)], draw(result), width=110)
 
 

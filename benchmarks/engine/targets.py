@@ -9,14 +9,18 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.common import hlo
+from benchmarks.engine.on_gpu_results import read_rows
+from psclip_optax.training.output.files import to_json, write_atomically
+
+PointT = TypeVar("PointT", bound=Hashable)
 
 # The machine has no TPU, and libtpu would look for one; several processes may compile at once.
 _ENVIRONMENT = {
@@ -90,3 +94,35 @@ def cost_of(target: str, function: Callable[..., Any], arguments: tuple[Any, ...
     gpu = hlo.gpu_cost(text) if target == "h100" else hlo.GpuCost(0, 0, 0)
     cycles = 0 if target == "h100" else hlo.tpu_cycles(text)
     return Cost(cycles, *gpu, program.memory_analysis().temp_size_in_bytes, seconds)
+
+
+def compile_missing(
+    path: pathlib.Path,
+    wanted: Sequence[PointT],
+    point_of: Callable[[dict[str, Any]], PointT],
+    measure: Callable[[PointT], dict[str, Any]],
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    rerun: bool,
+) -> dict[str, Any]:
+    """Compiles what a result lacks, and writes it after each point.
+
+    Args:
+      path: the result's file.
+      wanted: the points to compile.
+      point_of: a function from a row to its point.
+      measure: a function that compiles a point, to its row.
+      summary: a function from all rows to the result.
+      rerun: whether points that the result has are compiled again.
+
+    Returns:
+      The result.
+    """
+    rows = [row for row in read_rows(path) if not (rerun and point_of(row) in wanted)]
+    done = {point_of(row) for row in rows}
+    result = summary(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for point in (point for point in wanted if point not in done):
+        rows.append(measure(point))
+        result = summary(rows)
+        write_atomically(path, f"{to_json(result, indent=2)}\n".encode())
+    return result
