@@ -18,16 +18,14 @@ from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
 from psclip_optax.engine.calls import Call, axes_of_leaves, take_apart, trace
 from psclip_optax.engine.explain import Plan
 from psclip_optax.engine.fusion import plan_fusion
-from psclip_optax.engine.memory import estimated_bytes
 from psclip_optax.engine.modes import MODES
+from psclip_optax.engine.modes.choice import chosen
 from psclip_optax.engine.modes.fused import FUSED
 from psclip_optax.engine.modes.micro_batches import MICRO_BATCHES
 from psclip_optax.engine.modes.mode import Mode
-from psclip_optax.engine.modes.one_pass import ONE_PASS
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples, in_slices
 from psclip_optax.engine.modes.stacked import STACKED
-from psclip_optax.engine.modes.two_pass import TWO_PASS
 from psclip_optax.engine.plan import plan_weights
 from psclip_optax.engine.units import Unit
 from psclip_optax.groups import Groups, Limits
@@ -152,16 +150,7 @@ def _mode(problem: Problem, call: Call, taus: Any, options: Options) -> Mode:
         return MODES[options.mode]
     limit = options.memory_limit_bytes or stacks.bytes_limit(jax.local_devices()[0])
     n = min(call.num_samples, options.microbatch_size or call.num_samples)
-    fusion = problem.fusion
-    at_once = FUSED if fusion is not None and fusion.fused else ONE_PASS
-    if limit is None:
-        return at_once
-    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in call.params)
-    estimate = estimated_bytes(problem.closed, problem.plans, call.params, n)
-    of_batch = estimate.of_one_pass
-    if fusion is not None and fusion.fused:
-        of_batch = estimate.of_fused([plan.weight for plan in fusion.rest])
-    return at_once if 2 * parameters + of_batch <= limit else TWO_PASS
+    return chosen(problem, call.params, call.examples, n, limit)
 
 
 def _packed(

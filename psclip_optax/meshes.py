@@ -124,8 +124,12 @@ def num_devices(tree: Any) -> int:
     The axes that shard_map has made each device's own do not count. Ahead of time programs are
     compiled for meshes of devices that are not here.
     """
-    shapes = _shapes_of_meshes(tree)
-    return max(map(math.prod, shapes)) if shapes else jax.device_count()
+    return devices_of_mesh(tree) or jax.device_count()
+
+
+def devices_of_mesh(tree: Any) -> int | None:
+    """Count the devices of the mesh that arrays are known to be on; None where they are on none."""
+    return max(map(math.prod, _shapes_of_meshes(tree)), default=None)
 
 
 def has_several_axes(tree: Any) -> bool:
