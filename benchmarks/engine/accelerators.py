@@ -28,12 +28,18 @@ from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.style import tidy
 from benchmarks.engine import real_models, targets
 from benchmarks.engine.accumulation import mean_loss
+from benchmarks.engine.real_models import by_layer
 from benchmarks.engine.targets import TARGETS
 from benchmarks.zoo.models import ZOO
 from psclip_optax.options import Mode
 
-MODES = ("one_pass", "two_pass", "vmap")
-COLORS = {"one_pass": "#0072B2", "two_pass": "#E69F00", "vmap": "#999999"}
+MODES = ("one_pass", "two_pass", "by_layer", "vmap")
+COLORS = {
+    "one_pass": "#0072B2",
+    "two_pass": "#E69F00",
+    "by_layer": "#009E73",
+    "vmap": "#999999",
+}
 # A program that stays in a chip's vector memory has no temporary memory, and no ratio of it.
 LEAST_BYTES = 2**22
 # The number of samples in a batch of the zoo.
@@ -42,6 +48,7 @@ ZOO_SAMPLES = {"mlp": 512, "alexnet": 128, "lstm": 64, "recommender": 512}
 _IN_THE_GUIDE = (
     ("v5e", "one_pass", ("cycles", "memory")),
     ("v5e", "two_pass", ("cycles", "memory")),
+    ("v5e", "by_layer", ("cycles", "memory")),
     ("h100", "one_pass", ("kernels", "bytes", "memory")),
 )
 NOTE = (
@@ -101,18 +108,21 @@ JOBS: dict[str, Callable[[bool], Job]] = {
 
 def measure(target: str, job: Job, mode: str) -> dict[str, Any]:
     """Compiles one mode, or "plain"; `fits` is false where the device's memory is too small."""
-    function = (
-        jax.value_and_grad(job.batch_loss)
-        if mode == "plain"
-        else psc.clipped_value_and_grad(job.loss, 1.0, mode=cast("Mode", mode))
-    )
     try:
-        cost = targets.cost_of(target, function, job.arguments)
+        cost = targets.cost_of(target, _function(job, mode), job.arguments)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"fits": False}
     return {"fits": True, **cost._asdict()}
+
+
+def _function(job: Job, mode: str) -> Callable[..., Any]:
+    if mode == "plain":
+        return jax.value_and_grad(job.batch_loss)
+    if mode == "by_layer":
+        return psc.clipped_value_and_grad(job.loss, by_layer(job.arguments[0], 1.0))
+    return psc.clipped_value_and_grad(job.loss, 1.0, mode=cast("Mode", mode))
 
 
 def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -216,8 +226,8 @@ def draw(result: dict[str, Any]) -> Figure:
         for i, mode in enumerate(MODES):
             own = [row for row in rows if (row["target"], row["mode"]) == (target, mode)]
             ratios = [row["ratios"].get("cycles") or row["ratios"]["bytes"] for row in own]
-            places = [names.index(row["name"]) + 0.27 * (i - 1) for row in own]
-            axes.bar(places, ratios, 0.27, label=mode, color=COLORS[mode])
+            places = [names.index(row["name"]) + 0.2 * (i - 1.5) for row in own]
+            axes.bar(places, ratios, 0.2, label=mode, color=COLORS[mode])
         axes.axhline(1, color="#333333", linewidth=0.8)
         axes.set_ylabel(f"{target}: {'bytes' if target == 'h100' else 'cycles'}\nto plain")
         axes.set_yscale("log")  # stacks may take a hundred times as much

@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import psclip_optax as psc
 from psclip_optax.training.models.classifiers import build_model
 
 Size = Literal["tiny", "small", "full"]
 COMPUTE = jnp.bfloat16
+# So Flax names what a scan over rematerialised layers stacks.
+_STACKED = "Checkpoint"
 
 
 class Model(NamedTuple):
@@ -317,6 +320,21 @@ class GPT2(nn.Module):
             return x
         block = nn.remat(Block, prevent_cse=False)
         return scanned(block(self.heads, causal=True), x, self.layers)
+
+
+def by_layer(params: Any, threshold: float) -> Any:
+    """Makes a threshold for each layer, those that a scan stacks included, of one sensitivity."""
+    if not isinstance(params, dict):
+        return psc.by_layer(params, threshold)
+    layers = {
+        name: jax.tree.leaves(own)[0].shape[0] if name.startswith(_STACKED) else 1
+        for name, own in params.items()
+    }
+    each = threshold / math.sqrt(sum(layers.values()))
+    return {
+        name: psc.each_slice([each] * number) if name.startswith(_STACKED) else each
+        for name, number in layers.items()
+    }
 
 
 # Models

@@ -29,6 +29,7 @@ from benchmarks.common.style import tidy
 from benchmarks.engine import real_models, targets
 from benchmarks.engine.accelerators import LEAST_BYTES
 from benchmarks.engine.layouts import LAYOUTS, Laid, laid_out, mesh_of
+from benchmarks.engine.real_models import by_layer
 
 TARGET = "v5e"
 TOPOLOGIES = ("2x2", "4x4", "16x16")
@@ -98,7 +99,7 @@ def _function(laid: Laid, mode: str) -> tuple[Callable[..., Any], int]:
     """Gives what is compiled, and the number of groups that are clipped apart."""
     if mode == "plain":
         return jax.value_and_grad(laid.batch_loss), 0
-    threshold = psc.by_layer(laid.arguments[0], 1.0) if mode == "by_layer" else 1.0
+    threshold = by_layer(laid.arguments[0], 1.0) if mode == "by_layer" else 1.0
     chosen: Any = "auto" if mode == "by_layer" else mode
     clipped = psc.clipped_value_and_grad(laid.loss, threshold, mode=chosen, spmd_axis_name="data")
     return clipped, len(jax.tree.leaves(threshold))
