@@ -254,6 +254,16 @@ def test_a_loss_whose_batch_has_no_gradient_is_not_fused():
     assert_close(results_of(loss, prefix, params, batch_of()), expected, 1e-5)
 
 
+def test_memory_is_estimated_of_weights_that_fusion_alone_computes():
+    def loss(params, x):  # of a sequence, so that exp(a) is small beside what leaves the products
+        table = jnp.exp(params["a"])
+        return (jnp.tanh(x @ table) @ params["b"] @ table.T).sum()
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4))}
+    f = psc.clipped_grad(loss, {"a": 1.0, "b": 1.0}, memory_limit_bytes=10**9)
+    assert f.explain(params, jnp.ones((5, 50, 3))).mode == "fused"
+
+
 def test_what_does_not_fit_into_memory_is_not_fused():
     loss, params, prefix, _ = LOSSES["by layer"]
     f = psc.clipped_grad(loss, prefix, memory_limit_bytes=1)

@@ -35,6 +35,8 @@ def clipped_by_group(
     def loss(groups: list[dict[str, Any]], example: Any) -> Any:
         return program.loss({name: leaf for own in groups for name, leaf in own.items()}, example)
 
+    # A limit far away, as devices tell one: the choice of a mode then estimates the memory.
+    options = {"memory_limit_bytes": 2**40, **options}
     f = clip(loss, [1.0] * len(groups), return_stats=True, **options)
 
     def run(params: dict[str, Any], batch: Any, taus: Any) -> Any:

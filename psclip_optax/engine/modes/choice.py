@@ -10,7 +10,7 @@ import jax
 
 from psclip_optax import meshes
 from psclip_optax.engine.liveness import peak_bytes
-from psclip_optax.engine.memory import estimated_bytes, num_bytes
+from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes, num_bytes
 from psclip_optax.engine.modes.fused import FUSED
 from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.one_pass import ONE_PASS
@@ -49,15 +49,19 @@ def chosen(
     free = limit - 2 * num_bytes(leaves) - num_bytes(examples) // devices
     if _FAR * _bytes_by_shapes(problem, leaves, num_samples) <= free * devices:
         return at_once
-    fits = _MARGIN * temporary_bytes(at_once, problem, leaves, examples, num_samples)
-    return at_once if fits <= free * devices else TWO_PASS
+    try:
+        needed = temporary_bytes(at_once, problem, leaves, examples, num_samples)
+    except NO_GRADIENT_OF_VMAP:
+        return at_once  # which says so where it is run
+    return at_once if _MARGIN * needed <= free * devices else TWO_PASS
 
 
 def _bytes_by_shapes(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int:
-    estimate = estimated_bytes(problem.closed, problem.plans, leaves, num_samples)
-    if problem.fusion is None or not problem.fusion.fused:
-        return estimate.of_one_pass
-    return estimate.of_fused([plan.weight for plan in problem.fusion.rest])
+    fusion = problem.fusion
+    if fusion is None or not fusion.fused:
+        return estimated_bytes(problem.closed, problem.plans, leaves, num_samples).of_one_pass
+    estimate = estimated_bytes(problem.closed, fusion.plans, leaves, num_samples)
+    return estimate.of_fused([plan.weight for plan in fusion.rest])
 
 
 def temporary_bytes(
