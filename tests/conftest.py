@@ -2,24 +2,18 @@ import gc
 import os
 
 import jax
-import jaxlib
 import pytest
 from hypothesis import settings
 
 from tests import passes
+from tests.compiler_flags import pytest_configure as pytest_configure
 from tests.fuzz import record
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Other ways to code that run as well and compile in half the time, which is most of the tests'. In
-# the environment, for processes that tests start; before those given there, which count more. XLA
-# ends a process at a flag that it does not know.
-_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
-if jaxlib.version.__version_info__ < (0, 11):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in those processes too
+# Here by `few_optimizations`; in the environment for processes that tests start.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # JAX computes a key of each program for a cache on disk, even where there is no such cache.
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
