@@ -9,6 +9,7 @@ import pytest
 
 import psclip_optax as psc
 from psclip_optax.engine.analysis.computed import is_radial
+from tests import slow
 from tests.numerics import assert_close, clipped_mean, enable_x64
 
 N = 5
@@ -186,7 +187,7 @@ def stacked_gradients(loss, params, batch):
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", slow.but([*USES][::2], USES))
 def test_computed_weights_are_exact(use):
     loss, parameter, words = USES[use]
     with enable_x64(True):
