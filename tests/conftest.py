@@ -12,7 +12,9 @@ from tests.fuzz import record
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Here by `few_optimizations`; in the environment for processes that tests start.
+# As `few_optimizations` does, for what modules compute when they are imported; and in the
+# environment for processes that tests start.
+jax.config.update("jax_disable_most_optimizations", True)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # JAX computes a key of each program for a cache on disk, even where there is no such cache.
 jax.config.update("jax_enable_compilation_cache", False)
