@@ -23,3 +23,5 @@ fi
 
 unset VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export MPLBACKEND=agg PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
+# Python compiles what is imported; pip would all that it installs, on one core.
+export PIP_COMPILE=0

@@ -1,24 +1,28 @@
+import gc
 import os
 
 import jax
-import jaxlib
 import pytest
 from hypothesis import settings
 
 from tests import passes
+from tests.compiler_flags import pytest_configure as pytest_configure
 from tests.fuzz import record
 
 # So that tests of sharding run in this process; all others use the first. Before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Other ways to code that run as well and compile in half the time, which is most of the tests'. In
-# the environment, for processes that tests start; before those given there, which count more. XLA
-# ends a process at a flag that it does not know.
-_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
-if jaxlib.version.__version_info__ < (0, 11):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in those processes too
+# As `few_optimizations` does, for what modules compute when they are imported; and in the
+# environment for processes that tests start.
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# JAX computes a key of each program for a cache on disk, even where there is no such cache.
+jax.config.update("jax_enable_compilation_cache", False)
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+
+# Tracing makes far more objects than it leaves in circles, and each search for these goes through
+# all that is imported. `forget_what_was_compiled` collects them too.
+gc.set_threshold(50_000, 20, 20)
 
 # Compiling takes as long as it takes. A failure must be seen again by whoever looks for it; new
 # examples come of `python -m tests.fuzz` and `python -m tests.random_programs`.
@@ -56,6 +60,11 @@ def in_share(share, tests):
     return tests[int(first) :: int(of)]
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now stays
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not hasattr(config, "cache"):  # with -p no:cacheprovider
         return
@@ -68,6 +77,7 @@ def forget_what_was_compiled():
     """So that the processes of pytest-xdist, one for each core, fit into a build server's memory."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

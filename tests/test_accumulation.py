@@ -296,6 +296,7 @@ def loss(params, x, y):
     return jnp.square(jnp.tanh(x @ params["w"]).sum() + params["b"].sum() - y)
 
 
+@jax.jit
 def mean_gradient(params, x, y):
     return jax.grad(lambda p: jnp.mean(jax.vmap(loss, (None, 0, 0))(p, x, y)))(params)
 
@@ -312,6 +313,9 @@ def in_microbatches(size, **options):
     )
 
 
+mean_loss = jax.jit(lambda params, x, y: jnp.mean(jax.vmap(loss, (None, 0, 0))(params, x, y)))
+
+
 @pytest.mark.parametrize("jit", [True, False])
 def test_one_step_is_accumulate_clipped_over_several(jit):
     with enable_x64(True):
@@ -321,7 +325,7 @@ def test_one_step_is_accumulate_clipped_over_several(jit):
         parts = [mean_gradient(params, x[i : i + 3], y[i : i + 3]) for i in range(0, 12, 3)]
         updates, _ = all_updates(in_double()(optax.sgd(1.0), 4, THRESHOLD), parts, params)
         assert_close(grads, jax.tree.map(jnp.negative, updates[-1]), 1e-12)
-        assert_close(value, jnp.mean(jax.vmap(loss, (None, 0, 0))(params, x, y)), 1e-12)
+        assert_close(value, mean_loss(params, x, y), 1e-12)
         norms = jnp.stack([optax.tree.norm(part) for part in parts])
         assert_close(stats.norms, norms, 1e-12)
         assert_close(stats.scales, jnp.minimum(1, taus_of(4) / norms), 1e-12)
@@ -333,16 +337,18 @@ def test_an_infinite_threshold_is_the_plain_mean_gradient(size):
     # Of slices of any size: a shorter last one has the share of its samples.
     with enable_x64(True):
         params, x, y = batch()
-        value, grads, _ = in_microbatches(size)(params, x, y, threshold=jnp.inf)
+        value, grads, _ = jax.jit(in_microbatches(size))(params, x, y, threshold=jnp.inf)
         assert_close(grads, mean_gradient(params, x, y), 1e-12)
-        assert_close(value, jnp.mean(jax.vmap(loss, (None, 0, 0))(params, x, y)), 1e-12)
+        assert_close(value, mean_loss(params, x, y), 1e-12)
 
 
 def test_micro_batches_of_one_sample_are_samples():
     with enable_x64(True):
         arguments = batch()
         per_sample = psc.clipped_value_and_grad(loss, THRESHOLD, return_stats=True)
-        assert_close(in_microbatches(1)(*arguments), per_sample(*arguments), 1e-12)
+        assert_close(
+            jax.jit(in_microbatches(1))(*arguments), jax.jit(per_sample)(*arguments), 1e-12
+        )
 
 
 def test_padding_has_no_share_and_empty_micro_batches_no_position():
@@ -351,7 +357,8 @@ def test_padding_has_no_share_and_empty_micro_batches_no_position():
         keep = np.array([0, 2, 6, 7, 8])  # of micro-batches of 3, the second is all padding
         mask = np.isin(np.arange(9), keep)
         padded = jnp.where(mask[:, None], x, jnp.nan)
-        _, grads, stats = in_microbatches(3)(params, padded, y, sample_mask=mask)
+        f = jax.jit(in_microbatches(3))
+        _, grads, stats = f(params, padded, y, sample_mask=mask)
         expected = zeros()
         for k, part in ((1, keep[:2]), (2, keep[2:])):
             clipped = numpy_clipped(mean_gradient(params, x[part], y[part]), taus_of(k)[-1])
@@ -361,7 +368,7 @@ def test_padding_has_no_share_and_empty_micro_batches_no_position():
         assert_close(grads, expected, 1e-12)
         assert stats.norms.shape == (3,)
         assert int(stats.num_nonfinite) == 0
-        _, grads, _ = in_microbatches(3)(params, padded, y, sample_mask=np.zeros(9, bool))
+        _, grads, _ = f(params, padded, y, sample_mask=np.zeros(9, bool))
         assert_close(grads, zeros(), 0)
 
 
@@ -371,26 +378,28 @@ def test_a_poisoned_micro_batch_is_dropped_whole(where):
         params, x, y = batch(9)
         bad_x = x.at[4].set(jnp.inf) if where == "input" else x
         bad_y = y.at[4].set(jnp.nan) if where == "label" else y
-        value, grads, stats = in_microbatches(3)(params, bad_x, bad_y)
+        value, grads, stats = jax.jit(in_microbatches(3))(params, bad_x, bad_y)
         parts = [mean_gradient(params, x[i : i + 3], y[i : i + 3]) for i in (0, 6)]
         clipped = [
             numpy_clipped(part, tau) for part, tau in zip(parts, taus_of(3)[[0, 2]], strict=True)
         ]
         assert_close(grads, jax.tree.map(lambda a, b: (a + b) / 3, *clipped), 1e-12)
-        losses = jax.vmap(loss, (None, 0, 0))(params, x, y)
-        assert_close(value, jnp.mean(losses[np.r_[:3, 6:9]]), 1e-12)
+        left = np.r_[:3, 6:9]
+        assert_close(value, mean_loss(params, x[left], y[left]), 1e-12)
         assert int(stats.num_nonfinite) == 1
         assert float(stats.scales[1]) == 0
-        _, grads, _ = in_microbatches(3, on_nonfinite="propagate")(params, bad_x, bad_y)
+        propagating = jax.jit(in_microbatches(3, on_nonfinite="propagate"))
+        _, grads, _ = propagating(params, bad_x, bad_y)
         assert all(jnp.all(jnp.isnan(leaf)) for leaf in jax.tree.leaves(grads))
 
 
 def test_positions_are_of_the_micro_batches():
     with enable_x64(True):
         params, x, y = batch(6)
-        _, grads, _ = in_microbatches(3)(params, x, y, positions=jnp.array([2, 1]))
+        f = jax.jit(in_microbatches(3))
+        _, grads, _ = f(params, x, y, positions=jnp.array([2, 1]))
         order = np.r_[3:6, :3]
-        assert_close(grads, in_microbatches(3)(params, x[order], y[order])[1], 1e-12)
+        assert_close(grads, f(params, x[order], y[order])[1], 1e-12)
         with pytest.raises(ValueError, match=r"shape \[2\]"):
             in_microbatches(3)(params, x, y, positions=jnp.arange(6) + 1)
 
@@ -405,7 +414,7 @@ def test_aux_is_of_every_sample():
             clip_at="micro-batch",
             has_aux=True,
         )
-        (_, aux), _ = f(params, x, y)
+        (_, aux), _ = jax.jit(f)(params, x, y)
         np.testing.assert_array_equal(aux, y)
 
 
@@ -419,7 +428,8 @@ def test_aux_of_padding_is_its_own(jit):
         microbatch_size=2,
         clip_at="micro-batch",
     )
-    (_, aux), grads = (jax.jit(f) if jit else f)(jnp.ones(3), x, sample_mask=mask)
+    f = jax.jit(f) if jit else f
+    (_, aux), grads = f(jnp.ones(3), x, sample_mask=mask)
     np.testing.assert_array_equal(aux, [0, 3, 6, 9, 12])
     poisoned = x.at[0].set(jnp.nan)
     (_, aux), same = f(jnp.ones(3), poisoned, sample_mask=mask)

@@ -6,6 +6,7 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -15,9 +16,9 @@ from psclip_optax.engine.analysis.statistics import warn_of_batch_statistics
 from psclip_optax.training.models.classifiers import build_model
 from psclip_optax.training.models.losses import classification_loss
 
-IMAGES = jnp.ones((2, 6, 6, 3))
-VECTORS = jnp.ones((2, 4))
-SQUARE = jnp.eye(4)
+IMAGES = jnp.asarray(np.ones((2, 6, 6, 3), np.float32))
+VECTORS = jnp.asarray(np.ones((2, 4), np.float32))
+SQUARE = jnp.asarray(np.eye(4, dtype=np.float32))
 
 
 def look_at(loss, params, *example):

@@ -14,6 +14,7 @@ import pytest
 import psclip_optax
 from psclip_optax.cli import main
 from psclip_optax.training.command import doctor
+from tests import slow
 
 TINY = ["--width", "0.05", "--batch-size", "16", "--steps", "4"]
 
@@ -224,8 +225,10 @@ def test_a_reader_that_is_gone_is_no_error(argv: list[str]):
     assert running.wait(timeout=120) == 1
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "explain"])
-@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+@pytest.mark.parametrize(
+    ("command", "platform"),
+    slow.diagonal(["train", "compare", "explain"], ["cuda", "nonsense"]),
+)
 def test_platform_that_is_not_installed_is_one_line(
     command: str, platform: str, tmp_path: pathlib.Path
 ):

@@ -10,7 +10,12 @@ from jax import lax
 from jax.extend import core
 
 import psclip_optax as psc
-from psclip_optax.engine.analysis.equations import ScanCounts, scan_counts
+from psclip_optax.engine.analysis.equations import (
+    ScanCounts,
+    inner_jaxprs,
+    scan_counts,
+    without_debugging,
+)
 from tests.numerics import assert_close, clipped_mean
 
 X = jnp.arange(12.0).reshape(3, 4) / 10
@@ -117,3 +122,26 @@ def test_checkpoint_with_a_flag_for_each_argument():
 @pytest.mark.skipif("__call__" not in vars(jax.stages.Traced), reason="is not called")
 def test_a_function_that_was_traced_before():
     assert_is_a_dense_site(lambda w, x: jax.jit(layer).trace(w, x)(w, x).sum())
+
+
+def names_in(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        yield from itertools.chain(*map(names_in, inner_jaxprs(eqn)))
+
+
+def test_what_debugging_calls_is_left_out_wherever_it_is():
+    def shown(x):
+        jax.debug.print("{}", x)
+        return x + 1
+
+    def function(x):
+        jax.debug.callback(lambda _: None, x)
+        x = lax.cond(x > 0, shown, lambda x: -x, jax.jit(shown)(x))
+        return lax.scan(lambda x, _: (shown(x), None), x, None, length=3)[0]
+
+    closed = jax.make_jaxpr(function)(1.0)
+    silent = without_debugging(closed)
+    assert sum(name.startswith("debug") for name in names_in(closed.jaxpr)) == 4
+    assert not any(name.startswith("debug") for name in names_in(silent.jaxpr))
+    assert core.jaxpr_as_fun(silent)(1.0) == [6.0]

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import psclip_optax as psc
+from tests import slow
 from tests.numerics import assert_close, enable_x64, in_float64
 
 N = 5
@@ -202,9 +203,13 @@ def test_fused_groups_equal_a_stack(name):
         assert_close(results_of(loss, prefix, params, batch), expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["by layer", "tied", "computed"])
 @pytest.mark.parametrize(
-    "options", [{"jit": False}, {"microbatch_size": 2}, {"on_nonfinite": "propagate"}], ids=str
+    ("name", "options"),
+    slow.diagonal(
+        ["by layer", "tied", "computed"],
+        [{"jit": False}, {"microbatch_size": 2}, {"on_nonfinite": "propagate"}],
+    ),
+    ids=str,
 )
 def test_fused_groups_in_other_ways(name, options):
     loss, params, prefix, _ = LOSSES[name]
@@ -316,7 +321,7 @@ def test_a_sample_that_is_not_finite_is_dropped_from_all_groups(loss, jit):
     x = x.at[2].set(0.0 if loss is rooted else jnp.nan)
     mask = np.array([0, 1, 1, 1, 1], bool)
     run = functools.partial(results_of, loss, prefix, params, sample_mask=mask, jit=jit)
-    expected = run((x, y), mode="vmap")
+    expected = run((x, y), mode="vmap", jit=True)
     value, grads, stats = run((x, y))
     assert int(stats.num_nonfinite) == 1
     assert_close((value, grads, stats.scales), (expected[0], expected[1], expected[2].scales), 1e-5)
@@ -331,7 +336,7 @@ def test_padding_may_hold_anything(jit):
     x, y = batch_of()
     mask = np.array([1, 0, 1, 1, 0], bool)
     run = functools.partial(results_of, loss, prefix, params, sample_mask=mask, jit=jit)
-    expected = run((x, y))
+    expected = run((x, y), jit=True)
     value, grads, _ = run((x.at[1].set(jnp.nan), y.at[4].set(jnp.inf)))
     assert_close((value, grads), expected[:2], 1e-6)
 
@@ -380,7 +385,8 @@ def test_derivatives_through_fused_clipping(name):
         of = lambda mode: jax.jit(jax.grad(functools.partial(outer, mode=mode), (0, 1)))
         expected = of("vmap")(params, 0.3)
         assert_close(of("auto")(params, 0.3), expected, 1e-8)
-        _, forwards = jax.jvp(lambda tau: outer(params, tau, "auto"), (0.3,), (1.0,))
+        along = lambda tau: jax.jvp(lambda tau: outer(params, tau, "auto"), (tau,), (1.0,))
+        _, forwards = jax.jit(along)(0.3)
         np.testing.assert_allclose(forwards, expected[1], rtol=1e-8)
 
 

@@ -51,6 +51,7 @@ def test_a_seed_gives_the_same_program_again():
     assert str(draw_program(4)) != str(one)
 
 
+@pytest.mark.slow
 def test_programs_have_the_primitives_of_jax():
     every, met = coverage.differentiable_primitives(), coverage.met(range(400))
     assert len(every & met) >= 0.95 * len(every)

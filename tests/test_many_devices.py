@@ -234,7 +234,7 @@ def test_shard_map(options, masked_and_checked):
     with enable_x64(True):
         params, batch = sequences()
         mask = MASK if masked else None
-        expected = build()(params, *batch, sample_mask=mask)
+        expected = jax.jit(build())(params, *batch, sample_mask=mask)
         f = build(axis_name="data")
         call = lambda params, tokens, y, mask: f(params, tokens, y, sample_mask=mask)
         sharded = jax.shard_map(
@@ -252,7 +252,8 @@ def test_shard_map(options, masked_and_checked):
 def test_an_axis_of_vmap_or_pmap_stands_for_one_of_a_mesh(mapped, mode):
     with enable_x64(True):
         params, batch = sequences()
-        expected = psc.clipped_value_and_grad(sequence_loss, THRESHOLD)(params, *batch)
+        plain = psc.clipped_value_and_grad(sequence_loss, THRESHOLD)
+        expected = jax.jit(plain)(params, *batch)
         f = psc.clipped_value_and_grad(sequence_loss, THRESHOLD, mode=mode, axis_name="data")
         shards = jax.tree.map(lambda leaf: leaf.reshape(4, N // 4, *leaf.shape[1:]), batch)
         found = mapped(lambda *batch: f(params, *batch), axis_name="data")(*shards)
@@ -265,7 +266,8 @@ def test_shard_map_with_aux_and_two_axes(check_vma):
     loss = lambda params, tokens, y: (sequence_loss(params, tokens, y), tokens[0])
     with enable_x64(True):
         params, batch = sequences()
-        expected = psc.clipped_value_and_grad(loss, THRESHOLD, has_aux=True)(params, *batch)
+        plain = psc.clipped_value_and_grad(loss, THRESHOLD, has_aux=True)
+        expected = jax.jit(plain)(params, *batch)
         names = ("data", "model")
         f = psc.clipped_value_and_grad(loss, THRESHOLD, has_aux=True, axis_name=names)
         sharded = jax.shard_map(
@@ -335,7 +337,8 @@ def test_equations_that_are_rewritten_or_computed_vary_as_before(loss, mode):
             in_specs=(P(), P("data"), P("data")),
             out_specs=P(),
         )
-        assert_close(jax.jit(sharded)(params, *batch), build()(params, *batch), 1e-10)
+        expected = jax.jit(build())(params, *batch)
+        assert_close(jax.jit(sharded)(params, *batch), expected, 1e-10)
 
 
 def test_memory_is_estimated_under_shard_map():
@@ -390,7 +393,7 @@ def test_each_device_clips_its_own_where_parameters_vary_too(mode):
     with enable_x64(True):
         params, batch = sequences()
         by_device = jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch)
-        expected = jax.vmap(f, (None, 0, 0))(params, *by_device)
+        expected = jax.jit(jax.vmap(f, (None, 0, 0)))(params, *by_device)
 
         def own(params, *batch):
             return jax.tree.map(lambda leaf: leaf[None], f(varying(params, "data"), *batch))
@@ -465,9 +468,9 @@ def slices_of(tree):
 @pytest.mark.parametrize(
     ("name", "groups", "layout"),
     [
-        ("alexnet", "by leaf", "data parallel"),
+        pytest.param("alexnet", "by leaf", "data parallel", marks=pytest.mark.slow),
         ("gpt_tied", "by layer", "sharded parameters"),
-        ("gpt_scanned", "by leaf", "sharded parameters"),
+        pytest.param("gpt_scanned", "by leaf", "sharded parameters", marks=pytest.mark.slow),
         ("gpt_scanned", "by layer", "data parallel"),
     ],
 )

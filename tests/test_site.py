@@ -1,4 +1,4 @@
-"""The site's pages lead to what exists. `.ci/run` builds it, and a warning fails the build."""
+"""The site's pages lead to what exists. It is built here, and a warning fails the build."""
 
 from __future__ import annotations
 

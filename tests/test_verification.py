@@ -9,9 +9,12 @@ import psclip_optax as psc
 from psclip_optax.engine import norms
 from tests.numerics import enable_x64
 
-KEYS = jax.random.split(jax.random.key(0), 3)
-PARAMS = {"in": jax.random.normal(KEYS[0], (3, 8)), "out": jax.random.normal(KEYS[1], (8,))}
-X = jax.random.normal(KEYS[2], (12, 3))
+RANDOM = np.random.default_rng(0)
+PARAMS = {
+    "in": jnp.asarray(RANDOM.normal(size=(3, 8)), jnp.float32),
+    "out": jnp.asarray(RANDOM.normal(size=8), jnp.float32),
+}
+X = jnp.asarray(RANDOM.normal(size=(12, 3)), jnp.float32)
 
 
 def loss(params, x):

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from psclip_optax.engine.analysis.equations import with_each_equation
+
 
 def count_flops(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
     """Count the floating-point operations of a call, each step of a scan included.
@@ -41,22 +43,11 @@ def _cpu_if_there_is_one() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
-def unroll_scans(jaxpr: Any) -> Any:
-    return jaxpr.replace(eqns=[_unroll_equation(eqn) for eqn in jaxpr.eqns])
+def unroll_scans(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    return with_each_equation(jaxpr, _unrolled)
 
 
-def _unroll_equation(eqn: Any) -> Any:
-    params = {name: _unroll_inside(value) for name, value in eqn.params.items()}
-    if eqn.primitive.name == "scan":
-        params["unroll"] = max(1, params["length"])
-    return eqn.replace(params=params)
-
-
-def _unroll_inside(value: Any) -> Any:
-    if isinstance(value, core.ClosedJaxpr):
-        return value.replace(jaxpr=unroll_scans(value.jaxpr))
-    if isinstance(value, core.Jaxpr):
-        return unroll_scans(value)
-    if type(value) is tuple:  # the branches of a condition
-        return tuple(map(_unroll_inside, value))
-    return value
+def _unrolled(eqn: core.JaxprEqn) -> core.JaxprEqn:
+    if eqn.primitive.name != "scan":
+        return eqn
+    return eqn.replace(params=eqn.params | {"unroll": max(1, eqn.params["length"])})

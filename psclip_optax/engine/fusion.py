@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from psclip_optax.engine.analysis.segments import Members, Obstacle, Segment, find_segment
-from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.plan import LeafPlan, Plans, plan_segment, without_small
-from psclip_optax.engine.routes import route_of
 from psclip_optax.groups import Groups
 
 
@@ -57,16 +55,15 @@ def plan_fusion(plans: Plans, groups: Groups) -> Fusion:
     if plans.closed.effects:  # an operation with a derivative of its own may have none
         reasons = {plan.weight: "are of a loss with side effects" for plan in plans.leaves}
         return Fusion((), plans, reasons)
-    usage = find_usage(plans.closed, plans.num_leaves, route_of)
     columns: dict[range, set[int]] = {}
     for plan in plans.leaves:
         columns.setdefault(plans.columns(plan.weight, groups), set()).add(plan.weight)
     fused: list[Fused] = []
     obstacles: dict[int, str] = {}
     for own, leaves in columns.items():
-        segment = find_segment(plans.closed, usage, Members(frozenset(leaves), len(own) > 1))
+        segment = find_segment(plans.closed, plans.usage, Members(frozenset(leaves), len(own) > 1))
         if isinstance(segment, Obstacle):
             obstacles |= dict.fromkeys(leaves, segment.reason)
         else:
             fused.append(Fused(own, segment, plan_segment(segment)))
-    return Fusion(tuple(fused), without_small(plans, usage, groups), obstacles)
+    return Fusion(tuple(fused), without_small(plans, groups), obstacles)

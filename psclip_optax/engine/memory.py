@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.extend import core
 
 from psclip_optax import meshes
+from psclip_optax.engine.analysis.equations import without_debugging
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.plan import LeafPlan, Plans
@@ -23,23 +26,43 @@ _MARK = 7919
 NO_GRADIENT_OF_VMAP = (TypeError, NotImplementedError)
 
 
-class Bytes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Bytes:
     """The bytes that a batch takes, besides parameters and their gradients.
 
+    What is saved is found by tracing the loss once more, and only where it is asked for.
+
     Attributes:
-      saved: what a plain gradient saves between its forward and its backward pass; None where JAX
-        has no gradient of the loss under vmap.
-      saved_rewritten: the bytes that the rewritten loss saves; it computes fewer weights and more
-        arrays of the samples.
+      closed: the loss for one example.
+      num_leaves: how many of its inputs are parameters.
+      plans: the plans made for it.
+      num_samples: how many samples the batch has.
       entering: the bytes of arrays that enter the sites. `saved` lacks them where a loss is
         rematerialised.
       kept: for each weight the bytes that "one_pass" keeps until the norms are known.
     """
 
-    saved: int | None
-    saved_rewritten: int | None
+    closed: core.ClosedJaxpr
+    num_leaves: int
+    plans: Plans
+    num_samples: int
     entering: int
     kept: dict[int, int]
+
+    @functools.cached_property
+    def saved(self) -> int | None:
+        """Sum the bytes that a plain gradient saves between its forward and its backward pass.
+
+        None where JAX has no gradient of the loss under vmap.
+        """
+        return _saved_bytes(self.closed, self.num_leaves, self.num_samples)
+
+    @functools.cached_property
+    def saved_rewritten(self) -> int | None:
+        """Sum those of the rewritten loss: fewer computed weights, more arrays of samples."""
+        if self.plans.closed is self.closed:
+            return self.saved
+        return _saved_bytes(self.plans.closed, self.plans.num_leaves, self.num_samples)
 
     @property
     def of_one_pass(self) -> int:
@@ -66,11 +89,11 @@ def estimated_bytes(
     sites = [site for plan in plans.all for site in plan.sites]
     # An array that enters several sites is held once.
     entered = {atom: site for site in sites for atom in site.entering}
-    saved = _saved_bytes(closed, len(leaves), num_samples)
-    is_rewritten = plans.closed is not closed
     return Bytes(
-        saved,
-        _saved_bytes(plans.closed, plans.num_leaves, num_samples) if is_rewritten else saved,
+        closed,
+        len(leaves),
+        plans,
+        num_samples,
         num_bytes(batched(site, aval(x), num_samples) for x, site in entered.items()),
         {
             plan.weight: kept_bytes_of(plan, shaped, num_samples)
@@ -80,7 +103,8 @@ def estimated_bytes(
 
 
 def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) -> int | None:
-    run = core.jaxpr_as_fun(closed)
+    # Under vmap a callback of jax.debug becomes one for each sample.
+    run = core.jaxpr_as_fun(without_debugging(closed) if closed.effects else closed)
     inputs = [aval(variable) for variable in closed.jaxpr.invars]
     leaves = [meshes.shape_of_type(one) for one in inputs[:num_leaves]]
     batch = [meshes.shape_of_type(one, (_MARK, *one.shape)) for one in inputs[num_leaves:]]

@@ -81,6 +81,7 @@ class Plans(NamedTuple):
       closed: the loss for one example, rewritten so that few weights are computed. Its first inputs
         are the parameters' pieces.
       pieces: the pieces that parameters are taken in.
+      usage: the use that `closed` makes of them.
     """
 
     leaves: list[LeafPlan]
@@ -88,6 +89,7 @@ class Plans(NamedTuple):
     computed: list[Computed]
     closed: core.ClosedJaxpr
     pieces: Pieces
+    usage: Usage
 
     @property
     def avals(self) -> list[Any]:
@@ -135,7 +137,7 @@ def plan_weights(
     if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
         leaves = [LeafPlan(i, escape=escape) for i in range(num_leaves)]
-        return Plans(leaves, [], [], closed, Pieces((None,) * num_leaves))
+        return Plans(leaves, [], [], closed, Pieces((None,) * num_leaves), Usage(num_leaves))
     closed = without_unit_axes(normal_form(closed, num_leaves))
     usage = find_usage(closed, num_leaves, route_of)
     for improved in (rewritten, _hoisted):
@@ -158,9 +160,9 @@ def plan_segment(segment: Segment) -> Plans:
     return _planned(closed, pieces, usage, ALL_TOGETHER, are_small_direct=False)
 
 
-def without_small(plans: Plans, usage: Usage, together: Groups) -> Plans:
+def without_small(plans: Plans, together: Groups) -> Plans:
     """Plan anew, so that no weight that has sites is direct because it is small."""
-    return _planned(plans.closed, plans.pieces, usage, together, are_small_direct=False)
+    return _planned(plans.closed, plans.pieces, plans.usage, together, are_small_direct=False)
 
 
 def _planned(
@@ -174,7 +176,7 @@ def _planned(
     avals = [aval(variable) for variable in closed.jaxpr.invars[: usage.num_leaves]]
     plan_one = functools.partial(_plan_weight, usage=usage, may_be_small=are_small_direct)
     leaves = [plan_one(i, shaped) for i, shaped in enumerate(avals)]
-    plans = Plans(leaves, [], [], closed, pieces)
+    plans = Plans(leaves, [], [], closed, pieces, usage)
     for plan in plans.leaves:
         if len(plans.columns(plan.weight, together)) > 1 and plan.is_used:
             leaves[plan.weight] = LeafPlan(plan.weight, escape=plan.escape or _BY_SLICE)

@@ -45,6 +45,7 @@ def test_equal_scores_have_half_of_the_area_and_infinite_ones_a_place():
     assert judged["areas"]["loss"] == [0.0]
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_table_and_figure_and_is_not_repeated(tmp_path, capsys, monkeypatch):
     options = {"runs": tmp_path / "runs.jsonl", "quick": True}
     find_bad_data.main(out=tmp_path, **options)

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from benchmarks.common.publishing import RESULTS
 from benchmarks.engine import routes
 
 
+@pytest.mark.slow
 def test_each_loss_is_measured_in_each_mode_that_jax_has(tmp_path):
     routes.main(out=tmp_path, rounds=2, quick=True)
     result = json.loads((tmp_path / "routes.json").read_text())

@@ -19,6 +19,7 @@ CUSTOM_RULES = (
     *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "custom_jvp_call_jaxpr"),
     *("linear_call", "custom_transpose_call", "remat_opt", "call_hi_primitive"),
 )
+_DEBUGGING = ("debug_callback", "debug_print")
 
 
 def effects_of_references() -> set[Any]:
@@ -26,6 +27,35 @@ def effects_of_references() -> set[Any]:
     if not hasattr(jax, "new_ref"):  # JAX < 0.8
         return set()
     return jax.make_jaxpr(lambda x: jax.new_ref(x)[...])(0.0).effects
+
+
+def without_debugging(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Leave out what `jax.debug` calls or prints."""
+    silent = with_each_equation(
+        closed.jaxpr, lambda eqn: None if eqn.primitive.name in _DEBUGGING else eqn
+    )
+    return closed.replace(jaxpr=silent)
+
+
+def with_each_equation(
+    jaxpr: core.Jaxpr, change: Callable[[core.JaxprEqn], core.JaxprEqn | None]
+) -> core.Jaxpr:
+    """Change each equation of a jaxpr, and of all that these hold; None leaves it out."""
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, core.ClosedJaxpr):
+            return value.replace(jaxpr=inside(value.jaxpr))
+        if isinstance(value, core.Jaxpr):
+            return with_each_equation(value, change)
+        if type(value) is tuple:  # the branches of a condition
+            return tuple(map(inside, value))
+        return value
+
+    changed = (
+        change(eqn.replace(params={name: inside(one) for name, one in eqn.params.items()}))
+        for eqn in jaxpr.eqns
+    )
+    return jaxpr.replace(eqns=[eqn for eqn in changed if eqn is not None])
 
 
 def has_references(effects: Any) -> bool:

@@ -15,7 +15,6 @@ from psclip_optax.engine import taps
 from psclip_optax.engine.analysis.computed import compute
 from psclip_optax.engine.analysis.linearity import described_rule
 from psclip_optax.engine.analysis.sites import Site
-from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
 from psclip_optax.engine.modes.mode import Course, Mode
 from psclip_optax.engine.modes.one_pass import ONE_PASS
@@ -23,8 +22,7 @@ from psclip_optax.engine.modes.problem import Problem, outs_of
 from psclip_optax.engine.modes.slices import Result, Samples, even_slices, in_slices, may_be_shared
 from psclip_optax.engine.modes.tapped import Seen, all_weights, seen_of, squared_norms
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
-from psclip_optax.engine.plan import LeafPlan, without_small
-from psclip_optax.engine.routes import route_of
+from psclip_optax.engine.plan import LeafPlan, Plans, without_small
 
 # The memory that one pass over a whole batch may keep, relative to that of a plain gradient.
 MOST_KEPT = 0.15
@@ -42,10 +40,11 @@ class TwoPass(Mode):
 
     def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
         num_samples = samples.number
-        slices = _num_slices(problem, leaves, num_samples)
+        probing = _probing(problem)
+        slices = _num_slices(problem, probing, leaves, num_samples)
         if slices is None:
             try:
-                return _in_two_passes(problem, leaves, samples)
+                return _in_two_passes(problem._replace(plans=probing), leaves, samples)
             except NO_GRADIENT_OF_VMAP:
                 return ONE_PASS.run(problem, leaves, samples)
         return in_slices(
@@ -56,9 +55,10 @@ class TwoPass(Mode):
         )
 
     def course(self, problem: Problem, leaves: Sequence[Any], num_samples: int) -> Course:
-        slices, why = _num_slices(problem, leaves, num_samples), _why_never_weighted(problem)
+        probing, why = _probing(problem), _why_never_weighted(problem)
+        slices = _num_slices(problem, probing, leaves, num_samples)
         note = f"one pass over slices, never two passes: {why}" if why else ""
-        return Course(slices, note, _probing(problem).plans if slices is None else None)
+        return Course(slices, note, probing if slices is None else None)
 
 
 TWO_PASS = TwoPass()
@@ -72,13 +72,14 @@ def _why_never_weighted(problem: Problem) -> str:
     return "" if rule is None else f"the loss passes {described_rule(rule)}"
 
 
-def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
+def _num_slices(
+    problem: Problem, probing: Plans, leaves: Sequence[Any], num_samples: int
+) -> int | None:
     """Say in how many slices one pass takes a plain gradient's memory; None: take two passes."""
     plans = problem.plans
     # Behind a rule that is not linear, weighted cotangents give no weighted sum.
     is_weighted = not _why_never_weighted(problem)
-    probing = _probing(problem).plans.all
-    others = [plan.weight for plan in probing if not (is_weighted and _may_be_probed(plan))]
+    others = [plan.weight for plan in probing.all if not (is_weighted and _may_be_probed(plan))]
     if problem.axis_name is not None:  # an estimate would have to know what varies over the mesh
         return None if len(others) < len(plans.all) else 1
     estimate = estimated_bytes(problem.closed, plans, leaves, 1)
@@ -101,7 +102,6 @@ def _num_slices(problem: Problem, leaves: Sequence[Any], num_samples: int) -> in
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
     """Make one forward pass and two backward: for the norms, then for the weighted sum."""
-    problem = _probing(problem)
     plans, params = problem.plans.all, leaves
     leaves = problem.plans.pieces.of(params)
     probed = [plan for plan in plans if _may_be_probed(plan)]
@@ -233,13 +233,12 @@ def _backward(
     return changed_if_any(bad, without_dropped, sums, consts, leaves, examples, of_samples, kept)
 
 
-def _probing(problem: Problem) -> Problem:
+def _probing(problem: Problem) -> Plans:
     """Plan anew what is direct because it is small, where a probe keeps no stack of gradients."""
     plans = problem.plans
-    usage = find_usage(plans.closed, plans.num_leaves, route_of)
-    both = zip(plans.leaves, without_small(plans, usage, problem.groups).leaves, strict=True)
+    both = zip(plans.leaves, without_small(plans, problem.groups).leaves, strict=True)
     leaves = [new if old.is_direct and _may_be_probed(new) else old for old, new in both]
-    return problem._replace(plans=plans._replace(leaves=leaves))
+    return plans._replace(leaves=leaves)
 
 
 def _may_be_probed(plan: LeafPlan) -> bool:
