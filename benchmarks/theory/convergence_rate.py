@@ -48,14 +48,13 @@ from benchmarks.theory.convergence_statistics import (
     slope,
 )
 from benchmarks.theory.descent import (
-    METHODS,
-    NORMALISED,
     OTHERS,
     OURS,
     PLAIN,
     STATISTICS,
     Scales,
     Settings,
+    make_grids,
     rate,
     schedule_for,
     simulate,
@@ -221,28 +220,6 @@ COMPUTE: dict[str, Callable[[Results, Cell], Any]] = {
     "tuning": compute_tuning,
     "final": compute_final,
 }
-
-
-def make_grids(
-    scales: Scales, smoothness: float, num_rates: int, num_thresholds: int
-) -> dict[str, Settings]:
-    """Builds as many points for each method: rates × thresholds, or that many rates.
-
-    Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
-    gradient descent.
-    """
-    grids = {}
-    for name, method in METHODS.items():
-        unit = (scales.population_norm if name == NORMALISED else 1) / smoothness
-        if method.thresholds is None:
-            rates = unit * np.geomspace(1 / 32, 8, num_rates * num_thresholds)
-            pairs = [rates, np.zeros_like(rates)]
-        else:
-            rates = unit * np.geomspace(1 / 4, 8, num_rates)
-            thresholds = np.geomspace(*method.thresholds(scales), num_thresholds)
-            pairs = np.meshgrid(rates, thresholds, indexing="ij")
-        grids[name] = Settings(*(jnp.asarray(axis.ravel(), jnp.float32) for axis in pairs))
-    return grids
 
 
 def assemble(results: Results) -> dict[str, Any]:

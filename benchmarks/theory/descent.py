@@ -84,6 +84,28 @@ class Settings(NamedTuple):
     thresholds: jax.Array
 
 
+def make_grids(
+    scales: Scales, smoothness: float, num_rates: int, num_thresholds: int
+) -> dict[str, Settings]:
+    """Builds as many points for each method: rates × thresholds, or that many rates.
+
+    Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
+    gradient descent.
+    """
+    grids = {}
+    for name, method in METHODS.items():
+        unit = (scales.population_norm if name == NORMALISED else 1) / smoothness
+        if method.thresholds is None:
+            rates = unit * np.geomspace(1 / 32, 8, num_rates * num_thresholds)
+            pairs = [rates, np.zeros_like(rates)]
+        else:
+            rates = unit * np.geomspace(1 / 4, 8, num_rates)
+            thresholds = np.geomspace(*method.thresholds(scales), num_thresholds)
+            pairs = np.meshgrid(rates, thresholds, indexing="ij")
+        grids[name] = Settings(*(jnp.asarray(axis.ravel(), jnp.float32) for axis in pairs))
+    return grids
+
+
 class Schedule(NamedTuple):
     """A schedule of T steps with n samples each."""
 
