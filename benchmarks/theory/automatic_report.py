@@ -19,7 +19,14 @@ from benchmarks.theory.estimator_report import show
 
 GROWING, FIRST_BATCH, WARM = "growing", "automatic, first batch", "automatic"
 COLOURS = {WARM: "#0072B2", FIRST_BATCH: "#56B4E9", "constant": "#009E73", "plain mean": "#D55E00"}
-MARKERS = dict(zip(COLOURS, "osD^", strict=True))
+MARKERS: dict[str, dict[str, Any]] = {
+    WARM: {"marker": "o", "markersize": 4},
+    # Around the other one, which it hardly differs from.
+    FIRST_BATCH: {"marker": "s", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"},
+    "constant": {"marker": "D", "markersize": 4},
+    "plain mean": {"marker": "^", "markersize": 4},
+}
+VERDICTS = ("better", "equal", "worse")
 # Name of a figure in a row, and how a table calls it.
 SHOWN = {
     "rms_ratio": "RMS error",
@@ -95,6 +102,73 @@ def ratio_table(result: dict[str, Any]) -> Table:
     return table_of(title, edges(result), ratio_columns(result), shown_ratios(result))
 
 
+def sentences(result: dict[str, Any]) -> list[str]:
+    """Writes what the figures say, whoever is better."""
+    sizes = result["plan"]["sizes"]
+    return [
+        *(say_errors(result, n) for n in (sizes[0], sizes[-1])),
+        say_first_batch(result),
+        say_turned(result),
+        *(say_descent(result, kind) for kind in kinds(result)),
+        edges(result).removesuffix("."),
+    ]
+
+
+def kinds(result: dict[str, Any]) -> list[str]:
+    """Lists the kinds of noise, with which the names of noises end."""
+    return list(dict.fromkeys(row["noise"].rpartition(", ")[2] for row in result["ratios"]))
+
+
+def say_errors(result: dict[str, Any], n: int) -> str:
+    rows, parts = select(result["errors"], estimator=WARM, n=n), []
+    for name, told in SHOWN.items():
+        ratios = [row[name] for row in rows]
+        smaller, larger = sum(r[2] < 1 for r in ratios), sum(r[1] > 1 for r in ratios)
+        values = [r[0] for r in ratios]
+        parts.append(
+            f"{told} {min(values):.2f} to {max(values):.2f} of the oracle's (smaller under "
+            f"{smaller}, larger under {larger} of {len(rows)} laws)"
+        )
+    return f"n = {n:,}, after {result['plan']['warm_up']} batches: {'; '.join(parts)}"
+
+
+def say_first_batch(result: dict[str, Any]) -> str:
+    ratios = []
+    for row in select(result["errors"], estimator=FIRST_BATCH):
+        (warm,) = select(result["errors"], estimator=WARM, noise=row["noise"], n=row["n"])
+        ratios.append(row["q99"][0] / warm["q99"][0])
+    return (
+        f"A first batch, clipped by its own norms, has {min(ratios):.2f} to {max(ratios):.2f} of "
+        "the 99% error of later ones, over all laws and n"
+    )
+
+
+def say_turned(result: dict[str, Any]) -> str:
+    """Names the laws whose bias turns an estimate against the mean, so that no rate helps it."""
+    parts = []
+    for estimator in (WARM, GROWING):
+        rows = [row for row in select(result["errors"], estimator=estimator) if row["factor"] == 0]
+        sizes = {row["noise"]: [] for row in rows}
+        for row in rows:
+            sizes[row["noise"]].append(f"{row['n']:,}")
+        told = "; ".join(f"{noise}, n = {' '.join(own)}" for noise, own in sizes.items())
+        parts.append(f"by {estimator} under {told or 'none'}")
+    return f"The clipped mean points against μ, and the best factor is 0, {' – and '.join(parts)}"
+
+
+def say_descent(result: dict[str, Any], kind: str) -> str:
+    """Tells the range of the ratios under one kind of noise, and who is better by intervals."""
+    parts = []
+    for other, statistic in itertools.product(others(result), STATISTICS):
+        rows = select(result["ratios"], other=other, statistic=statistic)
+        rows = [row for row in rows if kind in row["noise"]]
+        verdicts, ratios = [row["verdict"] for row in rows], [row["ratio"] for row in rows]
+        counts = [f"{word} {verdicts.count(word)}" for word in VERDICTS if word in verdicts]
+        told = f"{min(ratios):.2f} to {max(ratios):.2f} ({', '.join(counts)})"
+        parts.append(f"{statistic} / {other} {told}")
+    return f"‖∇F‖ under {kind} noise: {'; '.join(parts)}"
+
+
 def edges(result: dict[str, Any]) -> str:
     at_edge = {}
     for row in result["tunings"]:
@@ -136,10 +210,9 @@ def draw_errors(axes: Axes, rows: list[dict[str, Any]], name: str) -> None:
             value,
             np.maximum([value - low, high - value], 0),
             color=colour,
-            marker=MARKERS[estimator],
-            markersize=4,
-            linewidth=1,
             label=estimator,
+            linewidth=1,
+            **MARKERS[estimator],
         )
     axes.axhline(1, color="k", linewidth=0.8)
     axes.set(xscale="log", yscale="log")
