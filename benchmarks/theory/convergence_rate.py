@@ -318,8 +318,8 @@ def ratio_rows(
     rows = []
     for other, statistic in itertools.product(others, STATISTICS):
         row = {"samples": samples, "ours": ours, "other": other, "statistic": statistic}
-        pair = (np.array(norms[method][statistic]) for method in (ours, other))
-        rows.append(identify(problem, noise) | row | compare(*pair, counts, statistic))
+        own, its = (np.array(norms[method][statistic]) for method in (ours, other))
+        rows.append(identify(problem, noise) | row | compare(own, its, counts, statistic))
     return rows
 
 

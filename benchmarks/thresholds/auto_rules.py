@@ -214,14 +214,14 @@ class Candidate(NamedTuple):
     """A threshold of a run, from which one program makes all methods.
 
     Attributes:
-      rule: the index of a rule, or −1 for a fixed threshold.
-      sample: the fixed threshold, in units of the median norm in the first batch.
-      batch: the threshold for the norm of the batch's gradient, in the same units.
+      rule: int, the index of a rule, or −1 for a fixed threshold.
+      sample: float, the fixed threshold, in units of the median norm in the first batch.
+      batch: float, the threshold for the norm of the batch's gradient, in the same units.
     """
 
-    rule: int = -1
-    sample: float = math.inf
-    batch: float = math.inf
+    rule: Any = -1
+    sample: Any = math.inf
+    batch: Any = math.inf
 
 
 METHODS: dict[str, tuple[Candidate, ...]] = {

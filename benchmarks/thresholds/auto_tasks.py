@@ -155,11 +155,11 @@ def regression(df: float | None, seed: int) -> Data:
     return in_parts(inputs, targets.astype(np.float32))
 
 
-def in_parts(inputs: np.ndarray, *targets: np.ndarray) -> Data:
+def in_parts(inputs: np.ndarray, targets: Any) -> Data:
     """Splits off the validation and the test data, which come last."""
     parts = np.split(np.arange(len(inputs)), [-2 * NUM_HELD_OUT, -NUM_HELD_OUT])
-    kept = targets if len(targets) > 1 else targets[0]
-    return Data(*(Split(*jax.tree.map(lambda x, own=own: x[own], (inputs, kept))) for own in parts))
+    samples = Split(inputs, targets)
+    return Data(*(jax.tree.map(lambda x, own=own: x[own], samples) for own in parts))
 
 
 def text(seed: int) -> Data:
@@ -176,7 +176,7 @@ def text(seed: int) -> Data:
         )
     ]
     weights = np.abs(rng.standard_t(1.5, len(own))).astype(np.float32)
-    return in_parts(own[:, :-1], own[:, -1], weights)
+    return in_parts(own[:, :-1], (own[:, -1], weights))
 
 
 def policy(seed: int) -> Data:
@@ -186,7 +186,8 @@ def policy(seed: int) -> Data:
     inputs = rng.normal(size=(MANY + 2 * NUM_HELD_OUT, FEATURES)).astype(np.float32)
     best = np.argmax(inputs @ teacher, axis=1).astype(np.int32)
     noise = rng.standard_t(1.5, len(inputs)).astype(np.float32) / 2
-    return in_parts(inputs, best, noise, rng.random(len(inputs)).astype(np.float32))
+    uniforms = rng.random(len(inputs)).astype(np.float32)
+    return in_parts(inputs, (best, noise, uniforms))
 
 
 # Those that the automatic threshold was chosen on, and others.
