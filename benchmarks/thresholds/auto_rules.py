@@ -192,6 +192,7 @@ def growing_from_16(state: State, n: int) -> Found:
 
 
 NONE, BATCH, FIXED, AUTO = "no clipping", "batch clipping", "fixed threshold", "automatic"
+TUNED = (NONE, BATCH, FIXED)  # which the others are compared with
 RULES: dict[str, Rule] = {
     "running moment": moment,
     "truncated squares": truncated_squares,
