@@ -279,9 +279,9 @@ All methods: mean and worst difference to the best tuned one in each group; in h
 the aim is met, open, missed; and failures.
 
 {auto_report.rules_to_markdown(result)}
-- No candidate is above the automatic threshold in all groups without failures. Those that clip
-  less are nearer to no clipping where errors are Gaussian, and fail with wrong labels at high
-  learning rates.
+- No candidate is above the automatic threshold in both groups that it was chosen on without a
+  failure in them. Those that clip less are nearer to no clipping where errors are Gaussian, and
+  fail with wrong labels at high learning rates.
 - The candidate that weighs bias against variance clips next to nothing, and fails where tails are
   heavy: its bound on the bias holds for errors to one side, which is the worst case.
 - Under heavy pixels and with n ≥ 128 a tuned fixed threshold is below tuned batch clipping as well.
