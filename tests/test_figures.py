@@ -6,6 +6,7 @@ import json
 import pathlib
 import statistics
 
+import numpy as np
 import pytest
 
 from benchmarks import headlines, summary
@@ -14,7 +15,7 @@ from benchmarks.common.cache import RunsCache
 from benchmarks.common.statistics import describe_difference, paired_difference
 from benchmarks.engine import accelerators, cost
 from benchmarks.peers import report
-from benchmarks.thresholds import by_layer_report
+from benchmarks.thresholds import auto_report, auto_rules, by_layer_report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,38 @@ def test_intervals_of_the_tail_index_are_those_of_the_committed_measurement():
 def test_page_of_results_is_that_of_the_committed_measurements():
     page = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8")
     assert page == summary.page()
+
+
+def test_automatic_threshold_does_as_the_guide_says():
+    result = json.loads((ROOT / "benchmarks/results/auto_threshold.json").read_text())
+    said = " ".join(GUIDE["thresholds"].split())
+    assert auto_report.rules_to_markdown(result).strip() in GUIDE["thresholds"]
+    rows = result["rows"]
+    held_out = [row for row in rows if row["cell"]["is_held_out"]]
+    assert f"chosen on {len(rows) - len(held_out)} conditions, {len(held_out)} others" in said
+    chosen_on = [row for row in rows if not row["cell"]["is_held_out"]]
+    rules = {name for name in rows[0]["tuned"] if name not in auto_rules.TUNED}
+    never = {name for name in rules if not any(sum(row["failures"][name]) for row in chosen_on)}
+    assert never == {auto_rules.AUTO}  # "the only rule that never fails there"
+    missed = [row["label"] for row in rows if auto_report.verdict(row) == "missed"]
+    assert f"whole interval is below the aim: {'; '.join(missed)}." in said
+    failures = np.array([row["failures"][auto_rules.AUTO] for row in held_out])
+    by_momentum = failures[[row["cell"]["optimizer"] == "momentum" for row in held_out]]
+    said_number = f"{failures.sum()} trials fail, of the text and the policy, {by_momentum.sum()}"
+    assert said_number in said
+    assert not np.any(by_momentum[:, 3:])  # "at lower learning rates"
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "one-sided", "Gaussian"])
+def test_automatic_threshold_in_theory_is_that_of_the_committed_measurement(kind: str):
+    result = json.loads((ROOT / "benchmarks/results/automatic_theory.json").read_text())
+    ratios = [
+        row["ratio"]
+        for row in result["ratios"]
+        if kind in row["noise"] and (row["other"], row["statistic"]) == ("PS-Clip-SGD", "mean")
+    ]
+    said = " ".join(GUIDE["thresholds"].split())
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} under {kind} noise" in said
 
 
 def test_thresholds_by_layer_are_those_of_the_committed_measurement():

@@ -16,7 +16,7 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,13 +49,13 @@ from benchmarks.theory.convergence_statistics import (
 )
 from benchmarks.theory.descent import (
     METHODS,
-    NORMALISED,
     OTHERS,
     OURS,
     PLAIN,
     STATISTICS,
     Scales,
     Settings,
+    make_grids,
     rate,
     schedule_for,
     simulate,
@@ -106,6 +106,7 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]
     tuned_sizes: tuple[int, ...]
     grid: tuple[int, int]  # learning rates and thresholds
+    methods: tuple[str, ...] = tuple(METHODS)
 
 
 class Cell(NamedTuple):
@@ -151,8 +152,8 @@ class Results:
         names = {
             "noise": ["draws"],
             "rate": ["draws", "runs"],
-            "tuning": ["draws", "tuning_runs", "grid"],
-            "final": ["draws", "runs", "tuning_runs", "grid"],
+            "tuning": ["draws", "tuning_runs", "grid", "methods"],
+            "final": ["draws", "runs", "tuning_runs", "grid", "methods"],
         }[cell.kind]
         return {name: getattr(self.plan, name) for name in ["seed", *names]}
 
@@ -190,7 +191,8 @@ def compute_rate(results: Results, cell: Cell) -> dict[str, list[float]]:
 def compute_tuning(results: Results, cell: Cell) -> dict[str, dict[str, list[float]]]:
     """Computes both statistics of every point of each method's grid."""
     smoothness = results.problem(cell.problem).smoothness
-    grids = make_grids(results.scales(cell), smoothness, *results.plan.grid)
+    plan = results.plan
+    grids = make_grids(results.scales(cell), smoothness, *plan.grid, plan.methods)
     norms = results.simulate(cell, grids)
     return {
         method: {statistic: rounded(estimate(norms[method], statistic)) for statistic in STATISTICS}
@@ -221,28 +223,6 @@ COMPUTE: dict[str, Callable[[Results, Cell], Any]] = {
     "tuning": compute_tuning,
     "final": compute_final,
 }
-
-
-def make_grids(
-    scales: Scales, smoothness: float, num_rates: int, num_thresholds: int
-) -> dict[str, Settings]:
-    """Builds as many points for each method: rates × thresholds, or that many rates.
-
-    Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
-    gradient descent.
-    """
-    grids = {}
-    for name, method in METHODS.items():
-        unit = (scales.population_norm if name == NORMALISED else 1) / smoothness
-        if method.thresholds is None:
-            rates = unit * np.geomspace(1 / 32, 8, num_rates * num_thresholds)
-            pairs = [rates, np.zeros_like(rates)]
-        else:
-            rates = unit * np.geomspace(1 / 4, 8, num_rates)
-            thresholds = np.geomspace(*method.thresholds(scales), num_thresholds)
-            pairs = np.meshgrid(rates, thresholds, indexing="ij")
-        grids[name] = Settings(*(jnp.asarray(axis.ravel(), jnp.float32) for axis in pairs))
-    return grids
 
 
 def assemble(results: Results) -> dict[str, Any]:
@@ -324,15 +304,22 @@ def theory_ratio_rows(results: Results, problem: str, noise: Noise) -> list[dict
     return rows
 
 
-def ratio_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
-    """Compares tuned PS-Clip-SGD with each other method, tuned as well."""
+def ratio_rows(
+    results: Results,
+    problem: str,
+    noise: Noise,
+    samples: int,
+    ours: str = OURS,
+    others: Sequence[str] = OTHERS,
+) -> list[dict[str, Any]]:
+    """Compares a tuned method with each other one, tuned as well."""
     cell = Cell("final", problem, noise, samples)
     norms, counts = results[cell], resample(results.plan.runs, cell.label)
     rows = []
-    for other, statistic in itertools.product(OTHERS, STATISTICS):
-        row = {"samples": samples, "ours": OURS, "other": other, "statistic": statistic}
-        ours, others = (np.array(norms[method][statistic]) for method in (OURS, other))
-        rows.append(identify(problem, noise) | row | compare(ours, others, counts, statistic))
+    for other, statistic in itertools.product(others, STATISTICS):
+        row = {"samples": samples, "ours": ours, "other": other, "statistic": statistic}
+        own, its = (np.array(norms[method][statistic]) for method in (ours, other))
+        rows.append(identify(problem, noise) | row | compare(own, its, counts, statistic))
     return rows
 
 

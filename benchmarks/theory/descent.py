@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,10 +32,12 @@ class Method(NamedTuple):
     Attributes:
       make: a function from a threshold, p and the median norm at the start.
       thresholds: a function from Scales to the range of the grid; None without a threshold.
+      rates: the range of the learning rates' grid where there is no threshold to tune.
     """
 
     make: Callable[[jax.Array, float, float], optax.GradientTransformationExtraArgs]
     thresholds: Callable[[Scales], tuple[float, float]] | None = None
+    rates: tuple[float, float] = (1 / 32, 8)
 
 
 def per_sample(threshold: Any) -> optax.GradientTransformationExtraArgs:
@@ -73,8 +75,14 @@ METHODS = {
         lambda _: (1 / 9, 999),  # odds of the quantiles 0.1 and 0.999
     ),
 }
-OURS, PLAIN, _, NORMALISED, *_ = METHODS
+OURS, PLAIN, _, NORMALISED, CONSTANT, _ = METHODS
 OTHERS = tuple(METHODS)[1:]
+# Compared by benchmarks.theory.automatic_theory alone. It clips most samples, and its learning
+# rates are larger.
+AUTOMATIC = "automatic"
+ALL_METHODS = METHODS | {
+    AUTOMATIC: Method(lambda *_: per_sample(psc.auto_threshold()), rates=(1 / 8, 32))
+}
 
 
 class Settings(NamedTuple):
@@ -82,6 +90,33 @@ class Settings(NamedTuple):
 
     learning_rates: jax.Array
     thresholds: jax.Array
+
+
+def make_grids(
+    scales: Scales,
+    smoothness: float,
+    num_rates: int,
+    num_thresholds: int,
+    methods: Iterable[str] = METHODS,
+) -> dict[str, Settings]:
+    """Builds as many points for each method: rates × thresholds, or that many rates.
+
+    Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
+    gradient descent.
+    """
+    grids = {}
+    for name in methods:
+        method = ALL_METHODS[name]
+        unit = (scales.population_norm if name == NORMALISED else 1) / smoothness
+        if method.thresholds is None:
+            rates = unit * np.geomspace(*method.rates, num_rates * num_thresholds)
+            pairs = [rates, np.zeros_like(rates)]
+        else:
+            rates = unit * np.geomspace(1 / 4, 8, num_rates)
+            thresholds = np.geomspace(*method.thresholds(scales), num_thresholds)
+            pairs = np.meshgrid(rates, thresholds, indexing="ij")
+        grids[name] = Settings(*(jnp.asarray(axis.ravel(), jnp.float32) for axis in pairs))
+    return grids
 
 
 class Schedule(NamedTuple):
@@ -112,7 +147,7 @@ def simulate(
     """Averages ‖∇F‖ over the iterates, by method, [runs, c]; in a run all see the same samples."""
 
     def transformation(method: str, setting: Settings) -> Any:
-        return METHODS[method].make(setting.thresholds, noise.p, scales.median_norm)
+        return ALL_METHODS[method].make(setting.thresholds, noise.p, scales.median_norm)
 
     def start(method: str, setting: Settings) -> Any:
         state = transformation(method, setting).init(problem.start)

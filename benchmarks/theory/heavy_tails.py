@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import psclip_optax as psc
 
@@ -22,6 +23,7 @@ GAP = 0.1
 # The draws of one compiled call, few enough to stay in a core's cache.
 SAMPLES_PER_CHUNK = 2**17
 WEISZFELD_STEPS = 20
+WARM_UP = 100  # batches that a threshold with a state has seen before the first trial
 # A function from gradients [trials, dimension, n] to estimates [trials, dimension].
 Estimator: TypeAlias = Callable[[jax.Array], jax.Array]
 
@@ -146,12 +148,26 @@ def raw_scale(noise: Noise, mean_norm: float, samples: int, key: jax.Array) -> f
     return (noise.radial_moment(p) + float(np.mean(differences))) ** (1 / p)
 
 
+def clipping(threshold: Any) -> optax.GradientTransformationExtraArgs:
+    return psc.per_sample_clip(threshold, sample_axis=1)
+
+
 def clipped_mean(gradients: jax.Array, threshold: Any) -> jax.Array:
     """Computes the library's own clipped mean of every trial, [trials, dimension]."""
-    tx = psc.per_sample_clip(threshold, sample_axis=1)
+    tx = clipping(threshold)
     state = tx.init(jnp.zeros(gradients.shape[1]))
     means: Any = jax.vmap(lambda stack: tx.update(stack, state)[0])(gradients)
     return means
+
+
+def clipped_in_turn(gradients: jax.Array, tx: Any, state: Any) -> tuple[Any, jax.Array]:
+    """Computes clipped means of trials that are the batches of a training, one after another."""
+
+    def step(state: Any, stack: jax.Array) -> tuple[Any, jax.Array]:
+        mean, state = tx.update(stack, state)
+        return state, mean
+
+    return jax.lax.scan(step, state, gradients)
 
 
 def block_means(gradients: jax.Array, blocks: int) -> jax.Array:
@@ -221,21 +237,45 @@ def simulate(
     n: int,
     trials: int,
     key: jax.Array,
+    rule: psc.AdaptiveThreshold[Any] | None = None,
 ) -> Errors:
-    """Simulates the errors of all estimators in the same trials."""
+    """Simulates the errors of all estimators in the same trials.
+
+    Those of a clipped mean whose threshold follows a rule come last. The trials are batches of one
+    training then, after WARM_UP others, so that each is clipped at what earlier ones have shown.
+    """
     in_chunk = max(1, min(trials, SAMPLES_PER_CHUNK // n))
+    tx = None if rule is None else clipping(rule)
 
     @jax.jit
-    def errors_of_chunk(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def errors_of_chunk(state: Any, key: jax.Array) -> Any:
         gradients, _ = draw(key, noise, mean_norm, in_chunk, n)
-        estimates = jnp.stack([estimator(gradients) for estimator in estimators])
-        errors = estimates - mean_norm * unit_mean()
-        return jnp.sqrt(jnp.sum(jnp.square(errors), axis=-1)), jnp.sum(errors * unit_mean(), -1)
+        estimates = [estimator(gradients) for estimator in estimators]
+        if tx is not None:
+            state, in_turn = clipped_in_turn(gradients, tx, state)
+            estimates.append(in_turn)
+        errors = jnp.stack(estimates) - mean_norm * unit_mean()
+        norms = jnp.sqrt(jnp.sum(jnp.square(errors), axis=-1))
+        return state, (norms, jnp.sum(errors * unit_mean(), -1))
 
-    keys = jax.random.split(key, -(-trials // in_chunk))
-    chunks = [jax.device_get(errors_of_chunk(key)) for key in keys]
+    state = None if tx is None else warmed_up(tx, noise, mean_norm, n, key)
+    chunks = []
+    for own_key in jax.random.split(key, -(-trials // in_chunk)):
+        state, found = errors_of_chunk(state, own_key)
+        chunks.append(jax.device_get(found))
     norms, along = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
     return Errors(norms[:, :trials].astype(np.float64), along[:, :trials].astype(np.float64))
+
+
+def warmed_up(tx: Any, noise: Noise, mean_norm: float, n: int, key: jax.Array) -> Any:
+    """Gives a threshold's state after batches that are no trials."""
+
+    def step(state: Any, own_key: jax.Array) -> tuple[Any, None]:
+        gradients, _ = draw(own_key, noise, mean_norm, 1, n)
+        return tx.update(gradients[0], state)[1], None
+
+    keys = jax.random.split(jax.random.fold_in(key, WARM_UP), WARM_UP)
+    return jax.lax.scan(step, tx.init(unit_mean()), keys)[0]
 
 
 # The theory

@@ -1,5 +1,7 @@
 """Defines the rules without a number that `benchmarks.thresholds.auto_threshold` compares.
 
+Every rule finds its threshold in the state of `psc.auto_threshold`: a running histogram of the
+norms, their median, and the largest that it has been. So one program trains with any of them.
 Nothing here runs by itself.
 """
 
@@ -9,120 +11,231 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 import psclip_optax as psc
-from psclip_optax.thresholds.adaptive import QuantileState
-from psclip_optax.thresholds.tracking import as_adaptive
+from psclip_optax.thresholds.auto import AutoState
 
-# A function from a threshold, in units of a norm, and the number of samples in a batch.
-Rule: TypeAlias = Callable[[Any, int], psc.AdaptiveThreshold[Any]]
-
+AUTOMATIC = psc.auto_threshold()
 MOMENT = 1.5  # p of the automatic threshold of version 0.1.0
-GROWTH = 2.0  # β of the growing variant
-# Bins of psc.quantile_threshold, but for those whose squares leave the range of float32.
-CENTRES = jnp.exp2(jnp.clip(jnp.arange(4096) / 32 - 64, -60, 60))
+SLOWEST_GROWTH = 1.05
+# Norms of the histogram's bins, in units of the median of the first batch.
+CENTRES = jnp.exp2(jnp.arange(2048) / 32 - 32)
 
 
-class Method(NamedTuple):
-    """A way to clip.
+class Found(NamedTuple):
+    """A threshold α k^exponent, α in units of a norm."""
+
+    alpha: Any
+    exponent: Any = 0.0
+
+
+class State(NamedTuple):
+    """What the norms so far say.
 
     Attributes:
-      rule: the rule for the samples.
-      clips_batch: whether the threshold is for the norm of the batch's gradient instead.
-      thresholds: the thresholds to tune, in units of the median norm in the first batch; a single
-        one where there is nothing to tune.
+      auto: the state of `psc.auto_threshold`.
+      slow: its median, where a batch raises it by 5 % at most.
+      largest_slow: the largest value that this has had.
     """
 
-    rule: Rule
-    clips_batch: bool = False
-    thresholds: tuple[float, ...] = (1.0,)
-
-    @property
-    def is_tuned(self) -> bool:
-        return len(self.thresholds) > 1
+    auto: AutoState
+    slow: jax.Array
+    largest_slow: jax.Array
 
 
-def fixed(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
+# A function from the state and the number of samples in a batch.
+Rule: TypeAlias = Callable[[State, int], Found]
+
+
+def initial_state() -> State:
+    return State(AUTOMATIC.init(), jnp.zeros(()), jnp.zeros(()))
+
+
+def updated(state: State, norms: jax.Array) -> State:
+    auto = AUTOMATIC.update(state.auto, norms)
+    limit = jnp.where(state.slow > 0, SLOWEST_GROWTH * state.slow, jnp.inf)
+    slow = jnp.minimum(auto.median, limit)
+    return State(auto, slow, jnp.maximum(state.largest_slow, slow))
+
+
+def shares(state: State) -> jax.Array:
+    """Computes the share of the norms in each bin."""
+    return state.auto.counts / jnp.maximum(jnp.sum(state.auto.counts), 1e-30)
+
+
+def first_bin(state: State, reached: jax.Array) -> jax.Array:
+    """Finds the norm of the first bin that has reached something, which later ones have as well."""
+    bin_number = jnp.minimum(jnp.sum(~reached), CENTRES.size - 1)
+    return state.auto.unit * CENTRES[bin_number]
+
+
+def floored(state: State, threshold: Any) -> Any:
+    """Keeps a threshold above a quarter of the largest median, as the automatic one is."""
+    return jnp.maximum(threshold, state.auto.largest / 4)
+
+
+def floored_median(median: jax.Array, largest: jax.Array) -> jax.Array:
+    return jnp.maximum(median, largest / 2)
+
+
+def mean_of_clipped_squares(state: State) -> jax.Array:
+    """Computes mean min(‖g‖²/τ², 1) with τ at each bin."""
+    weights = shares(state)
+    below = jnp.cumsum(weights * jnp.square(CENTRES)) / jnp.square(CENTRES)
+    return below + beyond(weights)
+
+
+def beyond(values: jax.Array) -> jax.Array:
+    """Sums the values of all later bins, exactly 0 where there are none."""
+    return jnp.append(jnp.cumsum(values[:0:-1])[::-1], 0)
+
+
+def moment(state: State, n: int) -> Found:
+    """Gives the growing threshold of a running moment, which `psclip train` used in 0.1.0."""
     del n
-    return as_adaptive(psc.constant_threshold(threshold))
-
-
-def unclipped(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-    return fixed(math.inf, n)
-
-
-def moment(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-    """Builds the growing threshold of a running moment, which `psclip train` used in 0.1.0."""
-    del threshold, n
-    return psc.moment_threshold(MOMENT)
+    scale = jnp.sum(shares(state) * CENTRES**MOMENT) ** (1 / MOMENT)
+    return Found(state.auto.unit * scale, 1 / MOMENT)
 
 
 def quantile(share: float) -> Rule:
     """Builds a running quantile of the norms."""
 
-    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-        del threshold, n
-        return psc.quantile_threshold(share)
+    def rule(state: State, n: int) -> Found:
+        del n
+        return Found(first_bin(state, jnp.cumsum(shares(state)) >= share))
 
     return rule
 
 
-def truncated_squares(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-    """Builds τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which balances bias and variance.
+def truncated_squares(state: State, n: int) -> Found:
+    """Gives τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which balances bias and variance.
 
     This applies the tuning-free principle of Wang, Zheng, Zhou and Zhou (Statistica Sinica, 2021)
     to norms.
     """
-    del threshold
-    level = math.log(n + 1) / n
-
-    def threshold_of(state: QuantileState) -> psc.constant_threshold:
-        weights = state.counts / jnp.sum(state.counts)
-        below = jnp.cumsum(weights * jnp.square(CENTRES)) / jnp.square(CENTRES)
-        above = 1 - jnp.cumsum(weights)
-        found = jnp.minimum(jnp.sum(below + above > level), CENTRES.size - 1)
-        return psc.constant_threshold(CENTRES[found])
-
-    return psc.quantile_threshold()._replace(threshold=threshold_of)
+    return Found(first_bin(state, mean_of_clipped_squares(state) <= math.log(n + 1) / n))
 
 
-def automatic(factor: float = 1.0) -> Rule:
-    def rule(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-        del threshold, n
-        own = psc.auto_threshold()
+def squares_at(level: float) -> Rule:
+    """Builds τ with mean min(‖g‖²/τ², 1) = level, floored."""
 
-        def threshold_of(state: Any) -> psc.constant_threshold:
-            return psc.constant_threshold(factor * own.threshold(state)(jnp.ones(1, int))[0])
-
-        return own if factor == 1 else own._replace(threshold=threshold_of)
+    def rule(state: State, n: int) -> Found:
+        del n
+        return Found(floored(state, first_bin(state, mean_of_clipped_squares(state) <= level)))
 
     return rule
 
 
-def growing(threshold: Any, n: int) -> psc.AdaptiveThreshold[Any]:
-    """Multiplies the automatic threshold by (k / middle)^{1/β}: equal in the middle of a batch."""
-    del threshold
-    rule = psc.auto_threshold()
+def bias_and_variance(state: State, n: int) -> Found:
+    """Gives τ with the least bias² + variance / n of the clipped mean, floored.
 
-    def threshold_of(state: Any) -> psc.growing_threshold:
-        middle = rule.threshold(state)(jnp.ones(1, int))[0]
-        return psc.growing_threshold(middle * (2 / (n + 1)) ** (1 / GROWTH), GROWTH)
+    The bias is at most mean (‖g‖ − τ)₊, and the variance at most mean min(‖g‖, τ)².
+    """
+    weights = shares(state)
+    # Later bins have larger norms, so that no term is below 0.
+    bias = jnp.maximum(beyond(weights * CENTRES) - beyond(weights) * CENTRES, 0)
+    variance = mean_of_clipped_squares(state) * jnp.square(CENTRES)
+    best = jnp.argmin(jnp.square(bias) + variance / n)
+    return Found(floored(state, state.auto.unit * CENTRES[best]))
 
-    return rule._replace(threshold=threshold_of)
+
+def efficient(state: State, n: int) -> Found:
+    """Gives τ with the least variance of a location, of ½ to 4 medians.
+
+    That of Huber's estimator is mean min(‖g‖, τ)² / share(‖g‖ ≤ τ)²: the clipped samples carry
+    noise and no signal.
+    """
+    del n
+    weights = shares(state)
+    squares = mean_of_clipped_squares(state) * jnp.square(CENTRES)
+    variance = squares / jnp.square(jnp.maximum(jnp.cumsum(weights), 1e-6))
+    medians = state.auto.unit * CENTRES / floored_median(state.auto.median, state.auto.largest)
+    is_near = (medians >= 1 / 2) & (medians <= 4)
+    best = jnp.argmin(jnp.where(is_near, variance, jnp.inf))
+    return Found(state.auto.unit * CENTRES[best])
+
+
+def by_spread(state: State, n: int) -> Found:
+    """Multiplies the automatic threshold by up to 4 where the norms hardly spread.
+
+    The factor is 1 where the 0.9 quantile is 8 medians or more.
+    """
+    spread = quantile(0.9)(state, n).alpha / state.auto.median
+    return Found(automatic(state, n).alpha * jnp.clip(8 / spread, 1, 4))
+
+
+def slow(state: State, n: int) -> Found:
+    """Gives the automatic threshold of medians that grow by at most 5 % a batch."""
+    del n
+    return Found(floored_median(state.slow, state.largest_slow) / 2)
+
+
+def automatic(state: State, n: int) -> Found:
+    del n
+    return Found(AUTOMATIC.threshold(state.auto)(jnp.ones(1, int))[0])
+
+
+def times(factor: float) -> Rule:
+    return lambda state, n: Found(factor * automatic(state, n).alpha)
+
+
+def growing(state: State, n: int) -> Found:
+    """Multiplies the automatic threshold by (k / middle)^{1/2}: equal in the middle of a batch."""
+    return Found(automatic(state, n).alpha * (2 / (n + 1)) ** 0.5, 0.5)
+
+
+def growing_from_16(state: State, n: int) -> Found:
+    """Multiplies the automatic threshold by (k / 16)^{1/4}: larger batches are clipped less."""
+    return Found(automatic(state, n).alpha * 16**-0.25, 0.25)
 
 
 NONE, BATCH, FIXED, AUTO = "no clipping", "batch clipping", "fixed threshold", "automatic"
-METHODS = {
-    NONE: Method(unclipped),
-    BATCH: Method(unclipped, clips_batch=True, thresholds=(0.01, 0.03, 0.1, 0.3)),
-    FIXED: Method(fixed, thresholds=(0.03, 0.1, 0.3, 1.0, 3.0)),
-    "running moment": Method(moment),
-    "truncated squares": Method(truncated_squares),
-    "0.9 quantile": Method(quantile(0.9)),
-    "median": Method(quantile(0.5)),
-    "automatic, growing": Method(growing),
-    "automatic × 2": Method(automatic(2.0)),
-    "automatic / 2": Method(automatic(0.5)),
-    AUTO: Method(automatic()),
+TUNED = (NONE, BATCH, FIXED)  # which the others are compared with
+RULES: dict[str, Rule] = {
+    "running moment": moment,
+    "truncated squares": truncated_squares,
+    "0.9 quantile": quantile(0.9),
+    "median": quantile(0.5),
+    "bias² + variance/n": bias_and_variance,
+    "squares at 0.8": squares_at(0.8),
+    "efficient": efficient,
+    "by spread": by_spread,
+    "slow median": slow,
+    "growing": growing,
+    "growing from 16": growing_from_16,
+    "automatic × 2": times(2),
+    "automatic / 2": times(0.5),
+    AUTO: automatic,
 }
+
+
+class Candidate(NamedTuple):
+    """A threshold of a run, from which one program makes all methods.
+
+    Attributes:
+      rule: int, the index of a rule, or −1 for a fixed threshold.
+      sample: float, the fixed threshold, in units of the median norm in the first batch.
+      batch: float, the threshold for the norm of the batch's gradient, in the same units.
+    """
+
+    rule: Any = -1
+    sample: Any = math.inf
+    batch: Any = math.inf
+
+
+METHODS: dict[str, tuple[Candidate, ...]] = {
+    NONE: (Candidate(),),
+    BATCH: tuple(Candidate(batch=own) for own in (0.01, 0.03, 0.1, 0.3)),
+    FIXED: tuple(Candidate(sample=own) for own in (0.03, 0.1, 0.3, 1.0, 3.0)),
+    **{name: (Candidate(rule=index),) for index, name in enumerate(RULES)},
+}
+
+
+def threshold_of(candidate: Candidate, fixed: Any, state: State, n: int) -> psc.growing_threshold:
+    """Gives the threshold of a batch; `candidate` and `fixed`, a norm, may be traced."""
+    found = [Found(fixed), *(rule(state, n) for rule in RULES.values())]
+    alpha, exponent = (jnp.stack(jnp.broadcast_arrays(*own)) for own in zip(*found, strict=True))
+    # β = 1 / 0 = ∞: the same threshold for all samples.
+    return psc.growing_threshold(alpha[candidate.rule + 1], 1 / exponent[candidate.rule + 1])

@@ -171,7 +171,7 @@ def test_schedule_spends_the_samples_as_the_theory_has_it(p: float):
 
 
 def test_every_method_is_tuned_on_as_many_points():
-    grids = convergence_rate.make_grids(SCALES, 2.0, 5, 3)
+    grids = descent.make_grids(SCALES, 2.0, 5, 3)
     assert list(grids) == list(METHODS)
     for learning_rates, thresholds in grids.values():
         points = set(zip(learning_rates.tolist(), thresholds.tolist(), strict=True))
