@@ -13,7 +13,7 @@ from benchmarks import headlines, summary
 from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100, find_bad_data
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.statistics import describe_difference, paired_difference
-from benchmarks.engine import accelerators, cost
+from benchmarks.engine import accelerators, cost, sharded
 from benchmarks.peers import report
 from benchmarks.thresholds import auto_report, auto_rules, by_layer_report
 
@@ -315,6 +315,11 @@ def test_costs_on_accelerators_are_those_of_the_committed_compilations():
     shown = lines[start : lines.index("", start)]
     assert len(shown) == 3
     assert set(shown) <= set(every)
+
+
+def test_what_chips_send_is_that_of_the_committed_compilations():
+    result = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
+    assert sharded.to_markdown(result).strip() in GUIDE["distributed"]
 
 
 def test_the_dearest_on_a_cpu_is_that_of_the_committed_measurement():

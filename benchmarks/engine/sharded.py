@@ -24,7 +24,7 @@ from rich.table import Table
 import psclip_optax as psc
 from benchmarks.common import hlo
 from benchmarks.common.machine import describe, describe_machine
-from benchmarks.common.publishing import RESULTS, publish
+from benchmarks.common.publishing import RESULTS, markdown_table, publish
 from benchmarks.common.style import tidy
 from benchmarks.engine import real_models, targets
 from benchmarks.engine.accelerators import LEAST_BYTES
@@ -36,6 +36,7 @@ TOPOLOGIES = ("2x2", "4x4", "16x16")
 MODES = ("one_pass", "two_pass", "by_layer")
 COLORS = {"one_pass": "#0072B2", "two_pass": "#E69F00", "by_layer": "#009E73"}
 _RATIOS = {"cycles": "cycles", "compile": "compile_seconds"}
+IN_THE_GUIDE = ("sent", "memory", "cycles")
 COLUMNS = ("sent", "bytes", "memory", "cycles", "compile")
 NOTE = (
     "Ratios to value_and_grad of the mean loss over as many chips. Sent: elements that a chip has "
@@ -151,6 +152,24 @@ def to_table(result: dict[str, Any]) -> Table:
         numbers = [f"{row['ratios'][name]:.2f}" if row["ratios"] else "–" for name in COLUMNS]
         table.add_row(*cells, *numbers, f"{row['temp_bytes'] / 1e9:.2f}")
     return table
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Writes the guide's table: what each mode sends, holds and takes against a plain gradient."""
+    header = ["model, samples", "chips", "layout", "mode", *IN_THE_GUIDE, "GB a chip"]
+    body = [
+        [
+            f"{row['name']}, n {row['samples']}",
+            row["topology"],
+            row["layout"],
+            f"`{row['mode']}`",
+            *(f"{row['ratios'][name]:.2f}" for name in IN_THE_GUIDE),
+            f"{row['temp_bytes'] / 1e9:.2f}",
+        ]
+        for row in result["ratios"]
+        if row["ratios"]
+    ]
+    return markdown_table([header, *body])
 
 
 def draw(result: dict[str, Any]) -> Figure:

@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the norms so far say.
+    """Summary of the norms so far.
 
     Attributes:
       auto: the state of `psc.auto_threshold`.

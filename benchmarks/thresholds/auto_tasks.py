@@ -44,7 +44,7 @@ class Data(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a net is trained for.
+    """Task that a net is trained for.
 
     Attributes:
       num_outputs: the outputs of the net.
