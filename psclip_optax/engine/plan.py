@@ -17,6 +17,7 @@ from psclip_optax.engine.analysis.pieces import Pieces, in_pieces
 from psclip_optax.engine.analysis.rewrites import rewritten
 from psclip_optax.engine.analysis.segments import Segment
 from psclip_optax.engine.analysis.sites import Computed, Escape, Site, Usage
+from psclip_optax.engine.analysis.slices_in_bounds import slices_in_bounds
 from psclip_optax.engine.analysis.unit_axes import without_unit_axes
 from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
@@ -138,7 +139,7 @@ def plan_weights(
         escape = Escape("is in a loss with mutable references", "")
         leaves = [LeafPlan(i, escape=escape) for i in range(num_leaves)]
         return Plans(leaves, [], [], closed, Pieces((None,) * num_leaves), Usage(num_leaves))
-    closed = without_unit_axes(normal_form(closed, num_leaves))
+    closed = without_unit_axes(slices_in_bounds(normal_form(closed, num_leaves)))
     usage = find_usage(closed, num_leaves, route_of)
     for improved in (rewritten, _hoisted):
         better = improved(closed, usage)

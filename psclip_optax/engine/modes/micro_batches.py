@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.clipped_sums import clipped_alone
+from psclip_optax.engine.analysis.slices_in_bounds import slices_in_bounds
 from psclip_optax.engine.explain import Plan, explained_microbatches
 from psclip_optax.engine.modes.mode import Mode
 from psclip_optax.engine.modes.problem import Problem
@@ -42,7 +43,7 @@ def _clipped(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resul
         # Padding that is not finite would pass through a weight of 0.
         index = jnp.where(counts, jnp.arange(counts.size), jnp.argmax(counts))
         examples = [example[index] for example in examples]
-    run = core.jaxpr_as_fun(problem.closed)
+    run = core.jaxpr_as_fun(slices_in_bounds(problem.closed))
 
     def one(leaves: list[Any], _: None, example: list[Any]) -> list[Any]:
         return run(*leaves, *example)

@@ -1,0 +1,55 @@
+"""Hold dynamic slices inside of their operands where JAX's own `vmap` does not.
+
+Before 0.9 JAX makes a gather of a `dynamic_slice` under `vmap` that promises indices in bounds. The
+transpose of that drops the others, where the slice itself takes what is nearest to them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from psclip_optax.engine.analysis.equations import with_each_equation
+
+
+def slices_in_bounds(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Clamp the starts of all dynamic slices, if this JAX needs it."""
+    if not _vmap_promises():
+        return closed
+    return closed.replace(jaxpr=with_each_equation(closed.jaxpr, clamped))
+
+
+@functools.cache
+def _vmap_promises() -> bool:
+    def rows(table: jax.Array, starts: jax.Array) -> jax.Array:
+        return jax.vmap(lambda start: lax.dynamic_slice(table, (start,), (1,)))(starts)
+
+    shapes = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    modes = [eqn.params.get("mode") for eqn in jax.make_jaxpr(rows)(*shapes).jaxpr.eqns]
+    return lax.GatherScatterMode.PROMISE_IN_BOUNDS in modes
+
+
+def clamped(eqn: core.JaxprEqn) -> core.JaxprEqn:
+    """Make a `dynamic_slice` a call that clamps its starts before it."""
+    if eqn.primitive.name != "dynamic_slice":
+        return eqn
+    sizes = eqn.params["slice_sizes"]
+
+    @jax.jit
+    def held_inside(operand: jax.Array, *starts: jax.Array) -> jax.Array:
+        lasts = [full - size for full, size in zip(operand.shape, sizes, strict=True)]
+        inside = [_clamp(*both) for both in zip(starts, lasts, strict=True)]
+        return lax.dynamic_slice(operand, inside, sizes)
+
+    (call,) = jax.make_jaxpr(held_inside)(*(atom.aval for atom in eqn.invars)).jaxpr.eqns
+    return call.replace(invars=eqn.invars, outvars=eqn.outvars)
+
+
+def _clamp(start: jax.Array, last: int) -> Any:
+    last = min(last, int(jnp.iinfo(start.dtype).max))  # of a narrow integer
+    return jnp.clip(start, 0, last)
