@@ -44,7 +44,7 @@ def with_each_equation(
 
     def inside(value: Any) -> Any:
         if isinstance(value, core.ClosedJaxpr):
-            return value.replace(jaxpr=inside(value.jaxpr))
+            return value.replace(jaxpr=with_each_equation(value.jaxpr, change))
         if isinstance(value, core.Jaxpr):
             return with_each_equation(value, change)
         if type(value) is tuple:  # the branches of a condition
