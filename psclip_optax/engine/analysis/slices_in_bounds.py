@@ -21,7 +21,7 @@ def slices_in_bounds(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """Clamp the starts of all dynamic slices, if this JAX needs it."""
     if not _vmap_promises():
         return closed
-    return closed.replace(jaxpr=with_each_equation(closed.jaxpr, clamped))
+    return closed.replace(jaxpr=with_each_equation(closed.jaxpr, _clamped))
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _vmap_promises() -> bool:
     return lax.GatherScatterMode.PROMISE_IN_BOUNDS in modes
 
 
-def clamped(eqn: core.JaxprEqn) -> core.JaxprEqn:
+def _clamped(eqn: core.JaxprEqn) -> core.JaxprEqn:
     """Make a `dynamic_slice` a call that clamps its starts before it."""
     if eqn.primitive.name != "dynamic_slice":
         return eqn

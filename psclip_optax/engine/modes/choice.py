@@ -18,9 +18,10 @@ from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Samples
 from psclip_optax.engine.modes.two_pass import TWO_PASS
 
-# The compilers hold at most twice of what shapes say. So far from the limit no pass is traced.
+# No compiled model has held more than twice of what shapes say: this far from the limit no pass is
+# traced.
 _FAR = 4
-# The estimate of a traced pass is within 15 % of the compilers' account.
+# How far the estimate was from the compilers' account, by `benchmarks.engine.memory`.
 _MARGIN = 1.15
 
 
