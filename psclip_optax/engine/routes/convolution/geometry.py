@@ -119,6 +119,16 @@ def readers(array: jax.Array, first_axis: int, reads: Sequence[Reads]) -> jax.Ar
     return array
 
 
+def of_phases(
+    array: jax.Array, first_axis: int, reads: Sequence[Reads], phases: Sequence[int]
+) -> jax.Array:
+    """Take of each axis the inputs of a phase: phase, phase + step, …"""
+    for axis, (phase, of_axis) in enumerate(zip(phases, reads, strict=True), first_axis):
+        start = min(phase, array.shape[axis])
+        array = lax.slice_in_dim(array, start, None, of_axis.step, axis)
+    return array
+
+
 def padded(
     array: jax.Array, first_axis: int, reads: Sequence[Reads]
 ) -> tuple[jax.Array, list[Reads]]:

@@ -12,6 +12,7 @@ from psclip_optax.engine.routes import dense
 from psclip_optax.engine.routes.convolution import geometry, layouts
 from psclip_optax.engine.routes.convolution.geometry import Axis
 from psclip_optax.engine.routes.convolution.layouts import Side
+from psclip_optax.engine.routes.convolution.shifts import shifted
 
 
 class Piece(NamedTuple):
@@ -68,19 +69,13 @@ def by_unfolding_cotangents(
         yield Piece(piece.offsets, piece.gradients.swapaxes(2, 3))
 
 
-def by_offsets(
+def by_shifting(
     entering: Sequence[Side], leaving: Sequence[Side], axes: Sequence[Axis], dtype: Any
 ) -> Iterator[Piece]:
-    """Multiply at each offset what is read with the cotangents, channels last as a TPU has them."""
+    """Multiply at each offset what is read with the cotangents, pixels in a row."""
     inputs, cotangents = layouts.channels_last(entering), layouts.channels_last(leaving)
-    for reads in geometry.reads_of_all(axes):
-        readers = geometry.readers(cotangents, 1, reads)
-        readers = readers.reshape(len(readers), -1, readers.shape[-1])
-        padded, moved = geometry.padded(inputs, 1, reads)
-        for offset in geometry.offsets(moved):
-            read = geometry.read(padded, 1, moved, offset)
-            gradients = dense.product(read.reshape(*readers.shape[:2], -1), readers, 1, dtype)
-            yield Piece([offset], gradients[:, None])
+    for offset, read, readers in shifted(inputs, cotangents, axes):
+        yield Piece([offset], dense.product(read, readers, 1, dtype)[:, None])
 
 
 def by_multiplying(

@@ -42,10 +42,7 @@ def _gram(array: jax.Array, dtype: Any) -> jax.Array:
 def gram_of_pixels(inputs: jax.Array, reads: Sequence[Reads], dtype: Any) -> jax.Array:
     total = jnp.zeros((), dtype)
     for phases in itertools.product(*(of_axis.phases for of_axis in reads)):
-        read = inputs
-        for axis, (phase, of_axis) in enumerate(zip(phases, reads, strict=True), 1):
-            start = min(phase[0], read.shape[axis])
-            read = lax.slice_in_dim(read, start, None, of_axis.step, axis)
+        read = geometry.of_phases(inputs, 1, reads, [phase for phase, _ in phases])
         gram = _gram(read, dtype).reshape(len(read), *read.shape[1:-1] * 2)
         gram, moved = geometry.padded(gram, 1, [of_phase for _, of_phase in phases] * 2)
         # Sums over offsets along one axis after the other are far fewer than over all offsets.

@@ -14,13 +14,13 @@ from psclip_optax.engine.routes.convolution.geometry import Axis, Reads
 
 # Writing an entry costs as much as this many multiply-adds in a matrix product. Those for a TPU
 # are its compiler's estimates for v5e, for kernels of 1 to 16 between 3 and 512 channels: a cycle
-# makes 20,000 multiply-adds, 45 entries in another order of axes, or 100 cut from rows of channels.
+# makes 20,000 multiply-adds, writes 45 entries in another order of axes, or squares 80.
 _MULTIPLY_ADDS_PER_ENTRY = 32
 _MULTIPLY_ADDS_PER_ENTRY_ON_TPU = 440
-_MULTIPLY_ADDS_PER_ENTRY_CUT_ON_TPU = 200
-# It multiplies at least this many rows or columns at once, and cuts out at least so many.
-_COLUMNS_ON_TPU = 128
-_LEAST_CUT_ON_TPU = 32
+_MULTIPLY_ADDS_PER_SUMMED_ENTRY_ON_TPU = 600  # of Gram matrices that are shifted and added
+_MULTIPLY_ADDS_PER_SQUARE_ON_TPU = 250
+# A product with fewer entries takes as long as one with so many.
+_LEAST_ENTRIES_ON_TPU = 512
 
 
 class Way(NamedTuple):
@@ -44,18 +44,25 @@ class Way(NamedTuple):
 
 
 def ways_on_tpu(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
-    """List the ways as they cost on a TPU, where what is cut out of rows of channels is cheap."""
+    """List the ways as they cost on a TPU, which shifts images without copies of them."""
     by_name = {
         name: way._replace(multiply_adds_per_entry=_MULTIPLY_ADDS_PER_ENTRY_ON_TPU)
         for name, way in ways(axes, num_in, num_out).items()
     }
-    reads = _total(axes, lambda some: some.length * len(some.starts))
-    by_name["offsets"] = Way(
-        functools.partial(gradients.squares_of, gradients.by_offsets),
-        reads * _filled_up(num_in) * _filled_up(num_out),
-        reads * max(num_in, _LEAST_CUT_ON_TPU),
-        _MULTIPLY_ADDS_PER_ENTRY_CUT_ON_TPU,
+    by_name["gram of pixels"] = by_name["gram of pixels"]._replace(
+        multiply_adds_per_entry=_MULTIPLY_ADDS_PER_SUMMED_ENTRY_ON_TPU
     )
+    if all(map(geometry.is_read_whole, axes)):
+        # An input that nothing reads may be NaN, and would meet the zeros beside cotangents.
+        reads = _total(axes, lambda some: some.length * len(some.starts))
+        entries = max(num_in * num_out, _LEAST_ENTRIES_ON_TPU)
+        offsets = math.prod(len(axis.shifts) for axis in axes)
+        by_name["shifted"] = Way(
+            functools.partial(gradients.squares_of, gradients.by_shifting),
+            (reads + _MULTIPLY_ADDS_PER_SQUARE_ON_TPU * offsets) * entries,
+            _moved(axes, num_in, num_out),
+            _MULTIPLY_ADDS_PER_ENTRY_ON_TPU,
+        )
     return by_name
 
 
@@ -101,8 +108,14 @@ def ways(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
     return by_name
 
 
-def _filled_up(channels: int) -> int:
-    return -(-channels // _COLUMNS_ON_TPU) * _COLUMNS_ON_TPU
+def _moved(axes: Sequence[Axis], num_in: int, num_out: int) -> int:
+    """Count the entries that are copied before pixels can be shifted."""
+    if all(axis.inputs == axis.outputs and axis.stride == axis.dilation for axis in axes):
+        return 0
+    num_inputs, num_outputs = (
+        math.prod(sizes) for sizes in zip(*((a.inputs, a.outputs) for a in axes), strict=True)
+    )
+    return num_inputs * num_in + num_outputs * num_out
 
 
 def _total(axes: Sequence[Axis], count: Callable[[Reads], int]) -> int:
