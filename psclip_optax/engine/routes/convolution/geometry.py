@@ -109,6 +109,18 @@ def is_read_whole(axis: Axis) -> bool:
     return set(range(axis.inputs)) <= set(itertools.chain(*read))
 
 
+def is_touched_where_read(axis: Axis) -> bool:
+    """Tell whether all inputs in the phases that are read are read."""
+    for reads in reads_of(axis):
+        for phase, of_phase in reads.phases:
+            read = {
+                start + place for start in of_phase.starts.values() for place in range(reads.length)
+            }
+            if not set(range(len(range(phase, axis.inputs, reads.step)))) <= read:
+                return False
+    return True
+
+
 def cut(array: jax.Array, axis: int, start: int, count: int, step: int) -> jax.Array:
     return lax.slice_in_dim(array, start, start + (count - 1) * step + 1, step, axis)
 
@@ -122,7 +134,7 @@ def readers(array: jax.Array, first_axis: int, reads: Sequence[Reads]) -> jax.Ar
 def of_phases(
     array: jax.Array, first_axis: int, reads: Sequence[Reads], phases: Sequence[int]
 ) -> jax.Array:
-    """Take of each axis the inputs of a phase: phase, phase + step, …"""
+    """Take the inputs of one phase of each axis: phase, phase + step, and so on."""
     for axis, (phase, of_axis) in enumerate(zip(phases, reads, strict=True), first_axis):
         start = min(phase, array.shape[axis])
         array = lax.slice_in_dim(array, start, None, of_axis.step, axis)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from psclip_optax.engine.routes import dense
 from psclip_optax.engine.routes.convolution import geometry, layouts

@@ -47,44 +47,31 @@ def shifted(inputs: jax.Array, cotangents: jax.Array, axes: Sequence[Axis]) -> I
 def _shifted(read: jax.Array, readers: jax.Array, reads: Sequence[Reads]) -> Iterator[Shifted]:
     """Line up what is read a pixel apart."""
     spatial = slice(1, 1 + len(reads))
-    sizes = [max(both) for both in zip(read.shape[spatial], readers.shape[spatial], strict=True)]
+    both = list(zip(read.shape[spatial], readers.shape[spatial], strict=True))
+    sizes = list(map(max, both))
+    outer = next((axis for axis, size in enumerate(sizes) if size > 1), 0)
     pitches = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    num_pixels = math.prod(sizes)
-    read, readers = (_in_a_row(array, sizes) for array in (read, readers))
+    read, readers = (_in_a_row(array, outer, sizes) for array in (read, readers))
     for offset in geometry.offsets(reads):
         shifts = [of_axis.starts[k] for of_axis, k in zip(reads, offset, strict=True)]
         by = sum(shift * pitch for shift, pitch in zip(shifts, pitches, strict=True))
-        first, end = max(0, -by), num_pixels - max(0, by)
+        first, end = max(0, -by), min(readers.shape[1], read.shape[1] - by)
         if first >= end:
             continue  # nothing but zeros around the image is read
+        pixels = jnp.arange(first, end).reshape(1, -1, *[1] * (readers.ndim - 2))
         own = lax.slice_in_dim(readers, first, end, 1, 1)
-        yield Shifted(
-            offset,
-            lax.slice_in_dim(read, first + by, end + by, 1, 1),
-            _within_rows(own, first, shifts, sizes, pitches),
-        )
+        # Beyond the outer axis lies nothing, as the row ends there.
+        for shift, size, pitch in list(zip(shifts, sizes, pitches, strict=True))[outer + 1 :]:
+            if shift:
+                place = pixels // pitch % size + shift
+                own = jnp.where((place >= 0) & (place < size), own, 0)
+        yield Shifted(offset, lax.slice_in_dim(read, first + by, end + by, 1, 1), own)
 
 
-def _in_a_row(array: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Fill axes up with zeros, and make them one: [m, pixels, …]."""
-    behind = array.ndim - 1 - len(sizes)
-    config = [(0, size - own, 0) for size, own in zip(sizes, array.shape[1:], strict=False)]
-    array = lax.pad(array, jnp.zeros((), array.dtype), [(0, 0, 0), *config, *[(0, 0, 0)] * behind])
-    return array.reshape(len(array), math.prod(sizes), *array.shape[1 + len(sizes) :])
-
-
-def _within_rows(
-    readers: jax.Array,
-    first: int,
-    shifts: Sequence[int],
-    sizes: Sequence[int],
-    pitches: Sequence[int],
-) -> jax.Array:
-    """Set cotangents to zero where the offset leads out of the image, beyond an end of a row."""
-    pixel = jnp.arange(first, first + readers.shape[1]).reshape(1, -1, *[1] * (readers.ndim - 2))
-    # Beyond the first axis lies nothing, as the slices end there.
-    for shift, size, pitch in list(zip(shifts, sizes, pitches, strict=True))[1:]:
-        if shift:
-            place = pixel // pitch % size + shift
-            readers = jnp.where((place >= 0) & (place < size), readers, 0)
-    return readers
+def _in_a_row(array: jax.Array, outer: int, sizes: Sequence[int]) -> jax.Array:
+    """Fill the axes behind the outer one up with zeros, and make all one: [m, pixels, …]."""
+    config = [(0, 0, 0)] * array.ndim
+    for axis, size in enumerate(sizes[outer + 1 :], outer + 2):
+        config[axis] = (0, size - array.shape[axis], 0)
+    array = lax.pad(array, jnp.zeros((), array.dtype), config)
+    return array.reshape(len(array), -1, *array.shape[1 + len(sizes) :])

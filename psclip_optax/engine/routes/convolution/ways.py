@@ -52,18 +52,26 @@ def ways_on_tpu(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Wa
     by_name["gram of pixels"] = by_name["gram of pixels"]._replace(
         multiply_adds_per_entry=_MULTIPLY_ADDS_PER_SUMMED_ENTRY_ON_TPU
     )
-    if all(map(geometry.is_read_whole, axes)):
+    # Products of entries are summed as they are made, and take no memory.
+    multiplied = by_name["multiplied"]
+    by_name["multiplied"] = multiplied._replace(multiply_adds=multiplied.cost, entries=0)
+    if all(map(geometry.is_touched_where_read, axes)):
         # An input that nothing reads may be NaN, and would meet the zeros beside cotangents.
-        reads = _total(axes, lambda some: some.length * len(some.starts))
-        entries = max(num_in * num_out, _LEAST_ENTRIES_ON_TPU)
-        offsets = math.prod(len(axis.shifts) for axis in axes)
-        by_name["shifted"] = Way(
-            functools.partial(gradients.squares_of, gradients.by_shifting),
-            (reads + _MULTIPLY_ADDS_PER_SQUARE_ON_TPU * offsets) * entries,
-            _moved(axes, num_in, num_out),
-            _MULTIPLY_ADDS_PER_ENTRY_ON_TPU,
-        )
+        by_name["shifted"] = _shifted(axes, num_in, num_out)
     return by_name
+
+
+def _shifted(axes: Sequence[Axis], num_in: int, num_out: int) -> Way:
+    reads = _total(axes, lambda some: some.length * len(some.starts))
+    entries = max(num_in * num_out, _LEAST_ENTRIES_ON_TPU)
+    squares = math.prod(len(axis.shifts) for axis in axes) * entries
+    return Way(
+        functools.partial(gradients.squares_of, gradients.by_shifting),
+        reads * entries
+        + _MULTIPLY_ADDS_PER_SQUARE_ON_TPU * squares
+        + _MULTIPLY_ADDS_PER_ENTRY_ON_TPU * _moved(axes, num_in, num_out),
+        entries=0,
+    )
 
 
 def ways(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
@@ -110,7 +118,10 @@ def ways(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
 
 def _moved(axes: Sequence[Axis], num_in: int, num_out: int) -> int:
     """Count the entries that are copied before pixels can be shifted."""
-    if all(axis.inputs == axis.outputs and axis.stride == axis.dilation for axis in axes):
+    outer = next((place for place, axis in enumerate(axes) if axis.inputs > 1), 0)
+    if all(axis.stride == axis.dilation for axis in axes) and all(
+        axis.inputs == axis.outputs for axis in axes[outer + 1 :]
+    ):
         return 0
     num_inputs, num_outputs = (
         math.prod(sizes) for sizes in zip(*((a.inputs, a.outputs) for a in axes), strict=True)
