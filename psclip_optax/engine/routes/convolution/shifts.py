@@ -23,11 +23,12 @@ from psclip_optax.engine.routes.convolution.geometry import Axis, Reads
 class Shifted(NamedTuple):
     """What is read at one offset of the kernel, and by what.
 
+    One of them is zero where an offset leads out of the image.
+
     Attributes:
       offset: the offset.
       read: inputs, [m, pixels, …].
-      readers: the cotangents of these pixels, [m, pixels, …]; zero where an offset moves a pixel
-        into another row of the image.
+      readers: the cotangents of what reads them, [m, pixels, …].
     """
 
     offset: tuple[int, ...]
@@ -47,25 +48,25 @@ def shifted(inputs: jax.Array, cotangents: jax.Array, axes: Sequence[Axis]) -> I
 def _shifted(read: jax.Array, readers: jax.Array, reads: Sequence[Reads]) -> Iterator[Shifted]:
     """Line up what is read a pixel apart."""
     spatial = slice(1, 1 + len(reads))
-    both = list(zip(read.shape[spatial], readers.shape[spatial], strict=True))
-    sizes = list(map(max, both))
+    both = zip(read.shape[spatial], readers.shape[spatial], strict=True)
+    sizes = [max(one, other) for one, other in both]
     outer = next((axis for axis, size in enumerate(sizes) if size > 1), 0)
     pitches = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     read, readers = (_in_a_row(array, outer, sizes) for array in (read, readers))
+    num_read, num_readers = read.shape[1], readers.shape[1]
     for offset in geometry.offsets(reads):
         shifts = [of_axis.starts[k] for of_axis, k in zip(reads, offset, strict=True)]
         by = sum(shift * pitch for shift, pitch in zip(shifts, pitches, strict=True))
-        first, end = max(0, -by), min(readers.shape[1], read.shape[1] - by)
-        if first >= end:
+        if not -num_readers < by < num_read:
             continue  # nothing but zeros around the image is read
-        pixels = jnp.arange(first, end).reshape(1, -1, *[1] * (readers.ndim - 2))
-        own = lax.slice_in_dim(readers, first, end, 1, 1)
         # Beyond the outer axis lies nothing, as the row ends there.
-        for shift, size, pitch in list(zip(shifts, sizes, pitches, strict=True))[outer + 1 :]:
-            if shift:
-                place = pixels // pitch % size + shift
-                own = jnp.where((place >= 0) & (place < size), own, 0)
-        yield Shifted(offset, lax.slice_in_dim(read, first + by, end + by, 1, 1), own)
+        inner = list(zip(shifts, sizes, pitches, strict=True))[outer + 1 :]
+        if num_read > num_readers:
+            within = _within_rows(readers, inner)
+            yield Shifted(offset, read, _moved(within, by, num_read))
+        else:
+            moved = _moved(read, -by, num_readers)
+            yield Shifted(offset, _within_rows(moved, inner), readers)
 
 
 def _in_a_row(array: jax.Array, outer: int, sizes: Sequence[int]) -> jax.Array:
@@ -75,3 +76,24 @@ def _in_a_row(array: jax.Array, outer: int, sizes: Sequence[int]) -> jax.Array:
         config[axis] = (0, size - array.shape[axis], 0)
     array = lax.pad(array, jnp.zeros((), array.dtype), config)
     return array.reshape(len(array), -1, *array.shape[1 + len(sizes) :])
+
+
+def _moved(row: jax.Array, by: int, length: int) -> jax.Array:
+    """Move the pixels of a row [m, pixels, …] into one of another length, between zeros."""
+    config = [(0, 0, 0), (by, length - by - row.shape[1], 0), *[(0, 0, 0)] * (row.ndim - 2)]
+    return lax.pad(row, jnp.zeros((), row.dtype), config)
+
+
+def _within_rows(row: jax.Array, inner: Sequence[tuple[int, int, int]]) -> jax.Array:
+    """Set to zero the pixels that a shift leads beyond an end of their row of the image.
+
+    Args:
+      row: pixels of cotangents, or what they read, [m, pixels, …].
+      inner: the shift of each inner axis, its size, and how many pixels a step along it is.
+    """
+    pixels = jnp.arange(row.shape[1]).reshape(1, -1, *[1] * (row.ndim - 2))
+    for shift, size, pitch in inner:
+        if shift:
+            place = pixels // pitch % size + shift
+            row = jnp.where((place >= 0) & (place < size), row, 0)
+    return row
