@@ -14,13 +14,13 @@ from psclip_optax.engine.routes.convolution.geometry import Axis, Reads
 
 # Writing an entry costs as much as this many multiply-adds in a matrix product. Those for a TPU
 # are its compiler's estimates for v5e, for kernels of 1 to 16 between 3 and 512 channels: a cycle
-# makes 20,000 multiply-adds, writes 45 entries in another order of axes, or squares 80.
+# makes 20,000 multiply-adds, writes 33 entries in another order of axes, or squares 80.
 _MULTIPLY_ADDS_PER_ENTRY = 32
-_MULTIPLY_ADDS_PER_ENTRY_ON_TPU = 440
-_MULTIPLY_ADDS_PER_SUMMED_ENTRY_ON_TPU = 600  # of Gram matrices that are shifted and added
+_MULTIPLY_ADDS_PER_ENTRY_ON_TPU = 600
 _MULTIPLY_ADDS_PER_SQUARE_ON_TPU = 250
+_MULTIPLY_ADDS_PER_TERM_ON_TPU = 400  # of a sum of products of entries
 # A product with fewer entries takes as long as one with so many.
-_LEAST_ENTRIES_ON_TPU = 512
+_LEAST_ENTRIES_ON_TPU = 1024
 
 
 class Way(NamedTuple):
@@ -49,12 +49,10 @@ def ways_on_tpu(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Wa
         name: way._replace(multiply_adds_per_entry=_MULTIPLY_ADDS_PER_ENTRY_ON_TPU)
         for name, way in ways(axes, num_in, num_out).items()
     }
-    by_name["gram of pixels"] = by_name["gram of pixels"]._replace(
-        multiply_adds_per_entry=_MULTIPLY_ADDS_PER_SUMMED_ENTRY_ON_TPU
-    )
     # Products of entries are summed as they are made, and take no memory.
     multiplied = by_name["multiplied"]
-    by_name["multiplied"] = multiplied._replace(multiply_adds=multiplied.cost, entries=0)
+    terms = _MULTIPLY_ADDS_PER_TERM_ON_TPU * multiplied.entries
+    by_name["multiplied"] = multiplied._replace(multiply_adds=terms, entries=0)
     if all(map(geometry.is_touched_where_read, axes)):
         # An input that nothing reads may be NaN, and would meet the zeros beside cotangents.
         by_name["shifted"] = _shifted(axes, num_in, num_out)
@@ -117,16 +115,28 @@ def ways(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
 
 
 def _moved(axes: Sequence[Axis], num_in: int, num_out: int) -> int:
-    """Count the entries that are copied before pixels can be shifted."""
+    """Count the entries that are copied before pixels can be shifted.
+
+    Inputs are, where a stride parts them into phases; cotangents, where their rows are shorter.
+    """
+    phases = [_sizes_of_phases(axis) for axis in axes]
     outer = next((place for place, axis in enumerate(axes) if axis.inputs > 1), 0)
-    if all(axis.stride == axis.dilation for axis in axes) and all(
-        axis.inputs == axis.outputs for axis in axes[outer + 1 :]
-    ):
-        return 0
-    num_inputs, num_outputs = (
-        math.prod(sizes) for sizes in zip(*((a.inputs, a.outputs) for a in axes), strict=True)
+    is_parted = any(axis.stride != axis.dilation for axis in axes)
+    is_filled = any(
+        size != axis.outputs
+        for axis, sizes in zip(axes[outer + 1 :], phases[outer + 1 :], strict=True)
+        for size in sizes
     )
-    return num_inputs * num_in + num_outputs * num_out
+    inputs, outputs = math.prod(map(sum, phases)), math.prod(axis.outputs for axis in axes)
+    return (is_parted or is_filled) * inputs * num_in + is_filled * outputs * num_out
+
+
+def _sizes_of_phases(axis: Axis) -> list[int]:
+    return [
+        len(range(phase, axis.inputs, reads.step))
+        for reads in geometry.reads_of(axis)
+        for phase, _ in reads.phases
+    ]
 
 
 def _total(axes: Sequence[Axis], count: Callable[[Reads], int]) -> int:
