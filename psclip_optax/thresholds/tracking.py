@@ -59,7 +59,7 @@ def track_norms(
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> import psclip_optax as psc
-      >>> loss = lambda w, x: jnp.dot(w, x)  # of one sample
+      >>> loss = lambda w, x: jnp.dot(w, x)  # for one sample
       >>> f = psc.clipped_value_and_grad(loss, 0.0, return_stats=True)
       >>> rule = psc.min_norm_threshold()
       >>> tx = optax.chain(psc.track_norms(rule), optax.sgd(1.0))
