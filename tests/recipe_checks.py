@@ -305,10 +305,10 @@ def check_private(names: Names) -> None:
 
 
 CHECKS: dict[str, Callable[[Names], None]] = {
-    "Flax Linen, a step of your own": check_linen,
-    "Flax Linen, the train step of this package": check_linen,
-    "Flax NNX, a step of your own": check_nnx,
-    "Flax NNX, the train step of this package": check_nnx,
+    "Flax Linen, your own step": check_linen,
+    "Flax Linen, this package's train step": check_linen,
+    "Flax NNX, your own step": check_nnx,
+    "Flax NNX, this package's train step": check_nnx,
     "Equinox": check_equinox,
     "Haiku, and a random key for each sample": check_haiku,
     "A GPT training loop": check_gpt,
@@ -320,8 +320,8 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "The same in the optimizer's state": check_injected,
     "Log thresholds and clipped shares": check_logs,
     "An adaptive threshold": check_adaptive,
-    "The trainable part alone": check_step,
-    "What a frozen leaf does to the norm": check_frozen,
+    "Only the trainable part": check_step,
+    "How a frozen leaf changes the norm": check_frozen,
     "bfloat16": check_bfloat16,
     "float16 with dynamic loss scaling": check_float16,
     "From jax_privacy": check_before_or_after,
