@@ -1,4 +1,4 @@
-"""Writes the results in short: README's table, and the lines on top of the page of results."""
+"""Summarises the results: README's table, and the lines on top of the page of results."""
 
 from __future__ import annotations
 
@@ -54,18 +54,19 @@ def describe_failures(result: dict[str, Any], *names: str) -> str:
 
 
 def dearest_model() -> str:
-    """Names the model whose time by one pass is the largest multiple of a plain gradient's."""
+    """Names the model on which one pass is slowest relative to a plain gradient."""
     times = {
         row["model"]: row["modes"]["one_pass"]["ratio_quartiles"][1]
         for row in read("engine")["rows"]
         if row["experiment"] == "zoo"
     }
     dearest = max(times, key=lambda model: times[model])
-    return f"{times[dearest]:.2f} of a plain gradient's time on {len(times)} models, by {dearest}"
+    ratio = f"{times[dearest]:.2f} times as long as a plain gradient"
+    return f"{ratio} ({len(times)} models; {dearest})"
 
 
 def five_lines() -> str:
-    """Writes the findings, an item for each question."""
+    """Writes the findings, one item for each question."""
     cifar, models = read("alexnet_cifar100"), read("third_party")["summary"]
     gains = {
         (noise, name): describe_difference(found["methods"][name]["difference"])
@@ -82,14 +83,14 @@ def five_lines() -> str:
     best = cifar["noises"][HEAVY]["best_baseline"]
     agreeing = f"{models['outcomes']['ok']} of {models['models']} models"
     return f"""\
-- **Theory**: on noise of known heavy tails the clipped mean's error stays within the guarantee, and
-  PS-Clip-SGD beats tuned SGD, global clipping and normalised SGD. A constant threshold does too.
-- **Heavy tails**, CIFAR-100 with heavy pixels: nothing trains that does not clip. Against the best
-  baseline, {best}, a constant threshold is {gains[HEAVY, CONSTANT]} points,
+- **Theory**: on noise with known heavy tails the clipped mean's error stays within the guarantee,
+  and PS-Clip-SGD beats tuned SGD, global clipping and normalised SGD. So does a constant threshold.
+- **Heavy tails**, CIFAR-100 with heavy pixels: methods that do not clip do not train. Relative to
+  the best baseline, {best}, a constant threshold gains {gains[HEAVY, CONSTANT]} points,
   a growing one {gains[HEAVY, GROWING]}.
-- **Light tails**, the growing threshold against the best baseline: {light}.
-- **Learning rates**: {given} trials with a given per-sample threshold ended no better than
-  chance, {batch} with batch clipping, {unclipped} with SGD and momentum SGD.
+- **Light tails**, the growing threshold relative to the best baseline: {light}.
+- **Learning rates**: {given} trials with a constant or growing per-sample threshold ended no
+  better than chance, {batch} with batch clipping, {unclipped} with SGD and momentum SGD.
 - **Engine**: {agreeing} of {models["libraries"]} other libraries agree with `vmap(grad)`.
   On two CPU cores one pass takes at most {dearest_model()}.
 """

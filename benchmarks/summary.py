@@ -32,24 +32,25 @@ from benchmarks.thresholds import auto_report, by_layer_report
 TITLE = "# What the benchmarks found\n"
 HOW_TO_READ = """## How to read this page
 
-- `NAME.json` and `NAME.png`: what was found and its figure, by `python -m benchmarks.FOLDER.NAME`.
-- `engine.json` and `.png`: by `benchmarks.engine.cost`; `third_party.json`: by `.ci/third_party`.
-- `NAME.runs.jsonl`: a comparison's finished runs, one a line; its command trains those it lacks.
+- `NAME.json`, `NAME.png`: results and figure of `python -m benchmarks.FOLDER.NAME`.
+- `engine.json`, `engine.png`: of `benchmarks.engine.cost`. `third_party.json`: of
+  `.ci/third_party`.
+- `NAME.runs.jsonl`: a comparison's finished runs, one a line; its command trains missing runs.
 - Machines: one NVIDIA H200 for alexnet_cifar100, two cores of an AMD EPYC for all else.
-- This page: by `python -m benchmarks.summary`, from the JSON files beside it.
+- `python -m benchmarks.summary` writes this page from the JSON files beside it.
 
-Each section names the command that made its file, and the machine. Intervals are of 95 %.
+Each section names its command and the machine. Intervals are 95 % intervals.
 """
 
 
 class Section(NamedTuple):
-    """The section of one benchmark on the page.
+    """Describes the section of one benchmark on the page.
 
     Attributes:
       module: the module of the benchmark; its last part names the JSON file and the figure.
       title: a question.
       body: a function from the result to Markdown.
-      command: the command where it is not `python -m benchmarks.MODULE`.
+      command: the command, if it is not `python -m benchmarks.MODULE`.
       has_figure: whether there is a figure.
     """
 
@@ -62,37 +63,38 @@ class Section(NamedTuple):
 
 def estimator(result: dict[str, Any]) -> str:
     bullets = "".join(f"- {line}\n" for line in result["summary"])
-    return f"""Gradients in dimension 10, noise of exactly known tail index a, α = σ from the raw
-moment, β = p = a − 0.1 (2 for the Gaussian), n = 2⁸ to 2¹⁴. The slope is of the RMS error over n;
-the 99 % errors and the growth of the error, from the one exceeded with probability 0.1 to that with
-10⁻⁴, are at n = 4,096.
+    return f"""Gradients have dimension 10, and the noise has an exactly known tail index a. α = σ
+from the raw moment, β = p = a − 0.1 (2 for the Gaussian), n = 2⁸ to 2¹⁴. The slope is that of the
+RMS error over n. The 99 % errors and the growth are at n = 4,096; the growth is the error exceeded
+with probability 10⁻⁴ relative to that exceeded with probability 0.1.
 
 {estimator_report.to_markdown(result).strip()}
 
-The error never leaves what the theory guarantees, its high quantiles grow as powers of log(1/δ)
-where the plain mean's grow as powers of 1/δ, and the growing threshold beats the constant one under
-every heavy tail. Under Gaussian noise, the control, clipping changes nothing. It is not the best
-robust mean there is: a median of means has smaller 99 % errors under nearly all of these laws. For
-a = 1.9 the slope over these n is flatter than the bound's.
+The error always stays within the theory's guarantee. Its high quantiles grow as powers of log(1/δ);
+those of the plain mean grow as powers of 1/δ. The growing threshold beats the constant one under
+every heavy tail. Under Gaussian noise, the control, clipping changes nothing. The clipped mean is
+not the best robust mean: a median of means has smaller 99 % errors under nearly all of these
+distributions. For a = 1.9 the slope over these n is flatter than the bound's.
 
 {bullets}"""
 
 
 def convergence(result: dict[str, Any]) -> str:
-    return f"""Two smooth non-convex problems of known ∇F: Geman–McClure regression with additive
-noise in 8 dimensions, and a teacher–student network of tanh units with label noise. The noise has
-the tail index p + 0.1. Slopes are of the mean of ‖∇F‖ over the steps and over 5,000 runs, and of
-its 99 % quantile, over the samples N = nT, with n, T, η = 1/L, α = σ̂ and β = p as the theory has
-them; the bound is −(p − 1)/(3p − 2). Ratios, of the mean and of the 99 % quantile, are of
-PS-Clip-SGD to another method at N = 4,096, each tuned on 50 points by other seeds: below 1
-PS-Clip-SGD is better.
+    return f"""Two smooth non-convex problems have a known ∇F: Geman–McClure regression with
+additive noise in 8 dimensions, and a teacher–student network of tanh units with label noise. The
+noise has the tail index p + 0.1. ‖∇F‖ is averaged over the steps of a run. Slopes are those of its
+mean and its 99 % quantile over 5,000 runs, against the number of samples N = nT. n, T, η = 1/L, α =
+σ̂ and β = p follow the theory, whose bound is −(p − 1)/(3p − 2). Ratios are those of PS-Clip-SGD to
+another method at N = 4,096, each tuned on 50 points with other seeds: below 1, PS-Clip-SGD is
+better.
 
 {convergence_report.to_markdown(result)}
-- In the regression the slope is at the bound or near it. In the network the mean's is flatter up to
-  these N; plain SGD's is flatter than its own bound there too, under Gaussian noise.
-- Under heavy tails PS-Clip-SGD is better than SGD, global clipping and normalised SGD, always, and
-  most in the 99 % quantile.
-- That is the merit of clipping samples, not of the growing threshold: a tuned constant one is as
+- In the regression the slope is at the bound or near it. In the network the slope of the mean is
+  flatter up to these N. There the slope of plain SGD under Gaussian noise is also flatter than its
+  bound.
+- Under heavy tails PS-Clip-SGD is always better than SGD, global clipping and normalised SGD, most
+  of all in the 99 % quantile.
+- This is due to clipping samples, not to the growing threshold: a tuned constant threshold is as
   good or up to 4 % better, and a running quantile much better under symmetric noise.
 - Under Gaussian noise, the control, tuned PS-Clip-SGD is within 1 % of SGD: equal in the
   regression, slightly worse in the network.
@@ -104,14 +106,13 @@ def automatic_in_theory(result: dict[str, Any]) -> str:
     sizes, descent = plan["sizes"], plan["descent"]
     runs, points = descent["runs"], math.prod(descent["grid"])
     return f"""The noise and the problems are those of the two sections above.
-`psc.auto_threshold()` knows neither α nor β. Each cell of the first table is its error as a ratio
-to that of the growing threshold with α = σ and β = p, the oracle, in the same {plan["trials"]:,}
-trials: above 1 the automatic threshold is worse. It has seen {plan["warm_up"]} batches before, and
-each trial is its next one; or it has seen none. Rescaled: all estimates times one factor, the best
-of its kind, as by a tuned learning rate, which is never below 0. The second table has ratios of
-‖∇F‖ over {runs:,} runs at N = {descent["tuned_sizes"][-1]:,}, mean and 99 % quantile, each method
-tuned on {points} points by other runs, the automatic one on as many learning rates: below 1 it is
-better.
+`psc.auto_threshold()` knows neither α nor β. The first table has its error relative to that of the
+oracle, the growing threshold with α = σ and β = p, in the same {plan["trials"]:,} trials: above 1,
+the automatic threshold is worse. It has seen either {plan["warm_up"]} batches before the trials,
+or none. "Rescaled" multiplies all estimates of a method by its best factor, which is never below 0,
+as a tuned learning rate would. The second table has ratios of ‖∇F‖ over {runs:,} runs at
+N = {descent["tuned_sizes"][-1]:,}, mean and 99 % quantile. Each method is tuned on {points} points
+with other runs, the automatic threshold on as many learning rates: below 1, it is better.
 
 {automatic_report.errors_to_markdown(result, sizes[0], sizes[-1])}
 {automatic_report.ratios_to_markdown(result)}
@@ -129,12 +130,13 @@ def training(result: dict[str, Any]) -> str:
     return f"""AlexNet of width {protocol["width"]:g}, batches of {batch}, images shifted and
 mirrored, cosine schedule, {dtype}. Every method has 12 trials of {short} epochs on 45,000 images;
 the best by accuracy on the other 5,000 is trained for {long} epochs from {seeds} other seeds.
-Momentum is 0.9 but for SGD. Thresholds: constant τ; growing α √k; automatic, scale · σ̂ k^(2/3) with
-the running raw moment of order 1.5. The data are clean; or 20 % or 40 % of the labels are replaced
-by others; or a fifth of the images is multiplied by Student-t factors with 1.5 degrees of freedom.
+Momentum is 0.9, except for SGD. Thresholds are constant, τ; growing, α √k; or automatic,
+scale · σ̂ k^(2/3) with the running raw moment σ̂ of order 1.5 (`psc.moment_threshold`, not
+`psc.auto_threshold`). The data are clean; or 20 % or 40 % of the labels are replaced by others; or
+a fifth of the images is multiplied by Student-t factors with 1.5 degrees of freedom.
 
 Test accuracy after the last epoch, in %, mean ± standard error, and the tail index of the samples'
-gradient norms in it, under the growing threshold:
+gradient norms in that epoch, under the growing threshold:
 
 {alexnet_report.to_markdown(result)}
 Per-sample clipping against each baseline, in points, paired by seed, after the last epoch or
@@ -147,19 +149,19 @@ Trials that ended below 1.5 % validation accuracy, where 1 % is chance:
 Tails of the norms during training, Hill's estimates by `psc.tails`:
 
 {alexnet_report.tails_to_markdown(result)}
-- Does the assumption p < 2 hold? Not on CIFAR-100, clean or with wrong labels: no estimate of the
-  index is below 7, so that the variance is finite and SGD's rate optimal. With heavy pixels it
-  does.
-- Where it holds, methods that do not clip diverge at every learning rate of their grids, and
+- Is the noise so heavy-tailed that p < 2? Not on CIFAR-100, clean or with wrong labels: no estimate
+  of the index is below 7, so the variance is finite and SGD's rate is optimal. With heavy pixels it
+  is.
+- With heavy pixels, methods that do not clip diverge at every learning rate of their grids, and
   per-sample clipping is level with batch clipping or above it.
-- Where it does not, and the last epoch counts, no per-sample threshold is above the best tuned
-  baseline by more than its interval. With wrong labels they are above momentum SGD and batch
-  clipping, which go on to learn these labels; SGD without momentum does not either.
-- Stopped early, with 40 % wrong labels, the constant threshold is above every baseline.
-- A given per-sample threshold nearly never fails, whatever the learning rate of the grid.
+- On the other data, after the last epoch, no per-sample threshold is significantly above the best
+  tuned baseline. With wrong labels they are above momentum SGD and batch clipping, which learn
+  these labels in the end; SGD without momentum does not learn them either.
+- With 40 % wrong labels and early stopping, the constant threshold is above every baseline.
+- A constant or growing per-sample threshold hardly ever fails at any learning rate of the grid.
 - The automatic threshold at the scales of this grid is the weakest of the three: a scale of 1 is
   the theory's, and clips almost nothing at n = 128.
-- Nearly all winners lie at the largest threshold of their grids (the command prints which): wider
+- Nearly all winners have the largest threshold of their grids (the command prints which): wider
   grids may do better.
 """
 
@@ -168,11 +170,12 @@ def clipping(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     width, seeds = (protocol[name] for name in ("width", "seeds"))
     trials = number_of_trials(result["rows"], "heavy pixels and momentum")
-    return f"""AlexNet of width {width:g} on CIFAR-100 around one setting, {len(result["rows"])}
-conditions. Each method has as many trials of half the length (learning rate × threshold: {trials}),
-the best of which is tested with {seeds} other seeds: test accuracy in %, mean ± standard error, and
-the differences of the growing threshold, paired by seed. n is the batch size. 1 % is chance. Nets
-as small and runs as short as these say where differences lie more than how large they are.
+    return f"""AlexNet of width {width:g} on CIFAR-100, {len(result["rows"])} conditions around one
+setting. Each method has the same number of trials of half the length (learning rate × threshold:
+{trials}). The best is tested with {seeds} other seeds. The table has the test accuracy in %, mean ±
+standard error, and the differences of the growing threshold, paired by seed. n is the batch size,
+and 1 % is chance. Such small nets and short runs show under which conditions methods differ, rather
+than by how much.
 
 {clipping_map.to_markdown(result)}
 By the intervals, per-sample clipping is
@@ -200,11 +203,11 @@ def accumulation(result: dict[str, Any]) -> str:
     width, epochs, seeds = (protocol[name] for name in ("width", "epochs", "seeds"))
     trials = number_of_trials(result["rows"], "heavy pixels")
     return f"""AlexNet of width {width:g} on CIFAR-100, {epochs} epochs, K micro-batches of 32
-images a step, momentum 0.9. Each way has as many trials of half the length (learning rate ×
-threshold: {trials}), the best of which is tested with {seeds} other seeds: test accuracy in %,
-mean ± standard error. Before: τ_j = α √j of the micro-batches' mean gradients; after: their mean is
-clipped. Runs as short as these, with so few trials, say how training starts, not how it ends. 1 %
-is chance.
+images a step, momentum 0.9. Each method has the same number of trials of half the length
+(learning rate × threshold: {trials}). The best is tested with {seeds} other seeds: test accuracy in
+%, mean ± standard error. "Before" clips the micro-batches' mean gradients at τ_j = α √j; "after"
+clips their mean. Such short runs, with so few trials, show how training starts, not how it ends.
+1 % is chance.
 
 {accumulation_cifar100.to_markdown(result)}
 By the intervals, clipping before is
@@ -217,9 +220,9 @@ def sweep(result: dict[str, Any]) -> str:
     names = ("width", "batch_size", "epochs", "rates", "seeds")
     width, batch, epochs, rates, seeds = (protocol[name] for name in names)
     return f"""AlexNet of width {width:g} on CIFAR-100, {epochs} epochs, n = {batch}, momentum 0.9,
-τ_k = α √k. Each α is tuned alone, over {rates} learning rates by trials of half the length, and the
-best is tested with {seeds} other seeds: test accuracy in %, mean ± standard error, and the
-difference to no clipping, paired by seed. The share is of the samples of the last epoch, clipped.
+τ_k = α √k. Each α is tuned separately, over {rates} learning rates with trials of half the length.
+The best is tested with {seeds} other seeds: test accuracy in %, mean ± standard error, and the
+difference to no clipping, paired by seed. The share is that of clipped samples in the last epoch.
 
 {threshold_sweep.to_markdown(result)}"""
 
@@ -234,11 +237,11 @@ def bad_data(result: dict[str, Any]) -> str:
     verdicts = "".join(f"- {find_bad_data.verdict(row)}\n" for row in result["rows"])
     return f"""AlexNet of width {width:g} on CIFAR-100, {epochs} epochs, n = {batch}, momentum 0.9,
 {100 * noise:.0f} % of the labels replaced by others; {seeds} seeds of noise, parameters and order.
-Samples are ranked by mean scale, median norm or mean loss over the epochs so far. Area under the
-ROC curve of finding the wrong labels, which is the probability in % that a wrong label comes before
-a right one, and the share of wrong labels among the first 10 %: means over seeds (95 % intervals).
-Without clipping all scales are 1, which is no order. Test accuracy in %, mean ± standard error:
-{accuracies}. So small a net fits few of the images, right or wrong.
+Samples are ranked by mean scale, median norm or mean loss over the epochs so far.
+The table has the area under the ROC curve, which is the probability in % that a wrong label ranks
+before a right one, and the share of wrong labels among the first 10 %: means over seeds (95 %
+intervals). Without clipping all scales are 1 and rank nothing. Test accuracy in %, mean ± standard
+error: {accuracies}. Such a small net fits few of the images, with right or wrong labels.
 
 {find_bad_data.to_markdown(result)}
 {verdicts}"""
@@ -247,16 +250,16 @@ Without clipping all scales are 1, which is no order. Test accuracy in %, mean �
 def groups(result: dict[str, Any]) -> str:
     told = {row["task"]: row["described"] for row in result["rows"]}
     net, text, seeds = told["AlexNet"], told["GPT"], result["protocol"]["seeds"]
-    return f"""AlexNet of width {net["width"]:g} with momentum SGD, {net["steps"]} steps with
-{net["batch_size"]} images of CIFAR-100, under noises as above; and a GPT of {text["layers"]} blocks
-and width {text["dim"]} with AdamW, {text["steps"]} steps with {text["batch_size"]} windows of the
-{text["characters"]:,} characters of the topics that Python's `help` explains. Thresholds: constant,
-one for the whole gradient or shared out by `psc.by_layer`, six trials each (learning rate ×
-threshold); and the automatic one, for all or for each layer, three learning rates each. Trials
-have half the length; the best are tested with {seeds} other seeds: test accuracy in %, of the GPT
-the share of characters that are named rightly, mean ± standard error, and differences paired by
-seed. Runs as short as these say how training starts, not how it ends.
-
+    return f"""AlexNet of width {net["width"]:g} is trained with momentum SGD, {net["steps"]} steps
+with {net["batch_size"]} images of CIFAR-100, with the noises above. A GPT of {text["layers"]}
+blocks and width {text["dim"]} is trained with AdamW, {text["steps"]} steps with
+{text["batch_size"]} windows of the {text["characters"]:,} characters of the topics of Python's
+`help`. Constant thresholds, one for the whole gradient or one for each layer by `psc.by_layer`,
+have six trials each (learning rate × threshold). The automatic threshold, for the whole gradient or
+for each layer, has three learning rates each. Trials have half the length; the best are tested with
+{seeds} other seeds. The table has the test accuracy in % (for the GPT, the share of characters
+predicted correctly), mean ± standard error, and differences paired by seed. Such short runs show
+how training starts, not how it ends.
 {by_layer_report.to_markdown(result)}
 {bulleted(by_layer_report.sentences(result))}"""
 
@@ -266,24 +269,24 @@ def automatic(result: dict[str, Any]) -> str:
     number = {
         held: sum(row["cell"]["is_held_out"] == held for row in rows) for held in (False, True)
     }
-    return f"""Nets with a hidden layer of {protocol["hidden"]} units, {protocol["seeds"]} seeds, on
-digits, regressions, characters of Python's `help` with Student-t factors of the losses, and a
-policy with Student-t noise of the returns. `psc.auto_threshold()` was chosen on {number[False]} of
-the conditions; the other {number[True]} are held out. Every method has the same five learning
-rates, those of no clipping; batch clipping and the fixed threshold have four and five thresholds as
-well. {auto_report.NOTE}
+    return f"""Nets with a hidden layer of {protocol["hidden"]} units are trained from
+{protocol["seeds"]} seeds on digits, regressions, characters of Python's `help` with Student-t
+factors on the losses, and a policy with Student-t noise on the returns. `psc.auto_threshold()` was
+chosen on {number[False]} of the conditions; the other {number[True]} are held out. Every method is
+tuned over the same five learning rates; batch clipping and the fixed threshold also over four and
+five thresholds. {auto_report.NOTE}
 
 {auto_report.conditions_to_markdown(result)}
 {bulleted(auto_report.sentences(result))}
-All methods: mean and worst difference to the best tuned one in each group; in how many conditions
-the aim is met, open, missed; and failures.
+For all methods: the mean and the worst difference to the best tuned method in each group, in how
+many conditions the aim is met, open or missed, and the number of failures.
 
 {auto_report.rules_to_markdown(result)}
-- No candidate is above the automatic threshold in both groups that it was chosen on without a
-  failure in them. Those that clip less are nearer to no clipping where errors are Gaussian, and
-  fail with wrong labels at high learning rates.
-- The candidate that weighs bias against variance clips next to nothing, and fails where tails are
-  heavy: its bound on the bias holds for errors to one side, which is the worst case.
+- No candidate without failures is better than the automatic threshold in both groups on which it
+  was chosen. Candidates that clip less are closer to no clipping for Gaussian errors, but fail with
+  wrong labels at high learning rates.
+- The candidate that balances bias and variance clips next to nothing, and fails under heavy tails:
+  its bound on the bias assumes one-sided errors, the worst case.
 - Under heavy pixels and with n ≥ 128 a tuned fixed threshold is below tuned batch clipping as well.
 """
 
@@ -292,12 +295,12 @@ def other_libraries(result: dict[str, Any]) -> str:
     found = result["summary"]
     outcomes, errors = found["outcomes"], found["largest_error"]
     failed = outcomes.get("failed", 0)
-    return f"""{found["models"]} tiny models of {found["libraries"]} libraries, each library in an
-environment of its own with the newest JAX that it admits, if no reason is given below. The
-threshold is the median of the norms, so that half of the samples are clipped. Errors are the larger
-of the modes "one_pass" and "two_pass", against `vmap(grad)` in the same dtype: of the samples'
-norms, and of the clipped mean relative to the largest entry of each leaf. Routes are shares of the
-parameters. float32 stands where a library computes in it whatever it is given.
+    return f"""{found["models"]} tiny models of {found["libraries"]} libraries. Each library has a
+separate environment, with the newest JAX that it supports; exceptions are listed below. The
+threshold is the median of the norms, so half of the samples are clipped. Errors are relative to
+`vmap(grad)` in the same dtype, the larger of the modes "one_pass" and "two_pass": of the samples'
+norms, and of the clipped mean relative to the largest entry of each leaf. "Routes" are shares of
+the parameters. "float32" marks libraries that compute in float32 whatever their inputs.
 
 - {outcomes.get("ok", 0)} agree, to {errors["float64"]:.0e} in float64 and {errors["float32"]:.0e}
   in float32; {outcomes.get("wrong", 0)} are wrong, {failed} raise.
@@ -316,7 +319,7 @@ SECTIONS = (
     ),
     Section(
         "theory.automatic_theory",
-        "How far from the theory's threshold is one that nobody chose?",
+        "How far is the automatic threshold from the theory's?",
         automatic_in_theory,
     ),
     Section("cifar100.alexnet_cifar100", "Does it train AlexNet on CIFAR-100 better?", training),
@@ -329,10 +332,10 @@ SECTIONS = (
         "Clip micro-batches before they are accumulated, after, or not at all?",
         accumulation,
     ),
-    Section("cifar100.find_bad_data", "Does what is clipped most have a wrong label?", bad_data),
+    Section("cifar100.find_bad_data", "Do the most clipped samples have wrong labels?", bad_data),
     Section(
         "thresholds.auto_threshold",
-        "Does a threshold that nobody chose train as well as a tuned one?",
+        "Does the automatic threshold train as well as a tuned one?",
         automatic,
     ),
     Section(
