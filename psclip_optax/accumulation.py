@@ -17,10 +17,10 @@ from psclip_optax.groups import ALL_TOGETHER
 from psclip_optax.thresholds import as_threshold, concrete, thresholds_at
 from psclip_optax.typing import PyTree, ThresholdLike
 
-# K, from the number of updates made so far.
+# Maps the number of updates made so far to K.
 Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
-# As jnp.float32, which is callable too: optax.inject_hyperparams would take it for a schedule.
+# Such as jnp.float32, which is callable: optax.inject_hyperparams would take it for a schedule.
 _FLOAT32 = jnp.dtype("float32")
 
 
@@ -35,41 +35,41 @@ def accumulate_clipped(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulate gradients of micro-batches, each clipped before it is added.
 
-    Works as `optax.MultiSteps`, but first clips the mean gradient $\bar g_k$ of the k-th
-    micro-batch in a window of K to the norm τ_k. No micro-batch can then dominate the sum:
+    Works like `optax.MultiSteps`, but first clips the mean gradient $\bar g_k$ of the k-th
+    micro-batch in a window of K to the norm τ_k, so no micro-batch can dominate the sum:
 
     $$g = \frac1K \sum_{k=1}^K \min(1, \tau_k / \|\bar g_k\|) \, \bar g_k$$
 
-    k restarts at 1 with each window. A micro-batch that is skipped is not counted.
+    k restarts at 1 with each window. A skipped micro-batch is not counted.
 
-    `optax.inject_hyperparams(psc.accumulate_clipped)(inner, every_k_schedule, threshold)` takes a
-    number, or a schedule over calls, as the threshold. Any other callable needs its name among
-    `static_args`: a threshold such as `psc.growing_threshold`, `every_k_schedule`,
+    `optax.inject_hyperparams(psc.accumulate_clipped)(inner, every_k_schedule, threshold)` accepts a
+    number, or a schedule over calls, as the threshold. Name the arguments that are other callables
+    in `static_args`: a threshold such as `psc.growing_threshold`, `every_k_schedule`,
     `should_skip_update_fn`, and an `accumulator_dtype` such as `jnp.bfloat16`.
 
     Args:
-      inner: the optimizer that takes the accumulated gradient, any of Optax's.
+      inner: the Optax optimizer that gets the accumulated gradient.
       every_k_schedule: K, or a function from the number of updates made so far to K.
       threshold: the largest norm τ_k of the mean gradient of the micro-batch at the 1-based
         position k in its window: a number, [`psclip_optax.growing_threshold`][], or any callable
         from integer positions [n] to norms [n]. A micro-batch's mean is less noisy than a sample's
-        gradient: its α is smaller.
+        gradient, so use a smaller α.
       use_grad_mean: whether gradients are averaged over the window, or summed.
-      should_skip_update_fn: as for `optax.MultiSteps`, such as `optax.skip_not_finite`; it is
-        given the gradient before clipping.
-      accumulator_dtype: the dtype of the accumulated gradient; None for the parameters' own.
+      should_skip_update_fn: as for `optax.MultiSteps`, such as `optax.skip_not_finite`; it gets the
+        gradient before clipping.
+      accumulator_dtype: the dtype of the accumulated gradient; None for the parameters' dtype.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` over gradients of the parameters' own shapes,
-      with the `optax.MultiStepsState` of `optax.MultiSteps`. Every K-th update moves
-      the parameters; the others are zero. A gradient that is not finite makes the accumulated one
-      NaN unless it is skipped.
+      An `optax.GradientTransformationExtraArgs` over gradients with the parameters' shapes, with
+      the `optax.MultiStepsState` of `optax.MultiSteps`. Every K-th update moves the parameters; the
+      others are zero. A gradient that is not finite makes the accumulated gradient NaN unless it is
+      skipped.
 
     Raises:
-      TypeError: `inner` is no gradient transformation, `every_k_schedule` neither an int nor a
-        callable that gives one, the threshold neither a number nor a callable,
-        `should_skip_update_fn` no callable, `accumulator_dtype` or a gradient not real
-        floating-point, or the state another one's.
+      TypeError: `inner` is no gradient transformation, `every_k_schedule` is neither an int nor a
+        callable that returns one, the threshold is neither a number nor a callable,
+        `should_skip_update_fn` is not callable, `accumulator_dtype` or a gradient is not real
+        floating-point, or the state is that of another transformation.
       ValueError: `every_k_schedule` is below 1, or the gradients do not have the shapes of the
         parameters that `init` saw (stacked per-sample gradients do not).
 

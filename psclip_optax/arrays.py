@@ -28,9 +28,9 @@ def is_narrow(dtype: Any) -> bool:
 
 
 def promoted(*dtypes: Any) -> Any:
-    """Return the dtype that all convert to, also under `jax_numpy_dtype_promotion="strict"`.
+    """Return the common dtype of all, also under `jax_numpy_dtype_promotion="strict"`.
 
-    JAX converts float8 to no other dtype by itself; bfloat16 holds each of its numbers.
+    JAX does not promote float8 implicitly; bfloat16 represents each float8 number.
     """
     wide = [jnp.dtype(jnp.bfloat16) if is_narrow(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):
@@ -74,7 +74,7 @@ def as_array(value: Any, expected: str) -> jax.Array:
 
 
 def array_leaves(name: str, tree: Any, advice: str) -> list[tuple[str, Any]]:
-    """List each leaf of a tree of arrays, as it came, with its name in messages."""
+    """List each leaf of a tree of arrays, unconverted, with its name in messages."""
     leaves = [
         (name + jax.tree_util.keystr(path), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

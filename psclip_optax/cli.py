@@ -1,4 +1,4 @@
-"""The command `psclip`: compare the methods, train with one of them, and look at what comes."""
+"""The command `psclip`: compare methods, train with one of them, and look at the results."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the command's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 1 where `doctor` found something wrong, or whoever reads the output has
-      closed it; 2 after one line on stderr that says what is wrong, or Tyro's words where flags
-      cannot be read; 130 when interrupted. A process that lost the others of its run ends at once,
-      with 1 and one line on stderr.
+      The exit status: 0 on success; 1 if `doctor` found something wrong or the reader of the output
+      closed the pipe; 2 after one line on stderr that says what is wrong, or after Tyro's message
+      if flags cannot be read; 130 if interrupted. A process that lost the other processes of its
+      run ends at once, with 1 and one line on stderr.
 
     Examples:
       >>> main(["--version"])
@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _status(arguments: list[str]) -> int:
     try:
         status = _run(arguments)
-        sys.stdout.flush()  # here, where it is known what a closed pipe means
+        sys.stdout.flush()  # here, where a closed pipe is handled
         return status
     except BrokenPipeError:
-        # Otherwise Python would complain at its end about output that it could not write.
+        # Otherwise Python would print an error at exit about output that it could not write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_CLOSED
     except UsageError as error:
@@ -101,15 +101,15 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"psclip {__version__}")
         return 0
-    # Told apart by hand where there is nothing to parse: it works without the extra that parses.
+    # Recognised without a parser: it has to work without the extra that installs the parser.
     try:
         config = DoctorConfig() if arguments == ["doctor"] else _parse(arguments)
-    except SystemExit as stop:  # Tyro has printed help, or what is wrong
+    except SystemExit as stop:  # Tyro has printed help or an error
         return int(stop.code or 0)
     check_config(config)
     if isinstance(config, DoctorConfig):
         return _doctor(config)
-    # Here, because these import Flax, Grain, Orbax and Matplotlib.
+    # Imported here, because these import Flax, Grain, Orbax and Matplotlib.
     from rich.console import Console
 
     from psclip_optax.training.command.doctor import why_no_device
@@ -138,16 +138,16 @@ def _run(arguments: list[str]) -> int:
 
 
 def _end_at_once(message: str) -> NoReturn:
-    # Python's own end would wait for the processes that are lost.
+    # A normal exit would wait for the lost processes.
     print(message, file=sys.stderr, flush=True)
     os._exit(_EXIT_LOST)
 
 
 def _parse(arguments: list[str]) -> Config:
-    """Reads the configuration; exits once help, or what is wrong, is printed."""
+    """Reads the configuration; exits after printing help or an error."""
     import tyro
 
-    # An option without a default, the folders to plot, needs no flag.
+    # An argument without a default, the folders to plot, is positional.
     subcommands = [
         Annotated[config, tyro.conf.subcommand(name), tyro.conf.PositionalRequiredArgs]
         for name, config in _COMMANDS.items()
@@ -195,7 +195,7 @@ def _plot(config: Any, console: Any) -> None:
 def _explain(config: Any, console: Any) -> None:
     from psclip_optax.training.command.explanation import explain
 
-    # Printed as it is: a table is not wrapped at the terminal, and its brackets are no markup.
+    # Printed unchanged: a table must not be wrapped, and its brackets are not markup.
     console.out(explain(config), highlight=False)
 
 

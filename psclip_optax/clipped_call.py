@@ -1,4 +1,4 @@
-"""Run one call of a clipped loss: from its arguments to value, gradients and statistics."""
+"""Run one call of a clipped loss: compute value, gradients and statistics from its arguments."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def prepare(loss: Any, params: Any, batch: tuple[Any, ...], options: Options) ->
 
 
 def out_specs(params: Any, batch: tuple[Any, ...], options: Options) -> Any:
-    """Say how the results are sharded where parameters and batch have shardings in their types."""
+    """Return the shardings of the results, if the types of parameters and batch have shardings."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     everywhere: Any = P()
     by_sample: Any = meshes.samples_spec(leaves, axes_of_leaves(options.in_axes, batch))
@@ -139,13 +139,13 @@ def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: boo
 
 
 def _mode(problem: Problem, call: Call, taus: Any, options: Options) -> Mode:
-    """Choose the mode; the thresholds are None where they are not known."""
-    if not call.num_samples:  # an empty batch can be stacked, but nothing of it enters a site
+    """Choose the mode; thresholds that are not known are None."""
+    if not call.num_samples:  # an empty batch can be stacked, but has no sites
         return STACKED
     if options.unit(call.num_samples).is_micro_batch:
         return MICRO_BATCHES
     if taus is not None and np.any(clipping.is_tiny(taus, problem.dtype)):
-        return STACKED  # whose norms are scaled before they are squared
+        return STACKED  # it scales norms before squaring them
     if options.mode != "auto":
         return MODES[options.mode]
     limit = options.memory_limit_bytes or stacks.bytes_limit(jax.local_devices()[0])

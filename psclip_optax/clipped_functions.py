@@ -48,8 +48,8 @@ class ClippedValueAndGrad(Generic[ValueT, *RestT]):
     """A function from parameters and batch to value and clipped mean gradient.
 
     Attributes:
-      loss: the loss of one example.
-      threshold: the threshold of calls that bring none; a tree of them to clip by group.
+      loss: the loss for one example.
+      threshold: the threshold of calls that pass none; a tree of them to clip by group.
       options: the other arguments of `clipped_value_and_grad`.
       return_stats: whether a call returns a `psc.ClipStats` too.
     """
@@ -83,12 +83,12 @@ class ClippedValueAndGrad(Generic[ValueT, *RestT]):
         return cast("tuple[ValueT, ParamsT, *RestT]", results if self.return_stats else results[:2])
 
     def explain(self, params: Params, *batch: Batch, **unknown: object) -> Plan:
-        """Tell the route that each parameter's gradient takes, what it costs, and why.
+        """Show each parameter's route, its cost, and the reason for it.
 
         Args:
           params: the parameters of the call to explain, or their `jax.ShapeDtypeStruct`s.
-          *batch: its batch, or the same.
-          **unknown: no other argument is taken.
+          *batch: its batch, or `jax.ShapeDtypeStruct`s.
+          **unknown: no other argument is accepted.
 
         Returns:
           A table with a row for each parameter; `print` shows it.
@@ -116,7 +116,7 @@ class ClippedValueAndGrad(Generic[ValueT, *RestT]):
           params: the parameters at which to compare.
           *batch: the batch whose first samples are compared.
           num_samples: how many samples, or micro-batches where those are clipped.
-          **unknown: no other argument is taken.
+          **unknown: no other argument is accepted.
 
         Returns:
           A table with the largest error of each parameter; `print` shows it, and its `ok` is a
