@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 def _clip_in_two_reads(
     stack: Stack, batch: Batch, squared_norms: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
-    """Sum γ_k g_k where every squared norm is finite; otherwise the sum becomes NaN."""
+    """Sum γ_k g_k, if every squared norm is finite; otherwise the sum becomes NaN."""
     norms = clipping.norms_of(squared_norms)
     finite = jnp.isfinite(norms)
     scales = jnp.where(finite, clipping.clip_scales(norms, batch.taus), jnp.nan)
@@ -42,8 +42,8 @@ def _clip_with_care(
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
     """Sum γ_k g_k without masked and dropped samples, after scaling each g_k into range.
 
-    A weight of zero does not leave a sample out: 0 · NaN is NaN. And the square of a norm may leave
-    the range of its dtype while the norm, or the clipped gradient, does not.
+    A weight of zero does not exclude a sample, because 0 · NaN is NaN. And the square of a norm may
+    overflow or underflow although the norm and the clipped gradient do not.
     """
     own = _own_scales(stack, batch.taus, squared_norms)
     finite = stack.groups.in_all(own.finite)
@@ -56,7 +56,7 @@ def _clip_with_care(
 
 
 class _OwnScales(NamedTuple):
-    """Factors of γ_k g_k = weights_k (factors_k g_k), whose products stay in range.
+    """Holds the factors of γ_k g_k = weights_k (factors_k g_k), whose products stay in range.
 
     Each has shape [n] or [n, groups].
     """
@@ -77,8 +77,8 @@ def _own_scales(stack: Stack, taus: jax.Array, squared_norms: jax.Array) -> _Own
     factors = jnp.where(too_large, 1 / huge, jnp.where(too_small, huge, 1)).astype(taus.dtype)
     squares = stacks.scaled_squared_norms(stack, factors)
     norms, units, finite = clipping.norms_of(squares), 1 / factors, jnp.isfinite(squares)
-    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), and no factor of it overflows. A norm
-    # of ∞ has no limit: at τ = ∞ its ratio would be NaN, and so would 0 times that.
+    # γ_k g_k = (g_k / unit) · min(unit, τ_k / ‖g_k / unit‖), and no factor overflows. For a norm of
+    # ∞ no ratio is computed: at τ = ∞ it would be NaN, and so would 0 times it.
     has_limit = (norms > 0) & finite
     limits = taus / jnp.where(has_limit, norms, 1)
     return _OwnScales(
@@ -97,7 +97,7 @@ def _needs_care(squared_norms: jax.Array, taus: jax.Array) -> jax.Array:
     return clipping.any_of(lax.stop_gradient(~jnp.isfinite(squared_norms) | too_small))
 
 
-# Compiled by itself, so that updates without jit do not trace and compile the branches each time.
+# Compiled separately, so that updates without jit do not trace and compile the branches each time.
 @functools.partial(jax.jit, static_argnames=("axes", "groups", "masked", "on_nonfinite"))
 def clip_and_sum(
     leaves: list[jax.Array],

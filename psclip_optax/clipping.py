@@ -1,8 +1,8 @@
-"""The rules from norms and thresholds to scales, which both faces of the library share.
+"""Compute scales from norms and thresholds, for stacked gradients and for the engine.
 
 The result is Σ γ_k g_k / N over a batch of n samples. A *masked* sample (padding) has no position,
-no weight and no share in N. A *dropped* one (not finite) has weight 0 and is counted, but keeps its
-position and its share in N.
+no weight and no share in N. A *dropped* sample (not finite) has weight 0 and is counted, but keeps
+its position and its share in N.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ OnNonfinite: TypeAlias = Literal["drop", "propagate"]
 
 
 class ClipStats(NamedTuple):
-    """Norms and scales of one batch's samples, and how many were clipped.
+    """Norms and scales of one batch's samples, and the number of clipped samples.
 
     Where a tree of thresholds clips by group, norms and scales are [n, groups] and `num_clipped` is
     [groups], in the order of the tree's leaves.
 
     Attributes:
       norms: float [n], the norm of each sample's whole gradient, before clipping. Masked samples
-        have one too: whoever reads the norms needs the mask as well.
+        have norms too, so use the mask when you read them.
       scales: float [n], γ_k in [0, 1]; 0 for masked and dropped samples.
-      num_clipped: int32, how many samples were scaled by γ_k < 1; dropped samples do not count.
-      num_nonfinite: int32, how many unmasked samples have a gradient that is not finite, in at
-        least one group.
+      num_clipped: int32, the number of samples scaled by γ_k < 1, without dropped samples.
+      num_nonfinite: int32, the number of unmasked samples whose gradient is not finite in at least
+        one group.
     """
 
     norms: jax.Array
@@ -69,9 +69,9 @@ def check_positions(positions: jax.typing.ArrayLike, num_samples: int) -> jax.Ar
 def batch_positions(
     num_samples: int, sample_mask: jax.Array | None, axis_name: AxisName = None
 ) -> jax.Array:
-    """Number the samples that count 1, 2, …; a masked one repeats a position, which is not used.
+    """Number the unmasked samples 1, 2, …; a masked sample repeats a position, which is not used.
 
-    Under shard_map the numbers run on over the devices of the mesh axes.
+    Under shard_map the numbers continue over the devices of the mesh axes.
     """
     counts = jnp.ones(num_samples, bool) if sample_mask is None else sample_mask
     own = jnp.arange(1, num_samples + 1) if sample_mask is None else jnp.cumsum(counts)
@@ -81,7 +81,7 @@ def batch_positions(
 
 
 def _counts_before(number: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Count the samples that count on the devices before this one."""
+    """Count the unmasked samples on the devices before this one."""
     numbers = lax.all_gather(number, axis_name)
     return jnp.sum(jnp.where(jnp.arange(numbers.size) < lax.axis_index(axis_name), numbers, 0))
 
@@ -104,8 +104,8 @@ def batch_thresholds(
 def any_of(flags: jax.Array) -> jax.Array:
     """Tell whether any flag is set; under vmap, any flag of the whole batch.
 
-    A `lax.cond` runs both branches where its predicate is batched. One predicate may decide for
-    all samples where the branch that it guards is right in every case.
+    A `lax.cond` with a batched predicate runs both branches. One predicate may decide for all
+    samples, because the guarded branch is correct in every case.
     """
     return jnp.any(flags)
 
@@ -119,7 +119,7 @@ def _any_of_the_batch(
 
 
 def beside(of_samples: jax.Array, values: jax.Array) -> jax.Array:
-    """Reshape an array [n] to [n, 1] where the values have an axis of groups."""
+    """Reshape an array [n] to [n, 1] if the values have an axis of groups."""
     return of_samples if of_samples.ndim == values.ndim else of_samples[:, None]
 
 
@@ -138,7 +138,7 @@ def clip_stats(
 
 def gathered(array: jax.Array, axis_name: AxisName) -> jax.Array:
     """Gather the whole batch's array [n, …] on each device from its shard, under shard_map."""
-    # By a sum, which JAX knows to be the same on all devices; it does not of an all_gather.
+    # JAX knows that a sum is the same on all devices; it does not know this of an all_gather.
     devices = jnp.arange(lax.psum(1, axis_name)).reshape(-1, *[1] * array.ndim)
     mine = devices == lax.axis_index(axis_name)
     whole = lax.psum(jnp.where(mine, array, 0), axis_name)
@@ -157,9 +157,9 @@ def over_devices(
 
 
 class BatchFigures(NamedTuple):
-    """Scalars that describe a batch; mean, median and maximum are over the samples that are kept.
+    """Holds scalars of a batch; mean, median and maximum exclude masked and dropped samples.
 
-    By group these are arrays [groups], except `num_samples` and `num_nonfinite`.
+    When clipping by group these are arrays [groups], except `num_samples` and `num_nonfinite`.
     """
 
     num_samples: jax.Array
@@ -186,12 +186,12 @@ def batch_figures(stats: ClipStats, counts: jax.Array, kept: jax.Array) -> Batch
 
 
 def no_figures() -> BatchFigures:
-    """Return the figures of an empty batch."""
+    """Return the scalars of an empty batch."""
     return BatchFigures(*(jnp.zeros(()) for _ in BatchFigures._fields))
 
 
 def median(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return the median of the values that count, of each group if several; 0 if none counts."""
+    """Return the median of the values where `counts` is set, for each group; 0 if none is."""
     if values.ndim > 1:
         return jax.vmap(median, (1, None))(values, counts)
     if not values.size:
@@ -204,7 +204,7 @@ def median(values: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def norms_of(squared_norms: jax.Array) -> jax.Array:
-    """Take the root, shape [n], with derivative 0 at 0, where `jnp.sqrt` has an infinite one."""
+    """Take the root, shape [n], with derivative 0 at 0, where that of `jnp.sqrt` is infinite."""
     is_zero = squared_norms == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared_norms)))
 
@@ -220,15 +220,15 @@ def is_tiny(taus: ArrayT, dtype: jax.typing.DTypeLike) -> ArrayT:
 
 
 def may_exceed(norms: jax.Array, taus: jax.Array) -> jax.Array:
-    """Tell where both τ and the norm are too small for the norm to be trusted, [n]."""
+    """Tell where both τ and the norm are too small for the norm to be accurate, [n]."""
     return is_tiny(taus, taus.dtype) & (norms < smallest_square(taus.dtype) ** 0.5)
 
 
 def clip_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
     """Return γ_k = min(1, τ_k / ‖g_k‖), shape [n]; 1 where the norm is 0 or NaN.
 
-    A norm divides only where it is above its threshold. So neither τ = 0 nor τ = ∞ nor a zero
-    gradient gives NaN, in the value or in a derivative.
+    Only norms above their threshold are divisors. So neither τ = 0 nor τ = ∞ nor a zero gradient
+    gives NaN, in the value or in a derivative.
     """
     clipped = norms > taus
     return jnp.where(clipped, taus / jnp.where(clipped, norms, 1), 1)

@@ -34,13 +34,13 @@ KeyPath: TypeAlias = tuple[object, ...]
 
 
 class Groups(NamedTuple):
-    """The groups of leaves that are clipped together.
+    """Says which leaves are clipped together.
 
     Attributes:
       of_leaf: the number of each leaf's group, or of its first slice's group. None where all
         leaves are clipped together, and arrays of samples have no axis of groups.
-      num_slices: for each leaf the number of its slices where these are groups of their own, with
-        consecutive numbers; else 0.
+      num_slices: for each leaf the number of its slices, if each slice is a group, with consecutive
+        numbers; else 0.
     """
 
     of_leaf: tuple[int, ...] | None = None
@@ -74,7 +74,7 @@ class Groups(NamedTuple):
         return [*leaves]
 
     def apart(self) -> Groups:
-        """Return the same groups over leaves where each slice with a group of its own is one."""
+        """Return the same groups over leaves in which each slice that is a group is a leaf."""
         if not any(self.num_slices):
             return self
         leaves = range(len(self.num_slices))
@@ -134,28 +134,28 @@ class Limits(NamedTuple):
         return self.groups.stacked(taus)
 
     def least_norms(self) -> np.ndarray | None:
-        """Return the smallest τ of each group over all positions; None where one is not known."""
+        """Return the smallest τ of each group over all positions; None if one is not known."""
         known = [least_norm(threshold) for threshold in self.thresholds]
         return None if any(one is None for one in known) else np.array(known)
 
 
 def by_layer(params: Params, threshold: ThresholdLike, depth: int = 1) -> ThresholdTree:
-    r"""Share a threshold out among the layers of the parameters, for clipping by group.
+    r"""Split a threshold among the layers of the parameters, for clipping by group.
 
     Each subtree at the given depth is a group, whose gradient is clipped at $\tau_k / \sqrt m$,
-    where m is the number of groups. The whole of a clipped gradient is then no longer than
-    $\tau_k$, as under one threshold for all parameters.
+    where m is the number of groups. The norm of a whole clipped gradient is then at most $\tau_k$,
+    as with one threshold for all parameters.
 
     Args:
       params: the tree of parameters, or another tree of the same structure.
       threshold: a number, [`psclip_optax.growing_threshold`][], or any callable from positions [n]
         to norms [n].
       depth: the depth of the subtrees, at least 1: 2 for Flax's `{"params": {"Dense_0": …}}`. A
-        leaf above that depth is a group of its own. A subtree without leaves stays as it is.
+        leaf above that depth is a separate group. A subtree without leaves does not change.
 
     Returns:
-      A tree prefix of `params` with a threshold for each group, as
-      [`psclip_optax.clipped_value_and_grad`][] and [`psclip_optax.per_sample_clip`][] take it.
+      A tree prefix of `params` with a threshold for each group, for
+      [`psclip_optax.clipped_value_and_grad`][] and [`psclip_optax.per_sample_clip`][].
 
     Raises:
       TypeError: the threshold is neither a number nor a callable.
@@ -199,7 +199,7 @@ def _scaled(threshold: Threshold, factor: float) -> Threshold:
         return ConstantThreshold(threshold.value * factor)
     if isinstance(threshold, GrowingThreshold):
         return GrowingThreshold(threshold.alpha * factor, threshold.beta)
-    # A Partial is a pytree, as the threshold may be.
+    # A Partial is a pytree, and so may be the threshold.
     return jax.tree_util.Partial(_times, threshold, factor)
 
 
@@ -221,7 +221,7 @@ def is_threshold(node: object, node_types: frozenset[type] = frozenset()) -> boo
 
 def is_prefix(threshold: ThresholdTree, node_types: frozenset[type] = frozenset()) -> bool:
     """Tell whether an argument is a tree of thresholds."""
-    # A suggestion of psc.tails is a tuple with a threshold in it.
+    # A suggestion of psc.tails is a tuple that contains a threshold.
     has_one = hasattr(threshold, "threshold") and type(threshold) not in node_types
     if has_one or is_threshold(threshold, node_types):
         return False
@@ -230,7 +230,7 @@ def is_prefix(threshold: ThresholdTree, node_types: frozenset[type] = frozenset(
 
 
 def as_thresholds(threshold: ThresholdLike | ThresholdTree) -> Threshold | ThresholdTree:
-    """Replace numbers by constant thresholds, in a tree of them or alone."""
+    """Replace numbers by constant thresholds, also within a tree."""
     if not is_prefix(threshold):
         return as_threshold(threshold)
     return jax.tree_util.tree_map_with_path(_as_threshold_at, threshold, is_leaf=is_threshold)
@@ -247,7 +247,7 @@ def _as_threshold_at(path: KeyPath, threshold: ThresholdTree) -> Threshold:
 def in_groups_of(
     prefix: Threshold | ThresholdTree | None, threshold: Threshold | ThresholdTree
 ) -> Threshold | ThresholdTree:
-    """Repeat a threshold for each group of a prefix, unless it has groups of its own."""
+    """Repeat a threshold for each group of a prefix, unless it already has groups."""
     if is_prefix(threshold) or not is_prefix(prefix):
         return threshold
     return jax.tree.map(lambda _: threshold, prefix, is_leaf=is_threshold)
@@ -261,12 +261,12 @@ def fitted(
     Args:
       threshold: a number, a callable, or a tree prefix of the parameters with one for each group.
       params: the parameters, or a tree of the same structure.
-      sample_axis: the axis of samples where that tree holds stacks of gradients.
+      sample_axis: the axis of samples, if that tree holds stacks of gradients.
 
     Raises:
       TypeError: a leaf of the prefix is no threshold.
-      ValueError: the prefix does not fit, a group has no leaves, or there are not as many slices
-        as thresholds for them.
+      ValueError: the prefix does not fit, a group has no leaves, or the numbers of slices and of
+        their thresholds differ.
     """
     node_types = _node_types(params)
     if not is_prefix(threshold, node_types):
@@ -303,7 +303,7 @@ def fitted(
 
 
 def _num_slices(node: object, path: KeyPath, part: PyTree, sample_axis: int | None) -> int:
-    """Count the slices that are groups of their own; 0 where the group has whole leaves."""
+    """Count the slices that are groups; 0 if the group has whole leaves."""
     if not isinstance(node, EachSlice):
         return 0
     number = len(node.thresholds)
@@ -333,7 +333,7 @@ def _node_types(tree: PyTree) -> frozenset[type]:
 
 
 def has_rules(threshold: ThresholdTree) -> bool:
-    """Tell whether an argument is a tree of thresholds with an adaptive one."""
+    """Tell whether an argument is a tree of thresholds, some of them adaptive."""
     if not is_prefix(threshold):
         return False
     leaves = jax.tree.leaves(threshold, is_leaf=is_threshold)
@@ -341,13 +341,13 @@ def has_rules(threshold: ThresholdTree) -> bool:
 
 
 def fixed_rule(threshold: ThresholdLike | ThresholdTree) -> AdaptiveThreshold[tuple[()]]:
-    """Make a rule without a state, whose threshold (or tree of them) is always this one."""
+    """Make a rule without state that always returns this threshold (or tree of thresholds)."""
     fixed = as_thresholds(threshold)
     return AdaptiveThreshold(tuple, lambda state: fixed, lambda state, *_, **__: state)
 
 
 def rule_by_group(prefix: ThresholdTree) -> AdaptiveThreshold[PyTree]:
-    """Make one rule of a tree of rules: its states and thresholds are trees, norms [n, groups]."""
+    """Make one rule from a tree of rules; it takes norms [n, groups] and returns trees."""
     leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_threshold)
     rules = [one if isinstance(one, AdaptiveThreshold) else fixed_rule(one) for one in leaves]
 

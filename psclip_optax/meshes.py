@@ -1,8 +1,8 @@
-"""Arrays on meshes: axes that they vary over under shard_map, and meshes with Explicit axes.
+"""Find the axes that arrays vary over under shard_map, and handle meshes with Explicit axes.
 
-On Explicit axes an operation must say how its result is sharded where JAX cannot tell. The clipping
-does not know the operations of a loss and cannot say it for them. It leaves that to the compiler,
-and so runs with Auto axes.
+On Explicit axes an operation must specify its result's sharding if JAX cannot infer it. The
+clipping does not know the operations of a loss, so it cannot specify these shardings. It runs with
+Auto axes, where the compiler chooses them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def names_of(axis_name: Any) -> tuple[Any, ...]:
 def axes_of(array: Any) -> tuple[Any, ...]:
     """Return the mesh axes of shard_map over which an array, or a shape, varies.
 
-    These are () under check_vma=False, where JAX does not track them.
+    The result is () under check_vma=False, where JAX does not track these axes.
     """
     return axes_of_type(jax.typeof(array))
 
@@ -54,7 +54,7 @@ def axes_of_type(kind: Any) -> tuple[Any, ...]:
 
 
 def shape_of_type(kind: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    """Make a shape that varies over the axes of a type, to trace with."""
+    """Make a shape for tracing that varies over the axes of a type."""
     plain = jax.ShapeDtypeStruct(kind.shape if shape is None else shape, kind.dtype)
     return jax.eval_shape(lambda array: varying(array, axes_of_type(kind)), plain)
 
@@ -65,12 +65,12 @@ def axes_without(array: jax.Array, axis_name: Any) -> tuple[Any, ...]:
 
 
 def _of_shard_map(axes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the axes that JAX tracks: neither those of vmap nor those under check_vma=False."""
+    """Return the axes that JAX tracks, without those of vmap and those under check_vma=False."""
     return tuple(name for name in axes if name in axes_of(lax.axis_index(name)))
 
 
 def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
-    """Mark an array as varying, so that shard_map does not add up its cotangents."""
+    """Mark an array as varying, so that shard_map does not sum its cotangents."""
     missing = _of_shard_map(axes_without(leaf, axis_name))
     if not missing:
         return leaf
@@ -80,7 +80,7 @@ def varying(leaf: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def in_words(axes: tuple[Any, ...]) -> str:
-    """Write axes as an argument `axis_name` has them."""
+    """Format axes as a value of the argument `axis_name`."""
     return repr(axes[0] if len(axes) == 1 else axes)
 
 
@@ -92,7 +92,7 @@ def assignment_that_varies(name: str, axes: tuple[Any, ...]) -> str:
 
 
 def check_sharded(name: str, per_sample_grads: Any, axis_name: Any) -> None:
-    """Refuse a stack that is the same on all devices of the axes that should shard it."""
+    """Refuse a stack that is replicated over the axes that should shard it."""
     if axis_name is None or axes_without(lax.axis_index(axis_name), axis_name):
         return  # with check_vma=False nothing is known
     for path, leaf in jax.tree_util.tree_leaves_with_path(per_sample_grads):
@@ -108,7 +108,7 @@ def check_sharded(name: str, per_sample_grads: Any, axis_name: Any) -> None:
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """Return the mesh with Explicit axes that some array is on; None where there is none."""
+    """Return the mesh with Explicit axes that some array is on; None if there is none."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
             mesh = jax.typeof(leaf).sharding.mesh
@@ -119,26 +119,26 @@ def explicit_mesh(tree: Any) -> Any:
 
 
 def num_devices(tree: Any) -> int:
-    """Count the devices that may share arrays: those of their mesh, or all where they are on none.
+    """Count the devices that may share arrays: those of their mesh, or all if they have no mesh.
 
-    The axes that shard_map has made each device's own do not count. Ahead of time programs are
-    compiled for meshes of devices that are not here.
+    Axes that shard_map maps do not count. Programs compiled ahead of time may use meshes of devices
+    that this machine does not have.
     """
     return devices_of_mesh(tree) or jax.device_count()
 
 
 def devices_of_mesh(tree: Any) -> int | None:
-    """Count the devices of the mesh that arrays are known to be on; None where they are on none."""
+    """Count the devices of the mesh that arrays are known to be on; None if they have no mesh."""
     return max(map(math.prod, _shapes_of_meshes(tree)), default=None)
 
 
 def has_several_axes(tree: Any) -> bool:
-    """Tell whether a mesh is known that may share something else than samples besides them."""
+    """Tell whether arrays have a mesh that may share more than the samples."""
     return any(sum(size > 1 for size in shape) > 1 for shape in _shapes_of_meshes(tree))
 
 
 def _shapes_of_meshes(tree: Any) -> list[list[int]]:
-    """Return the sizes of the axes that are not shard_map's, of each mesh that arrays are on."""
+    """Return the sizes of the axes that shard_map does not map, for each mesh of arrays."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
     return [
         [
@@ -157,7 +157,7 @@ def specs_of(tree: Any) -> Any:
 
 
 def specs_without(tree: Any, axis: int) -> Any:
-    """Return the sharding that each array would have without one of its axes."""
+    """Return the sharding of each array without one of its axes."""
 
     def spec_without(leaf: Any) -> P:
         spec = jax.typeof(leaf).sharding.spec
@@ -168,7 +168,7 @@ def specs_without(tree: Any, axis: int) -> Any:
 
 
 def samples_spec(leaves: Sequence[Any], axes: Sequence[int | None]) -> P:
-    """Return the sharding of an array [n] that the leaves have on their axes of samples."""
+    """Return the sharding of an array [n] that matches the leaves' axes of samples."""
     for leaf, axis in zip(leaves, axes, strict=True):
         spec = jax.typeof(leaf).sharding.spec
         if axis is not None and axis % jnp.ndim(leaf) < len(spec):
@@ -179,10 +179,10 @@ def samples_spec(leaves: Sequence[Any], axes: Sequence[int | None]) -> P:
 def with_auto_axes(
     function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Any, out_specs: Any
 ) -> Any:
-    """Call function(*arguments) with Auto axes, and return its results on Explicit ones.
+    """Call function(*arguments) with Auto axes, and return its results on Explicit axes.
 
     Args:
-      function: a function of trees of arrays; leaves that are no arrays are passed as they are.
+      function: a function of trees of arrays; other leaves are passed unchanged.
       arguments: the trees.
       mesh: the mesh with Explicit axes.
       out_specs: the shardings, a prefix of the tree that the function returns.

@@ -1,4 +1,4 @@
-"""Ready chains of per-sample clipping and an Optax optimizer."""
+"""Build chains of per-sample clipping and an Optax optimizer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def ps_clip_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Build PS-Clip-SGD: SGD on the mean of gradients clipped per sample at τ_k = α k^{1/β}.
 
-    It is the same as `optax.chain(psc.per_sample_clip(psc.growing_threshold(alpha, beta)),
+    This is the same as `optax.chain(psc.per_sample_clip(psc.growing_threshold(alpha, beta)),
     optax.sgd(learning_rate, momentum, nesterov))`.
 
     Args:
       learning_rate: a number or an Optax schedule over steps.
-      alpha: the scale α ≥ 0 of the threshold, in the units of the gradient's norm; σ in theory.
+      alpha: the scale α ≥ 0 of the threshold, in the units of the gradient's norm; σ in the theory.
         Without α and β the threshold is [`psclip_optax.auto_threshold`][].
       beta: the growth β > 0 of the threshold with a sample's position k; in theory the order p of
         the moment, in (1, 2].
@@ -33,8 +33,8 @@ def ps_clip_sgd(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` over stacked per-sample gradients, leaves
-      [n, …]. Its update takes `sample_mask` and `positions` as that of
-      [`psclip_optax.per_sample_clip`][] does. To schedule α or β, or to set them by hand, wrap it:
+      [n, …]. Its update accepts `sample_mask` and `positions`, as with
+      [`psclip_optax.per_sample_clip`][]. To schedule α or β, or to set them by hand, wrap it:
       `optax.inject_hyperparams(psc.ps_clip_sgd)(learning_rate=…, alpha=…, beta=…)`.
 
     Raises:

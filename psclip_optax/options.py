@@ -1,4 +1,4 @@
-"""The options of `clipped_value_and_grad`, and their checks."""
+"""Define the options of `clipped_value_and_grad`, and check them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Options(NamedTuple):
     norm_precision: lax.Precision | None
 
     def unit(self, num_samples: int) -> Unit:
-        """Return the unit that is clipped as a whole, in a batch of so many samples."""
+        """Return the unit that is clipped as a whole, in a batch of `num_samples`."""
         if self.clip_at == "sample":
             return Unit()
         return Unit(max(1, min(self.microbatch_size or 1, num_samples)), is_micro_batch=True)

@@ -14,7 +14,7 @@ from psclip_optax.typing import PyTree, Threshold, ThresholdLike
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EachSlice:
-    """A subtree of thresholds, with one for each slice along the leading axis of its leaves.
+    """A subtree of thresholds, one for each slice along the leading axis of its leaves.
 
     Attributes:
       thresholds: the thresholds, in the order of the slices.
@@ -26,15 +26,15 @@ class EachSlice:
 def each_slice(
     thresholds: Sequence[ThresholdLike | AdaptiveThreshold[PyTree]],
 ) -> EachSlice:
-    r"""Clip each slice along the leading axis by itself, for layers that are stacked in one array.
+    r"""Clip each slice along the leading axis separately, for layers stacked in one array.
 
-    It stands in a tree of thresholds for a subtree of the parameters whose leaves have shapes
-    [L, …]. Slice l of all these leaves is one group: layer l of a model whose layers `jax.lax.scan`
-    runs over. Norms and scales have L columns for them, in order.
+    In a tree of thresholds it stands for a subtree of the parameters whose leaves have shapes [L,
+    …]. Slice l of all these leaves is one group: layer l of a model that scans over its layers with
+    `jax.lax.scan`. Norms and scales have L columns for these groups, in order.
 
     Args:
-      thresholds: L thresholds, each as [`psclip_optax.clipped_value_and_grad`][] takes it for a
-        group: a number, a threshold, or an adaptive one where those are taken.
+      thresholds: L thresholds, each as for a group in [`psclip_optax.clipped_value_and_grad`][]: a
+        number, a threshold, or an adaptive threshold where those are accepted.
 
     Returns:
       A subtree for a tree prefix of the parameters.

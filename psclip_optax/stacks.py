@@ -25,7 +25,7 @@ _PUT_IT_FIRST = (
 
 
 class Stack(NamedTuple):
-    """The leaves of a stack, each with its own sample axis, and their groups."""
+    """Holds the leaves of a stack, the sample axis of each leaf, and their groups."""
 
     leaves: list[jax.Array]
     axes: tuple[int, ...]
@@ -36,7 +36,7 @@ class Stack(NamedTuple):
         return self.leaves[0].shape[self.axes[0]]
 
     def apart(self) -> Stack:
-        """Split the leaves into the slices that are groups of their own."""
+        """Split the leaves into the slices that are groups."""
         apart = self.groups.apart()
         if apart is self.groups:
             return self
@@ -68,7 +68,7 @@ def refuse_masked_nodes(tree: Any) -> None:
 
 
 def refuse_weighted_sum(flag: Any) -> None:
-    """Refuse a state whose flag has become an integer: it comes from arithmetic on states."""
+    """Refuse a state whose flag has become an integer through arithmetic on states."""
     if isinstance(flag, jax.Array) and jnp.issubdtype(flag.dtype, jnp.integer):
         raise ValueError(
             "a state of per_sample_clip is not for sums or means, but one has made an integer of "
@@ -113,7 +113,7 @@ def _check_has_axis(path: str, leaf: jax.Array, sample_axis: int) -> None:
 def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> None:
     """Refuse a stack whose shapes without the sample axis are not those of the parameters."""
     if params is None or jax.tree.structure(params) != jax.tree.structure(per_sample_grads):
-        return  # without parameters, or under other names, there is nothing to compare with
+        return  # without parameters, or with other names, there is nothing to compare
     named = jax.tree_util.tree_leaves_with_path(per_sample_grads)
     params_leaves = jax.tree.leaves(params)
     for (path, _), (leaf, axis), param in zip(named, stack.with_own(), params_leaves, strict=True):
@@ -128,7 +128,7 @@ def check_against_params(stack: Stack, per_sample_grads: Any, params: Any) -> No
 
 
 def warn_if_beyond_memory(stack: Stack) -> None:
-    """Warn before the allocator fails: while a stack is traced it takes no memory yet."""
+    """Warn about memory during tracing, before the allocator fails."""
     if any(export.is_symbolic_dim(size) for leaf in stack.leaves for size in leaf.shape):
         return  # jax.export leaves the size open
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in stack.leaves)
@@ -155,7 +155,7 @@ def _memory_of_devices() -> int | None:
 
 
 def bytes_limit(device: Any) -> int | None:
-    """Return the bytes that arrays may take on a device; None where it does not tell (a CPU)."""
+    """Return the bytes that arrays may take on a device; None if it does not say (a CPU)."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -174,7 +174,7 @@ def _per_sample(vector: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
 def squared_norms(stack: Stack, dtype: Any) -> jax.Array:
     """Sum ‖g_k‖² over all leaves of each sample, shape [n]; ∞ beyond the dtype's range.
 
-    By group the sum is over the leaves of each group, shape [n, groups].
+    When clipping by group the sum is over the leaves of each group, shape [n, groups].
     """
 
     def over(leaves: Sequence[int]) -> jax.Array:
@@ -227,8 +227,8 @@ def selected_weighted_sum(
 ) -> jax.Array:
     """Sum weights_k (factors_k leaf_k) over the selected samples, whatever the others hold.
 
-    The selection needs a copy, so it takes one slice after another. Strided slices leave a sharded
-    sample axis as it is.
+    The selection needs a copy, so it processes one slice after another. Strided slices preserve the
+    sharding of the sample axis.
     """
     num_slices = _largest_divisor(max(leaf.shape[axis], 1), at_most=8)
     split = (leaf.shape[axis] // num_slices, num_slices)
@@ -243,7 +243,7 @@ def selected_weighted_sum(
         chosen = jnp.where(_per_sample(keep, part, axis), scaled, 0)
         return total + weighted_sum(chosen, axis, weight), None
 
-    # zeros_like of a sum has the axes that the sum varies over under shard_map. XLA drops the sum.
+    # zeros_like of a sum varies over the same axes under shard_map as the sum. XLA removes the sum.
     zero = jnp.zeros_like(jnp.sum(leaf, axis), weights.dtype)
     total, _ = lax.scan(add, zero, jnp.arange(num_slices))
     return total.astype(_accumulation_dtype(leaf.dtype))

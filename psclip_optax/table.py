@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], *, has_total: bool = False) -> list[str]:
-    """Lay out rows in columns, with a rule under the head and above a last row of totals.
+    """Lay out rows in columns, with a line under the header and above a last row of totals.
 
     Args:
-      rows: the head, then the others, all of the same length.
+      rows: the header, then the other rows, all of the same length.
       has_total: whether the last row holds totals.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -43,29 +43,29 @@ class _Figures(NamedTuple):
 
 
 class PerSampleClipState(_Figures):
-    """Figures of the last batch, for the train loop to log, e.g. with `optax.tree.get`.
+    """Holds statistics of the last batch, to log, e.g. with `optax.tree.get`.
 
-    Norms and the mean scale are over the samples that count and are finite; 0 if there are none.
-    Where a tree of thresholds clips by group, they and `num_clipped` have shape [groups].
+    Norms and the mean scale are over the samples that are unmasked and finite; 0 if there are none.
+    If a tree of thresholds clips by group, they and `num_clipped` have shape [groups].
 
     Attributes:
-      num_updates: int32, updates so far.
-      num_samples: int32, N, the samples that count: those not masked.
-      num_clipped: int32, the samples scaled by γ_k < 1.
-      num_nonfinite: int32, the samples that count and are not finite.
+      num_updates: int32, the number of updates so far.
+      num_samples: int32, N, the number of unmasked samples.
+      num_clipped: int32, the number of samples scaled by γ_k < 1.
+      num_nonfinite: int32, the number of unmasked samples that are not finite.
       mean_scale: float, the mean of γ_k.
       median_norm: float, the median of ‖g_k‖ before clipping.
       max_norm: float, the largest ‖g_k‖ before clipping.
-      all_finite: bool, whether all samples that count were finite.
-      threshold_state: the state of an adaptive threshold, for the next batch, or the tree of the
-        states of several; () for any other threshold.
+      all_finite: bool, whether all unmasked samples were finite.
+      threshold_state: the state of an adaptive threshold for the next batch, or a tree of such
+        states; () for any other threshold.
     """
 
     __slots__ = ()
 
     def __new__(cls, *fields: Any, **named: Any) -> PerSampleClipState:
-        # JAX calls this when it rebuilds the tree. optax.contrib.sam chooses a state by a weighted
-        # sum with weights 0 and 1, and only a bool does not keep its dtype in one.
+        # JAX calls this when it rebuilds the tree. optax.contrib.sam selects a state by a weighted
+        # sum with weights 0 and 1, in which only a bool changes its dtype.
         state = super().__new__(cls, *fields, **named)
         stacks.refuse_weighted_sum(state.all_finite)
         return state
@@ -107,13 +107,14 @@ def per_sample_clip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip every sample's gradient to its threshold, then average over the batch.
 
-    It takes stacked per-sample gradients, as `jax.vmap` of `jax.grad` gives them, and returns
+    The transformation takes stacked per-sample gradients, as `jax.vmap` of `jax.grad` returns them,
+    and computes
 
     $$g = \frac1N \sum_{k=1}^n \gamma_k g_k, \qquad \gamma_k = \min(1, \tau_k / \|g_k\|)$$
 
-    where the norm is over all leaves of sample k together, or over those of each group. It is the
-    *first* link of a chain. Because it changes shapes, `optax.masked`, `optax.partition`,
-    `optax.MultiSteps` and `optax.apply_if_finite` go around the links after it.
+    where the norm is over all leaves of sample k together, or over those of each group. It has to
+    be the *first* link of a chain. Because it changes shapes, put `optax.masked`,
+    `optax.partition`, `optax.MultiSteps` and `optax.apply_if_finite` around the links after it.
 
     With τ = ∞ nothing is clipped, and the result is the plain mean gradient. Norms and sums
     accumulate in `promote_types(dtype, float32)`.
@@ -122,25 +123,24 @@ def per_sample_clip(
       threshold: the largest norm τ_k of the sample at the 1-based position k, in the units of the
         gradient's norm: a number (the same for all), [`psclip_optax.growing_threshold`][], any
         callable from integer positions [n] to norms [n], or an adaptive one such as
-        [`psclip_optax.moment_threshold`][]. The τ_k of an adaptive threshold come from the norms
-        of earlier batches, which the state keeps. None stands for
-        [`psclip_optax.auto_threshold`][], which needs no number. A tree prefix of the parameters
-        with one of these for each group of leaves clips by group: each group has its own ‖g_k‖ and
-        γ_k. [`psclip_optax.by_layer`][] makes such a prefix, and [`psclip_optax.each_slice`][] is
-        for layers that are stacked in one array.
+        [`psclip_optax.moment_threshold`][]. An adaptive threshold computes τ_k from the norms of
+        earlier batches, which the state summarises. None means [`psclip_optax.auto_threshold`][],
+        which needs no number. A tree prefix of the parameters with one of these for each group of
+        leaves clips by group: each group has a separate ‖g_k‖ and γ_k. [`psclip_optax.by_layer`][]
+        makes such a prefix, and [`psclip_optax.each_slice`][] is for layers that are stacked in one
+        array.
       sample_axis: the axis of every leaf along which the n samples are stacked.
-      on_nonfinite: "drop" gives a sample weight 0 where its gradient holds NaN or ∞, and counts
-        it; the sample keeps its position and its share in N. "propagate" lets it through, so that
-        the result is not finite. A norm beyond the square root of the dtype's range (1.8e19 in
-        float32) may also give NaN under "propagate"; "drop" clips it as any other. "propagate"
-        reads float32 gradients twice, which is the least possible, and so does "drop" where all
-        are finite.
+      on_nonfinite: "drop" gives a sample weight 0 if its gradient contains NaN or ∞, and counts it;
+        the sample keeps its position and its share in N. "propagate" includes it, so the result is
+        not finite. A norm beyond the square root of the dtype's range (1.8e19 in float32) may also
+        give NaN with "propagate"; "drop" clips it like any other. "propagate" reads float32
+        gradients twice, which is the minimum, and so does "drop" if all are finite.
       axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the samples are sharded.
-        Positions run on over the devices. The result and the state are those of the whole batch,
-        the same on all devices (`out_specs` of `P()`). Under shard_map the gradients of replicated
-        parameters by `jax.vmap(jax.grad(loss))` are summed over the devices. Mark the parameters
-        first, by `jax.lax.pcast(params, axis_name, to="varying")`, so that each device has its
-        own gradients.
+        Positions continue over the devices. The result and the state are those of the whole batch,
+        the same on all devices (`out_specs` of `P()`). Under shard_map, `jax.vmap(jax.grad(loss))`
+        sums the gradients of replicated parameters over the devices. Mark the parameters first, by
+        `jax.lax.pcast(params, axis_name, to="varying")`, so that each device has the gradients of
+        its samples.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its update takes
@@ -150,12 +150,12 @@ def per_sample_clip(
       * `params`: the parameters; if given, shapes are checked against theirs;
       * `sample_mask`: bool [n], False for padding, which has no position, no weight and no share
         in N;
-      * `positions`: int [n], replaces 1, 2, …: for slices of a larger batch, for shards, or as a
-        permutation where batches come sorted.
+      * `positions`: int [n], replaces 1, 2, …: for slices of a larger batch, for shards, or a
+        permutation if batches are sorted.
 
       It returns the mean without the sample axis, in the leaves' dtypes, and a
-      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros. For a tree without
-      leaves the result has none either.
+      [`psclip_optax.transforms.PerSampleClipState`][]. N = 0 gives zeros. A tree without leaves
+      gives a tree without leaves.
 
     Raises:
       TypeError: a leaf is not real floating-point, a threshold is neither a number nor a
@@ -167,7 +167,7 @@ def per_sample_clip(
         is wrapped in `optax.masked`, `optax.MultiSteps`, `optax.contrib.sam` or the like.
 
     Warns:
-      UserWarning: the stack takes more memory than the devices have. It is given during tracing.
+      UserWarning: the stack takes more memory than the devices have. It is issued during tracing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -195,7 +195,7 @@ def per_sample_clip(
         stacks.refuse_masked_nodes(params)
         leaves = array_leaves("params", params, PART_IT_OFF)
         floats = [p for _, p in leaves if jnp.issubdtype(dtype_of(p), jnp.floating)]
-        # Each field has its own array: a donated state may not hold an array twice.
+        # Each field has a separate array: a donated state may not contain an array twice.
         integers = [jnp.zeros((), jnp.int32) for _ in range(4)]
         threshold_state = rule.init()
         shape = groups.fitted(rule.threshold(threshold_state), params).groups.shape

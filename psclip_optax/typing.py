@@ -1,7 +1,7 @@
-"""Names for the types in public signatures, for annotations of your own.
+"""Name the types in public signatures, for use in annotations.
 
-What `clipped_value_and_grad` returns is typed: the gradient has the type of the parameters that a
-call is given, and what comes with it follows from `has_aux` and `return_stats`.
+The results of `clipped_value_and_grad` are typed: the gradient has the type of the call's
+parameters, and the other results follow from `has_aux` and `return_stats`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import numpy as np
 
-# Any class may be registered as a container, so that Python's types cannot say what a pytree is.
+# Any class may be registered as a container, so Python's types cannot describe pytrees.
 PyTree: TypeAlias = Any
 """A pytree of JAX: arrays, and containers of them that JAX knows."""
 
