@@ -1,14 +1,14 @@
 """Estimate how heavy the gradient noise is: tail index, scale, and thresholds from them.
 
-The clipped mean is made for norms whose tail is a power law, P(‖g‖ > x) ~ x^{-a}: moments of an
-order below the tail index a are finite, and those above it are not. The functions here take
-concrete norms and compute in NumPy float64 on the host, outside of `jax.jit`. Estimates of a tail
-need sorting, choices that depend on the data, and often more samples than one batch has.
+The clipped mean is made for norms whose tail is a power law, P(‖g‖ > x) ~ x^{-a}: moments of order
+below the tail index a are finite, and those of order above it are not. The functions here take
+concrete norms and compute in NumPy float64 on the host, outside of `jax.jit`. Estimating a tail
+needs sorting, choices that depend on the data, and often more samples than one batch has.
 
 The interval of an index covers sampling noise *and* the bias of a tail that is a power law only far
 out. `python -m benchmarks.theory.tail_index` measures how often it contains the truth.
 
-`most_clipped` ranks the samples that are in the tail: those that were clipped most over a training.
+`most_clipped` ranks the samples in the tail: those that were clipped most during training.
 """
 
 from psclip_optax.tails.clipped import MostClipped, most_clipped

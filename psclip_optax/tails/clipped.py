@@ -1,4 +1,4 @@
-"""Which samples were clipped most over a training."""
+"""Rank samples by how much they were clipped during training."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NUM_PRINTED = 10
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MostClipped:
-    """Samples with what clipping did to them, those clipped most first; `print` shows ten.
+    """Lists samples with statistics of their clipping, most clipped first; `print` shows ten.
 
     Attributes:
-      index: int [m], which sample.
-      count: int [m], how many times it was seen.
-      mean_scale: float [m], mean of γ_k: 1 where it was never clipped.
-      median_norm: float [m], median of ‖g_k‖ before clipping.
-      mean_loss: float [m], mean of its loss; None where no losses were given.
+      index: int [m], the index of the sample.
+      count: int [m], how often it was seen.
+      mean_scale: float [m], the mean of γ_k: 1 if it was never clipped.
+      median_norm: float [m], the median of ‖g_k‖ before clipping.
+      mean_loss: float [m], the mean of its loss; None if no losses were given.
     """
 
     index: np.ndarray
@@ -64,31 +64,31 @@ def most_clipped(
     *,
     by: By = "scale",
 ) -> MostClipped:
-    """Ranks samples by how much they were clipped over a training.
+    """Ranks samples by how much they were clipped during training.
 
-    Wrong labels and broken inputs have long gradients for as long as a model has not learnt them,
-    so that what is clipped most is worth a look.
+    Samples with wrong labels or broken inputs have long gradients until the model has memorised
+    them, so the most clipped samples are worth a look.
 
     Args:
-      index: int, of any shape, ≥ 0: which sample each entry is of, such as its place in the
-        training set. A sample may come any number of times.
-      scale: real, of the same shape, in [0, 1]: γ_k, as in `ClipStats.scales`; 0 where the sample
-        was dropped. NaN is padding, as a train step with `return_samples` marks it, and counts
-        nowhere.
-      norm: real, of the same shape, ≥ 0: ‖g_k‖ before clipping. One that is not finite counts as ∞.
-      loss: real, of the same shape: of the sample in its batch; None leaves it out. One that is not
-        finite counts as ∞.
-      by: what is ranked by: "scale", the smallest mean factor first; "norm", the largest median
-        norm first; "loss", the largest mean loss first. Where that is equal, the order is by the
-        median norm, then by the index.
+      index: int, of any shape, ≥ 0: the sample of each entry, such as its index in the training
+        set. A sample may occur any number of times.
+      scale: real, of the same shape, in [0, 1]: γ_k, as in `ClipStats.scales`; 0 if the sample was
+        dropped. NaN marks padding, as in a train step with `return_samples`, and is ignored.
+      norm: real, of the same shape, ≥ 0: ‖g_k‖ before clipping. A norm that is not finite counts as
+          ∞.
+      loss: real, of the same shape: the loss of the sample in its batch, or None. A loss that is
+        not finite counts as ∞.
+      by: the criterion: "scale", the smallest mean scale first; "norm", the largest median norm
+        first; "loss", the largest mean loss first. Ties are ordered by the median norm, then by the
+        index.
 
     Returns:
       One row for each sample that was seen.
 
     Raises:
-      TypeError: an argument is traced or not of such numbers.
-      ValueError: arrays of other shapes, numbers out of range, no sample that counts, an unknown
-        `by`, or "loss" without losses.
+      TypeError: an argument is traced or has the wrong dtype.
+      ValueError: the shapes differ, numbers are out of range, no sample counts, `by` is unknown, or
+        it is "loss" without losses.
 
     Examples:
       >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Hill's estimator, and the choice of how many of the largest norms it takes."""
+"""Estimate a tail index by Hill, and choose how many of the largest norms to use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from psclip_optax.tails.norms import (
     without_zeros,
 )
 
-# Guillou and Hall's diagnostic responds where the power law visibly ends. The bias is several
-# standard errors there. With a tenth of the order statistics it is below half a standard error in
-# the laws of benchmarks/theory/tail_index.py, and the interval allows for that much.
+# Guillou and Hall's diagnostic responds where the power law visibly ends. There the bias is several
+# standard errors. With a tenth of the order statistics it is below half a standard error for the
+# distributions of benchmarks/theory/tail_index.py, and the interval allows for that much.
 _SMALLEST_DIAGNOSED_K = 30
 _CRITICAL_TREND = 2.0
 _WINDOW = (0.25, 1.75)
@@ -33,9 +33,9 @@ class HillEstimate:
 
     Attributes:
       index: the estimate of the tail index a.
-      lower: lower end of its interval, for sampling noise alone.
+      lower: lower end of its interval, which covers only sampling noise.
       upper: upper end.
-      k: how many of the largest norms it was taken from.
+      k: how many of the largest norms were used.
     """
 
     index: float
@@ -51,7 +51,7 @@ class HillPlot:
     Attributes:
       k: int [m], 1, …, m: the number of largest norms.
       index: float [m], the estimate; ∞ while the k + 1 largest norms are equal.
-      lower: float [m], lower ends of the intervals, each by itself, for sampling noise alone.
+      lower: float [m], lower ends of the pointwise intervals, which cover only sampling noise.
       upper: float [m], upper ends.
     """
 
@@ -62,17 +62,16 @@ class HillPlot:
 
 
 def hill_estimator(norms: npt.ArrayLike, k: int, *, confidence: float = 0.95) -> HillEstimate:
-    r"""Estimates the tail index by Hill from a given number of the largest norms.
+    r"""Computes Hill's estimate of the tail index from a given number of the largest norms.
 
     $$\hat a = \left( \frac1k \sum_{j=1}^k \log X_{(j)} - \log X_{(k+1)} \right)^{-1}$$
 
-    with $X_{(1)} \ge X_{(2)} \ge \dots$. Its interval covers sampling noise alone: where k is too
-    large, it misses the truth. `tail_index` chooses k and allows for the bias.
+    with $X_{(1)} \ge X_{(2)} \ge \dots$. Its interval covers only sampling noise: if k is too
+    large, it misses the true index. `tail_index` chooses k and allows for the bias.
 
     Args:
       norms: real [n], n ≥ 500, finite and ≥ 0; any dtype, computed in float64. Zeros do not count.
-      k: how many of the largest norms to take, at least 1 and less than the number of positive
-        ones.
+      k: how many of the largest norms to use, at least 1 and less than the number of positive ones.
       confidence: that of the two-sided interval, in (0, 1).
 
     Returns:
@@ -110,10 +109,10 @@ def hill_estimator(norms: npt.ArrayLike, k: int, *, confidence: float = 0.95) ->
 
 
 def hill_plot(norms: npt.ArrayLike, *, confidence: float = 0.95) -> HillPlot:
-    """Estimates the tail index by Hill for every k up to half of the norms.
+    """Computes Hill's estimate of the tail index for every k up to half of the norms.
 
-    A power law shows as a level stretch that begins at small k. A curve that keeps falling to the
-    left, or has no level stretch, shows no index.
+    For a power law the curve has a level stretch that begins at small k. If it has none, or keeps
+    falling to the left, there is no index.
 
     Args:
       norms: as for `hill_estimator`.
@@ -146,14 +145,14 @@ def hill_plot(norms: npt.ArrayLike, *, confidence: float = 0.95) -> HillPlot:
 
 
 def choose_k(norms: npt.ArrayLike) -> int:
-    """Chooses how many of the largest norms to estimate a tail index from.
+    """Chooses how many of the largest norms to use for a tail index.
 
     Among the k largest norms of a power law the normalised log-spacings j log(X_(j) / X_(j+1)),
-    j = 1, …, k, are independent and have the same law. Guillou and Hall's diagnostic is their
+    j = 1, …, k, are independent and identically distributed. Guillou and Hall's diagnostic is their
     standardised trend, smoothed over k. The power law ends at the smallest k where the diagnostic
-    exceeds 2. An interval around Hill's estimate has the best coverage with fewer order statistics
-    than the least mean-square error needs (Cheng and Peng). So a tenth of them is taken, and at
-    least 25.
+    exceeds 2. For the best coverage, an interval around Hill's estimate needs fewer order
+    statistics than for the least mean-square error (Cheng and Peng). So a tenth of them is used,
+    but at least 25.
 
     Args:
       norms: as for `hill_estimator`.

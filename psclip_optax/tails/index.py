@@ -1,4 +1,4 @@
-"""The tail index, and whether the tail is a power law at all."""
+"""Estimate the tail index, and decide whether the tail is a power law at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BIAS_IN_STANDARD_ERRORS = 0.5
 _SUBSTANTIAL_EVIDENCE = math.log(3)
 # The power for log-normal tails; tails that decay as exp(-x^c) have -1.
 _LIGHTEST_POWER = -0.5
-# Without a bound the likelihood has no maximum where all but a few of the norms are equal.
+# Without a bound the likelihood has no maximum if all but a few of the norms are equal.
 _STEEPEST = 50.0
 _REASONS: dict[Verdict, str] = {
     "heavy": "a power law is more likely than a light tail",
@@ -33,17 +33,17 @@ _REASONS: dict[Verdict, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class TailIndex:
-    """The tail index, its interval and a verdict; `print` shows them in words.
+    """Holds a tail index, its interval and a verdict; `print` shows them in words.
 
     Attributes:
-      index: the tail index a; ∞ where the tail is light.
+      index: the tail index a; ∞ for a light tail.
       lower: lower end of its interval.
-      upper: upper end; ∞ where the tail is light.
-      k: how many of the largest norms Hill's estimator took.
-      num_norms: how many norms there were.
+      upper: upper end; ∞ for a light tail.
+      k: how many of the largest norms Hill's estimator used.
+      num_norms: the number of norms.
       confidence: that of the interval.
-      verdict: "heavy", "light", or "undecided" where both fit; the index then holds if it is heavy.
-      log_likelihood_ratio: that of a power law to a light tail.
+      verdict: "heavy", "light", or "undecided" if both fit; the index is then valid if the tail is
+      heavy. log_likelihood_ratio: the log-likelihood ratio of a power law to a light tail.
     """
 
     index: float
@@ -67,15 +67,16 @@ class TailIndex:
 def tail_index(norms: npt.ArrayLike, *, confidence: float = 0.95) -> TailIndex:
     """Measures how heavy the tail is: index, interval, and whether it is a power law at all.
 
-    Index and interval are Hill's with the k of `choose_k`. The interval allows for a bias of half a
-    standard error, as intervals of fixed length for biased estimates do. Likelihood decides whether
-    the tail is a power law, from the normalised log-spacings of the upper half of the norms. Far
-    out in a power law their mean is constant, up to a term linear in j / n. In a light tail (of a
-    log-normal, Gaussian, exponential or Weibull law) it falls as a power of log(n / j) of -1/2 or
-    less. The verdict is the one that is at least three times as likely as the other.
+    The index and the interval are Hill's with the k of `choose_k`. The interval allows for a bias
+    of half a standard error, as fixed-length intervals for biased estimates do. A likelihood ratio
+    decides whether the tail is a power law, from the normalised log-spacings of the upper half of
+    the norms. Far out in a power law their mean is constant, up to a term linear in j / n. In a
+    light tail (log-normal, Gaussian, exponential or Weibull) it falls as a power of log(n / j) with
+    exponent -1/2 or less. The verdict is the hypothesis that is at least three times as likely as
+    the other.
 
-    A light mixture of very different scales can be taken for heavy. With few samples so can a
-    log-normal, and a power law of index 2 or 3 for light.
+    A light-tailed mixture of very different scales can be mistaken for heavy. With few samples, a
+    log-normal can be mistaken for heavy too, and a power law of index 2 or 3 for light.
 
     Args:
       norms: as for `hill_estimator`: norms before clipping, e.g. `ClipStats.norms` of one or more
@@ -84,7 +85,7 @@ def tail_index(norms: npt.ArrayLike, *, confidence: float = 0.95) -> TailIndex:
 
     Returns:
       The index with its interval and verdict. For a light tail the index is ∞, and its interval
-      runs from the least index that fits these norms to ∞.
+      extends from the least index that fits these norms to ∞.
 
     Raises:
       TypeError: norms are traced or not real.
@@ -108,7 +109,7 @@ def tail_index(norms: npt.ArrayLike, *, confidence: float = 0.95) -> TailIndex:
       Distribution, Annals of Statistics 27(2), 1999 (log-spacings of a power law).
 
       Gardes, Girard and Guillou, Weibull Tail-Distributions Revisited, Journal of Statistical
-      Planning and Inference 141(1), 2011 (log-spacings of light tails; log-normals lie half way).
+      Planning and Inference 141(1), 2011 (log-spacings of light tails; log-normals are halfway).
     """
     return tail_index_of(as_norms(norms), confidence)
 

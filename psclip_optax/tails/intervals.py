@@ -1,4 +1,4 @@
-"""Intervals for estimates that are approximately normal."""
+"""Compute intervals for estimates that are approximately normal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import statistics
 from typing import Any
 
 import numpy as np
-import scipy  # the whole package, whose parts load at their first use and not with psclip_optax
+import scipy  # the whole package: its parts load at first use, not with psclip_optax
 
 from psclip_optax.thresholds import check_number
 
 
 def around(index: Any, k: Any, critical: float) -> tuple[Any, Any]:
-    """Puts an interval around an index: log â is approximately normal with variance 1 / k."""
+    """Computes an interval around an index: log â is approximately normal with variance 1 / k."""
     factor = np.exp(critical / np.sqrt(k))
     return index / factor, index * factor
 

@@ -1,4 +1,4 @@
-"""The norms that a tail is estimated from, and the spacings between the largest of them."""
+"""Check the norms from which a tail is estimated, and compute spacings of the largest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scale of the norms: the root of their raw moment of an order below the tail index."""
+"""Estimate the scale of norms: the root of their raw moment of an order below the tail index."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from psclip_optax.thresholds import check_number
 
 @dataclasses.dataclass(frozen=True)
 class MomentScale:
-    """The scale σ̂ = (mean ‖g‖^p)^{1/p}; `print` shows it in words.
+    """Holds the scale σ̂ = (mean ‖g‖^p)^{1/p}; `print` shows it in words.
 
     Attributes:
       value: σ̂, in the units of the norms.
       lower: lower end of the interval of σ = (E ‖g‖^p)^{1/p}.
-      upper: upper end; ∞ where the moment of order p may be infinite.
+      upper: upper end; ∞ if the moment of order p may be infinite.
       p: the order.
       confidence: that of the interval.
-      method: "normal" where the variance of ‖g‖^p is finite, else "tail".
+      method: "normal" if the variance of ‖g‖^p is finite, else "tail".
     """
 
     value: float
@@ -43,12 +43,12 @@ class MomentScale:
 def moment_scale(norms: npt.ArrayLike, p: float, *, confidence: float = 0.95) -> MomentScale:
     r"""Measures the raw-moment scale $\hat\sigma = (\frac1n \sum_k \|g_k\|^p)^{1/p}$.
 
-    Its interval is that of the central limit theorem where the tail is light or the interval of the
-    index lies above 2p: then ‖g‖^p has a variance. Otherwise that theorem, like resampling, misses
-    the rare large norms that dominate the moment. The interval is then the sum of two parts: the
-    mean below the k-th largest norm, and above it the moment of a power law whose index is an end
-    of the index's interval. Where that interval reaches down to p, the moment may be infinite, and
-    the upper end is.
+    If the tail is light or the interval of the index is above 2p, ‖g‖^p has a finite variance, and
+    the interval is that of the central limit theorem. Otherwise that theorem, like resampling,
+    misses the rare large norms that dominate the moment. Each end of the interval is then the sum
+    of two parts: the mean below the k-th largest norm, and above it the moment of a power law whose
+    index is an end of the index's interval. If that interval extends down to p, the moment may be
+    infinite, and the upper end is ∞.
 
     Args:
       norms: as for `hill_estimator`; zeros count.
@@ -88,7 +88,7 @@ def moment_scale_of(norms: np.ndarray, p: float, tail: TailIndex) -> MomentScale
     is_normal = tail.is_light or tail.lower > 2 * p
     mean = powers.mean()
     lower, upper = _mean_by_normal(powers, tail) if is_normal else _mean_by_tail(powers, p, tail)
-    # The interval from the tail need not contain the plain mean.
+    # The interval from the tail may not contain the plain mean.
     moments = np.array([mean, min(max(lower, 0.0), mean), max(upper, mean)])
     value, low, high = map(float, largest * moments ** (1 / p))
     return MomentScale(value, low, high, p, tail.confidence, "normal" if is_normal else "tail")

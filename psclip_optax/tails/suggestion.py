@@ -1,4 +1,4 @@
-"""A growing threshold from the tail index and the scale."""
+"""Suggest a growing threshold from the tail index and the scale."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SMALLEST_MARGIN = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class SuggestedThreshold:
-    """α and β from observed norms; `print` shows the estimates behind them.
+    """Holds α and β from observed norms; `print` shows the estimates behind them.
 
     Attributes:
       tail: the estimate of the tail index.
-      scale: σ̂ for the order p that the tail allows.
+      scale: σ̂ for the order p, which is below the tail index.
     """
 
     tail: TailIndex
@@ -30,22 +30,22 @@ class SuggestedThreshold:
 
     @property
     def alpha(self) -> float:
-        """Gives α = σ̂(p), in the units of the norms."""
+        """Returns α = σ̂(p), in the units of the norms."""
         return self.scale.value
 
     @property
     def alpha_interval(self) -> tuple[float, float]:
-        """Gives the interval of σ(p) at this p."""
+        """Returns the interval of σ(p) at this p."""
         return self.scale.lower, self.scale.upper
 
     @property
     def beta(self) -> float:
-        """Gives β = p, in [1, 2]."""
+        """Returns β = p, in [1, 2]."""
         return self.scale.p
 
     @property
     def beta_interval(self) -> tuple[float, float]:
-        """Gives β at either end of the index's interval."""
+        """Returns β at both ends of the index's interval."""
         tail = self.tail
         return _order_below(tail.lower, tail.k), _order_below(tail.upper, tail.k)
 
@@ -68,9 +68,9 @@ class SuggestedThreshold:
 def suggest_threshold(norms: npt.ArrayLike, *, confidence: float = 0.95) -> SuggestedThreshold:
     """Suggests α and β for `psc.growing_threshold` from the norms of per-sample gradients.
 
-    β = p lies below the tail index, by 0.1 or by a standard error of it, whichever is more, and in
-    [1, 2]. α = σ̂(p) is from the raw moment, so that a large mean gradient raises it. Both are a
-    starting point for tuning; the intervals tell how well the norms determine them.
+    β = p is in [1, 2] and below the tail index, by 0.1 or by its standard error, whichever is more.
+    α = σ̂(p) is computed from the raw moment, so a large mean gradient raises it. Both are a
+    starting point for tuning; the intervals show how well the norms determine them.
 
     Args:
       norms: as for `tail_index`.

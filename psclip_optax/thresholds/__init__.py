@@ -1,4 +1,4 @@
-"""Thresholds: from a sample's position in the batch to the largest norm its gradient may have.
+"""Map a sample's position in the batch to the largest norm that its gradient may have.
 
 A threshold is any callable from 1-based integer positions, shape `[n]`, to norms τ, shape `[n]`.
 `fixed` has the thresholds that are known in advance, `adaptive` those that follow the norms, and

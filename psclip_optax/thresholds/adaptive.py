@@ -1,11 +1,11 @@
-"""Thresholds that follow the norms, so that no scale has to be known in advance.
+"""Build thresholds that follow the norms, so that no scale has to be known in advance.
 
-Each is an [`psclip_optax.AdaptiveThreshold`][], whose threshold for a batch comes from the norms of
-the batches *before* it. Given those, γ_k depends on no sample but the k-th, as the theory of
-per-sample clipping requires. If the norms of the batch itself were used, an outlier would raise the
-threshold that it is clipped at. Nor would they be free: where gradients are not stacked, the norms
-come out of the same computation as the clipped gradient. Both faces of the library use these
-thresholds, and give the same numbers.
+Each is an [`psclip_optax.AdaptiveThreshold`][], which computes the threshold of a batch from the
+norms of the batches *before* it. Given those, γ_k depends only on the k-th sample, as the theory of
+per-sample clipping requires. If the norms of the batch itself were used, an outlier would raise its
+own threshold. It would also cost more: if gradients are not stacked, one computation gives the
+norms and the clipped gradient. `per_sample_clip` and `clipped_value_and_grad` use these thresholds
+with the same results.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from psclip_optax.thresholds.running import (
     zeros,
 )
 
-# The estimate of p is lower than the tail index by this much: the moment of that order is infinite.
+# How much the estimate of p is below the tail index, at which the moment is infinite.
 _MARGIN = 0.1
 _LOWEST_ORDER, _HIGHEST_ORDER = 1.05, 2.0
 _ORDERS = np.linspace(_LOWEST_ORDER, _HIGHEST_ORDER, 20)
-# The share of a batch's norms that Hill's estimate takes. As many batches are averaged, the bias,
+# The share of a batch's norms that Hill's estimator uses. Many batches are averaged, so the bias,
 # which falls with the share, matters more than the variance.
 _TAIL_SHARE = 0.05
 
-# Norms outside this range have squares that float32 cannot hold.
+# Norms outside this range have squares that overflow or underflow float32.
 _LOWEST_LOG2, _HIGHEST_LOG2 = -64, 64
 _BINS_PER_OCTAVE = 32
 _NUM_BINS = (_HIGHEST_LOG2 - _LOWEST_LOG2) * _BINS_PER_OCTAVE
 
 
 class MomentState(NamedTuple):
-    """State of `moment_threshold`.
+    """Holds the state of `moment_threshold`.
 
     Attributes:
       moment: the moment of order p, or moments of a grid of orders if p is estimated.
@@ -56,7 +56,7 @@ class MomentState(NamedTuple):
 
 
 class QuantileState(NamedTuple):
-    """State of `quantile_threshold`.
+    """Holds the state of `quantile_threshold`.
 
     Attributes:
       counts: float [4096], the discounted number of norms nearest to 2^(i/32 − 64).
@@ -66,10 +66,10 @@ class QuantileState(NamedTuple):
 
 
 class MinNormState(NamedTuple):
-    """State of `min_norm_threshold`.
+    """Holds the state of `min_norm_threshold`.
 
     Attributes:
-      smallest: the mean, over batches, of the smallest norm of a batch.
+      smallest: the mean over batches of each batch's smallest norm.
     """
 
     smallest: RunningMean
@@ -87,28 +87,28 @@ def moment_threshold(
     $$\tau_k = c \, \hat\sigma \, k^{1/p}, \qquad
     \hat\sigma = {\bigl(\operatorname{mean} \|g\|^p\bigr)}^{1/p}$$
 
-    There is no α to tune. The moment is that of the norms themselves, not of their deviations from
-    the mean gradient. It bounds both the noise and the mean gradient. A central moment bounds the
-    noise alone: as the noise vanishes, the threshold would clip the signal and stop the training.
+    There is no α to tune. The moment is that of the norms themselves, not of the deviations from
+    the mean gradient. It bounds both the noise and the mean gradient. A central moment bounds only
+    the noise: when the noise vanishes, the threshold would clip the signal and stop training.
 
-    With p = None the order is estimated as well: it is the tail index of the norms minus 0.1, at
-    least 1.05 and at most 2. The index is Hill's, from the largest 5 % of each batch (at least one
-    norm), with the mean excess averaged over batches as the moment is. Each batch is compared with
-    its own norms alone, so that a scale that changes from step to step is not taken for a heavy
-    tail. Hill's estimate ignores shifts: where the mean gradient is large compared with the noise,
+    With p = None the order is estimated too: it is the tail index of the norms minus 0.1, at least
+    1.05 and at most 2. The index is Hill's estimate from the largest 5 % of each batch (at least
+    one norm); the mean excess is averaged over batches like the moment. The excess is computed
+    within each batch, so a scale that changes from step to step is not mistaken for a heavy tail.
+    Hill's estimator is not shift-invariant: if the mean gradient is large compared with the noise,
     the tail looks lighter than it is.
 
-    In the mean each batch has the weight `decay` to the power of the number of later batches. The
-    mean is divided by the sum of the weights, so that it has no bias towards 0 at the start. The
-    moment of a heavy tail is itself uncertain: the closer p is to the tail index, the more it
-    depends on a single norm.
+    Each batch has the weight `decay` to the power of the number of later batches. The weighted sum
+    is divided by the sum of the weights, so it has no bias towards 0 at the start. The moment of a
+    heavy tail is uncertain: the closer p is to the tail index, the more it depends on a single
+    norm.
 
     Args:
-      p: the order of the moment, in [1, 2]; in theory one whose moment of the gradient noise is
-        finite. May be traced. None estimates it.
+      p: the order of the moment, in [1, 2]; the theory asks for an order at which the moment of the
+        gradient noise is finite. May be traced. None estimates it.
       scale: c ≥ 0, without unit; may be traced.
-      decay: the factor per update, in [0, 1]; 1 takes the mean over all norms seen, 0 the last
-        batch alone.
+      decay: the factor per update, in [0, 1]; 1 takes the mean over all norms seen, 0 only the last
+        batch.
       initial: τ_k for all k before any norm was seen. With 0 the first batch only measures, and its
         clipped gradient is zero; ∞ leaves it unclipped.
 
@@ -131,8 +131,8 @@ def moment_threshold(
 
     References:
       Nobile and Grohs, [Robust and Fast Training via Per-Sample
-      Clipping](https://arxiv.org/abs/2605.02701), 2026 (the threshold; that its scale is estimated
-      in this way is ours).
+      Clipping](https://arxiv.org/abs/2605.02701), 2026 (the threshold; the way of estimating its
+      scale is ours).
 
       Hill, [A Simple General Approach to Inference About the Tail of a
       Distribution](https://doi.org/10.1214/aos/1176343247), 1975.
@@ -177,15 +177,15 @@ def quantile_threshold(
     r"""Build a constant threshold at a running quantile of the norms.
 
     The share 1 − `quantile` of the samples is clipped, whatever their scale. τ is the smallest norm
-    such that the share `quantile` of the norms seen is no larger. Each norm counts with the weight
-    `decay` to the power of the number of later batches.
+    such that at least the share `quantile` of the norms seen is no larger than it. Each norm counts
+    with the weight `decay` to the power of the number of later batches.
 
-    The norms are kept as a histogram of their logarithms, with 32 bins an octave from 2⁻⁶⁴ to 2⁶⁴
-    (16 KiB in float32). So τ is exact to 1.1 %, and a norm beyond the range counts in the last bin.
-    A buffer of the last norms would forget faster the larger a batch is; the histogram does not,
-    keeps all norms at `decay=1`, as AutoClip does, and can be summed over devices. Stochastic
-    approximation would need a step size that fits the scale; the histogram is right from the first
-    batch on.
+    The state is a histogram of the norms' logarithms, with 32 bins per octave from 2⁻⁶⁴ to 2⁶⁴ (16
+    KiB in float32). So τ has a relative error of at most 1.1 %, and a norm out of range counts in
+    the first or last bin. Unlike a buffer of the last norms, a histogram does not forget faster
+    when batches are larger. With `decay=1` it counts all norms, as AutoClip does, and it can be
+    summed over devices. Stochastic approximation would need a step size that fits the scale; the
+    histogram is accurate from the first batch on.
 
     Args:
       quantile: in (0, 1); may be traced.
@@ -231,8 +231,8 @@ def quantile_threshold(
 
     def threshold(state: QuantileState) -> Threshold:
         up_to = jnp.cumsum(state.counts)
-        # The last bin with a norm whose lower bins hold less than the quantile. Rounding of the
-        # sums must not choose an empty bin.
+        # The last nonempty bin below which the share of norms is less than the quantile. Rounding
+        # of the sums must not select an empty bin.
         is_below = up_to - state.counts < quantile * up_to[-1]
         bins = jnp.arange(_NUM_BINS)
         found = jnp.max(jnp.where((state.counts > 0) & is_below, bins, 0))
@@ -240,7 +240,7 @@ def quantile_threshold(
         return ConstantThreshold(jnp.where(up_to[-1] > 0, norm, initial))
 
     def observe(state: QuantileState, norms: jax.Array, counts: jax.Array) -> QuantileState:
-        # Rounded to the nearest bin, so that powers of 2 do not lie at the edge of one.
+        # Rounded to the nearest bin, so that powers of 2 are not at the edge of a bin.
         bins = jnp.round((jnp.log2(norms) - _LOWEST_LOG2) * _BINS_PER_OCTAVE)
         bins = jnp.clip(bins, 0, _NUM_BINS - 1).astype(int)
         seen = jnp.bincount(bins, weights=counts.astype(norms.dtype), length=_NUM_BINS)
@@ -254,18 +254,18 @@ def min_norm_threshold(
 ) -> AdaptiveThreshold[MinNormState]:
     r"""Build a constant threshold at the smallest norm of the previous batch: ρ = min_j ‖ĝ_j‖.
 
-    Over micro-batches (`clip_at="micro-batch"` of [`psclip_optax.clipped_value_and_grad`][], or the
-    means of micro-batches as the stack of [`psclip_optax.per_sample_clip`][]) this is the rule of
-    adaptive micro-batch clipping, with one difference. There ρ_t is the smallest norm of the batch
-    that is being clipped, and every micro-batch is scaled to the same norm. Here it is the smallest
-    norm of the previous batch: a micro-batch with a smaller norm is not scaled, and the rule needs
-    no second pass.
+    With micro-batches (`clip_at="micro-batch"` of [`psclip_optax.clipped_value_and_grad`][], or the
+    means of micro-batches as the stack of [`psclip_optax.per_sample_clip`][]) this is adaptive
+    micro-batch clipping, with one difference. In the paper ρ_t is the smallest norm of the batch
+    that is clipped, so every micro-batch is scaled to the same norm. Here it is the smallest norm
+    of the previous batch: a micro-batch with a smaller norm is not scaled, and no second pass is
+    needed.
 
     A single zero gradient makes the next step zero. A `decay` above 0 averages the minima of
-    several batches, which softens this; the paper does not do so.
+    several batches, which softens this; the paper does not average.
 
     Args:
-      decay: the factor per update, in [0, 1], of the average of the minima; 0 takes the last alone.
+      decay: the factor per update, in [0, 1], of the average of the minima; 0 takes only the last.
       initial: τ before any norm was seen; see [`psclip_optax.moment_threshold`][].
 
     Returns:
@@ -305,7 +305,7 @@ def min_norm_threshold(
 
 
 def _hill(norms: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the mean of log(norm / next one) over the k largest norms, and k; 0, 0 below two."""
+    """Return the mean excess of log norms over the k largest, and k; (0, 0) for fewer than two."""
     if not norms.size:
         return jnp.zeros((), norms.dtype), jnp.int32(0)
     positive = counts & (norms > 0)
@@ -320,6 +320,6 @@ def _hill(norms: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _order_below_index(tail: RunningMean) -> jax.Array:
-    """Convert the mean excess to p; the highest p where no tail was seen."""
+    """Convert the mean excess to p; return the highest p if no tail was seen."""
     inverse = jnp.maximum(tail.mean, jnp.finfo(tail.mean.dtype).tiny)
     return jnp.clip(1 / inverse - _MARGIN, _LOWEST_ORDER, _HIGHEST_ORDER)

@@ -1,4 +1,4 @@
-"""The threshold that needs no number, which is taken where none is given."""
+"""Build the default threshold, which needs no number."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from psclip_optax.thresholds.interface import AdaptiveThreshold, Threshold
 from psclip_optax.thresholds.rules import build_rule
 from psclip_optax.thresholds.running import zeros
 
-# Chosen by `python -m benchmarks.thresholds.auto_threshold`. Twice the threshold fails at large
-# learning rates under wrong labels; half of it trains slowly at small ones.
+# Chosen by `python -m benchmarks.thresholds.auto_threshold`. Twice this threshold fails at large
+# learning rates with wrong labels; half of it trains slowly at small ones.
 _DECAY = 0.99
 _SHARE = 1 / 2
 _FLOOR = 1 / 2
-# The largest median is never forgotten, so it must not come from a few outliers at the start.
+# The largest median is never forgotten, so a few outliers at the start must not set it.
 _ENOUGH_NORMS = 32
 
 _BINS_PER_OCTAVE = 32
@@ -27,10 +27,10 @@ _NUM_BINS = (_OCTAVES_BELOW + _OCTAVES_ABOVE) * _BINS_PER_OCTAVE
 
 
 class AutoState(NamedTuple):
-    """State of `auto_threshold`, from norms above 0 alone.
+    """Holds the state of `auto_threshold`; only norms above 0 count.
 
     Attributes:
-      unit: float, the median of the first batch with such norms; 0 before it.
+      unit: float, the median of the first batch with such norms; 0 before that batch.
       counts: float [2048], the discounted number of norms nearest to unit · 2^(i/32 − 32).
       median: float, the median of this histogram.
       largest: float, the largest value that the median has had.
@@ -49,29 +49,29 @@ def auto_threshold() -> AdaptiveThreshold[AutoState]:
 
     where m_t is the median of the norms above 0 that were seen up to batch t. Each norm counts with
     the weight 0.99 to the power of the number of later batches. The threshold is the same for all
-    samples of a batch. It needs no number, and is taken by [`psclip_optax.per_sample_clip`][] and
-    [`psclip_optax.ps_clip_sgd`][] where no threshold is given.
+    samples of a batch. It needs no number, and is the default of [`psclip_optax.per_sample_clip`][]
+    and [`psclip_optax.ps_clip_sgd`][].
 
-    A median does not depend on how large the largest norms are, and rises slowly when a step that
-    was too long makes all norms grow. The floor is for a model that fits most of its samples: their
-    norms vanish, and the median with them, but the other samples are those left to learn from.
+    The median does not depend on the size of the largest norms, and rises slowly when too long a
+    step makes all norms grow. The floor matters for a model that fits most of its samples: their
+    norms vanish, and so does the median, but training still has to learn from the other samples.
 
-    Most samples are clipped, and the steps are shorter than without clipping. The best learning
-    rate is often a few times larger. Multiplying the loss by a constant multiplies τ by it and
-    changes no γ_k.
+    Most samples are clipped, so steps are shorter than without clipping, and the best learning rate
+    is often a few times larger. Multiplying the loss by a constant multiplies τ by it and changes
+    no γ_k.
 
-    The first batch is clipped by its own norms, as no others are known. `per_sample_clip` and the
-    train steps of Flax do this by themselves. In a loop of your own `is_new(state)` says so; the
-    threshold of a new state is 0. The norms are kept as a histogram of their logarithms relative to
-    the median of the first batch, with 32 bins an octave over 64 octaves (8 KiB in float32): τ is
-    exact to 1.1 %.
+    The first batch is clipped by its own norms, because no others are known. `per_sample_clip` and
+    the train steps of Flax do this automatically. In your own loop, check `is_new(state)`; the
+    threshold of a new state is 0. The state is a histogram of the norms' logarithms relative to the
+    median of the first batch, with 32 bins per octave over 64 octaves (8 KiB in float32): τ has a
+    relative error of at most 1.1 %.
 
     Returns:
       An [`psclip_optax.AdaptiveThreshold`][], whose thresholds are
       [`psclip_optax.constant_threshold`][].
 
     Raises:
-      TypeError: in an update, the state is of another rule.
+      TypeError: in an update, the state is that of another rule.
       ValueError: in an update, norms are not of shape [n] or the mask does not fit.
 
     Examples:
@@ -90,7 +90,8 @@ def auto_threshold() -> AdaptiveThreshold[AutoState]:
       `python -m benchmarks.thresholds.auto_threshold`).
 
       Seetharaman et al., [AutoClip: Adaptive Gradient Clipping for Source Separation
-      Networks](https://arxiv.org/abs/2007.14469), 2020 (the same of all steps' mean gradients).
+      Networks](https://arxiv.org/abs/2007.14469), 2020 (the same for the mean gradients of all
+      steps).
     """
 
     def init() -> AutoState:
@@ -100,7 +101,7 @@ def auto_threshold() -> AdaptiveThreshold[AutoState]:
         return ConstantThreshold(_SHARE * jnp.maximum(state.median, _FLOOR * state.largest))
 
     def observe(state: AutoState, norms: jax.Array, counts: jax.Array) -> AutoState:
-        # A zero gradient is not clipped at any threshold, and so says nothing about one.
+        # A zero gradient is never clipped, so it says nothing about the threshold.
         positive = counts & (norms > 0)
         unit = jnp.where(state.unit > 0, state.unit, clipping.median(norms, positive))
         seen = _DECAY * state.counts + _histogram(norms, positive, unit)
@@ -119,7 +120,7 @@ def auto_threshold() -> AdaptiveThreshold[AutoState]:
 def _histogram(norms: jax.Array, counts: jax.Array, unit: jax.Array) -> jax.Array:
     """Count the norms nearest to each power of 2^(1/32), in multiples of the unit."""
     octaves = jnp.log2(norms) - jnp.log2(unit) + _OCTAVES_BELOW
-    # Rounded to the nearest bin, so that the unit itself does not lie at the edge of one.
+    # Rounded to the nearest bin, so that the unit is not at the edge of a bin.
     bins = jnp.clip(jnp.round(octaves * _BINS_PER_OCTAVE), 0, _NUM_BINS - 1).astype(int)
     return jnp.bincount(bins, weights=counts.astype(norms.dtype), length=_NUM_BINS)
 

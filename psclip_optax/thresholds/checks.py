@@ -1,4 +1,4 @@
-"""Check the numbers that thresholds are made of, and the positions they are called with."""
+"""Check the numbers that define thresholds, and the positions passed to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCALAR_POSITION = (
 
 
 def concrete(x: object) -> np.ndarray | None:
-    """Return the value of `x`; None if it is traced or lies on other processes' devices."""
+    """Return the value of `x`; None if it is traced or on other processes' devices."""
     try:
         return np.asarray(x)
     except (jax.errors.TracerArrayConversionError, RuntimeError):
@@ -36,7 +36,7 @@ def check_number(
     highest: float = math.inf,
     open_ends: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Refuse a value that is no real scalar or, where it is known, lies outside the interval."""
+    """Refuse a value that is no real scalar or is known to be outside the interval."""
     is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
     if not (isinstance(value, int | float) or is_array) or not is_numeric(dtype_of(value)):
         raise TypeError(f"{owner} expects a real number as `{name}`, got {value!r}")

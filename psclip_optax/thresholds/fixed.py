@@ -1,7 +1,7 @@
-"""Thresholds that are known in advance: constant, or growing with the position.
+"""Define thresholds that are known in advance: constant, or growing with the position.
 
 Both classes are pytrees whose numbers may be traced. So a threshold can be an argument of a jitted
-function, and it can be scheduled, batched by `jax.vmap` or differentiated.
+function, and can be scheduled, batched by `jax.vmap` or differentiated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEEPS_NO_STATE = (
 
 
 def _register_without_checks(cls: _Class) -> _Class:
-    """Register a dataclass as a pytree that any leaves may be put back into.
+    """Register a dataclass as a pytree that can be rebuilt with any leaves.
 
     `jax.tree_util.register_dataclass` calls `__init__`, whose checks would refuse values that JAX
     puts into such trees: cotangents (which may be negative), batched values, placeholders.
@@ -88,9 +88,9 @@ class ConstantThreshold:
 class GrowingThreshold:
     """A largest norm that grows with the sample's position in the batch: τ_k = α k^{1/β}.
 
-    With α = σ and β = p, where the gradient noise has E‖∇f(x, ξ)‖^p ≤ σ^p for a p in (1, 2], the
-    mean of the clipped gradients is the estimator of PS-Clip-SGD. It needs no batch size in
-    advance: it is an anytime truncated mean.
+    With α = σ and β = p, where E‖∇f(x, ξ)‖^p ≤ σ^p for a p in (1, 2], the mean of the clipped
+    gradients is the estimator of PS-Clip-SGD. It does not depend on the batch size: it is an
+    anytime truncated mean.
 
     Args:
       alpha: the scale α, a real scalar ≥ 0 in the units of the gradient's norm; may be traced.
@@ -127,7 +127,7 @@ class GrowingThreshold:
         positions = as_positions(positions).astype(jnp.result_type(float))
         alpha = jnp.asarray(self.alpha, positions.dtype)
         beta = jnp.asarray(self.beta, positions.dtype)
-        # The growth is kept finite where it overflows: 0 · ∞ would be NaN for α = 0.
+        # The growth is clamped to a finite value if it overflows: for α = 0, 0 · ∞ would be NaN.
         growth = jnp.minimum(positions ** (1 / beta), jnp.finfo(positions.dtype).max)
         return alpha * growth
 
@@ -141,7 +141,7 @@ def _is_real(dtype: jax.typing.DTypeLike) -> bool:
 
 
 def as_threshold(threshold: ThresholdLike) -> Threshold:
-    """Return the threshold itself, or the constant one that a number stands for."""
+    """Return the threshold itself, or the constant threshold for a number."""
     if isinstance(threshold, AdaptiveThreshold):
         raise TypeError(_KEEPS_NO_STATE)
     if callable(threshold):
@@ -157,7 +157,7 @@ def as_threshold(threshold: ThresholdLike) -> Threshold:
 
 
 def least_norm(threshold: Threshold) -> np.ndarray | None:
-    """Return the smallest τ of a threshold over all positions; None where it is not known."""
+    """Return the smallest τ of a threshold over all positions; None if it is not known."""
     if isinstance(threshold, ConstantThreshold):
         return concrete(threshold.value)
     return concrete(threshold.alpha) if isinstance(threshold, GrowingThreshold) else None

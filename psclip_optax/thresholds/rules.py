@@ -1,4 +1,4 @@
-"""Build adaptive thresholds, with the checks and the sums over devices that all of them share."""
+"""Build adaptive thresholds; all of them share these checks and sums over devices."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def build_rule(
     observe: Callable[[StateT, jax.Array, jax.Array], StateT],
     is_new: Callable[[StateT], jax.Array] | None = None,
 ) -> AdaptiveThreshold[StateT]:
-    """Build a rule from `observe`: (state, norms, which of them count) → state.
+    """Build a rule from `observe(state, norms, counts) -> state`.
 
-    Norms that do not count are 0.
+    Norms are 0 where `counts` is False.
     """
     expected = jax.eval_shape(init)
 

@@ -1,4 +1,4 @@
-"""Running means and moments of norms, in which each later batch discounts the earlier ones."""
+"""Compute running means and moments of norms, in which earlier batches are discounted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class RunningMean(NamedTuple):
-    """A mean over batches, in which each later batch discounts the earlier ones by the decay.
+    """Holds a mean over batches; each update discounts the earlier batches by the decay.
 
     Attributes:
       weight: float, the sum of the weights; 0 before the first batch.
@@ -22,7 +22,7 @@ class RunningMean(NamedTuple):
 
 
 class RunningMoment(NamedTuple):
-    """Roots of mean powers of the norms seen, (mean ‖g‖^p)^{1/p}.
+    """Holds roots of mean powers of the norms seen, (mean ‖g‖^p)^{1/p}.
 
     Attributes:
       weight: float, the discounted number of norms.
@@ -40,7 +40,7 @@ def zeros(shape: Sequence[int] = ()) -> jax.Array:
 def _weigh(
     weight: jax.Array, amount: jax.typing.ArrayLike, decay: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the new weight, and the share of the new amount in it."""
+    """Return the new weight, and the share of the new batch in it."""
     amount = jnp.asarray(amount, weight.dtype)
     weight = weight * decay + amount
     return weight, amount / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
@@ -66,7 +66,7 @@ def observe_moment(
     number = jnp.sum(counts)
     weight, share = _weigh(running.weight, number, decay)
     orders = jnp.asarray(orders, norms.dtype)
-    # In units of the largest norm, so that no power overflows.
+    # Relative to the largest norm, so that no power overflows.
     largest = jnp.maximum(jnp.max(norms, initial=0), running.root)
     unit = jnp.where(largest > 0, largest, 1)
     behind_orders = (*[1] * orders.ndim, -1)

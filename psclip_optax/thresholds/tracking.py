@@ -1,4 +1,4 @@
-"""Keep the state of an adaptive threshold in the state of an optimizer."""
+"""Store the state of an adaptive threshold in the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StateT = TypeVar("StateT")
 
 
 class TrackNormsState(NamedTuple):
-    """State of `track_norms`.
+    """Holds the state of `track_norms`.
 
     Attributes:
       threshold_state: the state of the adaptive threshold.
@@ -32,29 +32,30 @@ class TrackNormsState(NamedTuple):
 def track_norms(
     rule: AdaptiveThreshold[PyTree] | ThresholdTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep the state of an adaptive threshold in an optimizer's: a link that changes no gradient.
+    """Store an adaptive threshold's state in an optimizer's; the link changes no gradient.
 
-    It is for gradients that are clipped before they reach the optimizer, as those of
+    Use it for gradients that are clipped before they reach the optimizer, such as those of
     [`psclip_optax.clipped_value_and_grad`][]. The state is saved, restored and replicated with the
-    optimizer's, where `optax.tree.get(state, "threshold_state")` finds it.
-    [`psclip_optax.per_sample_clip`][] needs no such link: it keeps the state itself.
+    optimizer's, and `optax.tree.get(state, "threshold_state")` finds it.
+    [`psclip_optax.per_sample_clip`][] needs no such link: it stores the state itself.
 
     Args:
-      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][]. None stands for
-        [`psclip_optax.auto_threshold`][]. A tree prefix of the parameters with one for each group
-        has the tree of their states as its state, and `jax.tree.map(lambda rule, state:
-        rule.threshold(state), rules, states, is_leaf=lambda node: isinstance(node,
-        psc.AdaptiveThreshold))` as its tree of thresholds.
+      rule: an adaptive threshold, such as [`psclip_optax.moment_threshold`][]. None means
+        [`psclip_optax.auto_threshold`][]. For a tree prefix of the parameters with one for each
+        group, the state is the tree of their states, and the tree of thresholds is
+        `jax.tree.map(lambda rule, state: rule.threshold(state), rules, states, is_leaf=lambda node:
+        isinstance(node, psc.AdaptiveThreshold))`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a
-      [`psclip_optax.thresholds.tracking.TrackNormsState`][]. Its update takes `norms`, float [n]
-      or, by group, [n, groups], and `sample_mask`, bool [n] or None, as further keyword arguments,
-      which `optax.chain` passes on.
+      [`psclip_optax.thresholds.tracking.TrackNormsState`][]. Its update accepts `norms`, float [n]
+      or, when clipping by group, [n, groups], and `sample_mask`, bool [n] or None, as additional
+      keyword arguments, which `optax.chain` passes on.
 
     Raises:
-      TypeError: `rule` is no AdaptiveThreshold, or an update came without norms.
-      ValueError: norms are not of shape [n], or by group [n, groups], or the mask does not fit.
+      TypeError: `rule` is no AdaptiveThreshold, or an update is called without norms.
+      ValueError: norms are not of shape [n], or [n, groups] when clipping by group, or the mask
+          does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -127,7 +128,7 @@ def state_for_batch(
 
     is_new = rule.is_new(state)
     known = concrete(is_new)
-    if known is not None:  # without jit, each update would compile a lax.cond anew
+    if known is not None:  # without jit, each update would compile a lax.cond again
         return measured() if known else state
     return lax.cond(is_new, measured, lambda: state)
 
@@ -135,7 +136,7 @@ def state_for_batch(
 def as_adaptive(
     threshold: ThresholdLike | AdaptiveThreshold[PyTree] | ThresholdTree | None,
 ) -> AdaptiveThreshold[PyTree]:
-    """Make one rule of a rule, a tree of rules, a fixed threshold, or None (the automatic one)."""
+    """Make one rule from a rule, a tree of rules, a fixed threshold, or None (automatic)."""
     if threshold is None:
         return auto_threshold()
     if isinstance(threshold, AdaptiveThreshold):
