@@ -1,4 +1,4 @@
 """Compute per-sample norms and weighted sums of gradients from layers' inputs and cotangents.
 
-README.md, beside this file, has a picture of one call and a glossary.
+README.md in this folder has a diagram of one call and a glossary.
 """

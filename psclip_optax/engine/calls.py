@@ -1,4 +1,4 @@
-"""Take a call of the loss apart: check its arguments, and trace the loss for one example."""
+"""Check and flatten the arguments of a call, and trace the loss for one example."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from psclip_optax.engine.analysis.equations import effects_of_references
 
 
 class Call(NamedTuple):
-    """The arguments of one call, checked and taken apart.
+    """The arguments of one call, checked and flattened.
 
     Attributes:
       params: the parameters' leaves.
       examples: the batched leaves, samples on the first axis.
       loss: a function from the parameters' leaves and one example's leaves to
         (loss, *leaves of aux).
-      aux_treedef: a function that returns the tree of aux, once the loss was traced.
-      treedef: the parameters' tree.
+      aux_treedef: a function that returns the tree structure of aux, once the loss has been traced.
+      treedef: the tree structure of the parameters.
     """
 
     params: list[jax.Array]
@@ -44,11 +44,11 @@ class Call(NamedTuple):
         return self.examples[0].shape[0]
 
     def of(self, params: list[jax.Array], examples: list[jax.Array]) -> Call:
-        """Make the same call of other leaves."""
+        """Make the same call with other leaves."""
         return self._replace(params=params, examples=examples)
 
     def first(self, number: int) -> Call:
-        """Take so many samples from the front."""
+        """Take the first `number` samples."""
         return self._replace(examples=[example[:number] for example in self.examples])
 
 
@@ -62,16 +62,16 @@ def take_apart(
     keep_batch_dim: bool,
     axis_name: Any,
 ) -> Call:
-    """Check a call's arguments before any work is done, and take them apart.
+    """Check a call's arguments before any work is done, and flatten them.
 
     Args:
-      loss: the loss of one example.
+      loss: the loss for one example.
       params: a tree of floating-point arrays.
       batch: the arguments after `params`.
-      in_axes: where the samples lie in each of them.
+      in_axes: the axis of samples in each of them.
       has_aux: whether the loss returns (loss, aux).
-      keep_batch_dim: whether an example has an axis of size 1 where its samples lie.
-      axis_name: the name of the mesh axes that the batch is sharded over, under shard_map.
+      keep_batch_dim: whether an example keeps its axis of samples, with size 1.
+      axis_name: the mesh axes over which the batch is sharded, under shard_map.
     """
     meshes.check_axis_name(axis_name)
     treedef = jax.tree.structure(params)
@@ -112,7 +112,7 @@ def _restored(example: Any, axis: int, keep_batch_dim: bool) -> Any:
 
 
 def axes_of_leaves(in_axes: Any, batch: tuple[Any, ...]) -> list[int | None]:
-    """Find the axis of samples of each leaf, None where all samples share the leaf."""
+    """Find the axis of samples of each leaf; None if all samples share the leaf."""
 
     def is_axis(node: Any) -> bool:
         return node is None or is_integer(node)
@@ -172,7 +172,7 @@ def _checked_batch(batch: Any, axes: list[int | None]) -> list[jax.Array]:
 
 
 def _check_sizes(leaves: list[jax.Array]) -> None:
-    """Refuse symbolic shapes, of jax.export, by which no work can be laid out."""
+    """Refuse symbolic shapes, as in jax.export: planning needs the sizes."""
     for leaf in leaves:
         if not all(is_integer(size) for size in leaf.shape):
             raise ValueError(
@@ -197,11 +197,11 @@ def value_and_aux(
     has_aux: bool,
     for_batches: str = "keep_batch_dim=True if it is written for batches",
 ) -> tuple[Any, Any]:
-    """Check what a loss returned for one example, and return value and aux, () without one.
+    """Check the result of a loss for one example, and return value and aux, () without aux.
 
     Args:
-      result: what the loss returned.
-      has_aux: whether that is to be (loss, aux).
+      result: the result of the loss.
+      has_aux: whether it should be (loss, aux).
       for_batches: the advice for a loss that is written for batches.
     """
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
@@ -227,14 +227,14 @@ def value_and_aux(
 
 
 def _one_of(leaf: jax.Array) -> Any:
-    # Under shard_map the type of a real sample says over which mesh axes it varies.
+    # Under shard_map the type of an actual sample says over which mesh axes it varies.
     if leaf.shape[0] and meshes.axes_of(leaf):
         return leaf[0]
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
 def _check_effects(effects: Any) -> None:
-    """Refuse effects but those of debugging and of references that a loss makes for itself."""
+    """Refuse all effects except debugging and references that the loss creates itself."""
     refused = effects - _of_debugging() - effects_of_references()
     if refused:
         names = ", ".join(map(str, refused))
@@ -262,7 +262,8 @@ def trace(call: Call, axis_name: Any) -> core.ClosedJaxpr:
 def _check_own_gradients(call: Call, axes: tuple[Any, ...], axis_name: Any) -> None:
     """Refuse parameters that do not vary over all axes over which the loss does.
 
-    shard_map would sum their gradients over the devices, as it takes the sum of all losses.
+    shard_map would sum their gradients over the devices, because it differentiates the sum of
+    losses.
     """
     params = call.treedef.unflatten(call.params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -1,4 +1,4 @@
-"""Explain a plan in words and numbers: a row for each parameter."""
+"""Print a plan as a table with a row for each parameter."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from psclip_optax.engine.plan import LeafPlan, Plans
 from psclip_optax.groups import Groups
 from psclip_optax.table import table
 
-# Columns that only some plans have, by the field of a row.
+# Maps fields of a row to columns that only some plans have.
 _BY_GROUP = {"group": "group", "is_fused": "fused"}
 _COLUMNS = ("parameter", "shape", "route", "sites", "extra FLOPs", "extra bytes", "reason")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanRow:
-    """The treatment of one parameter's per-sample gradients.
+    """Describes how one parameter's per-sample gradients are clipped.
 
     Attributes:
-      parameter: its path in the tree of parameters.
-      shape: its dtype and shape.
+      parameter: the path in the tree of parameters.
+      shape: the dtype and shape.
       route: "direct" (its gradient is made for each sample by automatic differentiation), "dense",
-        "conv", "embedding", "tied", "ragged" or "custom" (norms from what enters and leaves each
-        site); "plain" where micro-batches are clipped.
-      num_sites: how many times it enters the loss, the steps of a scan counted once.
+        "conv", "embedding", "tied", "ragged" or "custom" (norms from each site's inputs and
+        cotangents); "plain" if micro-batches are clipped.
+      num_sites: how often the loss uses the parameter; the steps of a scan count once.
       extra_flops: floating-point operations for the norms of a batch, as XLA counts them.
-      extra_bytes: the bytes that a batch keeps until the norms are known, beyond a plain gradient;
-        0 where the group is fused, as it is clipped where it is differentiated.
-      reason: why the route was taken. For a fallback it is the operation and the user's line; where
-        other groups are fused, the reason why this one is not.
-      group: where gradients are clipped by group, the column of norms and scales for the parameter,
-        from 0 on; a range of columns where each slice has one.
-      is_fused: in mode "fused", whether its group is clipped within the one backward pass.
+      extra_bytes: the bytes stored for a batch until the norms are known, beyond a plain gradient;
+        0 if the group is fused, because it is clipped during the backward pass.
+      reason: why the route was chosen. For a fallback it has the operation and the user's line; if
+        other groups are fused, it says why this one is not.
+      group: when clipping by group, the parameter's column of norms and scales, from 0; a range of
+        columns if each slice has one.
+      is_fused: in mode "fused", whether the parameter's group is clipped within the backward pass.
     """
 
     parameter: str
@@ -61,11 +61,11 @@ class Plan:
 
     Attributes:
       rows: a row for each parameter, in the order of the tree's leaves.
-      mode: the mode that the call takes; "micro-batch" where micro-batches are clipped.
-      num_samples: the size of the batch that the plan was made for.
-      num_slices: for "two_pass" the number of slices that one pass runs over; None for two passes
-        over the whole batch.
-      note: the reason why "two_pass" does not take two passes, where it lies in the loss.
+      mode: the mode of the call; "micro-batch" if micro-batches are clipped.
+      num_samples: the batch size for which the plan was made.
+      num_slices: for "two_pass" the number of slices of one pass; None for two passes over the
+        whole batch.
+      note: why "two_pass" cannot make two passes, if the loss prevents it.
     """
 
     rows: tuple[PlanRow, ...]
@@ -137,7 +137,7 @@ def explained(
     note: str = "",
     fusion: Fusion | None = None,
 ) -> Plan:
-    """Explain the plans of all weights to the caller, a row for each parameter."""
+    """Make the rows of a plan, one for each parameter, from the plans of all weights."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     costs = _Costs(plans, num_samples, dtype)
     of_piece: dict[int, list[_Costed]] = {plan.weight: [(costs, plan)] for plan in plans.leaves}
@@ -171,7 +171,7 @@ def _fused(fusion: Fusion, num_samples: int, dtype: Any) -> dict[int, list[_Cost
 
 
 def explained_microbatches(params: Any, num_samples: int) -> Plan:
-    """Explain a call that clips micro-batches of so many samples: plain gradients of each."""
+    """Explain a call that clips micro-batches: each has a plain gradient."""
     rows = [
         PlanRow(
             parameter=jax.tree_util.keystr(path),
@@ -197,7 +197,7 @@ def _row(
     leaf: jax.Array,
     obstacles: Sequence[str | None] | None,
 ) -> PlanRow:
-    """Describe a parameter, from the plans of its pieces and what keeps each from being fused."""
+    """Describe a parameter, from the plans of its pieces and the obstacles to fusing each."""
     through = [other for costs, plan in pieces for other in costs.through(plan)]
     plans = [*(plan for _, plan in pieces), *through]
     both = [(costs, one) for costs, plan in pieces for one in (plan, *costs.accounted_to(plan))]
@@ -217,7 +217,7 @@ def _row(
 
 
 class _Costs(NamedTuple):
-    """The costs of the plans of all weights, for so many samples, in so many steps of a scan."""
+    """Computes the costs of the plans of all weights, for a batch, in the steps of scans."""
 
     plans: Plans
     num_samples: int
@@ -229,7 +229,7 @@ class _Costs(NamedTuple):
         return [other for other in self.plans.others if other.weight in plan.through]
 
     def accounted_to(self, plan: LeafPlan) -> list[LeafPlan]:
-        """Find the weights computed from a parameter that is the first of theirs."""
+        """Find the computed weights whose first parameter is this one."""
         first = {weight: p.weight for p in reversed(self.plans.leaves) for weight in p.through}
         return [other for other in self.through(plan) if first[other.weight] == plan.weight]
 
@@ -276,7 +276,7 @@ class _Costs(NamedTuple):
         return sum(count_flops(function, both) for function in made)
 
     def _flops_of_pulling_back(self, plan: LeafPlan) -> float:
-        """Count the operations for one parameter's share in the norms, its gradients included."""
+        """Count the operations for one parameter's share in the norms, including its gradients."""
         needed = [plan, *self.through(plan)]
         stacks = {
             one.weight: jax.ShapeDtypeStruct(

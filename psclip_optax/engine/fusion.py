@@ -1,4 +1,4 @@
-"""Plan which groups are fused: clipped in the backward pass, where their cotangents are."""
+"""Plan which groups are fused: clipped in the backward pass, as soon as cotangents are known."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Fused(NamedTuple):
     """A group that is clipped in the backward pass, or one for each step of a scan.
 
     Attributes:
-      columns: of norms and scales that are of it; one for each step.
-      segment: where it meets data.
+      columns: its columns of norms and scales; one for each step.
+      segment: the part of the loss where it meets data.
       plans: the plans of the segment's weights.
     """
 
@@ -24,12 +24,12 @@ class Fused(NamedTuple):
 
 
 class Fusion(NamedTuple):
-    """Which groups are fused, and what becomes of the others.
+    """Says which groups are fused, and why the others are not.
 
     Attributes:
-      fused: those that are.
+      fused: the fused groups.
       plans: the plans of all weights.
-      obstacles: what keeps the others from it, by the number of each of their weights.
+      obstacles: why the others are not fused, by the number of each of their weights.
     """
 
     fused: tuple[Fused, ...]
@@ -52,7 +52,7 @@ def plan_fusion(plans: Plans, groups: Groups) -> Fusion:
       plans: of the loss.
       groups: which parameters are clipped together.
     """
-    if plans.closed.effects:  # an operation with a derivative of its own may have none
+    if plans.closed.effects:  # an operation with a custom derivative may not have effects
         reasons = {plan.weight: "are of a loss with side effects" for plan in plans.leaves}
         return Fusion((), plans, reasons)
     columns: dict[range, set[int]] = {}

@@ -1,11 +1,12 @@
 """Estimate the peak of a traced program's temporary memory, as XLA's compilers hold arrays.
 
-- What is computed element by element is fused into what reads it, and computed anew there from the
-  arrays that it is made of. It is held if several read it and it is smaller than those arrays.
-- A product or a convolution writes what its only reader makes of it element by element.
-- A loop or a branch reads arrays from memory. What is held for it alone is written just before.
-- A loop's carry, and what is computed element by element, takes the place of an array of the same
-  size that is read for the last time.
+- An elementwise result is fused into the operation that reads it, and recomputed there from its
+  inputs. It is stored if several operations read it and it is smaller than these inputs.
+- If the only reader of a product or a convolution is elementwise, the result of the reader is
+written in its place.
+- A loop or a branch reads arrays from memory. An array that only it reads is written just before.
+- A loop's carry and an elementwise result reuse the memory of an array of the same size that is
+  read for the last time.
 
 Arguments and results are not temporary.
 """
@@ -34,7 +35,7 @@ _WITH_BODIES = ("scan", "while", "cond", "shard_map")
 _READING_MEMORY = (*_WITH_BODIES, "sort", "dynamic_update_slice")
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 _SCATTERS = ("scatter", "scatter-add")
-# The same array in memory, or in another layout that what writes it may choose.
+# The same array in memory, or in a layout that the writing operation may choose.
 _SAME_ARRAY = (
     *("copy", "copy_p", "expand_dims", "name", "optimization_barrier", "pcast", "pvary"),
     *("reshape", "sharding_constraint", "squeeze", "stop_gradient", "transpose"),
@@ -49,20 +50,21 @@ _FUSED = (
     *("shift_left", "shift_right_arithmetic", "shift_right_logical", "slice", "split", "stack"),
     "xor",
 )
-# XLA computes anew what is little smaller than the arrays that it is made of.
+# XLA recomputes a result that is not much smaller than its inputs.
 _WORTH_HOLDING = 1.25
-# The reader whose result a product writes may make bfloat16 to float32, not more of it.
+# A product's reader may be written in its place if it converts bfloat16 to float32, not if it grows
+# more.
 _WIDENED = 2
 
 
 class _Step(NamedTuple):
-    """An equation that no other one calls.
+    """An equation of a program whose calls are inlined.
 
     Attributes:
       eqn: the equation.
       reads: the numbers of the values that it reads; None for a literal.
-      writes: those of its results.
-      inside: the peak within the bodies of a loop or the branches of a condition.
+      writes: the numbers of its results.
+      inside: the peak within the body of a loop or the branches of a condition.
     """
 
     eqn: core.JaxprEqn
@@ -80,8 +82,8 @@ def peak_bytes(jaxpr: core.Jaxpr, *, fuses_scatters: bool) -> int:
 
     Args:
       jaxpr: the traced program.
-      fuses_scatters: whether a scatter of single entries is a comparison of indices, element by
-        element, as XLA has it on TPUs.
+      fuses_scatters: whether a scatter of single entries becomes an elementwise comparison of
+        indices, as in XLA for TPUs.
     """
     return _peak(_Program(jaxpr, fuses_scatters=fuses_scatters))
 
@@ -91,7 +93,7 @@ class _Program:
 
     Attributes:
       sizes: the bytes of each value, by its number.
-      steps: those that results depend on.
+      steps: the steps on which results depend.
       given: the arguments and results.
       results: the results.
       readers: the numbers of the steps that read a value.
@@ -141,7 +143,7 @@ class _Program:
 
 
 def _no_value(literal: Any) -> None:
-    """Give a literal no number: it takes no memory."""
+    """Return no number for a literal, which takes no memory."""
 
 
 def _num_bytes(kind: Any) -> int:
@@ -150,7 +152,7 @@ def _num_bytes(kind: Any) -> int:
 
 
 def _needed(steps: Sequence[_Step], results: set[int]) -> list[_Step]:
-    """Find the steps that results depend on."""
+    """Find the steps on which results depend."""
     wanted, needed = set(results), []
     for step in reversed(steps):
         if not wanted.isdisjoint(step.writes):
@@ -160,13 +162,13 @@ def _needed(steps: Sequence[_Step], results: set[int]) -> list[_Step]:
 
 
 class _Holding:
-    """Which values are held in memory, and what the others are computed anew from.
+    """Says which values are stored, and from which values the others are recomputed.
 
     Attributes:
-      sources: for each value the held ones that it is made of, or itself.
-      held: the values that the step which makes them writes.
-      written_by_reader: products whose only reader's result is written in their place.
-      written_late: values that are written just before a step of this number reads them.
+      sources: for each value, the stored values from which it is recomputed, or itself.
+      held: the values that are written by the step that computes them.
+      written_by_reader: products in whose place the result of their only reader is written.
+      written_late: values that are written just before the step of this number reads them.
     """
 
     def __init__(self, program: _Program) -> None:
@@ -226,7 +228,7 @@ class _Holding:
             self.sources[value] = sources
 
     def _pass_on(self, value: int, is_behind_product: bool) -> None:
-        """Let the reader of a product in another shape be the product's."""
+        """Treat the reader of a reshaped product as the reader of the product."""
         readers = [self.program.steps[n] for n in self.program.readers[value]]
         if is_behind_product and len(readers) == 1 and self.program.is_fused(readers[0]):
             self.written_by_reader.add(value)
@@ -265,7 +267,7 @@ def _peak(program: _Program) -> int:
 
 
 def _last_reads(program: _Program, holding: _Holding) -> tuple[dict[int, int], dict[int, int]]:
-    """Find the last step that reads each held value, and each that is written late."""
+    """Find the last step that reads each stored value, and each value that is written late."""
     ends: dict[int, int] = {}
     late_ends: dict[int, int] = {}
     late = holding.written_late
@@ -273,7 +275,7 @@ def _last_reads(program: _Program, holding: _Holding) -> tuple[dict[int, int], d
         if program.is_fused(step) and holding.held.isdisjoint(step.writes):
             continue
         if step.name in _WITH_BODIES:
-            ends.update(dict.fromkeys(step.writes, number))  # a carry that nothing reads later too
+            ends.update(dict.fromkeys(step.writes, number))  # also a carry that nothing reads later
         for value in (value for value in step.reads if value is not None):
             if value in late and step.name in _READING_MEMORY:
                 late_ends[value] = number
@@ -290,7 +292,7 @@ def _carried(
     late_ends: dict[int, int],
     size_of: dict[int, int],
 ) -> dict[int, int]:
-    """Find what a loop's carry takes the place of: its first value, if nothing reads that later.
+    """Find the memory that a loop's carry reuses: its first value, if nothing reads that later.
 
     The first value of a carry that is a result takes no temporary memory.
     """
@@ -331,7 +333,7 @@ def _replaced(
     size_of: dict[int, int],
     carried: dict[int, int],
 ) -> list[int]:
-    """Find arrays in whose place a step writes its results."""
+    """Find arrays whose memory a step reuses for its results."""
     is_in_place = program.is_fused(step) or step.name in (*_SCATTERS, "dynamic_update_slice")
     free = [value for value in ending if alive.get(value)] if is_in_place else []
     replaced = []

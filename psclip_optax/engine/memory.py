@@ -17,29 +17,29 @@ from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.plan import LeafPlan, Plans
 
-# A number of samples that is the size of no other axis.
+# A number of samples that no other axis has as its size.
 _MARK = 7919
 
 
-# JAX raises these where it has the gradient of a loss but not of the loss under vmap, as with a
-# custom_vjp within a custom_jvp.
+# JAX raises these if it can differentiate a loss but not the loss under vmap, as with a custom_vjp
+# within a custom_jvp.
 NO_GRADIENT_OF_VMAP = (TypeError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """The bytes that a batch takes, besides parameters and their gradients.
+    """Estimates the bytes that a batch needs, besides parameters and their gradients.
 
-    What is saved is found by tracing the loss once more, and only where it is asked for.
+    The saved bytes are found by tracing the loss again, only when requested.
 
     Attributes:
       closed: the loss for one example.
       num_leaves: how many of its inputs are parameters.
       plans: the plans made for it.
       num_samples: how many samples the batch has.
-      entering: the bytes of arrays that enter the sites. `saved` lacks them where a loss is
+      entering: the bytes of the sites' inputs. `saved` does not include them if the loss is
         rematerialised.
-      kept: for each weight the bytes that "one_pass" keeps until the norms are known.
+      kept: for each weight, the bytes that "one_pass" stores until the norms are known.
     """
 
     closed: core.ClosedJaxpr
@@ -51,26 +51,26 @@ class Bytes:
 
     @functools.cached_property
     def saved(self) -> int | None:
-        """Sum the bytes that a plain gradient saves between its forward and its backward pass.
+        """Sum the bytes that a plain gradient stores between its forward and its backward pass.
 
-        None where JAX has no gradient of the loss under vmap.
+        None if JAX cannot differentiate the loss under vmap.
         """
         return _saved_bytes(self.closed, self.num_leaves, self.num_samples)
 
     @functools.cached_property
     def saved_rewritten(self) -> int | None:
-        """Sum those of the rewritten loss: fewer computed weights, more arrays of samples."""
+        """Sum these bytes for the rewritten loss, which has fewer computed weights."""
         if self.plans.closed is self.closed:
             return self.saved
         return _saved_bytes(self.plans.closed, self.plans.num_leaves, self.num_samples)
 
     @property
     def of_one_pass(self) -> int:
-        """Sum the bytes of one pass at the worst: a scan's loop frees nothing before it ends."""
+        """Bound the bytes of one pass: a scan's loop frees nothing before it ends."""
         return max(self.saved_rewritten or 0, self.entering) + sum(self.kept.values())
 
     def of_fused(self, rest: Iterable[int]) -> int:
-        """Sum the bytes of a pass that keeps nothing of any weights but these."""
+        """Sum the bytes of a pass that stores arrays for these weights only."""
         kept = [self.kept[weight] for weight in rest]
         return max(self.saved_rewritten or 0, self.entering if kept else 0) + sum(kept)
 
@@ -78,7 +78,7 @@ class Bytes:
 def estimated_bytes(
     closed: core.ClosedJaxpr, plans: Plans, leaves: Sequence[Any], num_samples: int
 ) -> Bytes:
-    """Estimate bytes by shapes, as if XLA did not free, fuse or compute anything twice.
+    """Estimate bytes from shapes, as if XLA did not free, fuse or recompute anything.
 
     Args:
       closed: the loss for one example.
@@ -87,7 +87,7 @@ def estimated_bytes(
       num_samples: how many samples the batch has.
     """
     sites = [site for plan in plans.all for site in plan.sites]
-    # An array that enters several sites is held once.
+    # An array that is the input of several sites is stored once.
     entered = {atom: site for site in sites for atom in site.entering}
     return Bytes(
         closed,
@@ -124,7 +124,7 @@ def _saved_bytes(closed: core.ClosedJaxpr, num_leaves: int, num_samples: int) ->
 def kept_bytes_of(plan: LeafPlan, shaped: Any, num_samples: int) -> int:
     if plan.is_direct:
         return num_samples * shaped.size * shaped.dtype.itemsize
-    # A separable norm takes y = op(W, x) or y = op(D, x) as well.
+    # A separable norm needs y = op(W, x) or y = op(D, x) as well.
     times = 2 if plan.norm == "separable" else 1
     return times * num_bytes(leaving(plan, num_samples).values())
 

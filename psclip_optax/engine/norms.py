@@ -1,4 +1,4 @@
-"""Take norms and weighted sums of the per-sample gradients of one weight."""
+"""Compute norms and weighted sums of the per-sample gradients of one weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psclip_optax.engine.parts import Parts, in_parts
 from psclip_optax.engine.plan import LeafPlan, leaving_axes
 from psclip_optax.engine.routes.route import Cotangents, Entered, over_samples
 
-# How many entries of gradients with respect to computed weights are made at a time.
+# The number of entries of gradients of computed weights that are made at a time.
 _MOST_PULLED_BACK = 2**22
 
 
@@ -229,7 +229,7 @@ def site_squared_norm(
 def weighted_sum(
     plan: LeafPlan, parameter: Any, entered: Entered, cotangents: Cotangents, weights: jax.Array
 ) -> jax.Array:
-    """Return Σ weights_k G_k as a plain backward pass does, from weighted cotangents.
+    """Return Σ weights_k G_k like a plain backward pass, from weighted cotangents.
 
     Args:
       plan: the plan of a parameter or computed weight, which has sites.
@@ -250,7 +250,7 @@ def weighted_sum(
 
 
 def added(gradient: jax.Array, other: jax.Array | None) -> jax.Array:
-    """Add two parts of a gradient, of which one may be in a wider dtype; None is 0."""
+    """Add two parts of a gradient, one of which may have a wider dtype; None is 0."""
     if other is None:
         return gradient
     dtype = promoted(gradient.dtype, other.dtype)
@@ -260,5 +260,5 @@ def added(gradient: jax.Array, other: jax.Array | None) -> jax.Array:
 def _scaled(array: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
     weights = jnp.expand_dims(weights, [i for i in range(array.ndim) if i != axis])
     scaled = array.astype(promoted(array.dtype, weights.dtype)) * weights
-    # The cotangents of a sample with weight 0 may not be finite.
+    # The cotangents of a sample with weight 0 may be non-finite.
     return jnp.where(weights == 0, 0, scaled).astype(array.dtype)

@@ -1,4 +1,4 @@
-"""Run samples in parts, one after another, so that intermediate arrays are those of one part."""
+"""Process samples in parts, one after another, to keep intermediate arrays small."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from psclip_optax.engine.platforms import by_platform
 
 
 class Parts(NamedTuple):
-    """The least number of parts, by platform.
+    """Holds the least number of parts, by platform.
 
-    A CPU is faster where intermediate arrays stay in its cache. On other platforms each step of a
-    loop costs time, and parts only save memory. XLA's compiler for TPUs squares and sums products
-    as it makes them, so that these take no memory.
+    A CPU is faster if intermediate arrays stay in its cache. On other platforms each step of a loop
+    costs time, and parts only save memory. XLA's compiler for TPUs fuses squaring and summing into
+    products, which then take no memory.
     """
 
     on_cpu: float
@@ -31,17 +31,17 @@ class Parts(NamedTuple):
 def in_parts(
     function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, least: Parts
 ) -> jax.Array:
-    """Make a function's result [n] in at least so many parts, if the samples can be so parted.
+    """Compute a function's result [n] in at least `least` parts, if the samples can be split so.
 
-    Where devices may share the samples, a part takes samples at an even distance, equally many from
-    each device. Consecutive samples would have to move between devices.
+    If devices may share the samples, a part takes every m-th sample, so the same number from each
+    device. Consecutive samples would have to move between devices.
 
     Args:
-      function: a function of trees of arrays, to one number for each sample.
+      function: a function from trees of arrays to one number for each sample.
       trees: the trees of arrays.
       axes: the axis of samples in each of the arrays.
       num_samples: n.
-      least: at least how many parts.
+      least: the least number of parts.
     """
     devices = meshes.num_devices(trees)
     devices = devices if num_samples % devices == 0 else 1
@@ -73,15 +73,15 @@ def _in_so_many(
 
 
 def number_of_parts(num_samples: int, at_least: float, may_overlap: bool) -> int:
-    """Choose how many parts there are: a divisor of num_samples, unless that is far too many."""
+    """Choose the number of parts: a divisor of num_samples, unless that is far too many."""
     wanted = min(num_samples, max(1, math.ceil(at_least)))
     most = 2 * wanted if may_overlap else num_samples + 1
     return next((number for number in range(wanted, most) if num_samples % number == 0), wanted)
 
 
 def _strided(array: jax.Array, axis: int, i: jax.Array, num_parts: int) -> jax.Array:
-    # XLA's CPU backend copies the whole batch if it is reshaped outside of the loop. It does so too
-    # if there are axes of size 1, among which it chooses another order.
+    # XLA's CPU backend copies the whole batch if it is reshaped outside the loop. It also does so
+    # if there are axes of size 1, which it reorders.
     before = [size for size in array.shape[:axis] if size > 1]
     behind = [size for size in array.shape[axis + 1 :] if size > 1]
     size = array.shape[axis] // num_parts
@@ -93,7 +93,7 @@ def _strided(array: jax.Array, axis: int, i: jax.Array, num_parts: int) -> jax.A
 def _in_overlapping_parts(
     function: Callable[[Any], jax.Array], trees: Any, axes: Any, num_samples: int, num_parts: int
 ) -> jax.Array:
-    """Run parts that do not divide the samples, the last of which begins where it still fits."""
+    """Run parts whose size does not divide the samples; the last part overlaps the one before."""
     size = -(-num_samples // num_parts)
     num_parts = -(-num_samples // size)
 

@@ -1,4 +1,4 @@
-"""Plan which route each parameter's gradient takes."""
+"""Choose the route of each parameter's gradient."""
 
 from __future__ import annotations
 
@@ -34,23 +34,20 @@ class Group(NamedTuple):
 
 
 class LeafPlan(NamedTuple):
-    """The plan of the per-sample gradients with respect to one weight.
+    """The plan for the per-sample gradients with respect to one weight.
 
     Attributes:
-      weight: the number of the parameter, or of the weight that is computed from parameters.
-      groups: its sites, parted into those that overlap; empty where automatic differentiation gives
-        the gradient of each sample.
-      escape: why automatic differentiation does, unless for the weight's size.
-      norm: where its share in the norm of a sample's gradient comes from. "own": from its sites, or
-        from its gradients by automatic differentiation. "separable": from these and a separable
-        computation. "pulled back": from gradients that are pulled back through any computation.
-        "none": it has no share of its own: weights computed from it have it, or the parameters that
-        it is computed from.
-      through: the weights that are computed from it.
-      axes: for each of these weights, the axes along which it is separable.
-      is_radial: whether these weights depend on its entries through sums of their squares over the
-        other axes, so that their gradients with respect to it are multiples of itself.
-      is_used: whether it meets data itself.
+      weight: the number of the parameter or computed weight. groups: its sites, grouped by overlap;
+      empty if automatic differentiation gives each sample's gradient. escape: why automatic
+      differentiation is used, unless because the weight is small. norm: how its share in the norm
+      of a sample's gradient is computed. "own": from its sites, or from its gradients by automatic
+      differentiation. "separable": from these and a separable computation. "pulled back": from
+      gradients that are pulled back through any computation. "none": the share is included in that
+      of weights computed from it, or of the parameters from which it is computed. through: the
+      weights computed from it. axes: for each of these weights, the axes along which it is
+      separable. is_radial: whether these weights depend on its entries only through sums of their
+      squares over the other axes, so that their gradients with respect to it are multiples of
+      itself. is_used: whether the weight itself meets data.
     """
 
     weight: int
@@ -68,21 +65,20 @@ class LeafPlan(NamedTuple):
 
     @property
     def is_direct(self) -> bool:
-        """Tell whether automatic differentiation gives its gradient of each sample."""
+        """Tell whether automatic differentiation makes each sample's gradient."""
         return not self.groups and self.is_used
 
 
 class Plans(NamedTuple):
-    """The plans of all per-sample gradients.
+    """The plans for all per-sample gradients.
 
     Attributes:
       leaves: a plan for each piece of a parameter.
-      others: a plan for each weight that is computed from parameters and meets data.
-      computed: these weights.
+      others: a plan for each computed weight that meets data. computed: these computed weights.
       closed: the loss for one example, rewritten so that few weights are computed. Its first inputs
         are the parameters' pieces.
-      pieces: the pieces that parameters are taken in.
-      usage: the use that `closed` makes of them.
+      pieces: the pieces into which parameters are split.
+      usage: how `closed` uses them.
     """
 
     leaves: list[LeafPlan]
@@ -107,14 +103,14 @@ class Plans(NamedTuple):
         return [*self.leaves, *self.others]
 
     def columns(self, weight: int, groups: Groups) -> range:
-        """Say which columns of norms and scales by group are of a weight."""
+        """Return a weight's columns of norms and scales by group."""
         leaf = self.parameter_of(weight)
         columns = groups.columns(leaf)
         box = self.pieces.box_of(weight) if len(columns) > 1 else None
         return columns if box is None else columns[slice(*box[0])]
 
     def parameter_of(self, weight: int) -> int:
-        """Find a parameter that a weight is, or is a piece of, or is computed from."""
+        """Find a parameter that a weight is, is a piece of, or is computed from."""
         leaf_of = self.pieces.leaf_of
         if weight < self.num_leaves:
             return leaf_of[weight]
@@ -132,7 +128,7 @@ def plan_weights(
 
     Args:
       closed: the loss.
-      num_leaves: how many parameters there are.
+      num_leaves: the number of parameters.
       together: which of them are clipped together.
     """
     if has_references(closed.effects):
@@ -162,7 +158,7 @@ def plan_segment(segment: Segment) -> Plans:
 
 
 def without_small(plans: Plans, together: Groups) -> Plans:
-    """Plan anew, so that no weight that has sites is direct because it is small."""
+    """Plan again, so that no weight that has sites is direct because it is small."""
     return _planned(plans.closed, plans.pieces, plans.usage, together, are_small_direct=False)
 
 
@@ -200,12 +196,12 @@ def _is_of_one_group(plans: Plans, family: _Family, together: Groups) -> bool:
 
 
 def _relatives(family: _Family) -> list[int]:
-    """Find the parameters that a family is computed from."""
+    """Find the parameters from which a family is computed."""
     return sorted(frozenset().union(*(one.leaves for one in family.values())))
 
 
 def _differentiate(plans: Plans, family: _Family, escape: Escape | None) -> None:
-    """Leave a family's parameters to automatic differentiation."""
+    """Use automatic differentiation for a family's parameters."""
     for leaf in _relatives(family):
         plans.leaves[leaf] = LeafPlan(leaf, escape=escape)
 
@@ -217,7 +213,7 @@ def _hoisted(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
 def _add_family(
     plans: Plans, family: _Family, plan_one: Callable[[int, Any], LeafPlan], avals: Sequence[Any]
 ) -> None:
-    """Plan computed weights, and anew the parameters that they are computed from."""
+    """Plan computed weights, and plan again the parameters from which they are computed."""
     others = [plan_one(weight, one.aval) for weight, one in family.items()]
     parents = [plans.leaves[leaf] for leaf in _relatives(family)]
     if _is_better_differentiated(parents, others, avals, family):
@@ -243,7 +239,7 @@ def _add_family(
 
 
 def _families(usage: Usage) -> list[_Family]:
-    """Part the computed weights that meet data, so that no parameter is in two parts."""
+    """Split the computed weights that meet data into families that share no parameter."""
     meet_data = usage.escapes.keys() | {site.view.weight for site in usage.sites}
     families: list[_Family] = []
     for weight in sorted(meet_data - set(range(usage.num_leaves))):
@@ -257,10 +253,10 @@ def _families(usage: Usage) -> list[_Family]:
 def _is_better_differentiated(
     parents: Sequence[LeafPlan], others: Sequence[LeafPlan], avals: Sequence[Any], family: _Family
 ) -> bool:
-    """Tell whether automatic differentiation had best treat a family's parameters themselves.
+    """Tell whether automatic differentiation of a family's parameters themselves is better.
 
-    It is better if they are small, or if the weights computed from them are far larger and enter
-    no site.
+    It is better if they are small, or if the weights computed from them are far larger and have no
+    site.
     """
     num_entries = sum(avals[plan.weight].size for plan in parents)
     num_direct = sum(family[plan.weight].aval.size for plan in others if not plan.groups)
@@ -270,7 +266,7 @@ def _is_better_differentiated(
 
 
 def _is_joined(parents: Sequence[LeafPlan], family: _Family) -> bool:
-    """Tell whether parameters enter nothing but weights that hold each of their entries once."""
+    """Tell whether parameters are used only in weights that contain each of their entries once."""
     num_uses = sum(len(one.leaves) for one in family.values())
     is_each_once = num_uses == len(parents) and not any(plan.is_used for plan in parents)
     return is_each_once and all(one.is_joined for one in family.values())
@@ -286,8 +282,8 @@ def _separable(
     """Find the parameter's axes along which each weight computed from it is separable.
 
     Returns:
-      The axes for each of these weights, in its order. None unless all have the same axes, and to
-      scale the parameter along them is to scale what leaves, at each of its sites.
+      The axes for each of these weights, in its order. None unless all have the same axes, and
+      scaling the parameter along them scales the output at each of its sites.
     """
     is_direct = not any(other.groups for other in others if other.weight in plan.through)
     if not plan.groups or not is_direct:
@@ -306,8 +302,8 @@ def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
     """Find the axes of a site's output, [scans…, n, …], that correspond to axes of the weight.
 
     Returns:
-      The output's axes, in the order of the weight's. None if one has no such axis, or if it is not
-      known.
+      The output's axes, in the order of the weight's. None if an axis has no counterpart, or if it
+      is not known.
     """
     layered, _ = site.scan_axes
     layers = [step for step in site.view.frame if step[1:2] == ("layer",)]
@@ -323,7 +319,7 @@ def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
 
 
 def _plan_weight(weight: int, shaped: Any, usage: Usage, may_be_small: bool) -> LeafPlan:
-    """Plan a weight by itself."""
+    """Plan a weight without the weights computed from it."""
     sites = [site for site in usage.sites if site.view.weight == weight]
     escape = usage.escapes.get(weight)
     is_used = bool(sites) or escape is not None
@@ -352,7 +348,7 @@ def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
     """Tell whether all samples' gradients take no more memory than the sites' outputs.
 
     Inside a scan they would be accumulated step by step, which is slower than one product. For
-    convolutions automatic differentiation makes grouped ones, which are slow.
+    convolutions, automatic differentiation makes grouped convolutions, which are slow.
     """
     if not all(site.route.may_be_small and all(site.layered) for site in sites):
         return False

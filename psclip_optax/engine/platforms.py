@@ -1,4 +1,4 @@
-"""Choose by platform what is run, where CPUs and accelerators are fast in different ways."""
+"""Choose an implementation by platform, if CPUs and accelerators need different ones."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _Result = TypeVar("_Result")
 def by_platform(
     *arguments: Any, elsewhere: Callable[..., _Result], **on: Callable[..., _Result]
 ) -> _Result:
-    """Call one of several functions with the same results, for the platform that is lowered for.
+    """Call one of several functions with the same result, chosen by the platform of lowering.
 
     Args:
-      *arguments: what the functions are called with.
+      *arguments: the arguments of the functions.
       elsewhere: the function for all platforms that are not named.
       **on: the functions for platforms, such as `cpu` and `tpu`.
     """
     first = jax.tree.leaves(arguments)[0]
     if concrete(first.ravel()[:0]) is None:
         return lax.platform_dependent(*arguments, **on, default=elsewhere)
-    # Outside of jit a choice that is traced would be compiled, anew in each call.
+    # Outside of jit a traced choice would be compiled again in each call.
     return on.get(jax.default_backend(), elsewhere)(*arguments)

@@ -1,11 +1,10 @@
-"""Run a loss with taps at its sites, whose cotangents tell what its gradient is there.
+"""Run a loss with taps at its sites, whose cotangents determine the gradient there.
 
-A *tap* is an array of zeros that is added to what leaves a site. Its cotangent is that of what
-leaves, and what enters (and leaves, if asked for) is kept: it is returned beside the loss. A
-*probe* is a zero whose cotangent is the squared norm of the gradient at its site, so that nothing
-is kept. An *operation* takes the place of all equations of a segment. Equations without any of
-these in them are run as they are: the derivative rules of the user, rematerialisation and control
-flow stay.
+A *tap* is an array of zeros added to a site's output. Its cotangent is that of the output, and the
+site's inputs (and output, if requested) are stored: they are returned with the loss. A *probe* is a
+zero whose cotangent is the squared norm of the gradient at its site, so nothing is stored. An
+*operation* replaces all equations of a segment. Equations without any of these run unchanged,
+including custom derivative rules, rematerialisation and control flow.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from psclip_optax.engine.analysis.segments import Segment
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import Path, as_function, aval, run_equation
 
-# The zeros of taps and probes, and the operands of operations, by path.
+# Maps paths to the zeros of taps and probes, and to the operands of operations.
 Taps: TypeAlias = dict[Path, Any]
 Axes: TypeAlias = dict[Path, int]
 Side: TypeAlias = Literal["entering", "leaving"]
@@ -45,8 +44,8 @@ class Action(NamedTuple):
     Attributes:
       operand: the index of the input of the site's equation that is W.
       zero: the array of zeros whose cotangent is wanted, with an axis for each scan around it.
-      num_scans: how many scans are around it.
-      keeps: which of x ("entering") and y ("leaving") are kept.
+      num_scans: the number of scans around it.
+      keeps: which of x ("entering") and y ("leaving") are stored.
       run: a function from the zero, W and x of one step to y.
     """
 
@@ -58,11 +57,11 @@ class Action(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """The operation that takes the place of a segment's equations.
+    """The operation that replaces a segment's equations.
 
     Attributes:
-      segment: where it stands.
-      run: a function from what it is given besides, and the segment's inputs, to its outputs.
+      segment: the segment that it replaces.
+      run: a function from its operands and the segment's inputs to the segment's outputs.
     """
 
     segment: Segment
@@ -70,7 +69,7 @@ class Operation(NamedTuple):
 
 
 def tap(site: Site, *, keeps_y: bool = False) -> Action:
-    """Keep the inputs of a site, and its output if asked for, and expose the output's cotangent."""
+    """Store a site's inputs, and its output if requested, and expose the output's cotangent."""
     keeps: tuple[Side, ...] = ("entering", "leaving") if keeps_y else ("entering",)
     op, y = site.route.operation(site), aval(site.leaving)
     zero = jnp.zeros((*site.scans, *y.shape), y.dtype)
@@ -78,10 +77,10 @@ def tap(site: Site, *, keeps_y: bool = False) -> Action:
 
 
 def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
-    """Keep nothing, and expose the squared norm of the gradient at a site.
+    """Store nothing, and expose the squared norm of the gradient at a site.
 
     Args:
-      site: a site whose W is another in each step of each scan around it.
+      site: a site with a different W in each step of each scan around it.
       squared_norm: a function from (site, x, dy) of one step, without a sample axis, to a scalar.
       dtype: the dtype of that scalar.
     """
@@ -118,14 +117,14 @@ def run_with(
     actions: Mapping[Path, Action | Operation],
     given: dict[tuple[Path, int], Any],
 ) -> tuple[list[Any], Kept]:
-    """Run a jaxpr, and return its outputs and what the actions at its sites keep.
+    """Run a jaxpr, and return its outputs and the arrays stored by the actions at its sites.
 
     Args:
       closed: the jaxpr.
       inputs: its inputs.
-      zeros: each action's array of zeros, and what each operation is given.
-      actions: the action at each site, and the operation in the place of each segment.
-      given: values to take for outputs of equations, by the equation's path and the output's index.
+      zeros: each action's array of zeros, and each operation's operands.
+      actions: the action at each site, and the operation that replaces each segment.
+      given: values to use for outputs of equations, by the equation's path and the output's index.
     """
     return _Runner(actions, given).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
 
@@ -147,12 +146,12 @@ _Part: TypeAlias = core.JaxprEqn | Segment | _Stretch
 def _parts(
     jaxpr: core.Jaxpr, tapped: set[int], segments: dict[int, Segment]
 ) -> Iterator[tuple[int, _Part]]:
-    """Return the equations in order: those with taps, segments, and what lies between as one.
+    """Return the equations in order: those with taps, segments, and the stretches between them.
 
     Args:
       jaxpr: the jaxpr.
       tapped: the indices of equations with taps in them.
-      segments: by the index of its last equation, in whose place it is.
+      segments: the segments, by the index of their last equation, at which they run.
     """
     needed: set[Any] = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
     parts: list[tuple[int, _Part]] = []
@@ -293,10 +292,10 @@ class _Runner(NamedTuple):
 
 
 def _units_that_tell_apart(arrays: Sequence[jax.Array]) -> list[int]:
-    """Number the arrays of each shape, for as many axes of size 1.
+    """Number the arrays of each shape; each gets as many axes of size 1, to make shapes differ.
 
-    A scan writes what each step gives into a buffer of zeros. XLA merges buffers of one shape, and
-    then has to fill a copy of it for each, which takes a TPU as long as a product.
+    A scan writes the results of its steps into a buffer of zeros. XLA merges buffers of the same
+    shape, and then has to copy the merged buffer for each, which takes a TPU as long as a product.
     """
     seen: collections.Counter[Any] = collections.Counter()
     numbers: list[int] = []
@@ -308,7 +307,7 @@ def _units_that_tell_apart(arrays: Sequence[jax.Array]) -> list[int]:
 
 
 class _Shared:
-    """The arrays that sites keep, once each where they enter several, as those of attention do."""
+    """The arrays that sites store, without copies of an input that sites share (attention)."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[Path, Side], list[int]] = {}

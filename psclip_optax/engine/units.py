@@ -1,4 +1,4 @@
-"""Tell what is clipped together: single samples, or micro-batches of consecutive ones."""
+"""Describe the unit that is clipped: a single sample, or a micro-batch of consecutive samples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 
 class Unit(NamedTuple):
-    """So many consecutive samples, which are clipped together.
+    """Consecutive samples that are clipped together.
 
     Attributes:
-      size: how many; of the last unit there may be fewer.
-      is_micro_batch: whether its mean gradient is what is clipped, were it of one sample.
+      size: the number of samples; the last unit may have fewer.
+      is_micro_batch: whether its mean gradient is clipped, even if it has one sample.
     """
 
     size: int = 1
@@ -24,7 +24,7 @@ class Unit(NamedTuple):
         return -(-num_samples // self.size)
 
     def counting(self, counts: jax.Array) -> jax.Array:
-        """Tell which units hold a sample that counts, from bool [n]."""
+        """Tell which units contain an unmasked sample, from bool [n]."""
         if self.size == 1:
             return counts
         number = self.number(counts.size)
@@ -32,9 +32,9 @@ class Unit(NamedTuple):
         return jnp.any(padded.reshape(number, self.size), axis=1)
 
     def of_each_sample(self, values: jax.Array, num_samples: int) -> jax.Array:
-        """Give each sample what its unit has: [units, …] → [n, …]."""
+        """Repeat each unit's value for its samples: [units, …] → [n, …]."""
         return values if self.size == 1 else jnp.repeat(values, self.size, axis=0)[:num_samples]
 
     def sharded(self, by_sample: Any) -> Any:
-        """Say how an array of units is sharded where one of samples is so."""
+        """Convert the sharding of an array of samples to that of an array of units."""
         return P() if self.is_micro_batch else by_sample

@@ -37,7 +37,7 @@ class VerificationRow:
       parameter: the path in the tree of parameters; "norms" or "loss" for the other rows.
       route: the route of its gradient, as in [`psclip_optax.engine.explain.PlanRow`][].
       error: the largest difference of an entry, relative to the leaf's largest entry.
-      ok: whether that is within the tolerance.
+      ok: whether the error is within the tolerance.
     """
 
     parameter: str
@@ -51,11 +51,11 @@ class Verification:
     """The result of `verify`; printed as a table.
 
     Attributes:
-      rows: a row for each parameter, then norms and loss.
+      rows: a row for each parameter, then for norms and loss.
       mode: the mode that was verified.
-      num_samples: how many samples were compared, or micro-batches where those are clipped.
-      dtype: the name of the dtype of the comparison.
-      tolerance: the largest relative error that rounding explains.
+      num_samples: the number of samples compared, or of micro-batches if those are clipped.
+      dtype: the name of the dtype used for the comparison.
+      tolerance: the largest relative error that rounding can explain.
       report: the file that describes an error, to attach to a report; None if there is none.
     """
 
@@ -101,10 +101,10 @@ def verify(
     """Compare a mode with the reference, both compiled, in full precision.
 
     Args:
-      clip: from a call and its limits to value, gradients' leaves and ClipStats.
-      call: of the samples to compare.
-      together: how many samples are clipped together.
-      plan: of the whole batch's call, for its mode and routes.
+      clip: a function from a call and its limits to value, gradients' leaves and ClipStats.
+      call: the call with the samples to compare.
+      together: the number of samples that are clipped together.
+      plan: the plan of the whole batch, for its mode and routes.
       groups: which parameters are clipped together.
     """
     call = _in_widest(call)
@@ -114,7 +114,7 @@ def verify(
         members = groups.apart().members(len(stack))
         # The norm of each sample and each group.
         norms = np.sqrt(np.stack([sum(_squares(stack[i]) for i in own) for own in members], -1))
-        # Each sample has its own weight, so that an error shows.
+        # Each sample has a different weight, so that errors do not cancel.
         taus = norms * np.linspace(0.25, 1.25, len(norms))[:, None]
         limits = Limits(tuple(map(_threshold_of, taus.T)), groups)
         value, grads, stats = jax.jit(lambda *both: clip(call.of(*both), limits))(
@@ -147,7 +147,7 @@ def verify(
 
 
 def _shares(num_samples: int, together: int) -> np.ndarray:
-    """Return the share in the mean of each that is clipped; the last may be of fewer samples."""
+    """Return each unit's share in the mean; the last unit may have fewer samples."""
     starts = np.arange(0, num_samples, together)
     return np.minimum(together, num_samples - starts) / num_samples
 
@@ -157,7 +157,7 @@ def _threshold_of(taus: np.ndarray) -> Threshold:
 
 
 def _in_widest(call: Call) -> Call:
-    """Return the call in float64 where x64 is on and the loss takes it, else as it is."""
+    """Convert the call to float64, if x64 is enabled and the loss accepts it."""
     wide = call.of(*jax.tree.map(_widened, (call.params, call.examples)))
     try:
         _jaxpr(wide)
@@ -176,7 +176,7 @@ def _widened(leaf: jax.Array) -> jax.Array:
 
 
 def _reference(call: Call, together: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Make losses and stacked gradients of samples, or of means over those clipped together."""
+    """Compute losses and stacked gradients of samples, or of means over those clipped together."""
     leaves, examples = call.params, call.examples
 
     def loss(leaves: list[jax.Array], example: list[jax.Array]) -> jax.Array:
@@ -187,7 +187,7 @@ def _reference(call: Call, together: int) -> tuple[np.ndarray, list[np.ndarray]]
 
     if together == 1:
         losses, stack = _of_each(jax.value_and_grad(loss), leaves, examples)
-    else:  # one after the other, for the last may have fewer samples
+    else:  # one after the other, because the last may have fewer samples
         starts, run = range(0, call.num_samples, together), jax.jit(jax.value_and_grad(mean))
         results = [run(leaves, [e[i : i + together] for e in examples]) for i in starts]
         losses, stack = jax.tree.map(lambda *parts: jnp.stack(parts), *results)
@@ -197,7 +197,7 @@ def _reference(call: Call, together: int) -> tuple[np.ndarray, list[np.ndarray]]
 def _of_each(gradient: Callable[..., Any], leaves: list[Any], each: list[Any]) -> Any:
     try:
         return jax.jit(jax.vmap(gradient, (None, 0)))(leaves, each)
-    except NO_GRADIENT_OF_VMAP:  # as of ragged_dot: one after the other
+    except NO_GRADIENT_OF_VMAP:  # as with ragged_dot: one after the other
         return jax.lax.map(lambda own: gradient(leaves, own), each)
 
 
@@ -206,7 +206,7 @@ def _squares(leaf: np.ndarray) -> np.ndarray:
 
 
 def _errors(got: Sequence[Any], wanted: Sequence[Any]) -> list[float]:
-    """Find the largest error of each array, relative to its largest entry; ∞ where one is NaN."""
+    """Find the largest error of each array, relative to its largest entry; ∞ if one is NaN."""
     largest = max((np.max(np.abs(want), initial=0) for want in wanted), default=0)
 
     def error(one: Any, want: Any) -> float:
@@ -219,7 +219,7 @@ def _errors(got: Sequence[Any], wanted: Sequence[Any]) -> list[float]:
 
 
 def _tolerance(jaxpr: core.Jaxpr) -> float:
-    """Bound what rounding may do: the root of the coarsest dtype's unit, float8's whole."""
+    """Bound the rounding error: the root of the coarsest dtype's epsilon; for float8, epsilon."""
     dtypes = _float_dtypes(jaxpr)
     wide = [float(jnp.finfo(dtype).eps) for dtype in dtypes if not is_narrow(dtype)]
     narrow = [float(jnp.finfo(dtype).eps) for dtype in dtypes if is_narrow(dtype)]
