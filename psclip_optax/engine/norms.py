@@ -50,11 +50,11 @@ def separable_squared_norms(
 ) -> jax.Array:
     """Return ‖G_k + Σ_u D_u ⊙ c_uk‖² for each sample, shape [n], for weights u computed separably.
 
-    The loss of sample k depends on a parameter W through its sites, which gives the gradient G_k,
-    and through computed weights u = f_u(W), with respect to which its gradient is c_uk.
+    The loss of sample k depends on a parameter W through its sites, with gradient G_k, and through
+    computed weights u = f_u(W); its gradient with respect to u is c_uk.
 
-    *The gradient.* Let u be separable along the axes i of W, the others being j: u has the axes i
-    alone, and u_i depends on no entries of W but W_ij. So the pull-back of c is the product
+    *The gradient.* Let u be separable along the axes i of W, and call the other axes j: u has only
+    the axes i, and u_i depends only on the entries W_ij. So the pull-back of c is the product
 
         (J_uᵀ c)_ij = (∂u_i / ∂W_ij) c_i = (D_u ⊙ c)_ij,    D_u = J_uᵀ 1,
 
@@ -63,22 +63,22 @@ def separable_squared_norms(
         ‖g_k‖² = ‖G_k + Σ_u D_u ⊙ c_uk‖²
                = ‖G_k‖² + 2 Σ_u ⟨G_k, D_u ⊙ c_uk⟩ + Σ_u Σ_v ⟨D_u ⊙ c_uk, D_v ⊙ c_vk⟩.
 
-    *The first term* is that of the routes. *The last* is Σ_i c_uki c_vki (Σ_j D_uij D_vij), one
-    product of matrices for all samples.
+    *The first term* comes from the routes. *The last term* is Σ_i c_uki c_vki (Σ_j D_uij D_vij),
+    one product of matrices for all samples.
 
-    *The middle term.* The operation is linear in W and G_k is its transpose of dy_k, so that
-    ⟨G_k, V⟩ = ⟨dy_k, op(V, x_k)⟩ for every V. The axes i are axes of what leaves too
-    (`leaving_axes`), so that op(D ⊙ c, x) = op(D, x) ⊙ c with c repeated over the axes of y that
-    are none of them. Hence
+    *The middle term.* The operation is linear in W, and G_k is its transpose applied to dy_k, so
+    ⟨G_k, V⟩ = ⟨dy_k, op(V, x_k)⟩ for every V. The axes i are also axes of the output y
+    (`leaving_axes`), so op(D ⊙ c, x) = op(D, x) ⊙ c with c repeated over the other axes of y. Hence
 
         ⟨G_k, D ⊙ c⟩ = ⟨dy_k ⊙ c, op(D, x_k)⟩,
 
-    and neither G_k nor D ⊙ c is made for any sample. Where W has several sites, it is their sum.
+    and neither G_k nor D ⊙ c is computed for any sample. If W has several sites, the term is the
+    sum over them.
 
-    *The radial case.* Let u_i depend on s_i = Σ_j W_ij² alone. Then D_uij = 2 (∂u_i / ∂s_i) W_ij is
+    *The radial case.* Let u_i depend only on s_i = Σ_j W_ij². Then D_uij = 2 (∂u_i / ∂s_i) W_ij is
     a multiple m_ui W_ij, and Σ_u D_u ⊙ c_uk = W ⊙ c_k with c_k = Σ_u m_u ⊙ c_uk. The middle term is
-    2 ⟨dy_k ⊙ c_k, y_k⟩ with y_k = op(W, x_k), which the forward pass has made already. Where a view
-    adds something to W, y_k is that of the sum, so that such a plan is not radial.
+    2 ⟨dy_k ⊙ c_k, y_k⟩ with y_k = op(W, x_k), which the forward pass has already computed. If a
+    view adds something to W, y_k is that of the sum, so such a plan is not radial.
 
     Args:
       plan: the parameter's plan, which is separable.
@@ -212,7 +212,7 @@ def pulled_back_squared_norms(
 
 
 def _num_made(function: Callable[[list[Any]], Any], arguments: list[Any]) -> int:
-    """Count the entries of all arrays that a function makes."""
+    """Count the entries of all arrays that a function computes."""
     shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in arguments]
     jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
     return sum(aval(v).size for eqn in jaxpr.eqns for v in eqn.outvars)

@@ -1,6 +1,6 @@
-"""The modes: each gives Σ γ_k g_k / N of a batch, or of one slice of it after the other.
+"""Register the modes: each computes Σ γ_k g_k / N of a batch, at once or slice by slice.
 
-A mode is a file with a subclass of `mode.Mode`, and has its place in this register.
+Each mode is a file with a subclass of `mode.Mode`, and is listed here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Run a loss, or a segment of one, on all samples at once, with taps and operations in it.
+"""Run a loss, or a segment of one, on all samples at once, with taps and operations.
 
-Where `tapped` makes the gradient of each sample under `vmap`, here the backward pass is one of the
-whole batch: operations on all samples may take part in it.
+`tapped` runs the backward pass of each sample under `vmap`. Here one backward pass runs on the
+whole batch, so it can contain operations on all samples.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from psclip_optax.engine.plan import LeafPlan
 
 
 class Inputs(NamedTuple):
-    """The inputs of a jaxpr, and which of them depend on the sample.
+    """Holds the inputs of a jaxpr, and says which of them depend on the sample.
 
     Attributes:
       values: the value of each input, with n on the first axis of those that depend on the sample.
       axes: 0 for those, None for inputs that all samples share.
-      wanted: the indices of the inputs whose cotangents are wanted.
+      wanted: the indices of the inputs whose cotangents are needed.
     """
 
     values: list[Any]
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """The operands of an operation for each sample, [n], or [steps, n] within a scan.
+    """Holds the operands of an operation for each sample, [n], or [steps, n] within a scan.
 
     Attributes:
       zero: zeros, whose cotangents are ‖g_k‖² of its group.
@@ -52,12 +52,12 @@ Operations: TypeAlias = dict[taps.Path, tuple[taps.Operation, Operand]]
 
 
 class Backward(NamedTuple):
-    """The cotangents that a backward pass gives.
+    """Holds the cotangents from a backward pass.
 
     Attributes:
       stacked: the gradients of direct weights, for each sample.
       cotangents: the cotangents of each tapped site's output, and of the operations' zeros.
-      inputs: the cotangents of the wanted inputs.
+      inputs: the cotangents of the needed inputs.
     """
 
     stacked: dict[int, jax.Array]
@@ -66,12 +66,12 @@ class Backward(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The results of a forward pass.
+    """Holds the results of a forward pass.
 
     Attributes:
       outs: the outputs, [n, …].
       pull_back: a function from cotangents of the first outputs to a `Backward`.
-      kept: what entered tapped sites, and what left them, where it is kept.
+      kept: the stored inputs and outputs of tapped sites.
     """
 
     outs: list[jax.Array]
@@ -79,7 +79,7 @@ class Forward(NamedTuple):
     kept: taps.Kept
 
     def seen(self, backward: Backward) -> Seen:
-        """Put together what norms and sums of the tapped weights are made of."""
+        """Collect the arrays for norms and sums of the tapped weights."""
         return seen_of(backward.stacked, backward.cotangents, self.outs, self.kept)
 
 
@@ -93,16 +93,16 @@ def forward(
     num_cotangents: int,
     num_samples: int,
 ) -> Forward:
-    """Run the jaxpr of a problem's plans forwards.
+    """Run the forward pass of a problem's jaxpr.
 
     Args:
       problem: the problem.
-      plans: those of the weights that are tapped or direct.
+      plans: the plans of the weights that are tapped or direct.
       weights: the values of all weights.
-      inputs: those of the jaxpr.
-      operations: by path, the operations in the place of segments, and what they are given.
-      num_cotangents: how many of the outputs have a cotangent, the first ones.
-      num_samples: of the batch.
+      inputs: the inputs of the jaxpr.
+      operations: by path, the operations that replace segments, and their operands.
+      num_cotangents: the first so many outputs have a cotangent.
+      num_samples: the batch size.
     """
     run = _Run(problem, plans, weights, operations)
 
@@ -127,7 +127,7 @@ def forward(
 
 
 class _Run(NamedTuple):
-    """The run of a problem's jaxpr for one sample, and what it is given for all of them."""
+    """Runs a problem's jaxpr for one sample, with inputs for all of them."""
 
     problem: Problem
     plans: Sequence[LeafPlan]
@@ -165,7 +165,7 @@ class _Run(NamedTuple):
         return zeros | {path: operand.zero for path, (_, operand) in self.operations.items()}
 
     def direct(self, num_samples: int) -> dict[int, jax.Array]:
-        """Give each sample its own of the weights whose gradients are made for each."""
+        """Repeat for each sample the weights whose gradients are made for each sample."""
         weights = [plan.weight for plan in self.plans if plan.is_direct]
         shape = (num_samples,)
         return {
@@ -186,7 +186,7 @@ class _Run(NamedTuple):
             for path, zero in zeros.items()
         }
         operations = {path: operation for path, (operation, _) in self.operations.items()}
-        # Behind its weights the jaxpr has other inputs, numbered as computed weights are.
+        # After its weights the jaxpr has other inputs, with the numbers of computed weights.
         weights = [direct.get(i, value) for i, value in enumerate(values[: plans.num_leaves])]
         values = [*weights, *values[plans.num_leaves :]]
         return taps.run_with(plans.closed, values, tapped, {**self.taps, **operations}, given)
@@ -201,10 +201,10 @@ def forward_of_each(
     num_cotangents: int,
     num_samples: int,
 ) -> Forward:
-    """Run forwards without operations, so that no weight need be held for each sample.
+    """Run the forward pass without operations, so that no weight is repeated for each sample.
 
-    The derivative is that of one sample. What is saved for it and does not depend on the sample is
-    saved once.
+    The derivative is that of one sample. Residuals that do not depend on the sample are stored
+    once.
     """
     run = _Run(problem, plans, weights, {})
     jaxpr, structures = problem.plans.closed.jaxpr, []
@@ -262,13 +262,13 @@ def _batched(jaxpr: core.Jaxpr, axes: Sequence[int | None]) -> list[bool]:
 
 
 class _Static(NamedTuple):
-    """The static properties of a pull-back of each sample.
+    """Holds static properties of the samples' pull-back.
 
     Attributes:
-      structure: the tree of one sample's pull-back.
-      axes_saved: the axis of samples of each array that is saved for it, or None.
+      structure: the tree structure of one sample's pull-back.
+      axes_saved: the axis of samples of each of its residuals, or None.
       axes: the axis of samples of the cotangent at each tap.
-      shared: which of the wanted inputs all samples share.
+      shared: which of the needed inputs all samples share.
       spmd_axis_name: the name of the axis of samples.
     """
 
@@ -281,7 +281,7 @@ class _Static(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class _PullBackOfEach:
-    """A pull-back of each sample as a pytree, whose leaves are the saved arrays."""
+    """The samples' pull-back as a pytree, whose leaves are the residuals."""
 
     def __init__(self, saved: list[Any], static: _Static) -> None:
         self._saved, self._static = saved, static

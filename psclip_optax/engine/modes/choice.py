@@ -1,4 +1,4 @@
-"""Choose the mode that "auto" stands for: one pass where it fits into the memory of a device."""
+"""Choose the mode for "auto": one pass if it fits into the memory of a device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Samples
 from psclip_optax.engine.modes.two_pass import TWO_PASS
 
-# No compiled model has held more than twice of what shapes say: this far from the limit no pass is
-# traced.
+# No compiled model has needed more than twice the estimate from shapes. If the limit is further
+# away than this, no pass is traced.
 _FAR = 4
-# How far the estimate was from the compilers' account, by `benchmarks.engine.memory`.
+# The error of the estimate relative to the compilers' report, from `benchmarks.engine.memory`.
 _MARGIN = 1.15
 
 
@@ -32,14 +32,14 @@ def chosen(
     num_samples: int,
     limit: int | None,
 ) -> Mode:
-    """Choose one pass where it fits into memory, else two.
+    """Choose one pass if it fits into memory, else two passes.
 
     Args:
       problem: the traced loss.
       leaves: the parameters.
       examples: the leaves of the batch, [n, …] each.
-      num_samples: how many samples are gone over at a time.
-      limit: the bytes of a device; None where they are not known.
+      num_samples: the number of samples processed at a time.
+      limit: the bytes of a device; None if not known.
     """
     fusion = problem.fusion
     at_once = FUSED if fusion is not None and fusion.fused else ONE_PASS
@@ -53,7 +53,7 @@ def chosen(
     try:
         needed = temporary_bytes(at_once, problem, leaves, examples, num_samples)
     except NO_GRADIENT_OF_VMAP:
-        return at_once  # which says so where it is run
+        return at_once  # which reports this when it runs
     return at_once if _MARGIN * needed <= free * devices else TWO_PASS
 
 

@@ -1,4 +1,4 @@
-"""Clip each group in the backward pass, where its cotangents are; the others as one pass does."""
+"""Clip groups in the backward pass, once their cotangents are known; others as in one pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from psclip_optax.thresholds import concrete
 
 
 class FusedPass(Mode):
-    """One backward pass of the batch, in which groups are clipped where their cotangents are."""
+    """Clips groups within one backward pass of the batch, once their cotangents are known."""
 
     name = "fused"
 
@@ -67,12 +67,12 @@ FUSED = FusedPass()
 
 
 def _has_gradient_of_batch(problem: Problem, leaves: Sequence[Any]) -> bool:
-    """Tell whether JAX has the gradient of the loss under vmap, and not that of a sample alone."""
+    """Tell whether JAX can differentiate the loss under vmap, not only that of a single sample."""
     return estimated_bytes(problem.closed, problem.plans, leaves, 1).saved is not None
 
 
 class _Given(NamedTuple):
-    """The arguments of a pass: the loss's constants, the parameters' leaves and the samples."""
+    """Holds the arguments of a pass: the loss's constants, the parameters' leaves, the samples."""
 
     consts: list[Any]
     leaves: list[Any]
@@ -80,7 +80,7 @@ class _Given(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    """The result of a pass, and which samples are kept in it."""
+    """Holds the result of a pass, and which samples it includes."""
 
     result: Result
     kept: jax.Array
@@ -92,7 +92,7 @@ class _Passed(NamedTuple):
 
 
 def _passed(problem: Problem, given: _Given, kept: jax.Array) -> _Passed:
-    """Make one pass with the samples that are kept; others are not clipped but left out."""
+    """Make one pass with the samples in `kept`; the others are left out."""
     fusion = problem.fusion
     assert fusion is not None
     plans = fusion.plans
@@ -136,7 +136,7 @@ def _passed(problem: Problem, given: _Given, kept: jax.Array) -> _Passed:
 
 
 def _without(given: _Given, kept: jax.Array) -> _Given:
-    """Put one of the samples that are kept in the place of each other, for its sum is finite."""
+    """Replace the samples that are left out by one that is kept, whose gradient is finite."""
     first = jnp.argmax(kept)
 
     def replaced(example: jax.Array) -> jax.Array:
@@ -165,13 +165,13 @@ def _and_again(problem: Problem, given: _Given) -> Result:
 
 
 class _State(NamedTuple):
-    """The carry of a loop over passes.
+    """Holds the carry of a loop over passes.
 
     Attributes:
-      num_left: how many passes are still to be made: at first one, then another where needed.
-      is_first: whether none was made.
-      kept: which samples are in the sums of the next one.
-      result: of the first one, with the sums of the last.
+      num_left: the number of passes still to make: at first one, then another if needed.
+      is_first: whether no pass has been made.
+      kept: which samples the sums of the next pass include.
+      result: the result of the first pass, with the sums of the last.
     """
 
     num_left: jax.Array
@@ -181,7 +181,7 @@ class _State(NamedTuple):
 
 
 def _in_a_loop(problem: Problem, given: _Given) -> Result:
-    """Make the passes in a loop, so that what may be run twice is compiled once."""
+    """Make the passes in a loop, so that a pass is compiled only once."""
 
     def step(state: _State, given: _Given) -> _State:
         present = state.kept | state.is_first

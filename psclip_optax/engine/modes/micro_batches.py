@@ -1,4 +1,4 @@
-"""Clip the plain mean gradients of micro-batches, each before it is added."""
+"""Clip the plain mean gradient of each micro-batch before adding it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from psclip_optax.engine.modes.weighing import changed_if_any
 
 
 class MicroBatches(Mode):
-    """The mean gradient of a micro-batch, clipped to its first sample's τ, times its share."""
+    """Clips a micro-batch's mean gradient at its first sample's τ, and scales it by its share."""
 
     name = "micro-batch"
 
@@ -40,7 +40,7 @@ def _clipped(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resul
     counts, number = samples.counts, jnp.sum(samples.counts)
     examples = samples.examples
     if problem.may_be_padded:
-        # Padding that is not finite would pass through a weight of 0.
+        # Padding that is not finite would not vanish with a weight of 0.
         index = jnp.where(counts, jnp.arange(counts.size), jnp.argmax(counts))
         examples = [example[index] for example in examples]
     run = core.jaxpr_as_fun(slices_in_bounds(problem.closed))
@@ -53,7 +53,7 @@ def _clipped(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resul
         return outs[0], outs
 
     values, pull_back, outs = jax.vjp(losses, list(leaves), has_aux=True)
-    if problem.may_be_padded and len(outs) > 1:  # the aux of padding is its own too
+    if problem.may_be_padded and len(outs) > 1:  # padding needs its own aux too
 
         def own_outs(_: list[jax.Array], leaves: list[Any], examples: list[Any]) -> list[jax.Array]:
             return problem.over_samples(one)(leaves, None, examples)

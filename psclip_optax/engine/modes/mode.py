@@ -1,4 +1,4 @@
-"""Define the interface of all modes: how they make a slice's result, and how they explain it."""
+"""Define the interface of modes: how they compute a slice's result, and how they explain it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from psclip_optax.engine.plan import Plans
 
 
 class Course(NamedTuple):
-    """The course that a mode takes over a batch.
+    """Says how a mode processes a batch.
 
     Attributes:
-      num_slices: over how many slices it makes one pass; None for two passes over all of it.
-      note: what keeps it from the course that it would take otherwise.
-      plans: those that it follows, if others than the problem's.
+      num_slices: the number of slices for one pass; None for two passes over the whole batch.
+      note: why it cannot process the batch in the usual way.
+      plans: the plans that it uses, if not the problem's.
     """
 
     num_slices: int | None = 1
@@ -27,27 +27,27 @@ class Course(NamedTuple):
 
 
 class Mode(abc.ABC):
-    """A way to Σ γ_k g_k / N of a batch, or of one slice of it.
+    """Computes Σ γ_k g_k / N of a batch, or of one slice of it.
 
     Attributes:
-      name: as `explain` prints it.
+      name: the name that `explain` prints.
     """
 
     name: str
 
     @abc.abstractmethod
     def run(self, problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-        """Make the result of a slice, from the leaves of the parameters."""
+        """Compute the result of a slice, from the leaves of the parameters."""
 
     def course(self, problem: Problem, leaves: Sequence[Any], num_samples: int) -> Course:
-        """Say how it goes over so many samples."""
+        """Say how it processes `num_samples` samples."""
         del problem, leaves, num_samples
         return Course()
 
     def explain(
         self, problem: Problem, leaves: Sequence[Any], params: Any, num_samples: int, note: str
     ) -> Plan:
-        """Tell what each parameter's gradient takes; the leaves are those of the tree `params`."""
+        """Explain each parameter's route and cost; the leaves are those of the tree `params`."""
         course = self.course(problem, leaves, num_samples)
         return explained(
             course.plans or problem.plans,

@@ -1,4 +1,4 @@
-"""Keep what enters and leaves each site in one forward and one backward pass."""
+"""Make one forward and one backward pass that store each site's inputs and cotangents."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of
 from psclip_optax.engine.platforms import by_platform
 from psclip_optax.engine.routes.route import Entered
 
-# Stacked gradients of parameters without a route may take so many times what a plain gradient does.
+# Stacked gradients of parameters without a route may need this many times the memory of a plain
+# gradient.
 _MOST_STACKED = 2
 # Smaller stacks need no limit.
 _FEW_BYTES = 2**24
 
 
 class OnePass(Mode):
-    """One pass over all samples; over some at a time where their gradients have to be stacked."""
+    """Makes one pass over all samples, or over some at a time if gradients have to be stacked."""
 
     name = "one_pass"
 
@@ -56,7 +57,7 @@ ONE_PASS = OnePass()
 
 
 def _samples_at_a_time(problem: Problem, leaves: Sequence[Any], num_samples: int) -> int | None:
-    """Say of how many samples gradients are stacked, for parameters without a route; None: all."""
+    """Return how many samples' gradients to stack, for parameters without a route; None: all."""
     plans = problem.plans
     kinds = zip(plans.all, plans.avals, strict=True)
     escaping = [kind for plan, kind in kinds if plan.is_direct and plan.escape is not None]
@@ -72,7 +73,7 @@ def _samples_at_a_time(problem: Problem, leaves: Sequence[Any], num_samples: int
 
 
 def _of_slice(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-    """Make one forward and one backward pass, keeping what enters and leaves each site."""
+    """Make one forward and one backward pass that store each site's inputs and cotangents."""
     plans, params = problem.plans.all, leaves
     leaves = problem.plans.pieces.of(params)
     weights, pull_back = all_weights(problem, leaves)
@@ -96,9 +97,9 @@ def _of_slice(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Resu
 def _without_dropped(
     seen: Seen, axes: taps.Axes, dropped: jax.Array, kept: jax.Array
 ) -> tuple[dict[int, jax.Array], Entered]:
-    """Zero stacked gradients and what enters sites, of dropped samples.
+    """Zero the stacked gradients and the sites' inputs of dropped samples.
 
-    A weight of 0 would not keep NaN out.
+    A weight of 0 would not exclude NaN.
     """
 
     def zeroed(both: tuple[dict[int, jax.Array], Entered], kept: jax.Array) -> Any:
@@ -116,8 +117,8 @@ def _without_dropped(
         )
 
     both = seen.stacked, seen.entered
-    # An accelerator takes the zeros in where the arrays are read next, and copies what a loop would
-    # carry; a CPU would write all of it anew.
+    # An accelerator fuses the zeros into the next read of the arrays, but copies a loop's carry; a
+    # CPU would rewrite all arrays.
     return by_platform(
         dropped,
         both,

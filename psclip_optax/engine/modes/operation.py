@@ -1,8 +1,9 @@
-"""Make an operation on the whole batch of a group's segment, with a derivative of ours.
+"""Turn a group's segment into an operation on the whole batch, with a custom derivative.
 
-Forwards it is the segment. Backwards it takes the norms of the group's gradients, and passes on
-Σ γ_k G_k / N for the group's parameters, and for its data the cotangents as they are. So all else
-is one plain backward pass, and nothing of the group is kept beyond its place in it.
+Its forward pass is the segment. Its backward pass computes the norms of the group's gradients, and
+returns Σ γ_k G_k / N for the group's parameters and the unchanged cotangents for its data. So
+everything else is one plain backward pass, and nothing of the group is stored after its backward
+pass.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from psclip_optax.groups import ALL_TOGETHER
 
 
 def operation(problem: Problem, fused: Fused) -> Operation:
-    """Make the operation in the place of a segment, for one sample under `vmap` over all."""
+    """Make the operation that replaces a segment, for one sample under `vmap` over all."""
     segment = fused.segment
     own = problem._replace(plans=fused.plans, groups=ALL_TOGETHER)
 

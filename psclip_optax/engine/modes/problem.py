@@ -1,4 +1,4 @@
-"""Hold a traced loss, with the properties that all modes need."""
+"""Define a traced loss with the properties that all modes need."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from psclip_optax.groups import Groups
 
 
 class Problem(NamedTuple):
-    """A traced loss, and the plans of its parameters' gradients.
+    """A traced loss, and the plans for its parameters' gradients.
 
     Attributes:
       closed: the loss for one example, from the parameters' and the example's leaves.
-      plans: for each parameter, and for weights that are computed from them.
+      plans: the plans for parameters and for weights computed from them.
       groups: which parameters are clipped together.
       on_nonfinite: "drop" or "propagate".
-      dtype: of norms and scales.
-      axis_name: of the mesh axes that the batch is sharded over, under shard_map.
-      spmd_axis_name: of the axis of samples, for constraints inside the loss.
-      may_be_padded: whether some samples may not count.
-      fusion: which groups may be clipped in the backward pass; None where that is not asked for.
-      norm_precision: of the products that norms are made of; None for JAX's default.
-      num_devices: how many devices may share the samples.
+      dtype: the dtype of norms and scales.
+      axis_name: the mesh axes over which the batch is sharded, under shard_map.
+      spmd_axis_name: the name of the axis of samples, for constraints inside the loss.
+      may_be_padded: whether some samples may be masked.
+      fusion: which groups may be clipped in the backward pass; None if that is not requested.
+      norm_precision: the precision of the products for norms; None for JAX's default.
+      num_devices: the number of devices that may share the samples.
     """
 
     closed: core.ClosedJaxpr
@@ -53,20 +53,20 @@ class Problem(NamedTuple):
         return any(site.route.is_slow_in_loops for site in sites)
 
     def part(self, of_samples: Any, weight: int) -> Any:
-        """Take what arrays [n] or [n, groups] hold for the group of a weight, or its groups."""
+        """Select the columns of a weight's group, or groups, from an array [n] or [n, groups]."""
         if self.groups.of_leaf is None:
             return of_samples
         columns = self.plans.columns(weight, self.groups)
         return of_samples[:, columns[0]] if len(columns) == 1 else of_samples[:, np.array(columns)]
 
     def unproven_rule(self) -> core.JaxprEqn | None:
-        """Find what keeps the backward pass from being proven linear in the losses' cotangents."""
+        """Find an equation for which linearity in the losses' cotangents is not proven."""
         jaxpr, num_leaves = self.plans.closed.jaxpr, self.plans.num_leaves
         varied = [i < num_leaves for i in range(len(jaxpr.invars))]
         return unproven_rule(jaxpr, varied, [i == 0 for i in range(len(jaxpr.outvars))])
 
     def making_norms(self) -> contextlib.AbstractContextManager[Any]:
-        """Set the precision of the products that norms are made of, while they are traced."""
+        """Set the precision of the products for norms while they are traced."""
         if self.norm_precision is None:
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.norm_precision.name.lower())

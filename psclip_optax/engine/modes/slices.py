@@ -12,19 +12,19 @@ from jax import lax
 from psclip_optax import meshes
 from psclip_optax.arrays import promoted
 
-# Up to here the slices of a batch are unrolled on a CPU, if at all.
+# The largest number of slices that may be unrolled on a CPU.
 _MOST_UNROLLED = 16
 
 
 class Samples(NamedTuple):
-    """The samples of one slice of a batch: their data, and what the clipping needs of each.
+    """Holds the samples of a slice of a batch: their data, thresholds and shares.
 
     Attributes:
       examples: the batched leaves, n on the first axis of each.
-      taus: τ_k, [n]; [n, groups] by group.
-      shares: 1/N, the weight of a sample in the mean, [n]; 1 for a sum. As it is part of the
-        weights, no gradient is divided, and a mean in half precision stays in its range.
-      counts: whether the sample is no padding, bool [n].
+      taus: τ_k, [n]; [n, groups] when clipping by group.
+      shares: 1/N, the weight of a sample in the mean, [n]; 1 for a sum. It is part of the weights,
+        so no gradient is divided, and a mean in half precision does not overflow.
+      counts: whether the sample is unmasked, bool [n].
     """
 
     examples: list[jax.Array]
@@ -38,15 +38,15 @@ class Samples(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The result of one slice.
+    """Holds the result of one slice.
 
     Attributes:
       sums: Σ γ_k g_k / N of each parameter.
-      outs: what the loss returns, stacked: the losses, then the leaves of aux.
-      norms: ‖g_k‖, [n]; [1] for a micro-batch that is clipped as a whole, as the two below.
-        [n, groups] by group, as the scales.
+      outs: the stacked results of the loss: the losses, then the leaves of aux.
+      norms: ‖g_k‖, [n]; [n, groups] when clipping by group, like the scales. For a micro-batch that
+        is clipped as a whole, n is 1, also below.
       scales: γ_k, [n]; 0 for masked and dropped samples.
-      finite: whether loss and gradient are, bool [n].
+      finite: whether loss and gradient are finite, bool [n].
     """
 
     sums: list[jax.Array]
@@ -64,11 +64,11 @@ def in_slices(
     has_convolutions: bool,
     consecutive: bool = False,
 ) -> Result:
-    """Add up the results of slices of at most `size` samples, one after the other.
+    """Sum the results of slices of at most `size` samples, one after the other.
 
-    Where it does not matter which samples are in a slice, slice j takes every num_slices-th from j
-    on: consecutive slices of a batch that is sharded over devices would move it. Where the last
-    ones are short, real samples fill them, masked.
+    If slices need not be consecutive, slice j takes every num_slices-th sample from j on:
+    consecutive slices of a batch sharded over devices would move samples. Short slices are filled
+    up with copies of real samples, masked.
 
     Args:
       run: a function from the samples of a slice to its result.
@@ -91,7 +91,7 @@ def in_slices(
     parts = jax.tree.map(split, samples)
     is_real = jnp.arange(num_slices * size) < n
     parts = parts._replace(counts=parts.counts & _sliced(is_real, num_slices, axis))
-    # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
+    # XLA's CPU backend runs convolutions many times slower inside a loop.
     is_cpu = jax.default_backend() == "cpu"
     is_unrolled = is_cpu and has_convolutions and num_slices <= _MOST_UNROLLED
 
@@ -130,11 +130,10 @@ def _sliced(array: jax.Array, num_slices: int, axis: int) -> jax.Array:
 
 
 def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:
-    """Return the index, once the sums are known.
+    """Return the index, available only after the sums.
 
-    XLA would run unrolled slices side by side, and hold what each of them saves. It drops an
-    optimization_barrier before it orders what is to run, so that the index must seem to depend on
-    the sums.
+    XLA would run unrolled slices in parallel, and hold the residuals of all of them. It removes an
+    optimization_barrier before scheduling, so the index must seem to depend on the sums.
     """
     total = sum((total.ravel()[0] for total in sums if total.size), jnp.zeros(()))
     never = (total > 0) & (total < 0)
@@ -142,7 +141,7 @@ def _after(sums: list[jax.Array], i: jax.Array) -> jax.Array:
 
 
 def even_slices(numbers: Iterable[int], num_samples: int, num_devices: int) -> list[int]:
-    """Choose the numbers of slices that leave samples where they are, should devices share them."""
+    """Choose the numbers of slices that do not move samples between devices that share them."""
     if not may_be_shared(num_samples, num_devices):
         return [number for number in numbers if number <= num_samples]
     return [number for number in numbers if num_samples % (number * num_devices) == 0]

@@ -21,7 +21,7 @@ PullBack: TypeAlias = Callable[[list[jax.Array]], dict[int, jax.Array]]
 
 
 def all_weights(problem: Problem, leaves: Sequence[Any]) -> tuple[dict[int, Any], PullBack]:
-    """Return all weights, and what pulls gradients of the computed ones back to parameters."""
+    """Return all weights, and the pull-back from gradients of computed weights to parameters."""
     weights: dict[int, Any] = dict(enumerate(leaves))
     others = [plan.weight for plan in problem.plans.others]
     if not others:
@@ -39,14 +39,14 @@ def all_weights(problem: Problem, leaves: Sequence[Any]) -> tuple[dict[int, Any]
 
 
 class Seen(NamedTuple):
-    """The arrays of each sample from one forward and one backward pass.
+    """Holds the arrays of each sample from one forward and one backward pass.
 
     Attributes:
       stacked: the gradients of the weights without sites.
       cotangents: the cotangents of each action's zeros.
       outs: the results of the loss.
-      entered: the inputs of the sites whose actions keep them.
-      left: the outputs of the sites whose actions keep them.
+      entered: the inputs of the sites whose actions store them.
+      left: the outputs of the sites whose actions store them.
     """
 
     stacked: dict[int, jax.Array]
@@ -77,10 +77,10 @@ def tapped(
         return outs[0], (outs, kept)
 
     grad = jax.grad(outs, argnums=(0, 1), has_aux=True)
-    # Cotangents are each device's own, as the loss is.
+    # Cotangents differ between devices, like the loss.
     axes_of_loss = meshes.axes_of_type(problem.closed.out_avals[0])
     zeros = {path: meshes.varying(a.zero, axes_of_loss) for path, a in actions.items()}
-    # Samples behind the steps of scans, as they run, so that nothing need be transposed.
+    # The axis of samples comes after those of scans, as they run, so nothing is transposed.
     axes = {path: action.num_scans for path, action in actions.items()}
     axes_kept = {(path, side): axes[path] for path in actions for side in actions[path].keeps}
     run = problem.over_samples(grad, out_axes=((0, axes), (0, axes_kept)))
@@ -91,7 +91,7 @@ def tapped(
 def seen_of(
     stacked: dict[int, jax.Array], cotangents: taps.Taps, outs: list[jax.Array], kept: taps.Kept
 ) -> Seen:
-    """Put together what norms and sums are made of."""
+    """Collect the arrays for norms and sums."""
     entered = {path: arrays for (path, side), arrays in kept.items() if side == "entering"}
     left = {path: y for (path, side), (y, *_) in kept.items() if side == "leaving"}
     return Seen(stacked, cotangents, outs, entered, left)
@@ -104,7 +104,7 @@ def squared_norms(
     weights: dict[int, Any],
     seen: Seen,
 ) -> Any:
-    """Sum ‖g_k‖² over the parameters of these plans, [n], or those of each group, [n, groups]."""
+    """Sum ‖g_k‖² over the parameters of these plans, [n], or over each group's, [n, groups]."""
     columns = {p.weight: problem.plans.columns(p.weight, problem.groups) for p in plans}
     by_slice = [plan for plan in plans if len(columns[plan.weight]) > 1]
 
@@ -128,7 +128,7 @@ def weighted_sums(
     seen: Seen,
     of_samples: jax.Array,
 ) -> list[Any]:
-    """Sum of_samples_k g_k for each parameter, or piece of one; None for those without a plan."""
+    """Sum of_samples_k g_k for each parameter or piece; None for those without a plan."""
 
     def contracted(plan: LeafPlan) -> jax.Array:
         weight = weights[plan.weight]

@@ -1,4 +1,4 @@
-"""Take about a plain gradient's memory: one pass over a few slices, else two passes over all."""
+"""Need about a plain gradient's memory: one pass over a few slices, or else two over all."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from psclip_optax.engine.modes.tapped import Seen, all_weights, seen_of, squared
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
 from psclip_optax.engine.plan import LeafPlan, Plans, without_small
 
-# The memory that one pass over a whole batch may keep, relative to that of a plain gradient.
+# The memory that one pass over a whole batch may use, relative to that of a plain gradient.
 MOST_KEPT = 0.15
-# The same where devices may share the batch, of which each slice gathers parameters anew that are
-# sharded, and sums up its gradient.
+# The same if devices may share the batch: then each slice gathers sharded parameters again, and
+# sums its gradient over the devices.
 MOST_KEPT_OF_SHARED = 0.5
 # With more slices than these, one pass would run too few samples at a time to be fast.
 MOST_SLICES = 4
 
 
 class TwoPass(Mode):
-    """About a plain gradient's memory: one pass over a few slices, else two passes over all."""
+    """Needs about a plain gradient's memory: one pass over a few slices, or else two over all."""
 
     name = "two_pass"
 
@@ -65,7 +65,7 @@ TWO_PASS = TwoPass()
 
 
 def _why_never_weighted(problem: Problem) -> str:
-    """Say why a backward pass of weighted losses is not the weighted sum; "" where it is."""
+    """Say why a backward pass of weighted losses is not the weighted sum; "" if it is."""
     if problem.groups.of_leaf is not None:
         return "a backward pass has one weight for each sample, not one for each group"
     rule = problem.unproven_rule()
@@ -75,12 +75,12 @@ def _why_never_weighted(problem: Problem) -> str:
 def _num_slices(
     problem: Problem, probing: Plans, leaves: Sequence[Any], num_samples: int
 ) -> int | None:
-    """Say in how many slices one pass takes a plain gradient's memory; None: take two passes."""
+    """Return the number of slices that fits a plain gradient's memory; None: make two passes."""
     plans = problem.plans
-    # Behind a rule that is not linear, weighted cotangents give no weighted sum.
+    # Through a rule that is not linear, weighted cotangents do not give the weighted sum.
     is_weighted = not _why_never_weighted(problem)
     others = [plan.weight for plan in probing.all if not (is_weighted and _may_be_probed(plan))]
-    if problem.axis_name is not None:  # an estimate would have to know what varies over the mesh
+    if problem.axis_name is not None:  # the estimate ignores what varies over the mesh
         return None if len(others) < len(plans.all) else 1
     estimate = estimated_bytes(problem.closed, plans, leaves, 1)
     if estimate.saved is None:
@@ -101,7 +101,7 @@ def _num_slices(
 
 
 def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) -> Result:
-    """Make one forward pass and two backward: for the norms, then for the weighted sum."""
+    """Make one forward pass and two backward passes: for norms, then for the weighted sum."""
     plans, params = problem.plans.all, leaves
     leaves = problem.plans.pieces.of(params)
     probed = [plan for plan in plans if _may_be_probed(plan)]
@@ -132,14 +132,14 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
 
 
 class _Passes(NamedTuple):
-    """A forward pass, which two backward passes share.
+    """Holds a forward pass that two backward passes share.
 
     Attributes:
-      pull_back: a function from cotangents of the losses to those of what is added to direct
+      pull_back: a function from cotangents of the losses to those of the zeros added to direct
         weights for each sample, of the actions' zeros, and of the parameters' leaves.
-      losses: of the samples.
-      outs: what the loss returns.
-      kept: what the actions keep.
+      losses: the losses of the samples.
+      outs: the results of the loss.
+      kept: the arrays that the actions store.
     """
 
     pull_back: Callable[[jax.Array], tuple[dict[int, jax.Array], taps.Taps, list[jax.Array]]]
@@ -167,7 +167,7 @@ def _forward(
     }
 
     def of_batch(own: dict[int, Any], zeros: taps.Taps, leaves: list[Any]) -> Any:
-        # Not by `all_weights`, whose vjp would hide the rules of custom derivatives from this one.
+        # Not by `all_weights`: its vjp would hide custom derivative rules from this vjp.
         computed = compute(plans.closed, plans.computed)(list(leaves)) if places else []
         weights = dict(enumerate(leaves)) | dict(zip(places, computed, strict=True))
 
@@ -203,7 +203,7 @@ def _backward(
     kept: jax.Array,
     bad: jax.Array,
 ) -> list[jax.Array]:
-    """Sum of_samples_k g_k by the second backward pass, and anew if samples must be left out."""
+    """Sum of_samples_k g_k by the second backward pass; repeat it if samples must be left out."""
     closed = problem.plans.closed
 
     def of(consts: list[Any], leaves: list[Any], examples: list[Any], of_samples: Any) -> list[Any]:
@@ -223,7 +223,7 @@ def _backward(
         of_samples: Any,
         kept: Any,
     ) -> list[Any]:
-        # Padding and dropped samples may hold NaN, which weight 0 would not keep out.
+        # Padding and dropped samples may contain NaN, which weight 0 would not exclude.
         index = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
         sums = of(consts, leaves, [example[index] for example in examples], of_samples)
         return [jnp.where(jnp.any(kept), total, 0) for total in sums]
@@ -234,7 +234,7 @@ def _backward(
 
 
 def _probing(problem: Problem) -> Plans:
-    """Plan anew what is direct because it is small, where a probe keeps no stack of gradients."""
+    """Plan small direct weights again, because a probe needs no stack of gradients."""
     plans = problem.plans
     both = zip(plans.leaves, without_small(plans, problem.groups).leaves, strict=True)
     leaves = [new if old.is_direct and _may_be_probed(new) else old for old, new in both]
@@ -242,7 +242,7 @@ def _probing(problem: Problem) -> Plans:
 
 
 def _may_be_probed(plan: LeafPlan) -> bool:
-    # Cotangents of probes add up: right for one use, and for the layers of a scan, but the steps
-    # of a scan that share a parameter, and sites whose gradients overlap, have cross terms.
+    # Cotangents of probes add up. This is right for a single use and for the layers of a scan.
+    # Steps of a scan that share a parameter, and sites whose gradients overlap, have cross terms.
     once = all(len(group.sites) == 1 and all(group.sites[0].layered) for group in plan.groups)
     return bool(plan.groups) and plan.norm == "own" and once

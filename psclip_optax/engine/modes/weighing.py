@@ -1,4 +1,4 @@
-"""Compute the weights of a sum from norms, and leave out samples that are not finite."""
+"""Compute the weights of a sum from norms, and exclude samples that are not finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def weigh(
     problem: Problem, samples: Samples, losses: jax.Array, squares: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Return norms, scales (0 for samples left out), and which samples are finite and kept."""
-    # The array has no axis of samples where no parameter reaches the loss.
+    # The array has no axis of samples if the loss does not depend on any parameter.
     norms = clipping.norms_of(jnp.broadcast_to(squares, samples.taus.shape))
     scales = told_scales(norms, samples.taus)
     finite = problem.groups.in_all(~jnp.isnan(scales)) & jnp.isfinite(losses)
@@ -30,7 +30,7 @@ def weigh(
 
 
 def told_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
-    """Return γ_k; NaN where the norm cannot be told from its square, or is not finite."""
+    """Return γ_k; NaN if the square of the norm underflowed, or the norm is not finite."""
     is_told = jnp.isfinite(norms) & ~clipping.may_exceed(norms, taus)
     return jnp.where(is_told, clipping.clip_scales(norms, taus), jnp.nan)
 
@@ -38,7 +38,7 @@ def told_scales(norms: jax.Array, taus: jax.Array) -> jax.Array:
 def weights_of_sum(
     taus: jax.Array, shares: jax.Array, norms: jax.Array, scales: jax.Array
 ) -> jax.Array:
-    """Return γ_k / N; 0 at τ_k = 0, also where a norm that is not 0 has underflowed."""
+    """Return γ_k / N; 0 if τ_k = 0, even if a nonzero norm has underflowed."""
     shares = clipping.beside(shares, scales)
     return jnp.where((taus > 0) | (norms > 0), scales * shares, 0)
 
@@ -46,14 +46,14 @@ def weights_of_sum(
 def changed_if_any(
     flags: jax.Array, change: Callable[..., _Values], values: _Values, *operands: Any
 ) -> _Values:
-    """Return change(values, *operands) where any flag is set, else the values as they are."""
+    """Return change(values, *operands) if any flag is set, else the unchanged values."""
     any_flag = clipping.any_of(lax.stop_gradient(flags))
     known = concrete(any_flag)
-    if known is not None:  # un-jitted: a loop would be compiled, anew in each call
+    if known is not None:  # not under jit: a loop would be compiled again in each call
         return change(values, *operands) if known else values
 
-    # A loop of no step or one and not a branch, which would hold the values twice: a loop changes
-    # them where they are.
+    # A loop of zero or one step, not a branch: a branch would store the values twice, and a loop
+    # updates them in place.
     @jax.custom_jvp
     def changed(flag: jax.Array, values: _Values, operands: tuple[Any, ...]) -> _Values:
         def once(state: tuple[jax.Array, _Values]) -> tuple[jax.Array, _Values]:

@@ -1,6 +1,6 @@
-"""Register the routes: ways to the norms of one weight's per-sample gradients.
+"""Register the routes: each computes norms of one weight's per-sample gradients.
 
-A route is a file with a subclass of `route.Route`, and has its place in this register.
+Each route is a file with a subclass of `route.Route`, and is listed here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROUTES: tuple[Route, ...] = (DENSE, CONVOLUTION, EMBEDDING, TIED, RAGGED, CUSTOM
 
 
 def route_of(eqn: core.JaxprEqn, operand: int) -> Route | None:
-    """Find the route of an equation whose operand of that index is the weight."""
+    """Find the route of an equation, given the index of the operand that is the weight."""
     return next((route for route in ROUTES if route.takes(eqn, operand)), None)
 
 

@@ -1,8 +1,8 @@
-"""Take norms of a layer with a custom derivative rule, whose gradient of W is a product.
+"""Compute norms for a layer with a custom derivative rule whose gradient for W is a product.
 
-Layers that quantise, fuse or count have a `jax.custom_vjp` that takes the weight. Its backward pass
-is traced. Where the gradient with respect to W is L(x)ᵀ R(x, dy), at most with its entries moved,
-and R is linear in dy, the norms are those of any product. Nothing is claimed of other rules.
+Layers that quantise or fuse have a `jax.custom_vjp` with the weight as an argument. Its backward
+pass is traced. If the gradient with respect to W is L(x)ᵀ R(x, dy), possibly with its entries
+moved, and R is linear in dy, the norms are those of any product. Other rules have no route.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route, of_one_
 
 
 class _Product(NamedTuple):
-    """The product that the gradient with respect to W comes of.
+    """The product that computes the gradient with respect to W.
 
     Attributes:
       eqn: the product's equation in the backward pass.
-      factors: a function from dy and what enters to both operands, for one sample.
+      factors: a function from dy and the inputs to both operands, for one sample.
       moved: a function from the product to the gradient.
     """
 
@@ -40,7 +40,7 @@ class _Product(NamedTuple):
 
 
 class Custom(Route):
-    """The route of products in a rule of the user."""
+    """The route for products in a user's derivative rule."""
 
     name = "custom"
 
@@ -75,7 +75,7 @@ class Custom(Route):
     ) -> tuple[Callable[[Any], Any], jax.Array]:
         product, (left, right) = _factors(site, entered, weighted)
         dtype = promoted(left.dtype, right.dtype)
-        rows = ((1, 3), (1, 3))  # samples and rows; layers and blocks stay
+        rows = ((1, 3), (1, 3))  # samples and rows; layers and blocks do not change
         total = lax.dot_general(
             left.astype(dtype),
             right.astype(dtype),
@@ -93,7 +93,7 @@ CUSTOM = Custom()
 
 
 def _product(eqn: core.JaxprEqn, operand: int) -> _Product | None:
-    """Find the product in the backward pass of a rule, for the gradient of one operand."""
+    """Find the product in a rule's backward pass that computes the gradient of one operand."""
     backward = backward_of(eqn, [i == operand for i in range(len(eqn.invars))])
     if backward is None or len(backward.jaxpr.outvars) != 1:
         return None
@@ -124,7 +124,7 @@ def _product(eqn: core.JaxprEqn, operand: int) -> _Product | None:
 
 
 def _is_told_apart(factors: core.ClosedJaxpr, dy: core.Var) -> bool:
-    """Tell whether one factor does not depend on dy, and the other is linear in it."""
+    """Tell whether one factor does not depend on dy, and the other is linear in dy."""
     one, other = linear_in(factors.jaxpr, [v is dy for v in factors.jaxpr.invars])
     return {one, other} == {True, None}
 

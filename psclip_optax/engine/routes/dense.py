@@ -1,7 +1,7 @@
-"""Take norms of dot_general's gradients: G = Lᵀ R for each of B blocks, L [T, a] and R [T, c].
+"""Compute norms of dot_general's gradients: G = Lᵀ R in each of B blocks, L [T, a] and R [T, c].
 
-‖G‖² is the sum of (L Lᵀ) ⊙ (R Rᵀ) too. The two Gram matrices take T² (a + c) multiply-adds, G
-itself T a c. The cheaper is made.
+‖G‖² is also the sum of the entries of (L Lᵀ) ⊙ (R Rᵀ). The two Gram matrices take T² (a + c)
+multiply-adds, G itself T a c. The cheaper of the two is computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route, of_one_
 
 
 class Form(NamedTuple):
-    """The axes of the frame that are the product's blocks, left columns and right columns.
+    """Lists the axes of the frame that are the product's blocks, left columns and right columns.
 
     Each tuple is in ascending order.
     """
@@ -44,7 +44,7 @@ class Factors(NamedTuple):
 
 
 class Dense(Route):
-    """The route of products, from both factors of a gradient or from the gradient itself."""
+    """The route for products: norms from both factors of a gradient, or from the gradient."""
 
     name = "dense"
     may_be_small = True
@@ -79,7 +79,7 @@ class Dense(Route):
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
     ) -> tuple[Callable[[Any], Any], jax.Array]:
         (x,) = entered
-        if _is_explicit(x):  # the product's type would have to say how it is sharded
+        if _is_explicit(x):  # the product's type would need a sharding
             return super().weighted_sum(site, entered, weighted)
         return viewed(site), _summed_gradient(site, x, weighted)
 
@@ -92,7 +92,7 @@ def _shapes_of_factors(sites: Sequence[Site]) -> Factors:
 
 
 def entries_made_of(factors: Factors) -> int:
-    """Count the entries of Gram matrices or gradients of one layer, by the shapes of factors."""
+    """Count the entries of one layer's Gram matrices or gradients, from the factors' shapes."""
     *_, num_blocks, num_rows, a = factors.left.shape
     gram, gradient = 2 * num_rows**2, a * factors.right.shape[-1]
     return 0 if num_rows == 1 else num_blocks * min(gram, gradient)
@@ -114,14 +114,14 @@ def form(site: Site) -> Form:
 
 
 def factors(sites: Sequence[Site], entered: Entered, cotangents: Cotangents) -> Factors:
-    """Make both factors of the sum of the gradients at sites that join."""
+    """Return both factors of the sum of the gradients at sites that join."""
     like = form(sites[0])
     parts = [_factors(site, entered[site.path][0], cotangents[site.path], like) for site in sites]
     return _joined(parts)
 
 
 def _factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
-    """Make both factors in the order of `like`, whose left may be this site's right."""
+    """Return both factors in the order of `like`, whose left may be this site's right."""
     axes = _axes(site)
     layered, steps = site.scan_axes
 
@@ -136,20 +136,20 @@ def _factors(site: Site, x: jax.Array, dy: jax.Array, like: Form) -> Factors:
 
 
 def behind_samples(site: Site, groups: Sequence[list[int]]) -> list[list[int]]:
-    """Renumber axes of one step of one sample as axes of all, which come behind the samples'."""
+    """Renumber axes of one step of one sample as axes of the whole array, after the samples'."""
     return [[site.sample_axis + 1 + axis for axis in group] for group in groups]
 
 
 def in_groups(array: jax.Array, *groups: list[int]) -> jax.Array:
-    """Reshape an array to one axis for all axes of each group."""
+    """Merge the axes of each group into one axis."""
     shape = [math.prod(array.shape[axis] for axis in group) for group in groups]
     return array.transpose([*itertools.chain(*groups)]).reshape(shape)
 
 
 def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Make Σ_k G_k with respect to W, [layers…, *W], by one product over samples, steps and rows.
+    """Compute Σ_k G_k with respect to W, [layers…, *W], in one product over samples, steps, rows.
 
-    Automatic differentiation makes the same product the other way around, (dyᵀ x)ᵀ. Before that,
+    Automatic differentiation computes the same product in the other order, (dyᵀ x)ᵀ. For this,
     XLA's CPU backend copies dy, which in a recurrent net takes as long as the product itself.
     """
     axes, w = _axes(site), aval(site.eqn.invars[site.operand])
@@ -158,7 +158,7 @@ def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
 
     def arranged(array: jax.Array, *axes_of_step: list[int]) -> jax.Array:
         blocks, rows, columns = behind_samples(site, axes_of_step)
-        # Joined with the axis of steps in front, sharded samples would all be gathered.
+        # If the axis of steps came first in the merged axis, sharded samples would all be gathered.
         apart = [[axis] for axis in (*steps, site.sample_axis)]
         return in_groups(array.astype(dtype), layered + blocks, *apart, rows, columns)
 
@@ -166,7 +166,7 @@ def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
         (axes.w_contracted, arranged(x, axes.x_blocks, axes.x_free, axes.x_contracted)),
         (axes.w_free, arranged(dy, axes.y_blocks, axes.y_x_free, axes.y_w_free)),
     ]
-    (first, left), (second, right) = sorted(sides, key=lambda side: side[0])  # as they lie in W
+    (first, left), (second, right) = sorted(sides, key=lambda side: side[0])  # in W's order
     batch = (0,)
     if left.shape[0] == 1:
         left, right, batch = left[0], right[0], ()
@@ -181,12 +181,12 @@ def _summed_gradient(site: Site, x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def _may_join(one: Form, other: Form) -> bool:
-    """Tell whether the gradients of two sites in one frame are sums of the same products."""
+    """Tell whether the gradients of two sites in one frame are products with the same axes."""
     return one.blocks == other.blocks and {one.left, one.right} == {other.left, other.right}
 
 
 def _joined(parts: Sequence[Factors]) -> Factors:
-    """Join the factors of several sites one behind the other, to those of the gradients' sum."""
+    """Concatenate the factors of several sites into the factors of the gradients' sum."""
     if len(parts) == 1:
         return parts[0]
     left, right = (jnp.concatenate(sides, axis=3) for sides in zip(*parts, strict=True))
@@ -201,7 +201,7 @@ def squared_norms(factors: Factors, dtype: Any) -> jax.Array:
     def add(total: jax.Array, layer: Factors) -> tuple[jax.Array, None]:
         return total + _squared_norms_of_layer(layer, dtype), None
 
-    # Joined with the axis of layers in front, sharded samples would all be gathered.
+    # If the axis of layers came first in the merged axis, sharded samples would all be gathered.
     zero = jnp.zeros_like(factors.left[0, :, 0, 0, 0], dtype)
     return lax.scan(add, zero, factors)[0]
 
@@ -210,7 +210,7 @@ def _squared_norms_of_layer(factors: Factors, dtype: Any) -> jax.Array:
     """Return ‖G_k‖² of one layer, from left [n, B, T, a] and right [n, B, T, c]."""
     left, right = factors
     *parts, num_rows, _ = left.shape
-    # One batch axis: XLA's CPU backend takes three times as long over two.
+    # One batch axis: XLA's CPU backend takes three times as long with two.
     left, right = (side.reshape(math.prod(parts), num_rows, -1) for side in factors)
     if num_rows == 1:
         squares = [jnp.sum(jnp.square(side.astype(dtype)), axis=(1, 2)) for side in (left, right)]
@@ -227,8 +227,9 @@ def _products_of_grams(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Arr
     if not meshes.has_several_axes((left, right)):
         grams = (product(side, side, 2, dtype) for side in (left, right))
         return jnp.sum(math.prod(grams), axis=(1, 2))
-    # Where devices share columns, they would add up Gram matrices before these are multiplied. Most
-    # often they share the wider side's. ⟨L Lᵀ R, R⟩ is a sum over its columns, each device's own.
+    # If devices share columns, they would sum Gram matrices over the devices before multiplying
+    # them. Most often they share the wider side's columns. ⟨L Lᵀ R, R⟩ is a sum over these columns,
+    # local to each device.
     narrow, wide = sorted((left, right), key=lambda side: side.shape[-1])
     gram, wide = product(narrow, narrow, 2, dtype), wide.astype(dtype)
     spread = lax.dot_general(gram, wide, (((2,), (1,)), ((0,), (0,))))
@@ -236,13 +237,13 @@ def _products_of_grams(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Arr
 
 
 def _takes_gram(left: Any, right: Any) -> bool:
-    """Tell whether Gram matrices cost less than the gradient, of [..., T, a] and [..., T, c]."""
+    """Tell whether Gram matrices of [..., T, a] and [..., T, c] cost less than the gradient."""
     num_rows, a, c = *left.shape[-2:], right.shape[-1]
     return num_rows > 1 and num_rows * (a + c) < a * c
 
 
 def by_sample(factors: Factors) -> Factors:
-    """Bring factors into the form [n, layers · B, T, …]."""
+    """Reshape factors to [n, layers · B, T, …]."""
     left, right = (side.swapaxes(0, 1) for side in factors)
     n, _, _, num_rows, _ = left.shape
     return Factors(*(side.reshape(n, -1, num_rows, side.shape[-1]) for side in (left, right)))

@@ -1,6 +1,6 @@
-"""Take norms of gather's gradients, which have at each index the sum of its rows' cotangents.
+"""Compute norms of gather's gradients: at each index, the sum of the cotangents of its rows.
 
-No sample has an array of the vocabulary's size: T rows have at most T different indices.
+No array has the vocabulary's size for each sample: T rows have at most T different indices.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.routes import dense
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples_first
 
-# Up to here comparing all pairs of rows is faster than sorting them.
+# Up to this number of rows, comparing all pairs is faster than sorting.
 _LARGEST_GRAM = 256
 
 
 class Rows(NamedTuple):
-    """The indices [n, B, T] and cotangents [n, B, T, q] of rows, 0 where the index is outside."""
+    """The indices [n, B, T] and cotangents [n, B, T, q] of rows, 0 for indices out of bounds."""
 
     indices: jax.Array
     cotangents: jax.Array
 
 
 class Embedding(Route):
-    """The route of look-ups of rows, from the cotangents of rows with equal index."""
+    """The route for look-ups of rows: norms from the cotangents of rows with equal index."""
 
     name = "embedding"
 
@@ -62,19 +62,19 @@ EMBEDDING = Embedding()
 
 
 def _indexed(eqn: core.JaxprEqn) -> list[int]:
-    """Find the axes of which not all is taken; along the others an index can only be 0."""
+    """Find the axes that are not taken whole; along the others an index can only be 0."""
     shape, sizes = aval(eqn.invars[0]).shape, eqn.params["slice_sizes"]
     collapsed = eqn.params["dimension_numbers"].collapsed_slice_dims
     return [a for a, size in enumerate(shape) if sizes[a] != size or a in collapsed]
 
 
 def row_axis(site: Site) -> int:
-    """Return the axis of the frame that is indexed."""
+    """Return the frame's indexed axis."""
     return site.view.axes[_indexed(site.eqn)[0]]
 
 
 def rows(sites: Sequence[Site], entered: Entered, cotangents: Cotangents) -> Rows:
-    """Take the rows of sites that join, one behind the other."""
+    """Concatenate the rows of sites that join."""
     parts = [
         _rows(
             site,
@@ -93,7 +93,7 @@ def _rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
     columns = [offset + axis for axis in dims.offset_dims]
     taken = [axis for axis in range(offset, dy.ndim) if axis not in columns]
     whole = [a for a in range(aval(site.eqn.invars[0]).ndim) if a not in dims.collapsed_slice_dims]
-    # Offset axes come in the operand's order. The order that sites share is the frame's.
+    # Offset axes are in the operand's order. Sites share the frame's order.
     columns = [columns[whole.index(a)] for a in sorted(whole, key=site.view.axes.__getitem__)]
     groups = [[0], layered, steps + taken, columns]
     shape = [math.prod(dy.shape[axis] for axis in group) for group in groups]
@@ -104,19 +104,19 @@ def _rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
 
 
 def _shifted(groups: list[list[int]], taken: list[int], offset: int) -> list[list[int]]:
-    """Renumber axes of the cotangents as axes of the indices, which have no columns between."""
+    """Renumber axes of the cotangents as axes of the indices, which lack the columns."""
     in_indices = {axis: offset + i for i, axis in enumerate(taken)}
     return [[in_indices.get(axis, axis) for axis in group] for group in groups]
 
 
 def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
-    """Resolve indices outside as the gather does: to the nearest row, or to none."""
+    """Resolve out-of-bounds indices as the gather does: to the nearest row, or to none."""
     (axis,), shape = _indexed(site.eqn), aval(site.eqn.invars[0]).shape
     place = site.eqn.params["dimension_numbers"].start_index_map.index(axis)
     of_rows = indices[..., place]
     if site.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         return Rows(jnp.clip(of_rows, 0, shape[axis] - 1), cotangents)
-    # Where all of an axis is taken, any other index than 0 is outside.
+    # If an axis is taken whole, any index other than 0 is out of bounds.
     others = jnp.delete(indices, place, axis=-1, assume_unique_indices=True)
     is_inside = (of_rows >= 0) & (of_rows < shape[axis]) & jnp.all(others == 0, axis=-1)
     return Rows(jnp.where(is_inside, of_rows, 0), jnp.where(is_inside[..., None], cotangents, 0))
@@ -146,7 +146,7 @@ def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
 
 
 def _sum_by_index(indices: jax.Array, cotangents: jax.Array) -> jax.Array:
-    """Sum the rows with equal index to [T, q], with rows of 0 at the end."""
+    """Sum the rows with equal index, [T, q], padded with rows of 0 at the end."""
     order = jnp.argsort(indices)
     ordered = indices[order]
     is_new = jnp.concatenate([jnp.zeros(1, int), (ordered[1:] != ordered[:-1]).astype(int)])

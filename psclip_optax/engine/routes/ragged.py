@@ -1,8 +1,8 @@
-"""Take norms of ragged_dot's gradients: in a mixture of experts each row meets its expert's matrix.
+"""Compute norms of ragged_dot's gradients, as in a mixture of experts: a matrix for each group.
 
-Sample k's gradient has, for each expert, X_eᵀ dY_e of the rows that went to it. The norms come from
-Gram matrices of the rows, ‖G‖² = Σ (X Xᵀ) ⊙ (dY dYᵀ) over pairs of rows of one expert, so that no
-sample's gradient is made. JAX does not batch the operation. Here the samples' rows are sorted by
+For each expert e, sample k's gradient is X_eᵀ dY_e over the rows routed to e. The norms come from
+Gram matrices of the rows, ‖G‖² = Σ (X Xᵀ) ⊙ (dY dYᵀ) over pairs of rows of one expert, so no
+sample's gradient is made. JAX cannot batch the operation. Here all samples' rows are sorted by
 expert, so that the batch is one operation.
 """
 
@@ -22,12 +22,12 @@ from psclip_optax.engine.analysis.views import aval, run_equation
 from psclip_optax.engine.routes import dense
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route
 
-# How many entries of Gram matrices are made at a time on a CPU.
+# The number of entries of Gram matrices made at a time on a CPU.
 _MOST_MADE_ON_CPU = 2**22
 
 
 class Ragged(Route):
-    """The route of products with one matrix for each group of rows."""
+    """The route for products with one matrix for each group of rows."""
 
     name = "ragged"
 
@@ -51,7 +51,7 @@ class Ragged(Route):
 
         def backward(entered: Any, dy: jax.Array) -> Any:
             w, sizes = entered
-            # W is a constant of the derivative that is taken, so that no one reads its cotangent.
+            # W is a constant of this derivative, so nothing reads its cotangent.
             return jnp.zeros_like(w), product(w.swapaxes(1, 2), dy, sizes), None
 
         run.defvjp(lambda w, rows, sizes: (product(w, rows, sizes), (w, sizes)), backward)
@@ -113,7 +113,7 @@ RAGGED = Ragged()
 
 
 def _experts(sizes: jax.Array, num_rows: int) -> jax.Array:
-    """Find the expert of each row, [rows]; the number of experts for rows that meet none."""
+    """Find the expert of each row, [rows]; the number of experts for rows without one."""
     return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(num_rows), side="right")
 
 
@@ -133,7 +133,7 @@ def _batched(site: Site) -> Callable[..., jax.Array]:
 
     @product.def_vmap
     def of_many(number: int, is_batched: Sequence[bool], *arrays: jax.Array) -> Any:
-        if is_batched[0]:  # as over seeds
+        if is_batched[0]:  # e.g. vmap over seeds
             each = lambda i: product(  # noqa: E731
                 *(a[i] if batched else a for a, batched in zip(arrays, is_batched, strict=True))
             )
@@ -152,7 +152,7 @@ def _batched(site: Site) -> Callable[..., jax.Array]:
 
 
 def _over_leading(site: Site, function: Callable[..., Any], static: tuple[Any, ...]) -> Any:
-    """Turn a function of one step of one sample into one of all steps of all samples."""
+    """Extend a function of one step of one sample to all steps of all samples."""
     whole = lambda array: function(array, *static)  # noqa: E731
     for _ in range(site.sample_axis + 1):
         whole = jax.vmap(whole)
@@ -160,7 +160,7 @@ def _over_leading(site: Site, function: Callable[..., Any], static: tuple[Any, .
 
 
 def _in_groups(array: jax.Array, layered: list[int], site: Site, steps: list[int]) -> jax.Array:
-    """Reshape what enters or leaves to [layers, n, rows, columns]."""
+    """Reshape an input or output to [layers, n, rows, columns]."""
     last = array.ndim - 1
     return dense.in_groups(array, layered, [site.sample_axis], [*steps, last - 1], [last])
 

@@ -1,4 +1,4 @@
-"""Define the interface of routes: the sites they take, norms, sums, and costs."""
+"""Define the interface of routes: which sites they accept, norms, sums, and costs."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from psclip_optax.engine.analysis.sites import Site, of_parameter
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.parts import Parts, in_parts
 
-# By site, its inputs and the cotangents of its output, both [scans…, n, …].
+# Maps sites to their inputs, and to the cotangents of their output, both [scans…, n, …].
 Entered = dict[Path, tuple[jax.Array, ...]]
 Cotangents = dict[Path, jax.Array]
 
-# How many entries of inputs and cotangents are taken at a time on a CPU.
+# The number of entries of inputs and cotangents processed at a time on a CPU.
 _MOST_READ_ON_CPU = 2**22
-# The entries that may be made at a time on other devices, and the most parts.
+# The number of entries that may be made at a time on other devices, and the largest number of
+# parts.
 _BYTES_AT_ONCE = 2**26
 _MOST_PARTS = 16
 
 
 class Route(abc.ABC):
-    """A way to the norms and the weighted sum of per-sample gradients at sites of one weight.
+    """Computes norms and the weighted sum of per-sample gradients at sites of one weight.
 
     Attributes:
-      name: as `explain` prints it.
-      may_be_small: whether gradients made by automatic differentiation cost no more, where together
-        they are as small as what leaves.
+      name: the name that `explain` prints.
+      may_be_small: whether automatic differentiation costs no more if all samples' gradients are
+        together no larger than the outputs.
       is_slow_in_loops: whether XLA's CPU backend runs the operation far slower inside a loop.
     """
 
@@ -42,14 +43,14 @@ class Route(abc.ABC):
 
     @abc.abstractmethod
     def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
-        """Tell whether an equation is a site, the weight being its operand of that index."""
+        """Tell whether the route accepts an equation whose operand of that index is the weight."""
 
     @abc.abstractmethod
     def joins(self, sites: Sequence[Site]) -> bool:
-        """Tell whether the route has the norm of the sum of the gradients at sites in one frame."""
+        """Tell whether the route has a norm for the sum of the gradients at sites in one frame."""
 
     def operation(self, site: Site) -> Callable[..., Any]:
-        """Return the operation (W, *entering) -> y, for one step of the scans around it."""
+        """Return the operation (W, *inputs) -> y, for one step of the scans around it."""
 
         def run(w: Any, *entered: Any) -> Any:
             (y,) = run_equation(site.eqn, [*entered[: site.operand], w, *entered[site.operand :]])
@@ -58,10 +59,10 @@ class Route(abc.ABC):
         return run
 
     def leaving_axes(self, site: Site) -> dict[int, int] | None:
-        """Return, for each axis of W that y has too, the axis of y.
+        """Return, for each axis of W that is also an axis of y, the axis of y.
 
-        An operation scaled along such an axis of W is scaled along that axis of y. None if the
-        gradient is not the operation's transpose.
+        Scaling W along such an axis scales y along the corresponding axis. None if the gradient is
+        not the operation's transpose.
         """
         del site
         return {}
@@ -85,25 +86,25 @@ class Route(abc.ABC):
     def squared_norms_of_part(
         self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
     ) -> jax.Array:
-        """Return `squared_norms` of so few samples that intermediate arrays fit in memory."""
+        """Return `squared_norms` for so few samples that intermediate arrays fit into memory."""
 
     def weighted_sum(
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
     ) -> tuple[Callable[[Any], Any], jax.Array]:
-        """Return a function linear in the parameter, and the cotangent of its output.
+        """Return a function that is linear in the parameter, and the cotangent of its output.
 
-        The gradient is the function's transpose of the cotangent. Here the function is the
-        operation over all samples, which is what a plain backward pass transposes.
+        The gradient is the function's transpose applied to the cotangent. By default the function
+        is the operation over all samples, which a plain backward pass transposes.
 
         Args:
-          site: the site where the parameter enters.
-          entered: what enters beside it, [scans…, n, …].
-          weighted: the cotangents of what leaves, each times its sample's weight.
+          site: the site where the parameter is used.
+          entered: the other inputs, [scans…, n, …].
+          weighted: the cotangents of the output, each times its sample's weight.
         """
         return lambda parameter: over_samples(site)(parameter, *entered), weighted
 
     def least_parts(self, sites: Sequence[Site], num_samples: int, dtype: Any) -> Parts:
-        """Return the least number of parts of the samples for which arrays fit in memory."""
+        """Return the least number of parts of the samples for which arrays fit into memory."""
         made = (self.entries_made(sites), self.entries_made_on_tpu(sites))
         num_bytes, on_tpu = (num_samples * one * jnp.dtype(dtype).itemsize for one in made)
         return Parts(
@@ -112,16 +113,16 @@ class Route(abc.ABC):
         )
 
     def least_parts_on_cpu(self, sites: Sequence[Site], num_samples: int, num_bytes: int) -> float:
-        """Return the same for a CPU, given the bytes of intermediate arrays for all samples."""
+        """Return this number for a CPU, given the bytes of intermediate arrays for all samples."""
         del num_bytes
         return num_samples * entries_read(sites) / _MOST_READ_ON_CPU
 
     def entries_made(self, sites: Sequence[Site]) -> int:
-        """Count the entries that are made on the way to the norm of one sample's gradient."""
+        """Count the entries of intermediate arrays for the norm of one sample's gradient."""
         return entries_read(sites)
 
     def entries_made_on_tpu(self, sites: Sequence[Site]) -> int:
-        """Count the same for a TPU, where products that are squared and summed are not made."""
+        """Count these entries for a TPU, which fuses products into their squared sums."""
         return self.entries_made(sites)
 
 

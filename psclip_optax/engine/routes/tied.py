@@ -1,7 +1,7 @@
-"""Take norms of an embedding tied to the output layer: G of the look-ups and H of the product.
+"""Compute norms for an embedding tied to the output layer: gradients G of look-ups, H of a product.
 
-‖G + H‖² = ‖G‖² + ‖H‖² + 2 ⟨G, H⟩, and the inner product needs no rows of H but those that were
-looked up.
+‖G + H‖² = ‖G‖² + ‖H‖² + 2 ⟨G, H⟩, and the inner product needs only the rows of H that were looked
+up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route, of_one_
 
 
 class Tied(Route):
-    """The route of look-ups in a table that products take too."""
+    """The route for look-ups in a table that is also used in products."""
 
     name = "tied"
 
@@ -94,7 +94,7 @@ def _twice_inner_products(
     """
     over, taken = (side.reshape(-1, *side.shape[2:]) for side in (over_columns, rows.cotangents))
     products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)
-    # A TPU looks up along the last axis in a copy of the whole array alone.
+    # A TPU can look up along the last axis only in a copy of the whole array.
     at_indices = by_platform(over_rows, rows.indices, tpu=_selected, elsewhere=_looked_up)
     return 2 * jnp.sum(products * at_indices.astype(dtype), axis=(1, 2, 3))
 
@@ -105,7 +105,7 @@ def _looked_up(over_rows: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _selected(over_rows: jax.Array, indices: jax.Array) -> jax.Array:
-    """Return the same by a product with ones at the indices, which the product makes as it goes."""
+    """Return the same by a product with a one-hot matrix, which is fused into the product."""
     parts, (num_rows, size) = over_rows.shape[:2], over_rows.shape[2:]
     ones = jax.nn.one_hot(indices, size, dtype=over_rows.dtype)
     left, right = (side.reshape(math.prod(parts), -1, size) for side in (over_rows, ones))

@@ -1,1 +1,1 @@
-"""Take norms of convolutions' gradients: geometry, layouts, and the ways to the norms."""
+"""Compute norms of convolutions' gradients: geometry, layouts, and methods."""

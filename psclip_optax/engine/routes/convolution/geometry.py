@@ -1,4 +1,4 @@
-"""Tell which outputs of a convolution read which inputs through which entries of its kernel."""
+"""Describe which outputs of a convolution read which inputs through which kernel entries."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from psclip_optax.engine.analysis.views import aval
 
 
 class Axis(NamedTuple):
-    """An axis of the output and the axis of the input that it reads.
+    """An axis of the output, with the axis of the input that it reads.
 
-    Through the kernel's k, output p reads input (p · stride + shifts[k]) / dilation, and a zero
-    where there is no such input.
+    Through kernel entry k, output p reads input (p · stride + shifts[k]) / dilation, or a zero if
+    there is no such input.
     """
 
     inputs: int
@@ -30,16 +30,16 @@ class Axis(NamedTuple):
 
     @property
     def turned(self) -> Axis:
-        """Return the same pairs of an input and an output, as if the input read the output."""
+        """Return the same pairs of an input and an output with their roles exchanged."""
         shifts = tuple(-shift for shift in self.shifts)
         return Axis(self.outputs, self.inputs, shifts, self.dilation, self.stride)
 
 
 class Reads(NamedTuple):
-    """Some outputs, and the entries of the kernel through which they read inputs.
+    """Some outputs, and the kernel entries through which they read inputs.
 
-    The outputs first, first + every, … read the inputs from starts[k] on, a step apart, through the
-    kernel's k. Through its other entries they read nothing but zeros between dilated inputs.
+    The outputs first, first + every, … read the inputs starts[k], starts[k] + step, … through
+    kernel entry k. Through the other entries they read only zeros between dilated inputs.
     """
 
     first: int
@@ -55,7 +55,7 @@ class Reads(NamedTuple):
 
     @property
     def phases(self) -> list[tuple[int, Reads]]:
-        """Part the reads by phase: those of inputs phase, phase + step, …, one after the other."""
+        """Split the reads by phase: each phase reads inputs phase, phase + step and so on."""
         parts: dict[int, dict[int, int]] = {}
         for k, start in self.starts.items():
             parts.setdefault(start % self.step, {})[k] = start // self.step
@@ -144,7 +144,7 @@ def of_phases(
 def padded(
     array: jax.Array, first_axis: int, reads: Sequence[Reads]
 ) -> tuple[jax.Array, list[Reads]]:
-    """Pad or cut an array to all that is read, zeros included, and tell how that is read."""
+    """Pad or crop an array to what is read, including zeros, and return how it is read."""
     config, moved = [(0, 0, 0)] * array.ndim, []
     for axis, of_axis in enumerate(reads, first_axis):
         low, high = of_axis.extent

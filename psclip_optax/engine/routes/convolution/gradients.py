@@ -1,4 +1,4 @@
-"""Take squared norms from the gradients themselves, some offsets of the kernel at a time."""
+"""Compute squared norms from the gradients themselves, some kernel offsets at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psclip_optax.engine.routes.convolution.shifts import shifted
 
 
 class Piece(NamedTuple):
-    """The gradients at some offsets of the kernel.
+    """Holds the gradients at some offsets of the kernel.
 
     Attributes:
       offsets: the offsets.
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 def _unfolded(
     source: jax.Array, target: jax.Array, axes: Sequence[Axis], dtype: Any
 ) -> Iterator[Piece]:
-    """Multiply what a target's pixels read of a source with the target.
+    """Multiply the pixels of a source that a target reads with the target.
 
     Args:
       source: the source, [m, channels, *axes].
@@ -42,8 +42,8 @@ def _unfolded(
         readers = geometry.readers(target, 1, reads)
         readers = readers.reshape(len(readers), -1, readers.shape[-1]).swapaxes(1, 2)
         padded, (*outer, last) = geometry.padded(source, 2, reads)
-        # Copies shifted along the last axis make one product; along all axes they would take more
-        # memory than that is worth.
+        # Copies shifted along the last axis are joined into one product; along all axes they would
+        # take too much memory.
         rows = [geometry.read(padded, padded.ndim - 1, [last], [k]) for k in last.starts]
         rows = jnp.concatenate(rows, axis=1)
         for offset in geometry.offsets(outer):
@@ -72,7 +72,7 @@ def by_unfolding_cotangents(
 def by_shifting(
     entering: Sequence[Side], leaving: Sequence[Side], axes: Sequence[Axis], dtype: Any
 ) -> Iterator[Piece]:
-    """Multiply at each offset what is read with the cotangents, pixels in a row."""
+    """Multiply the pixels read at each offset with the cotangents, pixels in a row."""
     inputs, cotangents = layouts.channels_last(entering), layouts.channels_last(leaving)
     for offset, read, readers in shifted(inputs, cotangents, axes):
         yield Piece([offset], dense.product(read, readers, 1, dtype)[:, None])

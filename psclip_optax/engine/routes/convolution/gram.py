@@ -1,4 +1,4 @@
-"""Take squared norms from Gram matrices of the kernel's inputs and of the cotangents."""
+"""Compute squared norms from Gram matrices of the kernel's inputs and of the cotangents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def squares_by_gram(
 
 
 def _gram(array: jax.Array, dtype: Any) -> jax.Array:
-    """Make the Gram matrix of the pixels of [m, *axes, channels]."""
+    """Compute the Gram matrix of the pixels of [m, *axes, channels]."""
     rows = array.reshape(len(array), -1, array.shape[-1])
     return dense.product(rows, rows, 2, dtype)
 
@@ -44,7 +44,8 @@ def gram_of_pixels(inputs: jax.Array, reads: Sequence[Reads], dtype: Any) -> jax
         read = geometry.of_phases(inputs, 1, reads, [phase for phase, _ in phases])
         gram = _gram(read, dtype).reshape(len(read), *read.shape[1:-1] * 2)
         gram, moved = geometry.padded(gram, 1, [of_phase for _, of_phase in phases] * 2)
-        # Sums over offsets along one axis after the other are far fewer than over all offsets.
+        # Summing over offsets along one axis after the other takes far fewer sums than over all
+        # offsets.
         for axis, of_axis in enumerate(moved[: len(reads)]):
             both = (1 + axis, 1 + axis + len(reads))
             terms = [_read_both(gram, both, of_axis, k) for k in of_axis.starts]

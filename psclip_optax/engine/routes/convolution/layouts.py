@@ -1,4 +1,4 @@
-"""Bring what enters and leaves convolutions into one order of axes."""
+"""Arrange inputs and cotangents of convolutions in one order of axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psclip_optax.engine.analysis.views import aval
 
 
 class Pixels(NamedTuple):
-    """The inputs and cotangents of sites that share a kernel, [n, scans…, …] each."""
+    """Holds inputs and cotangents of sites that share a kernel, [n, scans…, …] each."""
 
     sites: tuple[Site, ...]
     inputs: tuple[jax.Array, ...]
@@ -23,9 +23,9 @@ class Pixels(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The inputs or cotangents of a site, with what their axes are.
+    """Holds the inputs or cotangents of a site, with the meaning of their axes.
 
-    A block is a group of channels in one layer. Steps that share a kernel are so many images.
+    A block is a group of channels in one layer. Steps that share a kernel count as images.
     """
 
     array: jax.Array
@@ -36,13 +36,13 @@ class Side(NamedTuple):
     spatial: list[list[int]]
 
     def arranged(self, *groups: list[int]) -> jax.Array:
-        """Transpose the array, with the axes of each group as one."""
+        """Transpose the array and merge the axes of each group."""
         shape = [math.prod(self.array.shape[axis] for axis in group) for group in groups]
         return self.array.transpose([*itertools.chain(*groups)]).reshape(shape)
 
 
 def _side(site: Site, array: jax.Array, spec: Sequence[int]) -> Side:
-    """Describe an array's axes, with the channels of each group on an axis apart."""
+    """Describe an array's axes, with separate axes for groups and their channels."""
     offset, groups = 1 + len(site.scans), site.eqn.params["feature_group_count"]
     image, channel, *spatial = (offset + axis for axis in spec)
     layered, steps = ([1 + axis for axis in axes] for axes in site.scan_axes)
@@ -88,7 +88,7 @@ def blocks_last(sides: Sequence[Side]) -> jax.Array:
 
 
 class BlockSizes(NamedTuple):
-    """The sizes of a site: channels of a block, the number of blocks, and images of each."""
+    """Holds the sizes of a site: channels of a block, the number of blocks, and images of each."""
 
     num_in: int
     num_out: int

@@ -1,7 +1,7 @@
-"""Take squared norms from the patches that pixels read, as a product takes them from its rows.
+"""Compute squared norms from the patches that pixels read, like those of a product's rows.
 
-XLA makes patches as a convolution with a kernel of ones and zeros, which an accelerator runs at the
-speed of a convolution; shifted copies are slow there, as are other orders of axes.
+XLA extracts patches by a convolution with a kernel of ones and zeros, which is fast on an
+accelerator; shifted copies and other orders of axes are slow there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from psclip_optax.engine.routes.dense import Factors
 
 
 def factors(pixels: Pixels) -> Factors:
-    """Make the factors [1, n, blocks, pixels, …] of the sum of the gradients at sites."""
+    """Return the factors [1, n, blocks, pixels, …] of the sum of the gradients at sites."""
     parts = [
         (_arranged(site, _patches(site, x)), _arranged(site, _leaving(site, dy)))
         for site, x, dy in zip(*pixels, strict=True)
@@ -36,7 +36,7 @@ def squared_norms(pixels: Pixels, dtype: Any) -> jax.Array:
 
 
 def _patches(site: Site, x: jax.Array) -> jax.Array:
-    """Return what each pixel reads, [n, scans…, images, *spatial, groups, channels · kernel]."""
+    """Return each pixel's patch, [n, scans…, images, *spatial, groups, channels · kernel]."""
     params = site.eqn.params
     kernel, (_, _, *spatial) = aval(site.eqn.invars[1]).shape, params["dimension_numbers"].rhs_spec
     images = _channels_last(x, 1 + len(site.scans), params["dimension_numbers"].lhs_spec)

@@ -1,19 +1,20 @@
-"""Take norms of convolutions' gradients, which are X_offsetᵀ dY at each offset of the kernel.
+"""Compute norms of convolutions' gradients, which are X_offsetᵀ dY at each kernel offset.
 
-X_offset is what the kernel's entry at that offset has read, once for each pixel of the output.
-There are several ways to ‖G_k‖². The one that costs least at a site's shapes is taken.
+X_offset has the inputs that the kernel's entry at that offset reads, one row for each pixel of the
+output. There are several methods for ‖G_k‖². The cheapest for a site's shapes is used.
 
-- Unfolded: G_k comes from products of shifted copies of one side, input or cotangents, with the
+- Unfolded: compute G_k by products of shifted copies of one side, input or cotangents, with the
   other.
-- Offsets: the same on a TPU, one offset of the kernel after the other.
-- Patches: on a TPU, where the kernel's places do not overlap, the rows of a product.
-- Multiplied: G_k is summed entry by entry, where a group has too few channels for products.
+- Offsets: the same on a TPU, one kernel offset after the other.
+- Patches: on a TPU, if patches do not overlap, treat them as the rows of a product.
+- Multiplied: compute G_k entry by entry, if a group has too few channels for products.
 - Gram of pixels: ‖G_k‖² = Σ_offsets Σ (X_offset X_offsetᵀ) ⊙ (dY dYᵀ). The Gram matrices of all
-  X_offset are parts of one, that of the input's pixels. It is made once and summed over shifts.
-- Gram of patches: the same sum from the X_offset themselves, where few pixels leave.
+  X_offset are submatrices of one, that of the input's pixels. It is computed once and summed over
+  shifts.
+- Gram of patches: the same sum from the X_offset themselves, if the output has few pixels.
 
-Shifted copies and Gram matrices are many times as large as the input, so that a few samples are
-taken at a time. That needs little memory, and on a CPU it is faster while it stays in the cache.
+Shifted copies and Gram matrices are many times as large as the input, so a few samples are
+processed at a time. This needs little memory, and is faster on a CPU if it fits into the cache.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from psclip_optax.engine.routes.convolution.layouts import Pixels, block_sizes, 
 from psclip_optax.engine.routes.convolution.ways import Way, ways, ways_on_tpu
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route, entries_read, samples_first
 
-# A few samples may take what a CPU's cache holds.
+# A few samples may take as much as a CPU's cache.
 _BYTES_AT_ONCE_ON_CPU = 2**22
 
 
 class Convolution(Route):
-    """The route of convolutions, by the way that costs least."""
+    """The route for convolutions, by the cheapest method."""
 
     name = "conv"
     is_slow_in_loops = True
@@ -105,7 +106,7 @@ class Convolution(Route):
 
     def entries_made_on_tpu(self, sites: Sequence[Site]) -> int:
         if _is_patchwise(sites):
-            return entries_read(sites)  # patches have as many as the input, or fewer
+            return entries_read(sites)  # patches have at most as many entries as the input
         way, _ = _cheapest(ways_on_tpu, sites)
         return block_sizes(sites[0]).number * way.entries
 
@@ -114,7 +115,7 @@ CONVOLUTION = Convolution()
 
 
 def _read_alike(one: Site, other: Site) -> bool:
-    """Tell whether two sites in one frame read it in the same way."""
+    """Tell whether two sites in one frame read the kernel in the same way."""
     return (
         one.view.axes == other.view.axes
         and str(one.eqn.params) == str(other.eqn.params)
@@ -123,7 +124,7 @@ def _read_alike(one: Site, other: Site) -> bool:
 
 
 def _is_patchwise(sites: Sequence[Site]) -> bool:
-    """Tell whether the kernel is as large as its stride, so that no pixel is in two patches."""
+    """Tell whether the kernel is as large as its stride, so that patches do not overlap."""
     return all(
         len(axis.shifts) == axis.stride > 1 and axis.dilation == 1 for axis in window(sites[0])
     )
@@ -140,7 +141,7 @@ _by_ways_on_tpu = functools.partial(_by, ways_on_tpu)
 def _cheapest(
     list_of_ways: Callable[..., dict[str, Way]], sites: Sequence[Site]
 ) -> tuple[Way, list[Axis]]:
-    """Choose the way that costs least, with the axes that it goes over: images first."""
+    """Choose the cheapest method, and return it with its axes, images first."""
     sizes = [block_sizes(site) for site in sites]
     images = sum(size.images for size in sizes)
     axes = [Axis(images, images, (0,), 1, 1), *window(sites[0])]

@@ -1,4 +1,4 @@
-"""List the ways to the norms, and what each costs at a site's shapes."""
+"""List the methods for the norms, and their costs for a site's shapes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import jax
 from psclip_optax.engine.routes.convolution import geometry, gradients, gram
 from psclip_optax.engine.routes.convolution.geometry import Axis, Reads
 
-# Writing an entry costs as much as this many multiply-adds in a matrix product. Those for a TPU
-# are its compiler's estimates for v5e, for kernels of 1 to 16 between 3 and 512 channels: a cycle
-# makes 20,000 multiply-adds, writes 33 entries in another order of axes, or squares 80.
+# Writing an entry costs as much as this many multiply-adds in a matrix product. The numbers for a
+# TPU are its compiler's estimates for v5e, for kernels of size 1 to 16 and 3 to 512 channels: in a
+# cycle it does 20,000 multiply-adds, writes 33 entries in another order of axes, or squares 80.
 _MULTIPLY_ADDS_PER_ENTRY = 32
 _MULTIPLY_ADDS_PER_ENTRY_ON_TPU = 600
 _MULTIPLY_ADDS_PER_SQUARE_ON_TPU = 250
@@ -24,13 +24,13 @@ _LEAST_ENTRIES_ON_TPU = 1024
 
 
 class Way(NamedTuple):
-    """A way to the norms, and its costs for one block of one sample.
+    """A method for the norms, with its costs for one block of one sample.
 
     Attributes:
       squared_norms: a function from both sides, axes and dtype to the norms of all samples.
-      multiply_adds: how many multiply-adds its products of matrices have.
-      entries: how many entries it writes.
-      multiply_adds_per_entry: how many multiply-adds take as long as to write one.
+      multiply_adds: the number of multiply-adds in its matrix products.
+      entries: the number of entries that it writes.
+      multiply_adds_per_entry: the number of multiply-adds that take as long as writing an entry.
     """
 
     squared_norms: Callable[..., jax.Array]
@@ -44,7 +44,7 @@ class Way(NamedTuple):
 
 
 def ways_on_tpu(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
-    """List the ways as they cost on a TPU, which shifts images without copies of them."""
+    """List the methods with their costs on a TPU, which shifts images without copying them."""
     by_name = {
         name: way._replace(multiply_adds_per_entry=_MULTIPLY_ADDS_PER_ENTRY_ON_TPU)
         for name, way in ways(axes, num_in, num_out).items()
@@ -73,7 +73,7 @@ def _shifted(axes: Sequence[Axis], num_in: int, num_out: int) -> Way:
 
 
 def ways(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
-    """List the ways at a site whose kernel has so many inputs and outputs in a group."""
+    """List the methods for a kernel with `num_in` inputs and `num_out` outputs in a group."""
     turned = [axis.turned for axis in axes]
     entries = math.prod(len(axis.shifts) for axis in axes) * num_in * num_out
     reads = _total(axes, lambda some: some.length * len(some.starts))
@@ -109,7 +109,8 @@ def ways(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Way]:
         ),
     }
     if not all(map(geometry.is_read_whole, axes)):
-        # An input that nothing reads may be NaN, and would meet the zeros around the cotangents.
+        # An input that nothing reads may be NaN, and would be multiplied with the zeros around the
+        # cotangents.
         del by_name["unfolded cotangents"]
     return by_name
 
