@@ -1,14 +1,13 @@
-"""Compute weights that depend on parameters alone: g v / ‖v‖, kernels side by side, masked ones.
+"""Compute weights that depend only on parameters: g v / ‖v‖, concatenated or masked kernels.
 
-They are computed once for all samples. A gradient with respect to them is pulled back through that
-computation: the weighted sum once, and for the norms by the cheapest of three ways.
+They are computed once for all samples. Gradients with respect to them are pulled back through that
+computation: the weighted sum once, and the norms in the cheapest of three ways.
 
-- *Joined*: the computation puts parameters side by side, so that norms are the same before and
-  after it.
-- *Separable* along some axes, as one norm a column is: a cotangent c is pulled back to D ⊙ c, with
-  one D for all samples. Where the parameter enters through sums of its squares alone (*radial*), D
-  is a multiple of the parameter. `norms.separable_squared_norms` derives the norm.
-- *Pulled back*: all others. Gradients are made and pulled back for a few samples at a time.
+- *Joined*: the computation concatenates parameters, so norms are the same before and after it.
+- *Separable* along some axes, such as a norm of each column: a cotangent c is pulled back to D ⊙ c,
+  with one D for all samples. If the computation uses only sums of squares of the parameter
+  (*radial*), D is a multiple of the parameter. `norms.separable_squared_norms` derives the norm.
+- *Pulled back*: all others. Gradients are computed and pulled back for a few samples at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _FREE: Any = object()
 def compute(
     closed: core.ClosedJaxpr, wanted: Sequence[Computed]
 ) -> Callable[[Sequence[Any]], list[Any]]:
-    """Return a function from the parameters' leaves to weights that are computed from them.
+    """Return a function from the parameters' leaves to computed weights.
 
     Args:
       closed: the loss for one example, whose first inputs are the parameters.
@@ -59,7 +58,7 @@ def _run_known(
     path: Path,
     found: dict[tuple[Path, int], Any],
 ) -> list[Any]:
-    """Run the equations whose inputs are known, and leave the outputs of the others unknown."""
+    """Run the equations whose inputs are known; the outputs of the others remain unknown."""
 
     def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> Sequence[Any]:
         outs = _equation(eqn, inputs, path, found)
@@ -80,7 +79,7 @@ def _equation(
     if eqn.primitive.name == "optimization_barrier":
         return inputs
     if eqn.primitive.name == "scan":
-        # The constants that its steps share may be known, though its data are not.
+        # The constants that its steps share may be known, although its data are not.
         jaxpr, consts = inner_jaxpr(eqn)
         num_consts = scan_counts(eqn).consts
         of_a_step = [_UNKNOWN] * (len(inputs) - num_consts)
@@ -92,12 +91,11 @@ def _equation(
 
 
 class _Spread(NamedTuple):
-    """The way in which a variable depends on a parameter.
+    """Describes how a variable depends on a parameter.
 
     Attributes:
       axes: for each axis of the variable, the parameter's axis whose index it shares, or None.
-      separable: the parameter's axes along which entry i depends on the parameter's entries i
-        alone.
+      separable: the parameter's axes along which entry i depends only on the parameter's entries i.
     """
 
     axes: tuple[int | None, ...]
@@ -107,19 +105,19 @@ class _Spread(NamedTuple):
 def separable_axes(
     function: Callable[[Sequence[Any]], Any], parameters: Sequence[Any], which: int
 ) -> tuple[int, ...] | None:
-    """Find the parameter's axes that a computed array runs over and is separable along.
+    """Find the parameter's axes that a computed array has and along which it is separable.
 
     Args:
       function: a function from the parameters to the array.
       parameters: the parameters' shapes and dtypes.
-      which: the index of the parameter that is asked about.
+      which: the index of the parameter in question.
 
     Returns:
-      The parameter's axis for each axis of the array whose size is over 1, in order. None if the
-      array has other axes, so that not every entry depends on the parameter's entries there alone.
+      The parameter's axis for each axis of the array whose size is above 1, in order. None if the
+      array has other axes, or an entry depends on other entries of the parameter.
     """
     jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
-    if aval(jaxpr.outvars[0]).size == 1:  # one number runs over no axis
+    if aval(jaxpr.outvars[0]).size == 1:  # a single number has no such axis
         return ()
     shape = aval(jaxpr.invars[which]).shape
     whole = tuple(axis if size > 1 else None for axis, size in enumerate(shape))
@@ -150,9 +148,9 @@ def _spread_after(eqn: core.JaxprEqn, inputs: list[Any], path: Path) -> list[Any
 
 
 class _Power(enum.Enum):
-    """A form in which a variable holds a parameter.
+    """A form in which a variable contains a parameter.
 
-    It holds its entries up to sign, their squares, or a function of sums of the squares.
+    It contains the entries up to sign, their squares, or a function of sums of the squares.
     """
 
     ENTRIES = enum.auto()
@@ -166,13 +164,13 @@ def is_radial(
     which: int,
     axes: Sequence[int],
 ) -> bool:
-    """Tell whether a parameter enters through sums of its squares over all but some axes alone.
+    """Tell whether an array depends on a parameter only through sums of squares over other axes.
 
     Args:
       function: a function from the parameters to an array.
       parameters: the parameters' shapes and dtypes.
-      which: the index of the parameter that is asked about.
-      axes: the axes of that parameter that are not summed over.
+      which: the index of the parameter in question.
+      axes: the axes of that parameter that are not summed.
     """
     jaxpr = jax.make_jaxpr(function)(parameters).jaxpr
     others = tuple(a for a in range(aval(jaxpr.invars[which]).ndim) if a not in axes)
@@ -193,7 +191,7 @@ def _power(
     name, params = eqn.primitive.name, eqn.params
     if inputs == {_Power.SUMS}:
         return _Power.SUMS
-    # A product of two variables may be v |v|, whose gradient is no multiple of v.
+    # A product of two variables may be v |v|, whose gradient is not a multiple of v.
     if None in inputs or any(v is not eqn.invars[0] for v in eqn.invars):
         return None
     (power,) = inputs
@@ -222,7 +220,7 @@ def _elementwise(eqn: core.JaxprEqn, known: _Known) -> _Spread | None:
         return None
     separable = frozenset.intersection(*(spread.separable for _, spread in known))
     found = [{spread.axes[i] for _, spread in known} & separable for i in range(len(shape))]
-    # Separable along an axis of the parameter only where all share one index, in one place.
+    # Separable along an axis of the parameter only if all inputs share one index, on one axis.
     places = collections.Counter(axis for axes in found for axis in axes)
     mixed = {axis for axes in found for axis in axes if len(axes) > 1 or places[axis] > 1}
     return _spread([next(iter(axes - mixed), None) for axes in found], separable - mixed)

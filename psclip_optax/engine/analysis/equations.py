@@ -1,7 +1,6 @@
-"""Read equations that hold a jaxpr, alike from every version of JAX.
+"""Read equations that contain a jaxpr, in the same way for every version of JAX.
 
-Names of such primitives and of their parameters change between versions. This file alone knows
-them.
+Names of such primitives and of their parameters change between versions. Only this file knows them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from jax.extend import core
 
 CHECKPOINTS = ("checkpoint", "remat2", "remat")
 CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", *CHECKPOINTS)
-# The derivative of these is a rule that someone wrote.
+# The derivative of these is a user's rule.
 CUSTOM_RULES = (
     *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call", "custom_jvp_call_jaxpr"),
     *("linear_call", "custom_transpose_call", "remat_opt", "call_hi_primitive"),
@@ -23,14 +22,14 @@ _DEBUGGING = ("debug_callback", "debug_print")
 
 
 def effects_of_references() -> set[Any]:
-    """Return the effects of mutable references that a function makes for itself and forgets."""
+    """Return the effects of mutable references that a function creates and discards itself."""
     if not hasattr(jax, "new_ref"):  # JAX < 0.8
         return set()
     return jax.make_jaxpr(lambda x: jax.new_ref(x)[...])(0.0).effects
 
 
 def without_debugging(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Leave out what `jax.debug` calls or prints."""
+    """Remove the callbacks and prints of `jax.debug`."""
     silent = with_each_equation(
         closed.jaxpr, lambda eqn: None if eqn.primitive.name in _DEBUGGING else eqn
     )
@@ -40,7 +39,7 @@ def without_debugging(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 def with_each_equation(
     jaxpr: core.Jaxpr, change: Callable[[core.JaxprEqn], core.JaxprEqn | None]
 ) -> core.Jaxpr:
-    """Change each equation of a jaxpr, and of all that these hold; None leaves it out."""
+    """Change each equation of a jaxpr and of inner jaxprs; None removes an equation."""
 
     def inside(value: Any) -> Any:
         if isinstance(value, core.ClosedJaxpr):
@@ -59,7 +58,7 @@ def with_each_equation(
 
 
 def has_references(effects: Any) -> bool:
-    """Tell whether effects of mutable references are among these."""
+    """Tell whether these include effects of mutable references."""
     return bool(effects) and bool(effects & effects_of_references())
 
 
@@ -74,7 +73,7 @@ def inner_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
 
 
 def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """Find all jaxprs among an equation's parameters, those of a tuple of branches too."""
+    """Find all jaxprs among an equation's parameters, also in a tuple of branches."""
     for value in eqn.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, core.ClosedJaxpr | core.Jaxpr):
@@ -82,16 +81,15 @@ def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 
 
 class ScanCounts(NamedTuple):
-    """The numbers of a scan's inputs: first so many constants, then so many of the carry."""
+    """Holds the numbers of a scan's inputs: first constants, then the carry."""
 
     consts: int
     carry: int
 
 
 def scan_counts(eqn: core.JaxprEqn) -> ScanCounts:
-    # JAX 0.11 changed the parameters that hold the counts, but the ranks tell them. What a scan
-    # runs over or stacks has one axis more outside than in the body. Constants and carry have as
-    # many.
+    # JAX 0.11 changed the parameters that hold the counts, so we infer them from ranks. A scan's xs
+    # and ys have one axis more outside than in the body. Constants and carry have the same number.
     body, _ = inner_jaxpr(eqn)
     carry = _num_unchanged(eqn.outvars, body.outvars)
     return ScanCounts(_num_unchanged(eqn.invars, body.invars) - carry, carry)
@@ -108,17 +106,17 @@ _Value = TypeVar("_Value")
 def parted(
     values: Sequence[_Value], num_first: int, num_second: int
 ) -> tuple[Sequence[_Value], Sequence[_Value], Sequence[_Value]]:
-    """Part the values of a scan's inputs into constants, carry, and what it runs over."""
+    """Split the values of a scan's inputs into constants, carry and xs."""
     second = num_first + num_second
     return values[:num_first], values[num_first:second], values[second:]
 
 
 def checkpointed(eqn: core.JaxprEqn, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Checkpoint a function as an equation does.
+    """Checkpoint a function in the same way as an equation.
 
     Args:
       eqn: the equation that checkpoints.
-      function: a function of a list of its inputs, and of one more argument.
+      function: a function of a list of the equation's inputs, and of one more argument.
     """
     flags: Any = eqn.params["prevent_cse"]
     flags = flags if isinstance(flags, bool) else (list(flags), True)  # one for each input
@@ -126,7 +124,7 @@ def checkpointed(eqn: core.JaxprEqn, function: Callable[..., Any]) -> Callable[.
 
 
 def needed_equations(jaxpr: core.Jaxpr, outputs: Iterable[Any]) -> list[core.JaxprEqn]:
-    """Find the equations that outputs depend on, in order."""
+    """Find the equations on which outputs depend, in order."""
     wanted, needed = {v for v in outputs if isinstance(v, core.Var)}, []
     for eqn in reversed(jaxpr.eqns):
         if wanted.isdisjoint(eqn.outvars):

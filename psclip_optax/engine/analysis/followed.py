@@ -1,6 +1,6 @@
-"""Follow the values of a new trace: what they depend on, and their numbers where these are known.
+"""Track the values of a new trace: what they depend on, and their numbers if known.
 
-A number is known of an index that constants alone determine, in each step of a scan too.
+The number of an index is known if constants alone determine it, also in each step of a scan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from psclip_optax.engine.analysis.views import as_function, aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 from psclip_optax.thresholds import concrete
 
-# Indices are followed up to this size.
+# Arrays of indices are tracked up to this size.
 _MOST_FOLLOWED = 2**14
 
 
@@ -36,12 +36,9 @@ class Value(NamedTuple):
     """A value of the new trace.
 
     Attributes:
-      traced: the tracer that stands for it.
-      source: what it depends on.
-      number: the array that it is, if that is known. If `is_stepped`, an axis in front has the
-        steps of the scan around it.
-      is_stepped: whether it differs from step to step.
-      const: the index of the scan's constant that it is, if it is the whole of one.
+      traced: its tracer. source: what it depends on. number: its array, if known. If `is_stepped`,
+      a leading axis has the steps of the scan around it. is_stepped: whether it differs from step
+      to step. const: the index of the scan's constant that it equals, if it does.
     """
 
     traced: Any
@@ -78,7 +75,7 @@ def _is_index(shaped: Any) -> bool:
 
 
 def _is_of_indices(eqn: core.JaxprEqn) -> bool:
-    """Tell whether an equation makes indices, by operations that need nothing else."""
+    """Tell whether an equation computes indices, by operations that need only integers."""
     if eqn.primitive.name in CALLS:
         return all(map(_is_of_indices, inner_jaxpr(eqn)[0].eqns))
     is_known = eqn.primitive.name in _ON_INDICES and not eqn.effects
@@ -94,8 +91,8 @@ _ON_INDICES = (
 
 
 def _numbers(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Any]:
-    """Compute the numbers of an equation's outputs, None for those that are not known."""
-    if eqn.primitive.name in ("pvary", "pcast"):  # of the same number on all devices
+    """Compute the numbers of an equation's outputs; None if not known."""
+    if eqn.primitive.name in ("pvary", "pcast"):  # the number is the same on all devices
         return [inputs[0].number]
     is_known = all(value.number is not None for value in inputs)
     if not is_known or not _is_of_indices(eqn):
@@ -121,12 +118,12 @@ def layer_within(value: Value) -> Value:
 
 
 def _forgotten(value: Value) -> Value:
-    """Forget a value's number, which is one for each step of the scan further out."""
+    """Drop a value's number, which differs in each step of the outer scan."""
     return Value(value.traced, value.source)
 
 
 def carry_within(eqn: core.JaxprEqn, inputs: Sequence[Value]) -> list[Value]:
-    """Tell what the carry of a scan is: data, or counters whose number in each step is known."""
+    """Classify the carry of a scan: data, or counters whose number in each step is known."""
     body, consts = inner_jaxpr(eqn)
     num_consts, num_carry = scan_counts(eqn)
     is_known = [value.number is not None and not value.is_stepped for value in inputs]
@@ -155,7 +152,7 @@ def _told(eqn: core.JaxprEqn, inputs: list[bool]) -> list[bool]:
 def _sequences(
     eqn: core.JaxprEqn, inputs: Sequence[Value], is_known: list[bool], counters: list[int]
 ) -> list[np.ndarray]:
-    """Compute the number of each counter in each step, in the order in which the scan runs."""
+    """Compute the number of each counter in each step, in the scan's order."""
     if not counters:
         return []
     body, _ = inner_jaxpr(eqn)

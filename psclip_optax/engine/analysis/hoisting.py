@@ -1,8 +1,8 @@
-"""Compute before a scan whatever its steps compute from parameters alone, for all steps at once.
+"""Move computations on parameters alone from the steps of a scan before it, for all steps at once.
 
-Gradients of a weight that is computed anew in each step (a scale for each layer, a quantised
-kernel) could only be taken through the steps, for each sample. Computed before the scan, the weight
-is a layer of a computed weight, and has the routes that computed weights have.
+If a weight is computed in each step (a scale for each layer, a quantised kernel), its gradient has
+to be pulled back through the steps for each sample. If it is computed before the scan, it is a
+layer of a computed weight, with the routes of computed weights.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from psclip_optax.engine.analysis.walk import walk
 
 
 class _Known(NamedTuple):
-    """The properties of a variable that are known.
+    """Holds the known properties of a variable.
 
     Attributes:
-      is_fixed: whether it is the same for all samples, as parameters and constants are.
-      is_parameter: whether its cotangent goes on to parameters.
-      is_made: whether it is computed, and not a view of a parameter.
-      is_stepped: whether it is another in each step.
+      is_fixed: whether it is the same for all samples, like parameters and constants.
+      is_parameter: whether its cotangent reaches parameters.
+      is_made: whether it is computed, not a view of a parameter.
+      is_stepped: whether it differs from step to step.
     """
 
     is_fixed: bool
@@ -50,7 +50,7 @@ _PARAMETER = _Known(True, True)
 
 
 def hoisted(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
-    """Trace a loss anew, so that the steps of scans compute nothing from parameters alone.
+    """Retrace a loss, so that the steps of scans compute nothing from parameters alone.
 
     Args:
       closed: the loss for one example.
@@ -71,7 +71,7 @@ def _retraced(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> core.ClosedJ
 def _run(
     jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], known: Sequence[_Known]
 ) -> tuple[list[Any], list[_Known]]:
-    """Trace a jaxpr anew, and return the properties of its outputs."""
+    """Retrace a jaxpr, and return the properties of its outputs."""
     values = zip(inputs, known, strict=True)
     outs = walk(
         jaxpr,
@@ -114,12 +114,12 @@ def _after(eqn: core.JaxprEqn, known: Sequence[_Known]) -> list[_Known]:
 
 
 class _Parts(NamedTuple):
-    """A jaxpr in two parts, of which the first depends on parameters alone.
+    """A jaxpr in two parts; the first depends only on parameters.
 
     Attributes:
       inputs: the indices of the jaxpr's inputs that the first part reads.
-      first: a function from these inputs to what the first part makes.
-      second: a function from that and all inputs to the jaxpr's outputs.
+      first: a function from these inputs to the results of the first part.
+      second: a function from these results and all inputs to the jaxpr's outputs.
     """
 
     inputs: list[int]
@@ -128,7 +128,7 @@ class _Parts(NamedTuple):
 
 
 def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | None:
-    """Part a jaxpr, if data meet what it computes from parameters alone."""
+    """Split a jaxpr, if data meet a value that it computes from parameters alone."""
     jaxpr = closed.jaxpr
     made = _frontier(jaxpr, known)
     if not made or jaxpr.constvars:
@@ -146,7 +146,7 @@ def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | Non
 
 
 def _frontier(jaxpr: core.Jaxpr, known: Sequence[_Known]) -> list[core.Var]:
-    """Find the variables made of parameters alone that data meet, maybe through views."""
+    """Find the variables that depend only on parameters and that data meet, maybe through views."""
     of = dict(zip(jaxpr.invars, known, strict=True))
     read = lambda v: _CONSTANT if isinstance(v, core.Literal) else of.get(v, _CONSTANT)  # noqa: E731
     for eqn in jaxpr.eqns:

@@ -1,9 +1,9 @@
-"""Prove that derivative rules are linear in their cotangent, or say that it is not known.
+"""Prove that derivative rules are linear in their cotangent, or report that it is not known.
 
-Σ γ_k Jᵀ c_k is Jᵀ Σ γ_k c_k only where the backward pass is a linear function of the cotangent c.
-The rules of JAX are. A rule that a user wrote need not be: a `jax.custom_vjp` may clip, normalise,
-round or quantise. Its backward pass is traced, and each variable is proven linear in the
-cotangents. What is not proven counts as not linear.
+Σ γ_k Jᵀ c_k equals Jᵀ Σ γ_k c_k only if the backward pass is a linear function of the cotangent c.
+JAX's own rules are linear. A user's rule may not be: a `jax.custom_vjp` may clip, normalise, round
+or quantise. Its backward pass is traced, and each variable is checked for linearity in the
+cotangents. A rule without a proof counts as not linear.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def has_gradient(variable: Any) -> bool:
 
 
 def with_cotangents(jaxpr: core.Jaxpr, wanted: Sequence[bool]) -> set[core.Var]:
-    """Find the variables that a backward pass from the wanted outputs may give a cotangent."""
+    """Find the variables that may get a cotangent in a backward pass from the wanted outputs."""
     outs = zip(jaxpr.outvars, wanted, strict=True)
     live = {v for v, is_wanted in outs if is_wanted and isinstance(v, core.Var)}
     for eqn in reversed(jaxpr.eqns):
@@ -52,18 +52,18 @@ def unproven_rule(
     """Find an equation whose derivative is not proven linear in its cotangent.
 
     Args:
-      jaxpr: where to look, in all that it calls too.
-      varied: which of its inputs depend on what is differentiated with respect to.
+      jaxpr: the jaxpr to search, including all jaxprs that it calls.
+      varied: which of its inputs depend on the differentiated variables.
       wanted: which of its outputs have a cotangent.
 
     Returns:
-      The first such equation that a cotangent passes; None if there is none.
+      The first such equation that a cotangent passes through; None if there is none.
     """
     inputs = zip(jaxpr.invars, varied, strict=True)
     depends = {v for v, is_varied in inputs if is_varied and has_gradient(v)}
     live = with_cotangents(jaxpr, wanted)
     for eqn in jaxpr.eqns:
-        if has_references(eqn.effects):  # a second backward pass would have to make them anew
+        if has_references(eqn.effects):  # a second backward pass would need new ones
             return eqn
         flags = [isinstance(v, core.Var) and v in depends for v in eqn.invars]
         if not any(flags) or eqn.primitive.name == "stop_gradient":
@@ -79,7 +79,7 @@ def unproven_rule(
 def unproven_equation(
     eqn: core.JaxprEqn, varied: Sequence[bool], wanted: Sequence[bool]
 ) -> core.JaxprEqn | None:
-    """Find what `unproven_rule` looks for in one equation: that equation, or one that it calls."""
+    """Check one equation for `unproven_rule`: return it, or an equation that it calls, or None."""
     name = eqn.primitive.name
     if name in CUSTOM_RULES:
         return None if _is_proven(eqn, varied) else eqn
@@ -111,16 +111,16 @@ def described_rule(eqn: core.JaxprEqn) -> str:
 
 
 def _rounds(eqn: core.JaxprEqn) -> bool:
-    """Tell whether the cotangent is rounded to far fewer digits than a number of 16 bits has."""
+    """Tell whether the cotangent is rounded to far fewer digits than a 16-bit number has."""
     if eqn.primitive.name == "reduce_precision":
         return True
     return any(is_narrow(aval(v).dtype) for v in (*eqn.invars, *eqn.outvars))
 
 
 def passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
-    """Tell whether the backward pass of one equation gives an input its one cotangent as it is.
+    """Tell whether the backward pass of one equation returns its only cotangent unchanged.
 
-    Straight-through estimators do so with what they round.
+    Straight-through estimators do so for the input that they round.
     """
     backward = backward_of(eqn, [i == which for i in range(len(eqn.invars))])
     if backward is None:
@@ -167,7 +167,7 @@ def backward_of(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr 
 
     try:
         return jax.make_jaxpr(backward)([outputs[i] for i in reached], inputs)
-    except Exception:  # the user's rule says so itself when it is called
+    except Exception:  # the user's rule raises again when it is called
         return None
 
 
@@ -175,21 +175,21 @@ def backward_of(eqn: core.JaxprEqn, varied: Sequence[bool]) -> core.ClosedJaxpr 
 
 
 def linear_in(jaxpr: core.Jaxpr, is_cotangent: Sequence[bool]) -> list[bool | None]:
-    """Tell whether each output is linear in some inputs; None where it depends on none of them."""
+    """Tell whether each output is linear in some inputs; None if it depends on none of them."""
     flags = [_Dependence.LINEAR if flag else _Dependence.NONE for flag in is_cotangent]
     known = {_Dependence.NONE: None, _Dependence.LINEAR: True}
     return [known.get(one, False) for one in _dependences(jaxpr, flags)]
 
 
 def moves_entries(eqn: core.JaxprEqn) -> bool:
-    """Tell whether an equation leaves each entry of its one input once, maybe with another sign."""
+    """Tell whether an equation returns each entry of its input once, maybe with another sign."""
     is_move = eqn.primitive.name in _PERMUTES and len(eqn.invars) == 1
     is_move = is_move and has_gradient(eqn.invars[0]) and has_gradient(eqn.outvars[0])
     return is_move and not _rounds(eqn)
 
 
 class _Dependence(enum.Enum):
-    """The dependence of a variable on the cotangents: none, 0, linear, or not known to be."""
+    """A variable's dependence on the cotangents: none, zero, linear, or not known to be linear."""
 
     NONE = enum.auto()
     ZERO = enum.auto()
@@ -203,7 +203,7 @@ _SUMMABLE = (_Dependence.ZERO, _Dependence.LINEAR)
 
 
 def _dependences(jaxpr: core.Jaxpr, inputs: Sequence[_Dependence]) -> _Dependences:
-    """Find the outputs' dependences from the inputs'."""
+    """Derive the outputs' dependences from the inputs'."""
     consts = [_Dependence.NONE] * len(jaxpr.constvars)
     return walk(jaxpr, consts, inputs, _of_literal, lambda eqn, ins, _: _of_equation(eqn, ins))
 
@@ -233,7 +233,7 @@ def _of_equation(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 
 
 def _of_call(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
-    # A custom rule says how to differentiate. Here the function itself runs.
+    # A custom rule defines a derivative. Here the function itself runs.
     jaxpr = next(inner_jaxprs(eqn), None)
     sizes = len(eqn.invars), len(eqn.outvars)
     if jaxpr is None or (len(jaxpr.invars), len(jaxpr.outvars)) != sizes:
@@ -250,7 +250,7 @@ def _of_cond(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 
 
 def _either(outs: Sequence[_Dependence]) -> _Dependence:
-    """Join the dependences of several variables, of which no cotangent tells which is taken."""
+    """Join the dependences of variables, one of which is chosen independently of the cotangents."""
     different = set(outs)
     if len(different) == 1:
         return different.pop()
@@ -285,7 +285,7 @@ def _of_while(eqn: core.JaxprEqn, inputs: _Dependences) -> _Dependences:
 
 
 def _settled(step: Callable[[_Dependences], _Dependences], carry: _Dependences) -> _Dependences:
-    """Find a carry's dependences after any number of steps, of which each can only add some."""
+    """Find a carry's dependences after any number of steps; each step can only add some."""
     while True:
         new = [_either(both) for both in zip(carry, step(carry), strict=True)]
         if new == carry:
@@ -301,7 +301,7 @@ def _all_summable(inputs: _Dependences) -> bool:
 
 
 def _one_of_all(inputs: _Dependences) -> bool:
-    """Tell whether one factor of a product has the cotangent, in which it is linear."""
+    """Tell whether just one factor of a product depends on the cotangent, and linearly."""
     is_one = inputs.count(_Dependence.LINEAR) == 1
     return is_one and sum(one in _FREE for one in inputs) == len(inputs) - 1
 
@@ -326,12 +326,12 @@ def _first_and_third(inputs: _Dependences) -> bool:
     return _all_summable([inputs[0], inputs[2]]) and inputs[1] in _FREE
 
 
-# These leave each entry once.
+# These return each entry once.
 _PERMUTES = (
     *("convert_element_type", "copy", "copy_p", "expand_dims", "neg", "reshape", "rev"),
     *("squeeze", "transpose"),
 )
-# These move, repeat or add entries, so that they make zeros of zeros.
+# These move, repeat or add entries, so they map zeros to zeros.
 _MOVES = (
     *("broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "neg", "reshape"),
     *("reduce_sum", "rev", "slice", "squeeze", "transpose", "pvary", "pcast"),

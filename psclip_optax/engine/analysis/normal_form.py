@@ -1,11 +1,11 @@
-"""Bring a loss into a form in which parameters meet data in sites: the same function, traced anew.
+"""Retrace a loss in a form in which parameters meet data in sites.
 
-- A scan that takes layers by index runs over these layers, where the indices are known.
-- A choice of a branch that depends on data becomes a choice between the branches' results, as
-  `jax.vmap` makes it. Then each branch is walked through.
-- A slice or look-up of a parameter at known places becomes a static slice.
+- A scan that takes layers by index becomes a scan over these layers, if the indices are known.
+- A branch chosen by data becomes a selection between the branches' results, as under `jax.vmap`.
+  Then each branch is analysed.
+- A slice or look-up of a parameter at known indices becomes a static slice.
 
-What is not known for certain stays as it is.
+Anything that is not known for certain does not change.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from psclip_optax.engine.analysis.walk import walk
 
 
 class _Layers(NamedTuple):
-    """The slices of size 1 along one axis of a scan's constant, one in each step."""
+    """Slices of size 1 along one axis of a scan's constant, one in each step."""
 
     const: int
     axis: int
@@ -55,7 +55,7 @@ class _Layers(NamedTuple):
 
 
 def normal_form(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
-    """Trace a loss anew in a form with more sites, if there is something to bring into it.
+    """Retrace a loss in a form with more sites, if there is something to change.
 
     Args:
       closed: the loss for one example.
@@ -76,9 +76,9 @@ def normal_form(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
 
 
 def _has_occasion(jaxpr: core.Jaxpr, sources: Sequence[Source]) -> bool:
-    """Tell whether there may be something to bring into the form: to look costs less than to trace.
+    """Tell whether there may be something to change; checking costs less than tracing.
 
-    An integer in a scan's carry may be a counter, and counts as a constant.
+    An integer in a scan's carry may be a counter, and is treated as a constant.
     """
     found: list[core.JaxprEqn] = []
 
@@ -111,12 +111,12 @@ def _is_occasion(eqn: core.JaxprEqn, sources: list[Source]) -> bool:
 
 
 class _Tracer(NamedTuple):
-    """A tracer of jaxprs into the normal form.
+    """Traces jaxprs into the normal form.
 
     Attributes:
-      found: a dict to be filled with the places in a scan's body where layers are taken; None
-        outside of scans.
-      given: the layers that the scan gives at these places.
+      found: a dict to fill with the places in a scan's body where layers are taken; None outside
+        scans.
+      given: the layers that the scan provides at these places.
     """
 
     found: dict[Path, _Layers] | None
@@ -259,7 +259,7 @@ _RULES = {
 def _layers(
     const: int | None, first: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
 ) -> _Layers | None:
-    """Find the layers of a constant that slices are, if each is one layer and all evenly spaced."""
+    """Find which layers of a constant slices are, if each is one layer and all evenly spaced."""
     moving = [axis for axis, start in enumerate(first) if np.ndim(start)]
     others = [axis for axis in range(len(shape)) if axis not in moving]
     is_whole = all(first[axis] == 0 and sizes[axis] == shape[axis] for axis in others)
@@ -273,7 +273,7 @@ def _layers(
 
 
 def _taken(array: Any, layers: _Layers) -> Any:
-    """Take the layers of a constant, on its first axis, for a scan to run over."""
+    """Move the layers of a constant to the first axis, for a scan to run over."""
     ends = sorted((layers.start, layers.start + (layers.number - 1) * layers.step))
     if (*ends, abs(layers.step)) != (0, array.shape[layers.axis] - 1, 1):
         array = lax.slice_in_dim(array, ends[0], ends[1] + 1, abs(layers.step), layers.axis)

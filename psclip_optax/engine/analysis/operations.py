@@ -1,4 +1,4 @@
-"""Tell what the axes of an operation y = op(W, x) are, once for all who ask."""
+"""Describe the axes of an operation y = op(W, x), for all analyses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.views import aval
 
-# Operations whose result at a place depends on their operands at that place alone.
+# Elementwise operations: each entry of the result depends only on the same entry of the operands.
 ELEMENTWISE = (
     *("abs", "add", "add_any", "cbrt", "clamp", "convert_element_type", "copy", "cos", "div"),
     *("erf", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min"),
@@ -21,7 +21,7 @@ ELEMENTWISE = (
 class ProductAxes(NamedTuple):
     """The axes of W, x and y in a dot_general: blocks, contracted, free in x, free in W.
 
-    Axes that belong together have the same place in their lists: `w_blocks[i]` is `y_blocks[i]`.
+    Corresponding axes have the same index in their lists: `w_blocks[i]` is `y_blocks[i]`.
     """
 
     w_blocks: list[int]
@@ -36,12 +36,12 @@ class ProductAxes(NamedTuple):
 
     @property
     def leaving(self) -> dict[int, int]:
-        """Return, for each axis of W that y has too, the axis of y."""
+        """Return, for each axis of W that is also an axis of y, the axis of y."""
         in_w, in_y = [*self.w_blocks, *self.w_free], [*self.y_blocks, *self.y_w_free]
         return dict(zip(in_w, in_y, strict=True))
 
     def sorted_by(self, key: Sequence[int]) -> ProductAxes:
-        """Order blocks, contracted and free axes, each by the key of W's."""
+        """Sort block, contracted and free axes, each by the key of W's axis."""
         w_blocks, x_blocks, y_blocks = _sorted(key, self.w_blocks, self.x_blocks, self.y_blocks)
         w_contracted, x_contracted = _sorted(key, self.w_contracted, self.x_contracted)
         w_free, y_w_free = _sorted(key, self.w_free, self.y_w_free)
@@ -64,7 +64,7 @@ def _sorted(key: Sequence[int], first: Sequence[int], *others: Sequence[int]) ->
 
 
 def product_axes(eqn: core.JaxprEqn, operand: int) -> ProductAxes:
-    """Find the axes of a dot_general whose operand of that index is W."""
+    """Find the axes of a dot_general, given the index of the operand that is W."""
     contracted, blocks = eqn.params["dimension_numbers"]
     w, x = operand, 1 - operand
     free = [
@@ -87,6 +87,6 @@ def product_axes(eqn: core.JaxprEqn, operand: int) -> ProductAxes:
 
 
 def convolution_leaving(eqn: core.JaxprEqn) -> dict[int, int]:
-    """Return, for each axis of a convolution's kernel that y has too, the axis of y."""
+    """Return, for each axis of a convolution's kernel that is also an axis of y, the axis of y."""
     dims = eqn.params["dimension_numbers"]
     return {dims.rhs_spec[0]: dims.out_spec[1]}

@@ -1,7 +1,7 @@
-"""Take a parameter that enters through slices that do not overlap as so many parameters.
+"""Split a parameter that is used only through slices without overlap into several parameters.
 
-Layers in one array, taken by number, are such slices, and so are the first rows of a table of
-positions. Each slice then has a plan by itself, and what no slice takes costs nothing.
+Examples are layers in one array that are taken by index, and the first rows of a table of
+positions. Each slice then has a separate plan, and unused entries cost nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from psclip_optax.engine.analysis.sites import Usage
 from psclip_optax.engine.analysis.views import aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 
-# A slice: first index, end and step along each axis.
+# A slice: start, end and step along each axis.
 Box: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 class Pieces(NamedTuple):
-    """The pieces that each parameter is taken in; None where it is taken whole."""
+    """Holds the pieces of each parameter; None if it is used whole."""
 
     boxes: tuple[tuple[Box, ...] | None, ...]
 
@@ -36,11 +36,11 @@ class Pieces(NamedTuple):
         return [leaf for leaf, boxes in enumerate(self.boxes) for _ in boxes or (None,)]
 
     def box_of(self, piece: int) -> Box | None:
-        """Return the slice that a piece is of its parameter; None where it is all of it."""
+        """Return the slice of its parameter that a piece is; None if it is the whole parameter."""
         return [box for boxes in self.boxes for box in boxes or (None,)][piece]
 
     def of(self, leaves: Sequence[Any]) -> list[Any]:
-        """Cut the parameters into their pieces."""
+        """Split the parameters into their pieces."""
         return [
             leaf if box is None else _cut(leaf, box)
             for leaf, boxes in zip(leaves, self.boxes, strict=True)
@@ -48,7 +48,7 @@ class Pieces(NamedTuple):
         ]
 
     def together(self, pieces: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-        """Put pieces together to arrays like the parameters, 0 where there is no piece."""
+        """Assemble pieces into arrays like the parameters, 0 where there is no piece."""
         rest = iter(pieces)
         return [
             next(rest) if boxes is None else _filled(leaf, boxes, [next(rest) for _ in boxes])
@@ -82,12 +82,12 @@ def _with_box(whole: jax.Array, box: Box, piece: jax.Array) -> jax.Array:
 def in_pieces(
     closed: core.ClosedJaxpr, usage: Usage, by_slice: Iterable[int] = ()
 ) -> tuple[core.ClosedJaxpr, Pieces]:
-    """Trace a loss anew as one of pieces, where a plan for each of them may be better.
+    """Retrace a loss as a function of pieces, if a plan for each of them may be better.
 
     Args:
       closed: the loss for one example.
-      usage: what becomes of the parameters in it.
-      by_slice: the parameters whose slices are clipped by themselves.
+      usage: how it uses its parameters.
+      by_slice: the parameters whose slices are clipped separately.
     """
     wanted = _without_route(usage).union(by_slice)
     leaves = range(usage.num_leaves)
@@ -125,7 +125,7 @@ def _equation(eqn: core.JaxprEqn, inputs: list[Any], path: Any) -> Sequence[Any]
 
 
 class _Taken(NamedTuple):
-    """A slice that was taken, without its axes of size 1, and which axes these are."""
+    """A slice without its axes of size 1, and the numbers of these axes."""
 
     piece: Any
     axes: tuple[int, ...]
@@ -140,14 +140,14 @@ def _whole(value: Any) -> Any:
 
 
 def _without_route(usage: Usage) -> set[int]:
-    """Find the parameters that escape, or from which weights are computed that meet data."""
+    """Find the parameters that escape, or from which weights that meet data are computed."""
     meet_data = usage.escapes.keys() | {site.view.weight for site in usage.sites}
     computed = [one for i, one in enumerate(usage.computed, usage.num_leaves) if i in meet_data]
     return set(usage.escapes) | {leaf for one in computed for leaf in one.leaves}
 
 
 def _boxes(jaxpr: core.Jaxpr, leaf: int) -> tuple[Box, ...] | None:
-    """Find the slices that a parameter enters through, if it enters through nothing else."""
+    """Find the slices through which a parameter is used, if it is used in no other way."""
     variable = jaxpr.invars[leaf]
     readers = [eqn for eqn in jaxpr.eqns if any(v is variable for v in eqn.invars)]
     found = dict.fromkeys(_box(eqn) for eqn in readers)

@@ -1,10 +1,9 @@
-"""Rewrite a loss so that weights computed from parameters need not be: x (A B) as (x A) B.
+"""Rewrite a loss to avoid computing weights from parameters: x (A B) as (x A) B.
 
-W may be a sum, a product of two matrices, or scaled along axes that leave the operation. Then the
+W may be a sum, a product of two matrices, or scaled along axes of the operation's output. Then the
 operation is applied to the parts of W: x (g v / ‖v‖) is x v, scaled afterwards. And a slice of one
-row, where data tell which, is a look-up. So parameters meet data themselves, in operations with
-fast routes. The gradient is that of the same function. Rounding differs as between any two orders
-of summation.
+row at an index that depends on data becomes a look-up. So the parameters themselves meet data, in
+operations with fast routes. The function and its gradient are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ _Read: TypeAlias = Callable[[Any], Any]
 
 
 class _Product(NamedTuple):
-    """A product without blocks: the axes of W that it contracts with x's, and the rest of x's in y.
+    """A product without blocks: its axes that contract W with x, and x's other axes in y.
 
     Attributes:
-      x: the variable or literal that W meets.
+      x: the variable or literal with which W is multiplied.
       contracted: for each contracted axis of W, the axis of x.
-      leaving: for each axis of x that y has too, the axis of y.
-      precision: the product's.
+      leaving: for each axis of x that is also an axis of y, the axis of y.
+      precision: the precision of the product.
     """
 
     x: Any
@@ -49,9 +48,9 @@ class _Use(NamedTuple):
     """An operation y = op(W, x), linear in W.
 
     Attributes:
-      apply: a function from one that reads variables, and W, to y.
-      leaving: for each axis of W that y has too, the axis of y.
-      product: the product that the operation is, if it is one without blocks.
+      apply: a function from (a function that reads variables, W) to y.
+      leaving: for each axis of W that is also an axis of y, the axis of y.
+      product: the operation as a product, if it is a product without blocks.
       ndim: the number of y's axes.
     """
 
@@ -65,7 +64,7 @@ Expanded: TypeAlias = Callable[[_Read], Any]
 
 
 class _Scope(NamedTuple):
-    """The variables of one jaxpr: the equations that make them, and their roles."""
+    """Holds the variables of one jaxpr: the equations that compute them, and their roles."""
 
     makers: dict[core.Var, core.JaxprEqn]
     roles: dict[core.Var, Role]
@@ -83,7 +82,7 @@ class _Scope(NamedTuple):
 
 
 def rewritten(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
-    """Take the operations of a loss on computed weights apart, as far as the rules here reach.
+    """Decompose a loss's operations on computed weights, as far as there are rules.
 
     Args:
       closed: the loss for one example.
@@ -149,7 +148,7 @@ def _form(eqn: core.JaxprEqn, operand: int, scope: _Scope) -> Expanded | None:
 
 
 def _looked_up(eqn: core.JaxprEqn) -> Expanded | None:
-    """Express a slice of one row, where data tell which, as the look-up of a row."""
+    """Express a slice of one row, at an index that depends on data, as the look-up of a row."""
     table, *starts = eqn.invars
     shape, sizes = aval(table).shape, tuple(eqn.params["slice_sizes"])
     axes = [axis for axis, size in enumerate(shape) if sizes[axis] != size]
@@ -185,7 +184,7 @@ def _of_product(eqn: core.JaxprEqn, operand: int) -> _Use:
     pairs = dict(zip(axes.w_contracted, axes.x_contracted, strict=True))
     leaving_of_x = dict(zip(axes.x_free, axes.y_x_free, strict=True))
     product = _Product(eqn.invars[1 - operand], pairs, leaving_of_x, precision)
-    # Two products would round a sum in a wider dtype between them.
+    # Between two products, a sum in a wider dtype would be rounded.
     product = product if not axes.w_blocks and _have_one_dtype(eqn) else None
     return _Use(_applied(eqn, operand), axes.leaving, product, _ndim(eqn))
 
@@ -218,11 +217,11 @@ def _value(read: _Read, atom: Any) -> Any:
 _USES = {"dot_general": _of_product, "conv_general_dilated": _of_convolution}
 
 
-# Expand what W may be
+# Expand the cases of W
 
 
 def _expand(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
-    """Apply an operation to the parts that W is made of; None if a part has no rule here."""
+    """Apply an operation to the parts of W; None if there is no rule for a part."""
     maker, expanded = scope.maker(atom), None
     if maker is not None and maker.primitive.name in _RULES:
         expanded = _RULES[maker.primitive.name](use, maker, scope)
@@ -274,7 +273,7 @@ def _added(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
 def _scaled(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
     divides, shape = maker.primitive.name == "div", aval(maker.outvars[0]).shape
     for core_of, scale_of in ((0, 1),) if divides else ((0, 1), (1, 0)):
-        if aval(maker.invars[core_of]).shape != shape:  # a number, or an array that is repeated
+        if aval(maker.invars[core_of]).shape != shape:  # a number, or a broadcast array
             continue
         scale = _scale(use, maker.invars[scale_of], scope)
         expanded = scale and _expand(use, maker.invars[core_of], scope)
@@ -291,7 +290,7 @@ def _times(expanded: Expanded, scale: Expanded, divides: bool) -> Expanded:
 
 
 def _scale(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
-    """Turn a scale of W into a scale of y; None unless it runs along axes that y shares."""
+    """Turn a scale of W into a scale of y; None unless it varies only along axes that y has."""
     maker = scope.maker(atom)
     places: Sequence[int] = range(aval(atom).ndim)
     if maker is not None and maker.primitive.name == "broadcast_in_dim":
@@ -313,7 +312,7 @@ def _scale(use: _Use, atom: Any, scope: _Scope) -> Expanded | None:
 
 
 def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | None:
-    """Multiply x by the one of A and B whose axes it contracts, and then by the other."""
+    """Multiply x by A or B, whichever it contracts with, and then by the other."""
     contracted, blocks = maker.params["dimension_numbers"]
     product, operands = use.product, maker.invars
     if product is None or blocks[0] or not _have_one_dtype(maker):
@@ -333,7 +332,7 @@ def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | No
     into_x = [product.contracted[axis] for axis in bounds[first]]
     num_left = aval(product.x).ndim - len(into_x)
     num_inner = len(contracted[first])
-    # Sorted, these are y's axes: those that are left of x, and those that are free in the second.
+    # Sorted, these are y's axes: the remaining axes of x, and the free axes of the second factor.
     places = [product.leaving[axis] for axis in sorted(product.leaving)]
     places += [use.leaving[axis] for axis in bounds[second]]
 
@@ -343,7 +342,7 @@ def _multiplied(use: _Use, maker: core.JaxprEqn, scope: _Scope) -> Expanded | No
         )
         dot = functools.partial(lax.dot_general, precision=product.precision)
         inner = dot(x, one, ((into_x, free[first]), ((), ())))
-        # The inner product's last axes are the contracted ones of A in ascending order.
+        # The inner product's last axes are the contracted axes of A in ascending order.
         ascending = sorted(range(num_inner), key=contracted[first].__getitem__)
         theirs = [contracted[second][i] for i in ascending]
         mine = list(range(num_left, num_left + num_inner))

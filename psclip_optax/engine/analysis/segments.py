@@ -1,9 +1,9 @@
-"""Find the segment of each group of parameters: the piece of a loss that holds all of its sites.
+"""Find the segment of each group of parameters: the part of a loss that contains all its sites.
 
-A segment lies in one body: the loss itself, or what a call, a checkpoint or a step of a scan runs.
-It takes in the group's parameters, and data from before it. What of the body lies between the
-first and the last equation where the group meets data is in it, unless it depends on no data. So
-what its parameters' cotangents are made of is known where the backward pass is done with it.
+A segment is within one body: that of the loss, of a call, of a checkpoint or of a step of a scan.
+Its inputs are the group's parameters and data from before it. It contains the equations between the
+first and the last one in which the group meets data, except those that do not depend on data. So
+after its backward pass, everything needed for its parameters' gradients is known.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Members(NamedTuple):
     """The parameters that are clipped together.
 
     Attributes:
-      leaves: their numbers.
-      by_slice: whether each slice along their leading axis is clipped by itself.
+      leaves: the numbers of the parameters.
+      by_slice: whether each slice along their leading axis is clipped separately.
     """
 
     leaves: frozenset[int]
@@ -34,17 +34,17 @@ class Members(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The piece of a loss that holds all sites of a group.
+    """The part of a loss that contains all sites of a group.
 
     Attributes:
-      path: the path of its last equation, in whose place it runs.
-      equations: the indices of the equations of that body that are in it alone.
+      path: the path of its last equation, at which it runs.
+      equations: the indices of the equations of that body that belong only to it.
       weights: the variables of the body that are the group's parameters, or views of them.
       parameters: the number of each weight's parameter.
-      data: the variables from before the segment that pass a cotangent on.
-      others: the variables from before the segment that pass none on.
-      outputs: the variables that later equations read; first those that have a gradient.
-      closed: its equations, from weights, data and others to the outputs.
+      data: the variables from before the segment that get a cotangent.
+      others: the variables from before the segment that get none.
+      outputs: the variables that later equations read; those with a gradient come first.
+      closed: its equations as a jaxpr, from weights, data and others to the outputs.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Segment(NamedTuple):
 
 
 class Obstacle(NamedTuple):
-    """A reason why a group has no segment, in words about its parameters."""
+    """The reason why a group has no segment, as a text about its parameters."""
 
     reason: str
 
@@ -77,8 +77,8 @@ def find_segment(closed: core.ClosedJaxpr, usage: Usage, members: Members) -> Se
 
     Args:
       closed: the loss.
-      usage: the use that it makes of its parameters.
-      members: those that are clipped together.
+      usage: how it uses its parameters.
+      members: the parameters that are clipped together.
     """
     meetings = [path for path, leaves in usage.meetings if leaves & members.leaves]
     if not meetings:
@@ -110,9 +110,9 @@ class _Body(NamedTuple):
     """The jaxpr that an equation runs, or the loss itself.
 
     Attributes:
-      path: that of the equation.
-      jaxpr: what it runs.
-      is_step: whether that is a step of a scan.
+      path: the path of the equation.
+      jaxpr: the jaxpr that it runs.
+      is_step: whether the body is a step of a scan.
       varied: the variables that depend on parameters.
     """
 
@@ -128,7 +128,7 @@ def _common(paths: Sequence[Path]) -> Path:
 
 
 def _bodies(jaxpr: core.Jaxpr, varied: set[core.Var], path: Path) -> Iterator[_Body]:
-    """Return the bodies on the way to an equation, from the loss itself on."""
+    """Return the bodies that contain an equation, outermost first."""
     varied = _all_varied(jaxpr, varied)
     yield _Body((), jaxpr, False, varied)
     for depth, i in enumerate(path, 1):
@@ -145,7 +145,7 @@ def _bodies(jaxpr: core.Jaxpr, varied: set[core.Var], path: Path) -> Iterator[_B
 
 
 def _all_varied(jaxpr: core.Jaxpr, varied: set[core.Var]) -> set[core.Var]:
-    """Add what may depend on these variables and pass a cotangent on to them."""
+    """Add the variables that may depend on these and pass a cotangent to them."""
     varied = set(varied)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name != "stop_gradient" and not varied.isdisjoint(_read([eqn])):
@@ -197,7 +197,7 @@ def _in_body(
 
 
 class _Before(NamedTuple):
-    """The needs of equations: variables, and equations that read the group's parameters alone."""
+    """Holds the inputs of equations, and the equations that need only the group's parameters."""
 
     equations: list[int]
     inputs: list[core.Var]
@@ -230,11 +230,11 @@ def _is_of(role: Role | None, members: Members) -> bool:
 
 
 def _view(role: Role, members: Members, scans: Sequence[Path]) -> View | None:
-    """Return the view of a parameter that holds entries once each, one slice of it in a step."""
+    """Return a parameter's view that contains each entry once, and one slice in each step."""
     view = role.view if isinstance(role, OfParameters) else None
     if view is None or view.is_repeated or view.weight not in members.leaves:
         return None
-    # Sliced before anything else was done to it, the slices are those of its leading axis.
+    # If slicing comes first, the slices are those along its leading axis.
     is_sliced = view.frame[: len(scans)] == tuple(((), "layer", path) for path in scans)
     return view if is_sliced else None
 

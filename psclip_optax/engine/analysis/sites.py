@@ -1,9 +1,9 @@
-"""Describe where parameters enter a jaxpr: sites, and what else becomes of each parameter.
+"""Describe how a jaxpr uses its parameters: sites, escapes, and computed weights.
 
-A *site* is an equation in which a view of one parameter meets data in an operation linear in it,
-y = op(W, x). A *view* is a chain of operations that move a parameter's entries without changing
-them (reshape, transpose, slice, cast). A parameter that is used in any other way *escapes*: its
-gradient is taken for each sample by automatic differentiation, which is always right.
+A *site* is an equation y = op(W, x), linear in W, that combines a view of one parameter with data.
+A *view* is a chain of operations that move a parameter's entries without changing them (reshape,
+transpose, slice, cast). A parameter that is used in any other way *escapes*: automatic
+differentiation makes its gradient for each sample, which is always right.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OfParameters:
-    """The role of a variable that depends on parameters alone.
+    """The role of a variable that depends only on parameters.
 
     Attributes:
-      leaves: the parameters that it depends on.
-      view: the view that it is of a weight, which is a parameter or computed from parameters; None
-        if it is computed anew in each step of a scan.
-      is_stepped: whether it is another in each step of a scan around it.
-      computed_from: if it is computed anew in each step, the weights that it is computed from.
+      leaves: the parameters on which it depends.
+      view: the variable as a view of a weight, which is a parameter or a computed weight; None if
+        it is computed in each step of a scan.
+      is_stepped: whether it differs between the steps of a scan around it.
+      computed_from: if it is computed in each step, the weights from which it is computed.
     """
 
     leaves: frozenset[int]
@@ -50,15 +50,15 @@ class OfParameters:
 
     @property
     def weights(self) -> frozenset[int]:
-        """Return the weights that its gradient is passed on to."""
+        """Return the weights to which its gradient is passed on."""
         return frozenset([self.view.weight]) if self.view else self.computed_from
 
 
 class Other(enum.Enum):
-    """The role of a variable that no gradient of a weight is taken at: data, or a constant.
+    """The role of a variable that is neither a weight nor a view of one: data, or a constant.
 
-    Data depend on the example, or on parameters in a way that automatic differentiation has to
-    follow for each sample. Constants pass no cotangent on to parameters.
+    Data depend on the example, or on parameters in a way that needs automatic differentiation for
+    each sample. Constants pass no cotangent to parameters.
     """
 
     DATA = enum.auto()
@@ -70,14 +70,14 @@ Role: TypeAlias = OfParameters | Other
 
 
 class Computed(NamedTuple):
-    """A weight that is computed from parameters alone, and so is the same for all samples.
+    """A weight that is computed only from parameters, so it is the same for all samples.
 
     Attributes:
-      path: the path of the equation that makes it, as in `Site`.
-      output: the index of the equation's output that it is.
+      path: the path of the equation that computes it, as in `Site`.
+      output: its index among the equation's outputs.
       aval: its shape and dtype.
-      leaves: the parameters that it is computed from.
-      is_joined: whether it is nothing but their entries side by side, each once.
+      leaves: the parameters from which it is computed.
+      is_joined: whether it only concatenates their entries, each once.
     """
 
     path: Path
@@ -88,16 +88,14 @@ class Computed(NamedTuple):
 
 
 class Site(NamedTuple):
-    """One equation y = op(W, x) in which a view of a parameter meets data.
+    """An equation y = op(W, x) that combines a view of a parameter with data.
 
     Attributes:
-      path: the equation's index in its jaxpr, after those of the equations that hold the jaxpr.
-      eqn: the equation.
-      operand: the index of the equation's input that is W.
-      route: the route that the site would take by itself.
-      view: the view of a weight that W is.
-      scans: the lengths of the scans around it, outermost first.
-      layered: whether W is another layer in each step, for each of these scans.
+      path: the equation's index in its jaxpr, preceded by those of the equations that contain the
+      jaxpr. eqn: the equation. operand: the index of the equation's input that is W. route: the
+      route that the site would have alone. view: W as a view of a weight. scans: the lengths
+      of the scans around it, outermost first. layered: for each of these scans, whether W is a
+      different layer in each step.
     """
 
     path: Path
@@ -110,7 +108,7 @@ class Site(NamedTuple):
 
     @property
     def sample_axis(self) -> int:
-        """Return the axis of samples in inputs and outputs, which is after those of the scans."""
+        """Return the axis of samples in inputs and outputs, which follows those of the scans."""
         return len(self.scans)
 
     @property
@@ -121,7 +119,7 @@ class Site(NamedTuple):
 
     @property
     def entering(self) -> list[Any]:
-        """Return the equation's other inputs, which meet W."""
+        """Return the equation's other inputs."""
         return [atom for i, atom in enumerate(self.eqn.invars) if i != self.operand]
 
     @property
@@ -130,7 +128,7 @@ class Site(NamedTuple):
 
 
 class Escape(NamedTuple):
-    """The reason why a weight has no fast route: the operation it entered, and the user's line."""
+    """Says why a weight has no fast route: the operation that uses it, and the user's line."""
 
     reason: str
     source: str
@@ -138,19 +136,20 @@ class Escape(NamedTuple):
 
 @dataclasses.dataclass
 class Usage:
-    """The use that a loss makes of its weights: its parameters, and what is computed from these.
+    """Describes how a loss uses its weights: the parameters and the computed weights.
 
     Attributes:
-      num_leaves: how many parameters there are; weight `num_leaves + i` is `computed[i]`.
-      computed: all that is computed from parameters alone.
-      sites: the equations where weights meet data in operations linear in them.
+      num_leaves: the number of parameters; weight `num_leaves + i` is `computed[i]`.
+      computed: the weights computed only from parameters.
+      sites: the equations that are linear in a weight that they combine with data.
       escapes: the weights that meet data in other ways.
-      to_rewrite: the operand that is the weight, by the path of an equation that may have a better
-        form. Such an equation is linear in a computed weight, or takes a slice where data tell.
-      roles: the role of each variable, by the path of the equation that holds its jaxpr.
-      meetings: the path of each equation where weights meet data or escape, and the parameters that
-        these depend on.
-      is_computed_in_steps: whether data meet what steps of a scan compute from parameters.
+      to_rewrite: by the path of an equation that may have a better form, the operand that is the
+        weight. Such an equation is linear in a computed weight, or takes a slice at an index that
+        depends on data.
+      roles: the role of each variable, by the path of the equation that contains its jaxpr.
+      meetings: the path of each equation in which weights meet data or escape, and the parameters
+        on which these weights depend.
+      is_computed_in_steps: whether data meet values that steps of a scan compute from parameters.
     """
 
     num_leaves: int
@@ -163,7 +162,7 @@ class Usage:
     is_computed_in_steps: bool = False
 
     def meet(self, roles: Iterable[Role], path: Path) -> None:
-        """Note that the parameters among these roles are followed no further than an equation."""
+        """Record an equation in which the parameters among these roles meet data or escape."""
         leaves = [role.leaves for role in roles if isinstance(role, OfParameters)]
         if leaves:
             self.meetings.append((path, frozenset().union(*leaves)))
@@ -181,7 +180,7 @@ class Usage:
     def compute(
         self, eqn: core.JaxprEqn, roles: Sequence[Role], leaves: frozenset[int], path: Path
     ) -> list[Role]:
-        """Make a weight of each output of an equation that has a gradient."""
+        """Make each output of an equation that has a gradient a computed weight."""
         is_joined = eqn.primitive.name in ("concatenate", "stack") and self._are_apart(
             roles, leaves
         )
@@ -196,7 +195,7 @@ class Usage:
         return outs
 
     def _are_apart(self, roles: Sequence[Role], leaves: frozenset[int]) -> bool:
-        """Tell whether all are parameters, or these side by side, with each entry once at most."""
+        """Tell whether all are parameters or concatenations of them, with no entry twice."""
         weights = [role for role in roles if isinstance(role, OfParameters)]
         is_each_once = sum(len(role.leaves) for role in weights) == len(leaves)
         return is_each_once and len(weights) == len(roles) and all(map(self._is_once, weights))
@@ -211,7 +210,7 @@ class Usage:
 
 
 def of_parameter(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn function(W, *x) of one step into one of the parameter and the x of all scans' steps."""
+    """Map function(W, *x) of one step over the steps of all scans, given the parameter."""
     *outer, last = segments(site.view)
     whole, axes = after(last, function), (0,) * len(site.entering)
     for is_layered in reversed(site.layered):
@@ -221,7 +220,7 @@ def of_parameter(site: Site, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def viewed(site: Site) -> Callable[[Any], Any]:
-    """Return a function from the parameter to W, with an axis in front per scan over layers."""
+    """Return a function from the parameter to W, with a leading axis for each scan over layers."""
     *outer, last = segments(site.view)
     whole = after(last, lambda w: w)
     for steps in reversed(outer):

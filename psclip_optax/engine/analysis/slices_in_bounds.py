@@ -1,7 +1,7 @@
-"""Hold dynamic slices inside of their operands where JAX's own `vmap` does not.
+"""Keep dynamic slices within bounds where JAX's `vmap` does not.
 
-Before 0.9 JAX makes a gather of a `dynamic_slice` under `vmap` that promises indices in bounds. The
-transpose of that drops the others, where the slice itself takes what is nearest to them.
+Before JAX 0.9, `vmap` turns a `dynamic_slice` into a gather that promises indices in bounds. Its
+transpose drops indices out of bounds, but the slice itself clamps them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _vmap_promises() -> bool:
 
 
 def _clamped(eqn: core.JaxprEqn) -> core.JaxprEqn:
-    """Make a `dynamic_slice` a call that clamps its starts before it."""
+    """Replace a `dynamic_slice` by a call that clamps its start indices first."""
     if eqn.primitive.name != "dynamic_slice":
         return eqn
     sizes = eqn.params["slice_sizes"]
@@ -51,5 +51,5 @@ def _clamped(eqn: core.JaxprEqn) -> core.JaxprEqn:
 
 
 def _clamp(start: jax.Array, last: int) -> Any:
-    last = min(last, int(jnp.iinfo(start.dtype).max))  # of a narrow integer
+    last = min(last, int(jnp.iinfo(start.dtype).max))  # for narrow integers
     return jnp.clip(start, 0, last)

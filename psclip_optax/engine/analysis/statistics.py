@@ -1,11 +1,11 @@
-"""Find statistics over a batch axis of size 1: batch normalisation in training mode, mostly.
+"""Find statistics over a batch axis of size 1, mostly batch normalisation in training mode.
 
-A *batch axis* is one of size 1 in front of an example: its first axis, or one that the loss puts
-there. A *statistic* is a reduction over it that leaves more than one number. There is a warning
-where it meets, entry by entry, data that still has the batch axis, as to normalise a batch. A
-reduction that is not spread over the batch again (the mean of the losses, the pooling of an image)
-is no sign that samples are coupled. Attention to a single token is none either, though its softmax
-is over an axis of size 1: its scores are of pairs of tokens, or have the tokens last.
+A *batch axis* is an axis of size 1 in front of an example: its first axis, or one that the loss
+adds there. A *statistic* is a reduction over it whose result has more than one number. The warning
+is issued if a statistic is combined elementwise with data that still has the batch axis, as in
+normalisation. A reduction that is not broadcast over the batch again (the mean of the losses, the
+pooling of an image) does not couple samples. Neither does attention to a single token, although its
+softmax is over an axis of size 1: its scores are for pairs of tokens, or have the tokens last.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from psclip_optax.engine.analysis.walk import walk
 
 
 class FromExample(NamedTuple):
-    """The origin of a variable that depends on the example.
+    """Says how a variable depends on the example.
 
     Attributes:
       batch_axes: its batch axes.
-      statistics: the places where the statistics were taken that it depends on.
+      statistics: the places of the statistics on which it depends.
     """
 
     batch_axes: frozenset[int] = frozenset()
@@ -43,7 +43,7 @@ _SHOWN = 3
 
 
 def warn_of_batch_statistics(closed: core.ClosedJaxpr, num_leaves: int) -> None:
-    """Warn of statistics over a batch axis of size 1 in the loss of one example.
+    """Warn of statistics over a batch axis of size 1 in the loss for one example.
 
     Args:
       closed: the loss for one example.
@@ -76,7 +76,7 @@ def _message(found: Sequence[str]) -> str:
 
 
 def _callers_level() -> int:
-    """Count the frames up to whoever called this package, maybe through JAX."""
+    """Count the frames up to the caller of this package, maybe through JAX."""
     level, frame = 0, inspect.currentframe()
     while frame and frame.f_globals.get("__name__", "").split(".")[0] in ("psclip_optax", "jax"):
         level, frame = level + 1, frame.f_back
@@ -88,7 +88,7 @@ class _Walk(NamedTuple):
     known: dict[tuple[core.Jaxpr, tuple[Origin, ...]], list[Origin]]
 
     def jaxpr(self, jaxpr: core.Jaxpr, origins: tuple[Origin, ...]) -> list[Origin]:
-        # A jaxpr that is called many times is walked once.
+        # A jaxpr that is called many times is walked only once.
         if (jaxpr, origins) not in self.known:
             self.known[jaxpr, origins] = self.eqns(jaxpr, origins)
         return self.known[jaxpr, origins]
@@ -104,7 +104,7 @@ class _Walk(NamedTuple):
         return self.eqn(eqn, tuple(origins)) if any(origins) else [None] * len(eqn.outvars)
 
     def eqn(self, eqn: core.JaxprEqn, origins: tuple[Origin, ...]) -> list[Origin]:
-        # The derivative of a broadcast is a sum. Where the loss takes a `grad`, it is no statistic.
+        # The derivative of a broadcast is a sum. If the loss calls `grad`, it is not a statistic.
         is_transposed = "transpose(" in str(eqn.source_info.name_stack)
         if eqn.primitive.name in _WITH_BODIES and not is_transposed:
             return self.call(eqn, origins)
@@ -152,7 +152,7 @@ class _Walk(NamedTuple):
     ) -> list[Origin]:
         consts, carry = origins[: len(origins) - num_carry], origins[len(origins) - num_carry :]
         outs = self.jaxpr(body, (*consts, *carry, *layers))
-        # The carry that a step leaves enters the next one.
+        # The carry from one step is an input of the next.
         carry = tuple(map(_either, carry, outs[:num_carry]))
         return self.jaxpr(body, (*consts, *carry, *layers))
 
@@ -168,7 +168,7 @@ def _place(eqn: core.JaxprEqn) -> str:
 
 
 def _placed(origin: Origin, place: str) -> Origin:
-    """Give statistics of which JAX tells no line, as inside its functions, the line of the call."""
+    """Give statistics without a line, such as those in JAX's functions, the line of the call."""
     if origin is None or "" not in origin.statistics:
         return origin
     return origin._replace(statistics=origin.statistics - {""} | {place})
@@ -178,7 +178,7 @@ def _is_statistic(eqn: core.JaxprEqn, origins: tuple[Origin, ...]) -> bool:
     operand = origins[0]
     if eqn.primitive.name not in _REDUCTIONS or operand is None:
         return False
-    # Features or keys come last. Samples never do.
+    # The last axis has features or keys, never samples.
     is_over_last = tuple(eqn.params["axes"]) == (len(aval(eqn.invars[0]).shape) - 1,)
     is_over_batch = not operand.batch_axes.isdisjoint(eqn.params["axes"])
     return is_over_batch and not is_over_last and math.prod(aval(eqn.outvars[0]).shape) > 1
@@ -200,7 +200,7 @@ def _moved(origin: Origin, by: int) -> Origin:
     return origin._replace(batch_axes=frozenset(a + by for a in origin.batch_axes if a + by >= 0))
 
 
-# Find the axes of what leaves that are batch axes, from those of the inputs
+# Derive the batch axes of outputs from those of the inputs
 
 
 def _aligned(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) -> frozenset[int]:
@@ -213,7 +213,7 @@ def _aligned(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) -> 
 
 
 def _renumbered(sources: Sequence[int | None], axes: frozenset[int]) -> frozenset[int]:
-    """Find the output's axes that come from some of the input's, by the source of each."""
+    """Find the output's axes that come from some of the input's axes, by the source of each."""
     return frozenset(i for i, source in enumerate(sources) if source in axes)
 
 
@@ -237,7 +237,7 @@ def _reshaped(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) ->
             return _without(eqn, axes[0], [a])
     if shape[:1] != (1,):
         return frozenset()
-    # Other reshapes concern the axes after the batch axis.
+    # Other reshapes change only the axes after the batch axis.
     return frozenset([0]) if 0 in axes[0] or old[:1] != (1,) else frozenset()
 
 
@@ -249,7 +249,7 @@ def _product(eqn: core.JaxprEqn, axes: Sequence[frozenset[int]], shape: Any) -> 
         for side, atom in enumerate(eqn.invars)
     ]
     if all(of_side.intersection(rest) for of_side, rest in zip(axes, free, strict=True)):
-        free = [[None] * len(rest) for rest in free]  # pairs leave, not samples
+        free = [[None] * len(rest) for rest in free]  # the outputs are pairs, not samples
     left = _renumbered([*batched[0], *free[0], *[None] * len(free[1])], axes[0])
     right = _renumbered([*batched[1], *[None] * len(free[0]), *free[1]], axes[1])
     return left | right

@@ -1,9 +1,8 @@
-"""Take axes of size 1 out of a loss: the same function, traced anew.
+"""Retrace a loss without axes of size 1.
 
-A loss written for batches sees a batch of one, and every array has an axis of size 1 behind that of
-the samples. An accelerator lays arrays out in tiles over their last axes, and compilers find worse
-layouts, or copy, where such axes lie between. Operations without a rule here are given the axes
-that they had.
+A loss written for batches gets a batch of one, so every array has an axis of size 1 after that of
+the samples. An accelerator stores arrays in tiles over their last axes, and with such axes between
+them compilers find worse layouts, or copy. Operations without a rule here get their original axes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from psclip_optax.engine.analysis.operations import ELEMENTWISE
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.analysis.walk import walk
 
-# Operations that read arrays in tiles, so that their results tell how arrays are laid out.
+# Operations that read arrays in tiles, and so determine layouts.
 _TILED = ("dot_general", "conv_general_dilated")
 _ELEMENTWISE = {
     *ELEMENTWISE,
@@ -42,9 +41,10 @@ _ELEMENTWISE = {
 
 
 class _Value:
-    """An array with its axes of size 1 and without, each made from the other where it is asked for.
+    """An array with and without its axes of size 1; each form is made from the other when needed.
 
-    Parameters are given with all of their axes, so that what takes them as they are has them so.
+    Parameters are passed with all their axes, so operations that use them directly see them
+    unchanged.
     """
 
     def __init__(self, *, full: Any = None, bare: Any = None, shape: Sequence[int]):
@@ -64,16 +64,16 @@ class _Value:
 
     @property
     def is_full_alone(self) -> bool:
-        """Tell whether the array has axes of size 1 and was not asked for without them."""
+        """Tell whether the array has axes of size 1 and is not needed without them."""
         return self._bare is None and 1 in self.shape
 
     @property
     def given(self) -> Any:
-        """Return what need not be made."""
+        """Return the form that exists already."""
         return self._bare if self._full is None else self._full
 
     def like(self, array: Any) -> _Value:
-        """Return another array that has the form of `given`."""
+        """Return another array in the form of `given`."""
         if self._full is None:
             return _Value(bare=array, shape=self.shape)
         return _Value(full=array, shape=self.shape)
@@ -89,7 +89,7 @@ def _bare(array: Any) -> Any:
 
 
 def without_unit_axes(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Trace a loss anew without axes of size 1, if products or convolutions have any."""
+    """Retrace a loss without axes of size 1, if products or convolutions have any."""
     if closed.effects or not _has_occasion(closed.jaxpr):
         return closed
 
@@ -130,14 +130,14 @@ def _equation(eqn: core.JaxprEqn, inputs: list[_Value], path: Path) -> list[_Val
 def _by_rule(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
     name = eqn.primitive.name
     follows = name in _ELEMENTWISE or name in _FOLLOWING
-    # Between operations without rules, as in a net of convolutions, arrays keep their axes.
+    # Between operations without rules, as in a convolutional net, arrays keep their axes.
     if follows and max(inputs, key=lambda value: math.prod(value.shape)).is_full_alone:
         return None
     rule = _elementwise if name in _ELEMENTWISE else _RULES.get(name)
     return rule and rule(eqn, inputs)
 
 
-# Operations that hold a jaxpr
+# Operations that contain a jaxpr
 
 
 def _call(eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
@@ -164,7 +164,7 @@ def _scan(eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
 
     def step(carry: list[Any], of_step: list[Any]) -> tuple[list[Any], list[Any]]:
         within = [
-            # Made anew, as variables made here must not be read outside.
+            # Made again, because variables made here must not be read outside.
             *(value.like(value.given) for value in consts),
             *(_Value(bare=one, shape=s) for one, s in zip(carry, shapes_of_carry, strict=True)),
             *(_Value(full=one, shape=s) for one, s in zip(of_step, shapes_of_xs, strict=True)),
@@ -191,11 +191,11 @@ _NESTED: dict[str, Callable[..., list[_Value]]] = {
 }
 
 
-# Rules: an operation on the arrays without their axes of size 1, or None if it is not one on them.
+# Rules: the operation on the arrays without their axes of size 1, or None if there is none.
 
 
 def _places(shape: Sequence[int]) -> dict[int, int]:
-    """Number the axes that are left."""
+    """Number the remaining axes."""
     left = (axis for axis, size in enumerate(shape) if size != 1)
     return {axis: place for place, axis in enumerate(left)}
 
@@ -265,7 +265,7 @@ def _dot_general(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
     both = [_places(value.shape) for value in inputs]
 
     def left(axes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        # Axes that are contracted with an axis of size 1, or run beside it, have size 1 too.
+        # Axes that are contracted with an axis of size 1, or batched with it, have size 1 too.
         return tuple(
             tuple(places[axis] for axis in of_side if axis in places)
             for places, of_side in zip(both, axes, strict=True)
@@ -292,14 +292,14 @@ def _concatenate(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
 
 
 def _gather(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
-    """Look up without axes of size 1, but those of the operand that indices tell places along."""
+    """Look up without axes of size 1, except the operand's indexed axes."""
     operand, indices = inputs
     dims, ndim = eqn.params["dimension_numbers"], aval(eqn.outvars[0]).ndim
     beside, collapsed = dims.operand_batching_dims, dims.collapsed_slice_dims
     from_operand = [axis for axis in _units(operand.shape) if axis not in dims.start_index_map]
     from_indices = _units(indices.shape[:-1])
     if beside and math.prod(eqn.params["slice_sizes"]) == 1:
-        # Of picks along an axis that have this axis compilers know that a comparison makes them.
+        # Compilers turn picks along an axis into a comparison if the axis is kept.
         from_indices = _without_last(from_indices, dims.start_indices_batching_dims)
     if not (from_operand or from_indices):
         return None
@@ -327,7 +327,7 @@ def _gather(eqn: core.JaxprEqn, inputs: list[_Value]) -> Any:
 
 
 def _without_last(axes: Sequence[int], beside: Sequence[int]) -> list[int]:
-    """Leave out the last of the axes that do not stand beside an operand's."""
+    """Remove the last of the axes that do not correspond to an axis of the operand."""
     kept = max((axis for axis in axes if axis not in beside), default=None)
     return [axis for axis in axes if axis != kept]
 
@@ -337,13 +337,13 @@ def _units(shape: Sequence[int]) -> list[int]:
 
 
 def _renumbered(ndim: int, removed: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
-    """Return what leaves removed axes out of some, and numbers the others anew."""
+    """Return a function that drops removed axes from a list and renumbers the others."""
     places = {axis: i for i, axis in enumerate(a for a in range(ndim) if a not in removed)}
     return lambda axes: tuple(places[axis] for axis in axes if axis in places)
 
 
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
-# These are run in the form that their operand has.
+# These run on the form that their operand has.
 _FOLLOWING = {"broadcast_in_dim", *_REDUCTIONS}
 _RULES: dict[str, Callable[[core.JaxprEqn, list[_Value]], Any]] = {
     **dict.fromkeys(_REDUCTIONS, _reduce),

@@ -1,4 +1,4 @@
-"""Find the use that a loss makes of its parameters: where they meet data, and in which ways."""
+"""Find how a loss uses its parameters: where, and in which operations, they meet data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class _Scope(NamedTuple):
-    """The place of an equation in the nest of jaxprs: its path, and the scans around it."""
+    """The place of an equation in nested jaxprs: its path, and the scans around it."""
 
     path: Path
     scans: tuple[tuple[Path, int], ...]
@@ -46,17 +46,17 @@ RouteOf: TypeAlias = Callable[[core.JaxprEqn, int], "Route | None"]
 def find_usage(
     closed: core.ClosedJaxpr, num_leaves: int, route_of: RouteOf, num_outputs: int = 1
 ) -> Usage:
-    """Find the use that a loss makes of its first `num_leaves` inputs, the others being an example.
+    """Find how a loss uses its first `num_leaves` inputs; the others are the example.
 
     Args:
       closed: the loss for one example; its first output is the loss.
       num_leaves: how many of its inputs are parameters.
-      route_of: a function from an equation, and the index of the operand that is the parameter, to
-        the route if there is one.
-      num_outputs: how many outputs have a cotangent, the first ones: 1 of a loss, for aux has none.
+      route_of: a function from an equation and the index of the operand that is the parameter to
+        the route, or None.
+      num_outputs: the first so many outputs have a cotangent: 1 for a loss, because aux has none.
 
     Returns:
-      Every site, and the weights that escape. A weight may have both.
+      All sites, and the weights that escape. A weight may do both.
     """
     jaxpr, usage = closed.jaxpr, Usage(num_leaves)
     roles: list[Role] = [
@@ -127,7 +127,7 @@ class _Walk(NamedTuple):
         varied = [isinstance(role, OfParameters) for role in roles]
         unproven = unproven_equation(eqn, varied, [has_gradient(v) for v in eqn.outvars])
         if unproven is not None:
-            # The weighted sum would be pulled back to a computed weight, and not each cotangent.
+            # Not each cotangent, but the weighted sum would be pulled back to a computed weight.
             self.usage.escape(roles, f"passes {described_rule(unproven)}", None, scope.path)
             return [Other.DATA] * len(eqn.outvars)
         return self.usage.compute(eqn, roles, leaves, scope.path)
@@ -191,7 +191,7 @@ class _Walk(NamedTuple):
 
 
 def _views(eqn: core.JaxprEqn, roles: Sequence[Role]) -> list[View] | None:
-    """Find the views that the outputs of an equation on one parameter are, if they are views."""
+    """Describe the outputs of an equation on one parameter as views, if they are views."""
     ((which, role),) = [(i, r) for i, r in enumerate(roles) if isinstance(r, OfParameters)]
     if role.view is None:
         return None
@@ -202,7 +202,7 @@ def _views(eqn: core.JaxprEqn, roles: Sequence[Role]) -> list[View] | None:
 
 
 def _passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
-    """Tell whether the cotangent of the one output is that of an input, as with w + constant."""
+    """Tell whether an input has the same cotangent as the one output, as in w + constant."""
     outs = [aval(v) for v in eqn.outvars if has_gradient(v)]
     shape = aval(eqn.invars[which]).shape
     if len(eqn.outvars) != 1 or len(outs) != 1 or outs[0].shape != shape:
@@ -215,7 +215,7 @@ def _passes_cotangent_on(eqn: core.JaxprEqn, which: int) -> bool:
 
 
 def _without_gradient(roles: Sequence[Role]) -> Other:
-    """Tell the role of an equation's outputs that pass no cotangent on to parameters."""
+    """Return the role of an equation's outputs that pass no cotangent to parameters."""
     if Other.DATA in roles:
         return Other.DATA
     is_stepped = any(

@@ -1,7 +1,7 @@
-"""Follow views: how the entries of a variable lie in those of a parameter.
+"""Track views: which entries of a parameter a variable consists of.
 
 A view is a chain of operations that move a parameter's entries without changing them (reshape,
-transpose, slice, cast), so that norms of gradients are the same on both sides of it.
+transpose, slice, cast), so norms of gradients are the same on both sides of it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def aval(atom: Any) -> Any:
 
 
 class Layer(NamedTuple):
-    """The step of a view that takes one layer of stacked parameters, in the scan at `path`."""
+    """A step of a view: takes one layer of stacked parameters, in the scan at `path`."""
 
     path: Path
 
 
 class Equation(NamedTuple):
-    """The step of a view that an equation with one input is, to one of its outputs."""
+    """A step of a view: an equation with one input, to one of its outputs."""
 
     eqn: core.JaxprEqn
     output: core.Var
@@ -45,15 +45,14 @@ Step: TypeAlias = "Equation | Layer"
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The way in which a variable's entries lie in those of a weight.
+    """Describes which entries of a weight a variable consists of.
 
     Attributes:
-      weight: the number of the parameter, or of the weight that is computed from parameters.
-      steps: the equations from the weight to the variable, in order.
-      frame: the same without transpositions, as values that compare equal where the entries agree.
-      axes: for each axis of the variable, the axis of the frame that it is.
-      is_repeated: whether entries of the weight come several times.
-      is_shifted: whether something without a gradient is added.
+      weight: the number of the parameter or computed weight. steps: the equations from the weight
+      to the variable, in order. frame: the same without transpositions, as values that compare
+      equal if the entries agree. axes: for each axis of the variable, the axis of the frame.
+      is_repeated: whether entries of the weight occur several times. is_shifted: whether something
+      without a gradient is added.
     """
 
     weight: int
@@ -65,7 +64,7 @@ class View:
 
 
 def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
-    """Find the views that the outputs of an equation on a view are; None if they are no views."""
+    """Describe the outputs of an equation on a view as views; None if they are no views."""
     if view is None or len(eqn.invars) != 1:
         return None
     rule = _VIEW_RULES.get(eqn.primitive.name)
@@ -73,7 +72,7 @@ def views_after(eqn: core.JaxprEqn, view: View | None) -> list[View] | None:
 
 
 def shifted(view: View, before: Any, after: Any) -> View:
-    """Return the view of the sum of a view and something without a gradient, maybe cast."""
+    """Return the view after adding something without a gradient, maybe with a cast."""
     view = dataclasses.replace(view, is_shifted=True)
     if after.dtype == before.dtype:
         return view
@@ -84,7 +83,7 @@ def shifted(view: View, before: Any, after: Any) -> View:
 
 
 def is_view(eqn: core.JaxprEqn) -> bool:
-    """Tell whether an equation moves entries, and so makes a view of a view."""
+    """Tell whether an equation only moves entries, so that it makes a view of a view."""
     return len(eqn.invars) == 1 and eqn.primitive.name in _VIEW_RULES
 
 
@@ -94,7 +93,7 @@ def _moved(eqn: core.JaxprEqn, view: View, axes: tuple[int, ...]) -> list[View]:
 
 
 def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> View:
-    """Begin a new frame for a view whose axes are no longer those of the old one."""
+    """Begin a new frame for a view whose axes are no longer those of the old frame."""
     frame = (*view.frame, (view.axes, *what))
     steps = (*view.steps, Equation(eqn, output))
     axes = tuple(range(aval(output).ndim))
@@ -103,7 +102,7 @@ def _reframed(eqn: core.JaxprEqn, output: core.Var, view: View, *what: Any) -> V
 
 def _cast(eqn: core.JaxprEqn, view: View) -> list[View] | None:
     dtype = aval(eqn.outvars[0]).dtype
-    # A cast through float8 rounds its cotangent, so that it is no view.
+    # A cast through float8 rounds its cotangent, so it is no view.
     is_view = jnp.issubdtype(dtype, jnp.floating) and not is_narrow(dtype)
     return _moved(eqn, view, view.axes) if is_view else None
 
@@ -183,7 +182,7 @@ _VIEW_RULES: dict[str, Callable[[Any, View], list[View] | None]] = {
 
 def are_disjoint(one: View, other: View) -> bool:
     """Tell whether two views are known to share no entry of their parameter."""
-    if one.is_repeated or other.is_repeated:  # parts of copies may be of the same entries
+    if one.is_repeated or other.is_repeated:  # parts of copies may share entries
         return False
     for mine, theirs in zip(one.frame, other.frame, strict=False):
         if mine == theirs:
@@ -199,8 +198,8 @@ def are_disjoint(one: View, other: View) -> bool:
 def layer_of(view: View, path: Path) -> View | None:
     """Take one layer of stacked parameters, in the scan at `path`."""
     if not view.axes or view.axes[0] != 0:
-        # The layer lies along an axis that was moved to the front. That is rare, and the frame
-        # would need a name for it.
+        # The layer's axis was moved to the front. This is rare, and the frame would need a name for
+        # it.
         return None
     axes = tuple(axis - 1 for axis in view.axes[1:])
     frame = (*view.frame, ((), "layer", path))
@@ -210,14 +209,14 @@ def layer_of(view: View, path: Path) -> View | None:
 def as_function(
     eqns: Sequence[core.JaxprEqn], inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> Callable[..., list[Any]]:
-    """Make a function of equations, from some of their variables to others, as JAX runs a jaxpr."""
+    """Make a function from equations, from some of their variables to others."""
     empty = jax.make_jaxpr(lambda: ())().jaxpr
     jaxpr = empty.replace(invars=list(inputs), outvars=list(outputs), eqns=list(eqns))
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
 
 
 def run_equation(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Compute an equation's outputs from the values of all its inputs, literals among them."""
+    """Compute an equation's outputs from the values of all its inputs, including literals."""
     values = {
         atom: value
         for atom, value in zip(eqn.invars, inputs, strict=True)
@@ -227,7 +226,7 @@ def run_equation(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def segments(view: View) -> list[list[Equation]]:
-    """Part a view's equations where it takes one layer."""
+    """Split a view's equations where it takes one layer."""
     segments: list[list[Equation]] = [[]]
     for step in view.steps:
         segments.append([]) if isinstance(step, Layer) else segments[-1].append(step)

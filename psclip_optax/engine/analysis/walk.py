@@ -32,7 +32,7 @@ def walk(
       literal: a function from a literal's value to its property.
       equation: a function from an equation, the properties of its inputs, and its path to the
         properties of its outputs.
-      path: the path of the equation that holds the jaxpr.
+      path: the path of the equation that contains the jaxpr.
     """
     known: dict[Any, Known] = dict(zip(jaxpr.constvars, consts, strict=True))
     known.update(zip(jaxpr.invars, inputs, strict=True))
@@ -47,7 +47,7 @@ def walk(
 
 
 def inlined(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Trace a jaxpr anew, so that it has no calls."""
+    """Retrace a jaxpr with all calls inlined."""
 
     def equation(eqn: core.JaxprEqn, inputs: list[Any], path: Any) -> Sequence[Any]:
         if eqn.primitive.name in CALLS:
