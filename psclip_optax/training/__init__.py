@@ -1,7 +1,7 @@
-"""Train steps for Flax, and everything that the command `psclip` trains with.
+"""Export the train steps for Flax, and the losses, models and data sets of `psclip`.
 
-Names are imported when they are first used. So `psclip --help` and `psclip doctor` work without
-Flax and the other packages of the extra `train`.
+Names are imported at their first use. So `psclip --help` and `psclip doctor` work without Flax and
+the other packages of the extra `train`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Offers the names of `run.checkpoints` where version 0.1 had them."""
+"""Re-exports the names of `run.checkpoints`, at the path of version 0.1."""
 
 from psclip_optax.training.run.checkpoints import Restored as Restored
 from psclip_optax.training.run.checkpoints import open_checkpoints as open_checkpoints

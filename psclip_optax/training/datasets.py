@@ -1,4 +1,4 @@
-"""Offers the names of `data.datasets` where version 0.1 had them."""
+"""Re-exports the names of `data.datasets`, at the path of version 0.1."""
 
 from psclip_optax.training.data.datasets import dataset_shape as dataset_shape
 from psclip_optax.training.data.datasets import load_dataset as load_dataset

@@ -1,3 +1,3 @@
-"""Offers the names of `models.losses` where version 0.1 had them."""
+"""Re-exports the names of `models.losses`, at the path of version 0.1."""
 
 from psclip_optax.training.models.losses import classification_loss as classification_loss

@@ -1,4 +1,4 @@
-"""Offers the names of `run.metrics` where version 0.1 had them."""
+"""Re-exports the names of `run.metrics`, at the path of version 0.1."""
 
 from psclip_optax.training.run.metrics import append_record as append_record
 from psclip_optax.training.run.metrics import commit as commit

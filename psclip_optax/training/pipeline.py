@@ -1,4 +1,4 @@
-"""Offers the names of `data.pipeline` where version 0.1 had them."""
+"""Re-exports the names of `data.pipeline`, at the path of version 0.1."""
 
 from psclip_optax.training.data.pipeline import Batch as Batch
 from psclip_optax.training.data.pipeline import evaluation_batches as evaluation_batches

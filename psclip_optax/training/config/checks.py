@@ -73,14 +73,14 @@ _CLIPPING_SAMPLES = "--method ps-clip, ps-clip-constant, ps-clip-auto or ps-clip
 
 
 def check_config(config: Config) -> None:
-    """Checks every number before any work starts.
+    """Checks every option before any work starts.
 
     Args:
       config: the configuration of a command.
 
     Raises:
-      UsageError: a number is out of its range, the grids of `compare` differ in size, or flags
-        contradict each other, or there is nothing to plot or no PNG to plot it into.
+      UsageError: a number is out of its range, the grids of `compare` differ in size, flags
+        contradict each other, there is nothing to plot, or the figure is not a PNG.
 
     Examples:
       >>> check_config(TrainConfig(lr=-1.0))

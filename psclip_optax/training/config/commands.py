@@ -1,6 +1,6 @@
-"""The configurations of the commands of `psclip`.
+"""Define the configurations of the commands of `psclip`.
 
-No heavy package is imported here, so that `psclip --help` answers at once.
+No heavy package is imported here, so `psclip --help` starts at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from psclip_optax.training.data.register import DATASETS
 
 if TYPE_CHECKING:
     DatasetName: TypeAlias = str
-else:  # the command line offers the data sets of the register
+else:  # the command line offers the registered data sets
     DatasetName = Literal[tuple(DATASETS)]
 ModelName: TypeAlias = Literal["mlp", "small_cnn", "alexnet", "resnet18"]
 MethodName: TypeAlias = Literal[
@@ -30,7 +30,7 @@ EngineName: TypeAlias = Literal["auto", "one_pass", "two_pass", "vmap"]
 ClipAtName: TypeAlias = Literal["sample", "micro-batch", "batch"]
 ClipGroupsName: TypeAlias = Literal["all", "layer", "leaf"]
 
-# Fields that may change when a run goes on, as none of them changes the parameters.
+# Fields that may change when a run is resumed, because they do not affect the parameters.
 FREE_FIELDS = {
     "out",
     "resume",
@@ -48,7 +48,7 @@ FREE_FIELDS = {
 
 
 class UsageError(Exception):
-    """A command cannot do what it was told: its message is one line that says why.
+    """A command cannot run as requested; the message is one line that says why.
 
     Examples:
       >>> raise UsageError("--lr: expected a finite number above 0, got -1.0")
@@ -67,7 +67,7 @@ class ModelConfig:
     """
 
     dataset: DatasetName = "digits"
-    """What to learn. digits comes with scikit-learn; CIFAR is downloaded once."""
+    """The data set. digits comes with scikit-learn; CIFAR is downloaded once."""
     model: ModelName = "mlp"
     """The classifier."""
     width: float = 1.0
@@ -77,16 +77,16 @@ class ModelConfig:
     batch_size: int = 64
     """Samples in a batch."""
     engine: EngineName = "auto"
-    """How samples are clipped: vmap stacks their gradients, for reference; the others don't."""
+    """The mode of clipping samples: vmap stacks their gradients, for reference; others don't."""
     accumulate: int = 1
-    """Micro-batches that each batch is worked through in, one after the other."""
+    """Number of micro-batches in each batch, processed one after the other."""
     clip_at: ClipAtName = "sample"
-    """What ps-clip clips: each sample's gradient, each micro-batch's mean, or the batch's."""
+    """Clip each sample's gradient, each micro-batch's mean, or the batch's mean, by ps-clip."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig(ModelConfig):
-    """The task that is trained: everything that the methods have in common.
+    """The task: all options that the methods have in common.
 
     Examples:
       >>> TaskConfig(dataset="cifar10", model="resnet18").schedule
@@ -98,19 +98,19 @@ class TaskConfig(ModelConfig):
     cache_dir: pathlib.Path | None = None
     """Folder for downloads; by default the user's cache folder."""
     momentum: float = 0.9
-    """Decay of the momentum, of every method but sgd."""
+    """Decay of the momentum, for every method but sgd."""
     schedule: ScheduleName = "cosine"
-    """What becomes of the learning rate: down to 0 along half a cosine, or constant."""
+    """Schedule of the learning rate: a cosine decay to 0, or constant."""
     beta: float = 1.5
-    """β of the threshold α k^(1/β) of the k-th sample; also the moment's order of ps-clip-auto."""
+    """β of the k-th sample's threshold α k^(1/β); for ps-clip-auto also the moment's order."""
     label_noise: float = 0.0
-    """Share of the training labels replaced by other ones."""
+    """Share of the training labels replaced by other labels."""
     pixel_df: float | None = None
     """Degrees of freedom of the Student-t factor that multiplies each training image."""
     augment: bool = False
     """Crop the training images at random and flip half of them."""
     seed: int = 0
-    """Seed of the initial parameters, the corruption, the order of samples and the dropout."""
+    """Seed of the initial parameters, the corruption, the sample order and the dropout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,39 +123,39 @@ class TrainConfig(TaskConfig):
     """
 
     method: MethodName = "ps-clip"
-    """The optimizer. ps-clip… clip each sample's gradient (-auto finds α), batch-clip the mean."""
+    """The optimizer. ps-clip… clips each sample's gradient (-auto finds α), batch-clip the mean."""
     lr: float = 0.05
     """Learning rate."""
     alpha: float | None = None
-    """α of ps-clip, without which it is ps-clip-median; 1 by default of the others' thresholds."""
+    """α of the threshold. Without it ps-clip is ps-clip-median, and other methods use α = 1."""
     clip_groups: ClipGroupsName = "all"
-    """What ps-clip clips together: all parameters, those of each layer, or each array alone."""
+    """Clip by one norm over all parameters, one for each layer, or one for each array."""
     steps: int = 1000
     """Updates to make."""
     eval_every: int = 100
     """Steps between two evaluations on the test set."""
     checkpoint_every: int = 100
-    """Steps between two checkpoints, of which the last three are kept."""
+    """Steps between two checkpoints; the last three are kept."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl."""
     out: pathlib.Path = pathlib.Path("run")
     """Folder for the configuration, the metrics and the checkpoints."""
     resume: bool = False
-    """Go on from the last checkpoint in the folder."""
+    """Continue from the last checkpoint in the folder."""
     record_samples: bool = False
-    """Write each sample's loss, norm and scale of each step to samples/, for psclip outliers."""
+    """Write each sample's loss, norm and scale in each step to samples/, for psclip outliers."""
     tensorboard: bool = False
-    """Write what metrics.jsonl holds for TensorBoard too, to the folder's tensorboard/."""
+    """Also write the records of metrics.jsonl for TensorBoard, to the folder's tensorboard/."""
     distributed: bool = False
     """Train on all devices of several processes, each started with the same flags."""
     coordinator: str | None = None
-    """HOST:PORT at which the first process listens; by default what the cluster tells."""
+    """HOST:PORT at which the first process listens; detected on a cluster by default."""
     num_processes: int | None = None
-    """How many processes there are; by default what the cluster tells."""
+    """Number of processes; detected on a cluster by default."""
     process_id: int | None = None
-    """Which of them this is, from 0; by default what the cluster tells."""
+    """Index of this process, from 0; detected on a cluster by default."""
     distributed_timeout: int = 300
-    """Seconds after which a process that does not come, or does not answer, ends the run."""
+    """Seconds until a process that does not start or respond ends the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class CompareConfig(TaskConfig):
     eval_every: int = 20
     """Steps between two evaluations on the test set."""
     validation_share: float = 0.2
-    """Share of the training set that is held out to choose on."""
+    """Share of the training set held out for tuning."""
     momentum_learning_rates: tuple[float, ...] = (
         0.0005,
         0.001,
@@ -190,15 +190,15 @@ class CompareConfig(TaskConfig):
         0.1,
         0.2,
     )
-    """Learning rates that momentum SGD, and clipping by a running median, choose from."""
+    """Learning rates to tune over for momentum SGD and for clipping at a running median."""
     batch_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
-    """Learning rates that batch clipping chooses from."""
+    """Learning rates to tune over for batch clipping."""
     batch_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
-    """Its thresholds, in units of the initial norm of a batch's mean gradient."""
+    """Its thresholds, relative to the initial norm of a batch's mean gradient."""
     ps_clip_learning_rates: tuple[float, ...] = (0.02, 0.1, 0.5)
-    """Learning rates that per-sample clipping chooses from."""
+    """Learning rates to tune over for per-sample clipping."""
     ps_clip_thresholds: tuple[float, ...] = (0.003, 0.03, 0.3)
-    """Its thresholds α, in units of the initial median norm of a sample's gradient."""
+    """Its thresholds α, relative to the initial median norm of a sample's gradient."""
     out: pathlib.Path = pathlib.Path("compare")
     """Folder for compare.json and compare.png."""
     overwrite: bool = False
@@ -215,9 +215,9 @@ class ExplainConfig(ModelConfig):
     """
 
     clip_at: Literal["sample", "micro-batch"] = "sample"
-    """What ps-clip clips: each sample's gradient, or each micro-batch's mean."""
+    """Clip each sample's gradient, or each micro-batch's mean."""
     clip_groups: ClipGroupsName = "all"
-    """What ps-clip clips together: all parameters, those of each layer, or each array alone."""
+    """Clip by one norm over all parameters, one for each layer, or one for each array."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,14 +230,14 @@ class PlotConfig:
     """
 
     runs: tuple[pathlib.Path, ...]
-    """Folders that psclip train or compare wrote; of comparisons, each method's mean over seeds."""
+    """Folders written by psclip train or compare; comparisons show means over seeds."""
     out: pathlib.Path = pathlib.Path("plot.png")
-    """The figure, a PNG; replaced if there is one."""
+    """The figure, a PNG; an existing file is replaced."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutliersConfig:
-    """Show the samples that were clipped most in a run that was trained with --record-samples.
+    """Show the samples that were clipped most in a run trained with --record-samples.
 
     Examples:
       >>> OutliersConfig(run=pathlib.Path("run")).by
@@ -245,26 +245,26 @@ class OutliersConfig:
     """
 
     run: pathlib.Path
-    """Folder that psclip train wrote with --record-samples; the run may still be going on."""
+    """Folder written by psclip train --record-samples; the run may still be in progress."""
     by: Literal["scale", "norm", "loss"] = "scale"
-    """What comes first: the smallest mean scale, the largest median norm, or largest mean loss."""
+    """Rank by the smallest mean scale, the largest median norm, or the largest mean loss."""
     top: int = 100
-    """How many pictures to show, at most 400."""
+    """Number of pictures to show, at most 400."""
     out: pathlib.Path | None = None
     """Folder for two tables, a page and a PNG; by default outliers/ in the run's folder."""
     overwrite: bool = False
     """Replace an existing result in the folder."""
     data_dir: pathlib.Path | None = None
-    """Folder with an existing copy of CIFAR; by default the one that the run was told."""
+    """Folder with an existing copy of CIFAR; by default that of the run."""
     cache_dir: pathlib.Path | None = None
-    """Folder for downloads; by default the one that the run was told."""
+    """Folder for downloads; by default that of the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Print versions and devices, and check that clipping is right, and fast, on this machine.
+    """Print versions and devices, and check that clipping is correct and fast on this machine.
 
-    Ends with status 0 if all is well, and 1 if the numbers are wrong or take a slow route.
+    Ends with status 0 if all checks pass, and 1 if numbers are wrong or a route is slow.
 
     Examples:
       >>> DoctorConfig().cache_dir is None
@@ -272,7 +272,7 @@ class DoctorConfig:
     """
 
     cache_dir: pathlib.Path | None = None
-    """Folder for downloads that is checked; by default the user's cache folder."""
+    """Folder for downloads to check; by default the user's cache folder."""
 
 
 Config: TypeAlias = (

@@ -1,4 +1,4 @@
-"""Fetch dataset archives over the network and read the pickles in them, trusting neither."""
+"""Fetch dataset archives over the network and read their pickles, trusting neither."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import requests
 from rich.console import Console
 from rich.progress import Progress
 
-# Pooch and Requests allow this much silence, to connect and between two reads.
+# Timeout in seconds of Pooch and Requests, to connect and between two reads.
 _TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 16
 _USE_A_COPY = "or pass --data-dir with an existing copy"
 FETCH_AGAIN = "use a fresh copy of the official archive"
 
-# The errors of `pickle` and of the stand-ins below on bytes that are no valid pickle of arrays.
+# The errors of `pickle` and of the stand-ins below for invalid pickles of arrays.
 _MALFORMED = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -38,7 +38,7 @@ _MALFORMED = (
 
 
 class DatasetError(Exception):
-    """A dataset cannot be had: its message is one line that says why and what to do.
+    """A dataset is not available; the message is one line that says why and what to do.
 
     Examples:
       >>> raise DatasetError("no such folder: /data; pass --data-dir with an existing copy")
@@ -50,16 +50,16 @@ class DatasetError(Exception):
 def fetch_archive(
     url: str, known_hash: str, filename: str, cache_dir: str | pathlib.Path
 ) -> pathlib.Path:
-    """Downloads an archive once; afterwards the copy in the cache is used, offline too.
+    """Downloads an archive once; later calls use the copy in the cache, also offline.
 
-    The file takes its name only after its hash has been checked, so no failure leaves a
-    half-written or a wrong file behind.
+    The file gets its name only after its hash has been checked, so no failure leaves a half-written
+    or wrong file behind.
 
     Args:
-      url: where the archive is, `http` or `https`.
+      url: the URL of the archive, `http` or `https`.
       known_hash: `"<algorithm>:<hex digest>"`, such as `"md5:eb90…"`.
       filename: name of the file in the cache.
-      cache_dir: folder of the cache, made if missing.
+      cache_dir: folder of the cache, created if missing.
 
     Returns:
       The path of the archive in the cache.
@@ -131,7 +131,7 @@ def _pooch_quiet() -> Generator[None]:
 
 def _download(url: str, output_file: Any, _pooch: pooch.Pooch | None):
     console = Console(stderr=True)
-    if not console.is_terminal:  # where there is no bar
+    if not console.is_terminal:  # no progress bar
         console.print(f"downloading {url}", highlight=False, soft_wrap=True)
     with (
         requests.get(url, stream=True, timeout=_TIMEOUT_SECONDS) as response,
@@ -151,18 +151,18 @@ def read_pickles(
 ) -> dict[str, dict[Any, Any]]:
     """Reads pickled dicts from a folder, or from that folder inside a `.tar.gz`.
 
-    Nothing is unpacked to disk: members are found by their exact names and read in one pass.
+    Nothing is unpacked to disk: members are found by exact name and read in one pass.
 
     Args:
-      source: the folder that holds the files, or an archive that holds `folder/`.
+      source: the folder that contains the files, or an archive that contains `folder/`.
       folder: name of the folder inside the archive.
       filenames: names of the files in the folder.
 
     Returns:
-      `{filename: the dict in it}`, see `load_pickle`.
+      `{filename: its dict}`, see `load_pickle`.
 
     Raises:
-      DatasetError: a file is missing, unreadable, corrupted or no plain pickle of arrays.
+      DatasetError: a file is missing, unreadable, corrupted or not a plain pickle of arrays.
 
     Examples:
       >>> import pathlib, pickle, tempfile
@@ -198,7 +198,7 @@ def _read_tar(
 ) -> dict[str, dict[Any, Any]]:
     wanted = {f"{folder}/{name}": name for name in filenames}
     contents = {}
-    # Stream mode: seeking back in a gzip file would decompress it again from its start.
+    # Stream mode: seeking back in a gzip file would decompress it from the start again.
     with tarfile.open(source, "r|gz") as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isfile() else None
@@ -210,20 +210,19 @@ def _read_tar(
 def load_pickle(file: IO[bytes], name: str) -> dict[Any, Any]:
     """Loads a pickled dict of builtins and numeric NumPy arrays, and refuses everything else.
 
-    A pickle is a program. No object that it names is imported: the few globals that a NumPy
-    array needs are answered with inert stand-ins, all others raise. Python 2's `str` is read
-    as `bytes`.
+    A pickle is a program. No object that it names is imported: the few globals that a NumPy array
+    needs are replaced by inert stand-ins, all others raise. Python 2's `str` is read as `bytes`.
 
     Args:
       file: opened for reading bytes.
-      name: what error messages call it.
+      name: its name in error messages.
 
     Returns:
       The dict; its arrays are read-only.
 
     Raises:
-      DatasetError: the pickle names any other global, holds an array of another dtype than
-        bool, int or float, is not a dict, or is corrupted.
+      DatasetError: the pickle names any other global, contains an array whose dtype is not bool,
+        int or float, is not a dict, or is corrupted.
 
     Examples:
       >>> import io, pickle
@@ -260,7 +259,8 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         stand_in = _STAND_INS.get((module_name, global_name))
         if stand_in is None:
-            # repr: the name is the file's, and may hold line breaks and escape sequences.
+            # repr, because the name comes from the file and may contain line breaks and escape
+            # sequences.
             refused = repr(f"{module_name}.{global_name}")
             raise DatasetError(
                 f"{self._name}: refused to load {refused}, which no array needs; {FETCH_AGAIN}"

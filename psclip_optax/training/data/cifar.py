@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, which are downloaded once."""
+"""Register CIFAR-10 and CIFAR-100, which are downloaded once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from psclip_optax.training.data.splits import Dataset, DatasetShape
 
 
 def _load(name: str, origin: Origin) -> Dataset:
-    # Here, because what downloads comes with the extra, and takes time to import.
+    # Imported here: the downloader comes with the extra and takes time to import.
     from psclip_optax.training.data.cifar_files import load_cifar
 
     return load_cifar(name, origin)

@@ -1,4 +1,4 @@
-"""The official archives of CIFAR: which files they hold, and how to read them."""
+"""Read the official archives of CIFAR."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def load_cifar(name: str, origin: Origin) -> Dataset:
 
     Args:
       name: `"cifar10"` or `"cifar100"`.
-      origin: where there is a copy, or where to have one from.
+      origin: an existing copy, or where to download one.
 
     Returns:
       The dataset.
 
     Raises:
-      DatasetError: the archive cannot be had, or its content is not that of the official layout.
+      DatasetError: the archive is not available, or does not have the official layout.
     """
     archive = _ARCHIVES[name]
     if origin.data_dir is not None:

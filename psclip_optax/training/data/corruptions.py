@@ -1,4 +1,4 @@
-"""Corruptions of training data that make the noise of its gradients heavy-tailed."""
+"""Corrupt training data to make the noise of its gradients heavy-tailed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from psclip_optax.training.data.splits import (
 def with_label_noise(labels: np.ndarray, rate: float, num_classes: int, seed: int) -> np.ndarray:
     """Replaces each label, with probability `rate`, by a uniformly random other class.
 
-    What becomes of label i depends on `seed` and i alone; a higher rate changes more labels and
-    keeps every change of a lower one.
+    The result for label i depends only on `seed` and i; a higher rate makes all the changes of a
+    lower rate, and more.
 
     Args:
       labels: `[N]`, int, in `0 … num_classes - 1`.
@@ -58,20 +58,20 @@ def with_label_noise(labels: np.ndarray, rate: float, num_classes: int, seed: in
 def with_student_t_pixels(
     images: np.ndarray, degrees_of_freedom: float, seed: int, fraction: float = 1.0
 ) -> np.ndarray:
-    """Multiplies the pixels of each image by a Student-t factor of its own.
+    """Multiplies the pixels of each image by an independent Student-t factor.
 
     With few degrees of freedom ν some images become enormous: the factor's tail index is ν, so
-    its variance is infinite for ν ≤ 2 and its mean does not exist for ν ≤ 1. What becomes of
-    image i depends on `seed` and i alone.
+    its variance is infinite for ν ≤ 2 and its mean does not exist for ν ≤ 1. The result for image i
+    depends only on `seed` and i.
 
     Args:
       images: `[N, H, W, C]`, uint8 or float32.
       degrees_of_freedom: ν > 0.
       seed: non-negative seed.
-      fraction: probability in [0, 1] with which an image is multiplied at all.
+      fraction: probability in [0, 1] that an image is multiplied.
 
     Returns:
-      float32 `[N, H, W, C]`, on the scale on which 255 of uint8 is 1.
+      float32 `[N, H, W, C]`, scaled so that 255 of uint8 is 1.
 
     Raises:
       ValueError: an argument is out of range.
@@ -90,7 +90,7 @@ def with_student_t_pixels(
     check_images(images)
     is_multiplied = random_generator(seed, "pixel choices").random(len(images)) < fraction
     factors = random_generator(seed, "pixel factors").standard_t(degrees_of_freedom, len(images))
-    # An infinite factor would turn black pixels into NaN; this leaves room to normalise, too.
+    # An infinite factor would turn black pixels into NaN; this bound also leaves room to normalise.
     largest = np.sqrt(np.finfo(np.float32).max)
     factors = np.where(is_multiplied, np.clip(factors, -largest, largest), 1).astype(np.float32)
     return to_unit_scale(images) * factors[:, None, None, None]
@@ -106,18 +106,18 @@ def corrupt(
 ) -> Split:
     """Corrupts labels and pixels of a training split, independently of each other.
 
-    Normalise with the pixel mean and standard deviation of the clean split: those of the
-    corrupted one are at the mercy of a few images.
+    Normalise with the pixel mean and standard deviation of the clean split: those of the corrupted
+    split depend on a few images.
 
     Args:
       split: images `[N, H, W, C]` and labels `[N]`.
       num_classes: number of classes.
       label_noise: `rate` of `with_label_noise`.
-      pixel_df: `degrees_of_freedom` of `with_student_t_pixels`; None leaves the pixels alone.
+      pixel_df: `degrees_of_freedom` of `with_student_t_pixels`; None does not change the pixels.
       seed: non-negative seed.
 
     Returns:
-      The corrupted split; what is not corrupted is shared with `split`.
+      The corrupted split; it shares uncorrupted arrays with `split`.
 
     Raises:
       ValueError: an argument is out of range.

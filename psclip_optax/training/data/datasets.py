@@ -25,18 +25,19 @@ def load_dataset(
 
     Args:
       name: `"digits"`, `"cifar10"` or `"cifar100"`.
-      data_dir: an existing copy of CIFAR, for which no hash is asked: the folder of the official
-        archive, a folder that holds that folder or the archive, or the archive itself.
-      cache_dir: where downloads are kept; the user's cache folder by default.
+      data_dir: an existing copy of CIFAR, whose hash is not checked: the folder of the official
+        archive, a folder that contains that folder or the archive, or the archive itself.
+      cache_dir: folder for downloads; the user's cache folder by default.
       url: a mirror of the official archive.
-      known_hash: `"<algorithm>:<hex digest>"` of the mirror's archive, if it is not the official.
+      known_hash: `"<algorithm>:<hex digest>"` of the mirror's archive, if it differs from the
+          official one.
 
     Returns:
       The dataset, its images uint8.
 
     Raises:
-      DatasetError: the name is unknown, the archive cannot be had, or its content is not that of
-        the official layout.
+      DatasetError: the name is unknown, or the archive is not available or does not have the
+        official layout.
 
     Examples:
       >>> digits = load_dataset("digits")
@@ -58,7 +59,7 @@ def dataset_shape(name: str) -> DatasetShape:
     """Looks up the shapes of a data set, without downloading it.
 
     Args:
-      name: one that `load_dataset` knows.
+      name: a name that `load_dataset` accepts.
 
     Returns:
       Shape of an image and number of classes.

@@ -1,4 +1,4 @@
-"""Digits of 8 × 8 pixels, which come with scikit-learn."""
+"""Load digits of 8 × 8 pixels, which come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEED = 0
 
 
 def _load() -> Dataset:
-    # Here, because scikit-learn takes a second to import.
+    # Imported here, because scikit-learn takes a second to import.
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

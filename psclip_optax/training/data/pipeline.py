@@ -15,7 +15,7 @@ from psclip_optax.training.data.splits import Split, check_split, random_generat
 Batch = dict[str, np.ndarray]
 
 _CROP_PADDING = 4
-# A batch is gathered from memory in a few milliseconds: more threads would wait for the GIL.
+# Gathering a batch from memory takes a few milliseconds: more threads would wait for the GIL.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
@@ -32,16 +32,16 @@ def train_batches(
 ) -> grain.MapDataset[Batch]:
     """Makes infinite training batches: element s is this process's slice of step s's batch.
 
-    Every epoch is a fresh permutation of all examples. Batches straddle epochs, so that no
-    example is dropped. What a step sees does not depend on the number of processes.
+    Every epoch is a new permutation of all examples. Batches straddle epochs, so no example is
+    dropped. The examples of a step do not depend on the number of processes.
 
     Args:
       split: `N` examples, images `[N, H, W, C]`.
       batch_size: size of the global batch, divisible by `process_count`; may exceed `N`.
       seed: non-negative seed of the order and of the augmentation.
-      mean: `[C]`, pixel mean of the training set on the scale on which 255 is 1.
-      std: `[C]`, pixel standard deviation on that scale.
-      augment: whether to crop at random from zero-padded images and to flip half of them.
+      mean: `[C]`, pixel mean of the training set, scaled so that 255 is 1.
+      std: `[C]`, pixel standard deviation on the same scale.
+      augment: whether to crop at random from zero-padded images and flip half of them.
       process_index: which contiguous slice of each global batch to load.
       process_count: how many slices there are.
 
@@ -75,7 +75,7 @@ def train_batches(
         index = examples_at(start + local.start, start + local.stop)
         images = split.images[index]
         if augment:
-            # Drawn for the whole global batch: any slicing of it sees the same crops.
+            # Drawn for the whole global batch, so that every slicing gets the same crops.
             generator = random_generator(seed, "augmentation", step)
             corners = generator.integers(2 * _CROP_PADDING + 1, size=(batch_size, 2))
             is_flipped = generator.random(batch_size) < 0.5
@@ -93,12 +93,12 @@ def train_batches(
 def iterate(
     dataset: grain.MapDataset[Batch], start_step: int, num_steps: int
 ) -> Iterator[tuple[int, Batch]]:
-    """Iterates over steps, loading the next batches in threads while one is used.
+    """Iterates over steps, and loads the next batches in threads while one is used.
 
     Args:
-      dataset: what `train_batches` or `evaluation_batches` returned.
-      start_step: first step, such as the one that a checkpoint names.
-      num_steps: how many steps.
+      dataset: the result of `train_batches` or `evaluation_batches`.
+      start_step: first step, such as that of a checkpoint.
+      num_steps: the number of steps.
 
     Returns:
       An iterator over `(step, dataset[step])`.
@@ -130,7 +130,7 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset[Batch]:
-    """Makes batches of equal size that hold every example once, in order, under a mask.
+    """Makes batches of equal size that contain every example once, in order, with a mask.
 
     `iterate(batches, 0, len(batches))` reads them ahead with little memory.
 
@@ -145,7 +145,7 @@ def evaluation_batches(
     Returns:
       A random-access dataset of `⌈N / batch_size⌉` dicts with `n = batch_size / process_count`
       examples: `image` float32 `[n, H, W, C]`, normalised; `label` int32 `[n]`; `mask` bool `[n]`,
-      false for the repetitions of the last example that fill the last batch.
+      False for the copies of the last example that fill the last batch.
 
     Raises:
       ValueError: an argument is out of range, or `split` is malformed.
@@ -173,8 +173,8 @@ def evaluation_batches(
 
 
 def _endless_order(num_examples: int, seed: int) -> Callable[[int, int], np.ndarray]:
-    # Grain's own shuffle works example by example: 1 ms for a batch of 128 out of 50,000, and
-    # more than 100 ms where it walks its 16-bit domain to find one of a few dozen examples.
+    # Grain's shuffle works example by example: 1 ms for a batch of 128 out of 50,000, but more than
+    # 100 ms if it has to search its 16-bit domain for one of a few dozen examples.
     @functools.lru_cache(maxsize=4)
     def permutation(epoch: int) -> np.ndarray:
         return random_generator(seed, "order", epoch).permutation(num_examples)
@@ -185,7 +185,7 @@ def _endless_order(num_examples: int, seed: int) -> Callable[[int, int], np.ndar
         epochs = [permutation(epoch) for epoch in range(first_epoch, last_epoch + 1)]
         return np.concatenate(epochs)[offset : offset + stop - start]
 
-    permutation(0)  # Now, so that a bad seed is refused before work starts.
+    permutation(0)  # Called now, so that a bad seed raises before work starts.
     return examples_at
 
 
@@ -207,8 +207,8 @@ def _as_images(
 
 
 def _normalize_gathered(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    # In place, for float32 in `images` itself: a gathered batch belongs to nobody else, and
-    # fresh memory for every intermediate result would cost several times the arithmetic.
+    # In place, for float32 in `images` itself: nothing else uses a gathered batch, and allocating
+    # every intermediate result would cost several times the arithmetic.
     pixels = to_unit_scale(images)
     pixels -= mean
     pixels /= std

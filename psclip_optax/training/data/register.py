@@ -1,6 +1,6 @@
-"""The register of data sets: a new one is a file beside this and a line in the table.
+"""Register the data sets: a new one is a file in this folder and a line in the table.
 
-No heavy package is imported here, as the command line takes its choices from the register.
+No heavy package is imported here, because the command line reads its choices from this register.
 """
 
 from __future__ import annotations

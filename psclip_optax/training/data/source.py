@@ -1,4 +1,4 @@
-"""The entry of a data set in the register, without its images."""
+"""Define the entry of a data set in the register."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _Path: TypeAlias = str | os.PathLike[str]
 
 
 class Origin(NamedTuple):
-    """The places that `load_dataset` may take a data set from.
+    """The places from which `load_dataset` may load a data set.
 
     Attributes:
       data_dir: an existing copy.
-      cache_dir: where downloads are kept; the user's cache folder by default.
+      cache_dir: folder for downloads; the user's cache folder by default.
       url: a mirror.
       known_hash: `"<algorithm>:<hex digest>"` of the mirror's archive.
     """
@@ -32,9 +32,9 @@ class Source(NamedTuple):
 
     Attributes:
       title: name in tables and figures.
-      shape: of an image, and the number of classes.
+      shape: the shape of an image, and the number of classes.
       load: a function from an origin to the data set.
-      comes_with: the library that contains it; None if it has files of its own.
+      comes_with: the library that contains it; None if it has separate files.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Data sets in memory, and their splits."""
+"""Define data sets in memory, and split them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Split(NamedTuple):
     """Examples of one split.
 
     Attributes:
-      images: `[N, H, W, C]`, uint8 in 0…255, or float32 where 1 stands for 255.
+      images: `[N, H, W, C]`, uint8 in 0…255, or float32, scaled so that 1 is 255.
       labels: `[N]`, int32.
 
     Examples:
@@ -30,14 +30,14 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A train and a test split, and what their labels mean.
+    """A train and a test split, and the names of their labels.
 
     Attributes:
-      name: name that `load_dataset` knows it by.
+      name: its name in `load_dataset`.
       num_classes: labels are in `0 … num_classes - 1`.
       label_names: `num_classes` names.
-      train: split to learn from.
-      test: split to evaluate on.
+      train: split for training.
+      test: split for evaluation.
 
     Examples:
       >>> from psclip_optax.training import load_dataset
@@ -79,10 +79,10 @@ class Dataset:
 
 
 class DatasetShape(NamedTuple):
-    """The shapes of a data set, which a model depends on.
+    """The shapes of a data set, on which a model depends.
 
     Attributes:
-      image_shape: of one image, `(H, W, C)`.
+      image_shape: the shape of one image, `(H, W, C)`.
       num_classes: labels are in `0 … num_classes - 1`.
     """
 
@@ -93,11 +93,11 @@ class DatasetShape(NamedTuple):
 def train_validation_split(split: Split, *, num_validation: int, seed: int) -> tuple[Split, Split]:
     """Holds examples out, stratified by class and deterministic in `seed`.
 
-    Each class gives its proportional share of the validation examples, rounded up or down.
+    Each class contributes its proportional share of the validation examples, rounded up or down.
 
     Args:
       split: `N` examples.
-      num_validation: how many to hold out, `0 … N - 1`.
+      num_validation: the number of examples to hold out, `0 … N - 1`.
       seed: non-negative seed.
 
     Returns:
@@ -120,7 +120,7 @@ def train_validation_split(split: Split, *, num_validation: int, seed: int) -> t
         )
     shuffled = random_generator(seed, "validation split").permutation(num_examples)
     by_class = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
-    # Evenly spaced picks out of the examples sorted by class give every class its share.
+    # Evenly spaced picks from the examples sorted by class give every class its share.
     picks = (2 * np.arange(num_validation) + 1) * num_examples // max(2 * num_validation, 1)
     is_held_out = np.zeros(num_examples, bool)
     is_held_out[by_class[picks]] = True
@@ -128,13 +128,13 @@ def train_validation_split(split: Split, *, num_validation: int, seed: int) -> t
 
 
 def to_unit_scale(images: np.ndarray) -> np.ndarray:
-    """Brings pixels to the scale on which 1 is white.
+    """Scales pixels so that 1 is white.
 
     Args:
       images: uint8 or float32, any shape.
 
     Returns:
-      float32 of the same shape: uint8 divided by 255, float32 as it is.
+      float32 of the same shape: uint8 divided by 255, float32 unchanged.
 
     Examples:
       >>> to_unit_scale(np.uint8([0, 51, 255]))
@@ -144,11 +144,11 @@ def to_unit_scale(images: np.ndarray) -> np.ndarray:
 
 
 def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """Makes a generator whose stream no other purpose or index shares.
+    """Makes a random generator whose stream is specific to its purpose and indices.
 
     Args:
       seed: non-negative seed.
-      purpose: what the numbers are for.
+      purpose: the purpose of the numbers.
       *indices: non-negative, such as a step.
 
     Returns:
@@ -188,7 +188,7 @@ def check_images(images: np.ndarray) -> None:
 
 
 def check_split(split: Split) -> int:
-    """Checks the dtypes and shapes that `Split` promises.
+    """Checks the dtypes and shapes of a `Split`.
 
     Args:
       split: images `[N, H, W, C]` and labels `[N]`.

@@ -1,4 +1,4 @@
-"""Offers the image classifiers."""
+"""Re-exports the image classifiers."""
 
 from psclip_optax.training.models.classifiers import MLP as MLP
 from psclip_optax.training.models.classifiers import AlexNet as AlexNet

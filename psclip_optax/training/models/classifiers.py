@@ -1,7 +1,7 @@
-"""Image classifiers in Flax Linen that treat each sample of a batch alone.
+"""Build image classifiers in Flax Linen that process each sample of a batch independently.
 
-Per-sample gradients exist only where no sample's output depends on another's, so normalisation is
-over groups of channels, never over the batch.
+Per-sample gradients exist only if no sample's output depends on another's, so normalisation is over
+groups of channels, never over the batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from psclip_optax.arrays import is_integer
 from psclip_optax.thresholds import check_number
 
-# He's scale keeps the activations' variance through ReLUs; Flax's default (LeCun) halves it each
-# layer, which the deep nets without normalisation feel. The layer that gives the logits keeps it.
+# He's initialisation preserves the variance of activations through ReLUs. Flax's default (LeCun)
+# halves it in each layer, which hurts deep nets without normalisation. The layer of the logits uses
+# the default.
 _HE_NORMAL = nn.initializers.he_normal()
 
 
@@ -56,7 +57,7 @@ class MLP(nn.Module):
 class SmallCNN(nn.Module):
     """Two pairs of 3×3 convolutions, each followed by a 2×2 max pool, and one hidden layer.
 
-    Small enough for 8×8 digits on a CPU, and a fair baseline for 32×32 images.
+    It is small enough for 8×8 digits on a CPU, and a fair baseline for 32×32 images.
 
     Attributes:
       num_classes: Number of logits.
@@ -65,7 +66,7 @@ class SmallCNN(nn.Module):
 
     References:
       Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-      ICLR 2015, whose blocks these are.
+      ICLR 2015 (these blocks).
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -94,8 +95,8 @@ class SmallCNN(nn.Module):
 class AlexNet(nn.Module):
     """AlexNet for 32×32 images: five convolutions, two hidden layers of 4096 units.
 
-    The common adaptation to CIFAR: 3×3 convolutions of 64 (stride 2), 192, 384, 256, 256 channels,
-    2×2 max pools after the first, second and fifth, no local response normalisation.
+    It is the common adaptation to CIFAR: 3×3 convolutions of 64 (stride 2), 192, 384, 256, 256
+    channels, 2×2 max pools after the first, second and fifth, no local response normalisation.
 
     Attributes:
       num_classes: Number of logits.
@@ -200,7 +201,7 @@ def _conv3x3(channels: int, stride: int = 1, *, use_bias: bool = True) -> nn.Con
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    # Flax's default reduces over every axis but the first: over samples too, with two batch axes.
+    # Flax's default reduces over every axis but the first; with two batch axes also over samples.
     return nn.GroupNorm(num_groups=math.gcd(32, channels), reduction_axes=(-3, -2, -1))
 
 
@@ -213,7 +214,7 @@ def _scaled(size: int, width: float) -> int:
 
 
 def _check_image_size(x: jax.Array, smallest: int, name: str) -> None:
-    # Max pools of an image that is too small leave an empty one, and logits that ignore it.
+    # Max pooling too small an image gives an empty one, and logits that ignore it.
     if x.ndim < 3 or min(x.shape[-3:-1]) < smallest:
         raise ValueError(
             f"{name} takes images [..., H, W, C] with H and W at least {smallest}, got shape "
@@ -232,21 +233,20 @@ _MODELS: dict[str, Any] = {
 def build_model(
     name: str, num_classes: int, *, width: float = 1.0, dropout_rate: float = 0.0
 ) -> nn.Module:
-    """Builds one of the classifiers by its name.
+    """Builds a classifier by name.
 
     Args:
       name: "mlp", "small_cnn", "alexnet" or "resnet18".
       num_classes: Number of logits, at least 1.
       width: Multiplies the channels and hidden sizes, positive.
-      dropout_rate: In [0, 1); with a positive one, `apply` in training takes
-        `rngs={"dropout": key}`.
+      dropout_rate: In [0, 1); if positive, `apply` in training takes `rngs={"dropout": key}`.
 
     Returns:
       A Linen module: `model.apply(variables, images, train=False)` takes images [..., H, W, C] and
-      gives logits [..., num_classes]; no sample's logits depend on another sample.
+      returns logits [..., num_classes]; no sample's logits depend on another sample.
 
     Raises:
-      ValueError: On an unknown name, or a number outside its range.
+      ValueError: The name is unknown, or a number is out of range.
       TypeError: `width` or `dropout_rate` is no number.
 
     Examples:

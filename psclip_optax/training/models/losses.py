@@ -1,4 +1,4 @@
-"""Losses of one example, which the train steps map over a batch."""
+"""Define losses for one example, which the train steps map over a batch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from psclip_optax.typing import Params, PyTree
 def classification_loss(
     model: nn.Module, *, dropout: bool = False
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Builds the cross-entropy of one image, with the accuracy as aux.
+    """Builds the cross-entropy for one image, with the accuracy as aux.
 
     Args:
       model: A Linen module, called as `model.apply({"params": params}, images, train=dropout)` on
-        images [1, H, W, C], that gives logits [1, num_classes].
+        images [1, H, W, C], that returns logits [1, num_classes].
       dropout: Whether the loss is for training with dropout: it then takes a key as well, a
         different one for each sample.
 
     Returns:
       `loss(params, image, label)`, or `loss(params, image, label, key)` with dropout: image
-      [H, W, C], label an integer scalar, key a scalar key. It gives the scalar loss and `correct`,
-      float32 0 or 1, whose mean over samples is the accuracy. Map it over a batch with `jax.vmap`,
-      or give it to `linen_train_step(loss, has_aux=True)`.
+      [H, W, C], label an integer scalar, key a scalar key. It returns the scalar loss and
+      `correct`, float32 0 or 1, whose mean over samples is the accuracy. Map it over a batch with
+      `jax.vmap`, or pass it to `linen_train_step(loss, has_aux=True)`.
 
     Raises:
-      TypeError: When the loss is called without a key where there is dropout, or with one where
+      TypeError: The loss is called without a key although there is dropout, or with a key although
         there is none.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Write files that are whole or absent."""
+"""Write files so that each is complete or absent."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from psclip_optax.training.config.commands import UsageError
 # The contents of a run's folder.
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
-SAMPLES = "samples"  # where they were recorded
+SAMPLES = "samples"  # if they were recorded
 RUN = (CONFIG, METRICS, CHECKPOINTS)
-LOCK = ".lock"  # while something is written there
+LOCK = ".lock"  # while a process writes there
 # The contents of a comparison's folder.
 COMPARISON, COMPARISON_FIGURE = "compare.json", "compare.png"
-# What a folder of the samples that were clipped most holds.
+# The contents of a folder of psclip outliers.
 OUTLIERS = ("outliers.csv", "classes.csv", "outliers.html", "outliers.png")
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file; after a crash it holds the old content or the new, never a part.
+    """Writes a file; after a crash it has the old or the new content, never a part.
 
     Args:
-      path: the file, replaced if there is one.
-      content: all of it.
+      path: the file; an existing one is replaced.
+      content: its whole content.
 
     Raises:
-      OSError: it cannot be written; what was there stays.
+      OSError: it cannot be written; an existing file does not change.
 
     Examples:
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers"
@@ -55,7 +55,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Writes valid JSON: NaN and ∞, which JSON lacks, become null.
+    """Formats valid JSON: NaN and ∞, which JSON lacks, become null.
 
     Args:
       value: dicts, lists, strings, paths, and numbers and arrays of Python, NumPy or JAX.
@@ -65,7 +65,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
       The text.
 
     Raises:
-      TypeError: something else is in it.
+      TypeError: it contains anything else.
 
     Examples:
       >>> to_json({"loss": np.float32("nan"), "steps": np.arange(2), "out": pathlib.Path("run")})
@@ -75,10 +75,10 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def to_npy(array: np.ndarray) -> bytes:
-    """Gives what a .npy file of an array holds.
+    """Returns the content of a .npy file for an array.
 
     Args:
-      array: of numbers, or records of numbers.
+      array: an array of numbers, or of records of numbers.
 
     Returns:
       The bytes, for `np.load`.
@@ -96,8 +96,8 @@ def read_json(path: pathlib.Path, field: str) -> dict[str, Any]:
     """Reads a file that a command wrote.
 
     Args:
-      path: of the file.
-      field: of the object that it holds, an object too.
+      path: the path of the file.
+      field: a field of its object that must be an object too.
 
     Returns:
       The whole object.
@@ -127,16 +127,17 @@ def read_json(path: pathlib.Path, field: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writable_folder(folder: pathlib.Path) -> Generator[pathlib.Path]:
-    """Makes a folder and checks, before the work, that files may be put there.
+    """Creates a folder and checks that it is writable before work starts.
 
     Args:
-      folder: made if missing, with its parents. Folders that were made and stay empty are removed.
+      folder: created if missing, with its parents. Folders that were created and stay empty are
+          removed.
 
     Yields:
       Its absolute path.
 
     Raises:
-      UsageError: it cannot be made or written.
+      UsageError: it cannot be created or written.
 
     Examples:
       >>> with writable_folder(pathlib.Path(tempfile.mkdtemp()) / "new") as folder:
@@ -152,7 +153,7 @@ def writable_folder(folder: pathlib.Path) -> Generator[pathlib.Path]:
         yield folder
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # the folder is not empty, or was not made
+            with contextlib.suppress(OSError):  # the folder is not empty, or was not created
                 path.rmdir()
 
 
@@ -171,15 +172,15 @@ def _unwritable(folder: pathlib.Path, error: OSError) -> UsageError:
 
 @contextlib.contextmanager
 def held_alone(folder: pathlib.Path) -> Generator[None]:
-    """Keeps other processes from writing to the same folder.
+    """Prevents other processes from writing to the same folder.
 
-    The lock ends with its process, so that the run of a process that died can go on.
+    The lock ends with its process, so a run whose process died can be resumed.
 
     Args:
       folder: an existing folder.
 
     Raises:
-      UsageError: another process holds it, or it cannot be written.
+      UsageError: another process holds the lock, or the folder cannot be written.
 
     Examples:
       >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -202,12 +203,12 @@ def held_alone(folder: pathlib.Path) -> Generator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()  # before another process could hold it
+            (folder / LOCK).unlink()  # before another process can lock it
         lock.release()
 
 
 def named_in(folder: pathlib.Path, names: Sequence[str]) -> str:
-    """Lists which of these files and folders a folder holds.
+    """Lists which of these files and folders a folder contains.
 
     Args:
       folder: the folder; it may be missing.
@@ -226,7 +227,7 @@ def named_in(folder: pathlib.Path, names: Sequence[str]) -> str:
 
 
 def check_holds_none_of(folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Refuses a folder in which a run and a comparison would lie together.
+    """Refuses a folder in which a run and a comparison would be mixed.
 
     Args:
       folder: the folder; it may be missing.
@@ -248,10 +249,10 @@ def check_holds_none_of(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def noticing_what_cannot_be_written(folder: pathlib.Path) -> Generator[None]:
-    """Turns the errors of a disk that is full, or gone, into one line.
+    """Turns errors of a full or missing disk into one line.
 
     Args:
-      folder: the folder that is written to.
+      folder: the folder to write to.
 
     Raises:
       UsageError: something could not be written.
@@ -269,7 +270,7 @@ def noticing_what_cannot_be_written(folder: pathlib.Path) -> Generator[None]:
         reason = _why_not_written(error)
         if reason is None:
             raise
-        # Each of Orbax's failed tasks would report it again, with a traceback.
+        # Each failed task of Orbax would report the error again, with a traceback.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise UsageError(
             f"--out: cannot write to {folder}: {reason}; the checkpoints before are whole: make "

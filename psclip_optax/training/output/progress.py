@@ -1,4 +1,4 @@
-"""Show the progress of a command: a bar on a terminal, a line at every tenth elsewhere."""
+"""Show the progress of a command: a bar on a terminal, else a line for every 10 %."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _TENTHS = 10
 
 
 class Report(Protocol):
-    """Tells how far the work is."""
+    """Reports the progress."""
 
     def __call__(self, completed: int, doing: str, loss: float, clipped_share: float) -> None: ...
 
 
 @contextlib.contextmanager
 def reporting_progress(total: int, console: Console) -> Generator[Report]:
-    """Shows what is being done, with the loss and the clipped share.
+    """Shows the current work, with the loss and the clipped share.
 
     Args:
-      total: number of units of work, such as steps.
-      console: where it is shown.
+      total: the number of units of work, such as steps.
+      console: the console to print to.
 
     Yields:
       `report(completed, doing, loss, clipped_share)`, cheap enough for every few steps.
