@@ -37,17 +37,20 @@ class LeafPlan(NamedTuple):
     """The plan for the per-sample gradients with respect to one weight.
 
     Attributes:
-      weight: the number of the parameter or computed weight. groups: its sites, grouped by overlap;
-      empty if automatic differentiation gives each sample's gradient. escape: why automatic
-      differentiation is used, unless because the weight is small. norm: how its share in the norm
-      of a sample's gradient is computed. "own": from its sites, or from its gradients by automatic
-      differentiation. "separable": from these and a separable computation. "pulled back": from
-      gradients that are pulled back through any computation. "none": the share is included in that
-      of weights computed from it, or of the parameters from which it is computed. through: the
-      weights computed from it. axes: for each of these weights, the axes along which it is
-      separable. is_radial: whether these weights depend on its entries only through sums of their
-      squares over the other axes, so that their gradients with respect to it are multiples of
-      itself. is_used: whether the weight itself meets data.
+      weight: the number of the parameter or computed weight.
+      groups: its sites, grouped by overlap; empty if automatic differentiation gives each sample's
+        gradient.
+      escape: why automatic differentiation is used, unless because the weight is small.
+      norm: how its share in the norm of a sample's gradient is computed. "own": from its sites, or
+        from its gradients by automatic differentiation. "separable": from these and a separable
+        computation. "pulled back": from gradients that are pulled back through any computation.
+        "none": the share is included in that of weights computed from it, or of the parameters from
+        which it is computed.
+      through: the weights computed from it.
+      axes: for each of these weights, the axes along which it is separable.
+      is_radial: whether these weights depend on its entries only through sums of their squares over
+        the other axes, so that their gradients with respect to it are multiples of itself.
+      is_used: whether the weight itself meets data.
     """
 
     weight: int
@@ -74,7 +77,8 @@ class Plans(NamedTuple):
 
     Attributes:
       leaves: a plan for each piece of a parameter.
-      others: a plan for each computed weight that meets data. computed: these computed weights.
+      others: a plan for each computed weight that meets data.
+      computed: these computed weights.
       closed: the loss for one example, rewritten so that few weights are computed. Its first inputs
         are the parameters' pieces.
       pieces: the pieces into which parameters are split.

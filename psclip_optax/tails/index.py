@@ -43,7 +43,8 @@ class TailIndex:
       num_norms: the number of norms.
       confidence: that of the interval.
       verdict: "heavy", "light", or "undecided" if both fit; the index is then valid if the tail is
-      heavy. log_likelihood_ratio: the log-likelihood ratio of a power law to a light tail.
+        heavy.
+      log_likelihood_ratio: the log-likelihood ratio of a power law to a light tail.
     """
 
     index: float

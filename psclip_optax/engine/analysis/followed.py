@@ -36,9 +36,12 @@ class Value(NamedTuple):
     """A value of the new trace.
 
     Attributes:
-      traced: its tracer. source: what it depends on. number: its array, if known. If `is_stepped`,
-      a leading axis has the steps of the scan around it. is_stepped: whether it differs from step
-      to step. const: the index of the scan's constant that it equals, if it does.
+      traced: its tracer.
+      source: what it depends on.
+      number: its array, if known. If `is_stepped`, a leading axis has the steps of the scan around
+        it.
+      is_stepped: whether it differs from step to step.
+      const: the index of the scan's constant that it equals, if it does.
     """
 
     traced: Any

@@ -92,10 +92,13 @@ class Site(NamedTuple):
 
     Attributes:
       path: the equation's index in its jaxpr, preceded by those of the equations that contain the
-      jaxpr. eqn: the equation. operand: the index of the equation's input that is W. route: the
-      route that the site would have alone. view: W as a view of a weight. scans: the lengths
-      of the scans around it, outermost first. layered: for each of these scans, whether W is a
-      different layer in each step.
+        jaxpr.
+      eqn: the equation.
+      operand: the index of the equation's input that is W.
+      route: the route that the site would have alone.
+      view: W as a view of a weight.
+      scans: the lengths of the scans around it, outermost first.
+      layered: for each of these scans, whether W is a different layer in each step.
     """
 
     path: Path

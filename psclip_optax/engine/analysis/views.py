@@ -48,11 +48,12 @@ class View:
     """Describes which entries of a weight a variable consists of.
 
     Attributes:
-      weight: the number of the parameter or computed weight. steps: the equations from the weight
-      to the variable, in order. frame: the same without transpositions, as values that compare
-      equal if the entries agree. axes: for each axis of the variable, the axis of the frame.
-      is_repeated: whether entries of the weight occur several times. is_shifted: whether something
-      without a gradient is added.
+      weight: the number of the parameter or computed weight.
+      steps: the equations from the weight to the variable, in order.
+      frame: the same without transpositions, as values that compare equal if the entries agree.
+      axes: for each axis of the variable, the axis of the frame.
+      is_repeated: whether entries of the weight occur several times.
+      is_shifted: whether something without a gradient is added.
     """
 
     weight: int

@@ -1,6 +1,6 @@
-"""`psclip doctor`: report versions, known causes of trouble, and whether numbers are right.
+"""Report versions and known problems, and check the numbers: `psclip doctor`.
 
-It imports no more than the library itself, so that it works where the extras are missing.
+This module imports only what the library imports, so it works without the extras.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CORE = ("jax", "jaxlib", "optax", "scipy", "numpy")
 _NUM_SAMPLES = 8
 _MODES = ("one_pass", "two_pass")
 _ROUTES = {"convolution": "conv", "embedding": "embedding", "kernel": "dense"}
-# Switches with which JAX makes slow programs, or others than the tests see.
+# Switches that make JAX's programs slow, or different from those of the tests.
 _SWITCHES = {
     "jax_enable_x64": "data without a dtype are float64: twice the memory, and slow on most GPUs",
     "jax_disable_jit": "nothing is compiled: everything is slow",
@@ -48,7 +48,7 @@ class Finding(NamedTuple):
     Attributes:
       verdict: "info"; "ok" for a check that passed; "note" for a possible cause of trouble; "wrong"
         for a check that failed.
-      text: what was found.
+      text: the result in words.
     """
 
     verdict: Literal["info", "ok", "note", "wrong"]
@@ -56,13 +56,13 @@ class Finding(NamedTuple):
 
 
 def diagnose(config: DoctorConfig) -> list[Finding]:
-    """Looks at versions, devices, switches and folders, and checks a small clipped gradient.
+    """Checks versions, devices, switches and folders, and a small clipped gradient.
 
     Args:
-      config: which folder for downloads to look at.
+      config: names the folder for downloads to check.
 
     Returns:
-      What was found; all is well if nothing is "wrong".
+      The findings; all is well if none is "wrong".
 
     Examples:
       >>> {finding.verdict for finding in diagnose(DoctorConfig())} <= {"info", "ok", "note"}
@@ -84,13 +84,13 @@ def diagnose(config: DoctorConfig) -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> str:
-    """Writes the findings as lines.
+    """Formats the findings as lines.
 
     Args:
       findings: what `diagnose` returned.
 
     Returns:
-      A line for each, and one that sums them up.
+      A line for each finding, and a summary.
 
     Examples:
       >>> print(report([Finding("ok", "numbers: right")]))
@@ -112,11 +112,12 @@ def check_extras(requirements: list[str], installed: Callable[[str], str | None]
     """Checks whether the packages of the optional extras are installed and new enough.
 
     Args:
-      requirements: of the package's metadata, such as `"tyro>=1.0.0; extra == 'train'"`.
-      installed: from a package's name to its version; None where it is missing.
+      requirements: the requirements in the package's metadata, such as
+          `"tyro>=1.0.0; extra == 'train'"`.
+      installed: a function from a package's name to its version, or None if it is missing.
 
     Returns:
-      A finding for each extra but "docs" and "dev", which are for work on the package.
+      A finding for each extra except "docs" and "dev", which are for developers.
 
     Examples:
       >>> check_extras(["rich>=14.0; extra == 'train'"], {"rich": "13.1"}.get)[0].text
@@ -133,11 +134,11 @@ def check_extras(requirements: list[str], installed: Callable[[str], str | None]
 
 
 def check_jax(version: str, requirements: list[str]) -> list[Finding]:
-    """Checks whether JAX is among the versions that the library is tested with.
+    """Checks whether the library is tested with this version of JAX.
 
     Args:
-      version: of JAX.
-      requirements: of the package's metadata, which name the oldest.
+      version: the version of JAX.
+      requirements: the requirements in the package's metadata, which name the oldest version.
 
     Returns:
       One finding.
@@ -157,7 +158,7 @@ def check_jax(version: str, requirements: list[str]) -> list[Finding]:
 
 
 def check_switches() -> list[Finding]:
-    """Lists the switches and variables that change what JAX computes, or how fast.
+    """Lists the switches and variables that change JAX's results or speed.
 
     Returns:
       A note for each that is set.
@@ -180,7 +181,7 @@ def check_numbers() -> list[Finding]:
 
     Returns:
       Two findings: whether the numbers agree in both fast modes, and whether a convolution, a
-      product and a look-up are planned without a fallback.
+      product and a look-up have fast routes.
 
     Examples:
       >>> [finding.verdict for finding in check_numbers()]
@@ -256,7 +257,7 @@ def why_no_device() -> str | None:
     """Says why JAX has no device to compute on.
 
     Returns:
-      One line; None where it has one.
+      One line; None if it has a device.
 
     Examples:
       >>> why_no_device()
@@ -265,7 +266,7 @@ def why_no_device() -> str | None:
         jax.devices()
     except RuntimeError as error:
         return f"JAX finds no device: {' '.join(str(error).split())}"
-    except AssertionError:  # all that JAX says of a platform whose plugin is not installed
+    except AssertionError:  # JAX's only error for a platform whose plugin is not installed
         platforms = getattr(jax.config, "jax_platforms", None)
         return (
             f"JAX finds no device: expected one of {platforms}, which this "
@@ -291,7 +292,7 @@ def _devices() -> list[Finding]:
 
 
 def _name(device: Any) -> str:
-    return f"{device.platform}:{device.id}"  # str(device) is another in each version of JAX
+    return f"{device.platform}:{device.id}"  # str(device) differs between versions of JAX
 
 
 def _memory(device: Any) -> str:
@@ -345,13 +346,13 @@ def _cache_folder(given: pathlib.Path | None) -> Callable[[], list[Finding]]:
 
 
 def check_cache_folder(folder: pathlib.Path) -> Finding:
-    """Checks whether data sets could be downloaded to a folder, without making it.
+    """Checks whether data sets could be downloaded to a folder, without creating it.
 
     Args:
       folder: an absolute path; may be missing.
 
     Returns:
-      "ok", or a note that says what is in the way.
+      "ok", or a note that says why not.
 
     Examples:
       >>> check_cache_folder(pathlib.Path(tempfile.gettempdir()) / "not" / "there").verdict

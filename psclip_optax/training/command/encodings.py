@@ -1,4 +1,4 @@
-"""Write output in letters that its encoding has."""
+"""Replace characters that the output's encoding lacks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _SIGNS = {
 
 @contextlib.contextmanager
 def spelling_out() -> Generator[None]:
-    """Spells out in ASCII the letters that the encodings of stdout and stderr lack.
+    """Replaces by ASCII the characters that the encodings of stdout and stderr lack.
 
-    Without it, such a letter ends the command with a traceback.
+    Otherwise such a character would end the command with a traceback.
 
     Examples:
       >>> with spelling_out():

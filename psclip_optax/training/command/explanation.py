@@ -1,4 +1,4 @@
-"""`psclip explain`: explain the plan for a model that `psclip train` can train."""
+"""Explain the plan for a model of `psclip train`: `psclip explain`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from psclip_optax.training.run.trainer import build_task_model
 def explain(config: ExplainConfig) -> Plan:
     """Plans a train step: each parameter's route, its extra cost, and the reason.
 
-    Nothing is trained or downloaded, as a plan needs shapes alone.
+    Nothing is trained or downloaded, because a plan needs only shapes.
 
     Args:
-      config: names model, dataset, batch size, engine and what is clipped together.
+      config: names model, dataset, batch size, engine and clipping groups.
 
     Returns:
-      The plan of `clipped_value_and_grad(…).explain`, to be printed. It is for one slice where the
-      batch is worked through in several.
+      The plan of `clipped_value_and_grad(…).explain`, to be printed. If the batch is processed in
+      slices, the plan is for one slice.
 
     Raises:
-      UsageError: a number is out of range, or the model does not take the dataset's images.
+      UsageError: a number is out of range, or the model does not accept the dataset's images.
 
     Examples:
       >>> plan = explain(ExplainConfig(model="small_cnn", width=0.25, batch_size=8))

@@ -1,4 +1,4 @@
-"""`psclip outliers`: the samples that a run clipped most, as tables and as pictures."""
+"""Show the samples that a run clipped most, as tables and pictures: `psclip outliers`."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _COLUMNS = ("index", "count", "mean_scale", "median_norm", "mean_loss")
 
 
 class _Ranked(NamedTuple):
-    """The samples of a run in order, and the data that it was trained on.
+    """Holds the ranked samples of a run, and its training data.
 
     Attributes:
-      samples: all that were recorded.
-      dataset: whose training split the indices are of.
-      trained: that split as the run had it, with wrong labels and corrupted pixels.
-      num_steps: how many steps were recorded.
+      samples: all recorded samples.
+      dataset: the data set whose training split has these indices.
+      trained: that split as used by the run, with wrong labels and corrupted pixels.
+      num_steps: the number of recorded steps.
     """
 
     samples: MostClipped
@@ -54,19 +54,19 @@ class _Ranked(NamedTuple):
 
 
 def outliers(config: OutliersConfig) -> pathlib.Path:
-    """Writes which samples a run clipped most.
+    """Writes the samples that a run clipped most.
 
     Args:
-      config: which run, in which order, and where to write.
+      config: names the run, the order, and where to write.
 
     Returns:
-      The folder that holds `outliers.csv`, a row for each sample in order; `classes.csv`, a row for
-      each class; and `outliers.html` and `outliers.png`, the first samples as pictures.
+      The folder with `outliers.csv`, a row for each sample in order; `classes.csv`, a row for each
+      class; and `outliers.html` and `outliers.png`, the first samples as pictures.
 
     Raises:
-      UsageError: the folder holds no run or no samples, its records are damaged, or the results
-        cannot be written or are there already.
-      DatasetError: the dataset cannot be had.
+      UsageError: the folder contains no run or no samples, its records are damaged, or the results
+        cannot be written or exist already.
+      DatasetError: the dataset is not available.
     """
     told = _config_of(config.run)
     records = _records_of(config.run)

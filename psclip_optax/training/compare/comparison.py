@@ -1,4 +1,4 @@
-"""`psclip compare`: train four methods, tuned alike, on the same model, seeds and batches."""
+"""Tune and compare four methods on the same model, seeds and batches: `psclip compare`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _MAX_NORMS = 2048
 
 
 class Norms(NamedTuple):
-    """Gradient norms at some parameters.
+    """Holds gradient norms at some parameters.
 
     Attributes:
       samples: `[N]`, the norms of single samples' gradients.
@@ -68,12 +68,12 @@ class Norms(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One point of a method's grid, and how it did on the validation split.
+    """One point of a method's grid, with its result on the validation split.
 
     Attributes:
-      hyperparams: the point.
-      accuracy: share of the validation split that the model names rightly after the last step.
-      loss: its mean cross-entropy.
+      hyperparams: the point of the grid.
+      accuracy: the accuracy on the validation split after the last step.
+      loss: the mean cross-entropy there.
     """
 
     hyperparams: Hyperparams
@@ -82,7 +82,7 @@ class Trial(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """The model, data and functions that all runs share."""
+    """Holds the model, data and functions that all runs share."""
 
     config: CompareConfig
     trainers: dict[MethodName, Trainer]
@@ -96,16 +96,16 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     """Tunes and compares momentum SGD, batch clipping and two kinds of per-sample clipping.
 
     Args:
-      config: what to train, on what, the grids, and where to write.
-      console: where progress is shown and the result printed.
+      config: names model, data and grids, and where to write.
+      console: the console for the progress and the result.
 
     Returns:
       The content of `compare.json`: curves, chosen values, grids, versions, device.
 
     Raises:
       UsageError: a number is out of range, the grids differ in size, or the folder cannot be
-        written, holds a result already or is being written by another process.
-      DatasetError: the dataset cannot be had.
+        written, contains a result already or is being written by another process.
+      DatasetError: the dataset is not available.
     """
     check_config(config)
     with writable_folder(config.out) as out, held_alone(out):
@@ -150,10 +150,10 @@ def _compare(config: CompareConfig, out: pathlib.Path, console: Console) -> dict
 
 
 def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
-    """Builds the grid of points that each method chooses from.
+    """Builds the grid of points over which each method is tuned.
 
     Args:
-      config: names the learning rates, and the thresholds in the units.
+      config: names the learning rates, and the thresholds relative to the units.
       units: by method, the gradient norm that is the unit of its thresholds.
 
     Returns:
@@ -176,7 +176,7 @@ def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
             config.ps_clip_learning_rates,
             tuple(units["ps-clip"] * factor for factor in config.ps_clip_thresholds),
         ),
-        "ps-clip-median": (config.momentum_learning_rates, (math.inf,)),  # which it has no use for
+        "ps-clip-median": (config.momentum_learning_rates, (math.inf,)),  # which it ignores
     }
     return {
         name: [
@@ -187,10 +187,10 @@ def build_grids(config: CompareConfig, units: dict[str, float]) -> Grids:
 
 
 def best_trial(trials: list[Trial]) -> Trial:
-    """Finds the trial with the highest validation accuracy, and of equals with the lowest loss.
+    """Finds the trial with the highest validation accuracy; ties go to the lowest loss.
 
     Args:
-      trials: at least one.
+      trials: one or more trials.
 
     Returns:
       The best trial; NaN counts as the highest loss.
@@ -215,7 +215,7 @@ def _check_folder(out: pathlib.Path, config: CompareConfig) -> None:
 
 
 def _hold_out(split: Split, config: CompareConfig) -> tuple[Split, Split]:
-    # Before the corruption: the validation split is clean, as the test set is.
+    # Split before the corruption: the validation split is clean, like the test set.
     num_validation = max(1, round(config.validation_share * len(split.labels)))
     if num_validation >= len(split.labels):
         raise UsageError(
@@ -297,7 +297,7 @@ def _tune(job: _Job, grids: Grids, report: Report) -> dict[MethodName, list[Tria
 def _run_finals(
     job: _Job, chosen: dict[MethodName, Hyperparams], num_trials: int, report: Report
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs all methods in turn for each seed, so that changes of the machine's speed hit all."""
+    """Runs all methods in turn for each seed, so that changes of the machine's speed affect all."""
     config = job.config
     seeds = range(config.seed + 1, config.seed + 1 + config.num_seeds)
     curves: dict[MethodName, list[dict[str, Any]]] = {name: [] for name in chosen}
@@ -356,7 +356,7 @@ def _run(
     evaluate: Callable[[Any], dict[str, float]],
     report: Callable[[int, float, float], None],
 ) -> tuple[dict[str, Any], Any]:
-    """Trains once: returns the curve, with means between its points, and the last parameters."""
+    """Trains once; returns the curve, with means between its points, and the last parameters."""
     state, key = trainer.init(seed, point), dropout_key(seed)
     loss, clipped, seconds = np.zeros((3, num_steps))
     points: list[tuple[int, dict[str, float]]] = []

@@ -1,4 +1,4 @@
-"""Summarise the result that `compare.json` holds, in pure functions."""
+"""Summarise the result in `compare.json`, by pure functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MODEL_TITLES = {
     "alexnet": "AlexNet",
     "resnet18": "ResNet-18",
 }
-_GRID_OF = {"ps-clip-median": "momentum"}  # whose learning rates it chooses from
+_GRID_OF = {"ps-clip-median": "momentum"}  # whose learning rates it is tuned over
 
 
 class Estimate(NamedTuple):
@@ -60,7 +60,7 @@ def final_accuracies(method: dict[str, Any]) -> list[float]:
       method: an entry of `result["methods"]`.
 
     Returns:
-      One number in [0, 1] a seed.
+      One number in [0, 1] for each seed.
 
     Examples:
       >>> final_accuracies({"curves": [{"accuracy": [0.5, 0.8]}, {"accuracy": [0.4, 0.9]}]})
@@ -73,7 +73,7 @@ def difference_to_best_other(methods: dict[str, Any], name: str) -> tuple[str, E
     """Compares a method with the best of the others, seed by seed.
 
     Args:
-      methods: `result["methods"]`, two or more, of the same seeds.
+      methods: `result["methods"]`, two or more, with the same seeds.
       name: one of them.
 
     Returns:
@@ -119,14 +119,14 @@ def introduction(
     validation: Split,
     units: dict[str, float],
 ) -> str:
-    """Says what is about to be done.
+    """Describes the comparison that is about to run.
 
     Args:
       config: the configuration of the comparison.
-      dataset: the data set, whose test split decides.
+      dataset: the data set, whose test split gives the results.
       train: the split to train on.
       validation: the split that was held out.
-      units: by clipping method, the initial gradient norm that is the unit of its thresholds.
+      units: by clipping method, the initial gradient norm to which its thresholds are relative.
 
     Returns:
       A few lines.
@@ -160,7 +160,7 @@ def results_table(result: dict[str, Any]) -> Table:
       result: what `compare` returned.
 
     Returns:
-      A table of Rich, a row a method, 80 columns wide at most.
+      A table of Rich with a row for each method, at most 80 columns wide.
     """
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -238,7 +238,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def edge_notes(result: dict[str, Any]) -> list[str]:
-    """Names the chosen values at the edge of their grid, beyond which a better one may lie.
+    """Names the chosen values at the edge of their grid, beyond which there may be better ones.
 
     Args:
       result: what `compare` returned.

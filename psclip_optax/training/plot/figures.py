@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-# Okabe and Ito's colours, which the colour-blind tell apart; their yellow is lost on white.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without yellow, which is
+# faint on white.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 _COLOURS = {"momentum": BLUE, "batch-clip": ORANGE, "ps-clip": GREEN, "ps-clip-median": PURPLE}
@@ -47,7 +48,7 @@ def draw_comparison(result: dict[str, Any]) -> Figure:
     over_steps.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _draw_accuracy(over_seconds, methods, "seconds")
     over_seconds.set(xlabel="Training time (s, log scale)", xscale="log")
-    # Within one decade Matplotlib labels the ticks between, which then run into one another.
+    # Within one decade Matplotlib also labels minor ticks, whose labels would overlap.
     over_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     over_seconds.xaxis.set_major_formatter("{x:g}")
     over_seconds.xaxis.set_minor_formatter(NullFormatter())
@@ -67,7 +68,7 @@ def to_png(figure: Figure) -> bytes:
     """Renders a figure.
 
     Args:
-      figure: of Matplotlib.
+      figure: a figure of Matplotlib.
 
     Returns:
       The bytes of a PNG file.
@@ -86,7 +87,7 @@ def tidy(axes: Axes, title: str) -> None:
 
     Args:
       axes: the panel.
-      title: what it shows.
+      title: its title.
 
     Examples:
       >>> axes = Figure().subplots()
@@ -102,11 +103,11 @@ def tidy(axes: Axes, title: str) -> None:
 
 
 def survival(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the empirical survival function: heavy tails are straight lines in log-log axes.
+    """Computes the empirical survival function; heavy tails are straight lines in log-log axes.
 
     Args:
-      values: `[N]`; values that are not finite and positive count, but have no place on a
-        logarithmic axis.
+      values: `[N]`; values that are not finite and positive count, but are not on a logarithmic
+        axis.
 
     Returns:
       The sorted positive values x, and for each the share of all values that are at least x.
@@ -141,7 +142,7 @@ def _standard_error(accuracy: np.ndarray) -> np.ndarray:
 
 
 def _lowest_shown(methods: dict[str, Any]) -> float:
-    """Leaves out the first quarter of the rise, so that the ends can be told apart."""
+    """Returns the lowest accuracy to show: the first quarter of the rise is omitted."""
     means = [_accuracies(method).mean(axis=0) for method in methods.values()]
     return min(mean[len(mean) // 4 :].min() for mean in means) - 0.05
 

@@ -1,4 +1,4 @@
-"""Pictures of samples with what is told of each, as a PNG and as a page of HTML."""
+"""Draw pictures of samples with their labels and details, as a PNG and as an HTML page."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Picture(NamedTuple):
 
     Attributes:
       image: `[H, W, C]`, uint8, or float32 where 1 is white.
-      title: what it is called.
-      was: what it was called before its label was replaced; empty if it was not.
-      details: lines that say more.
+      title: its label.
+      was: its label before it was replaced; empty if it was not.
+      details: further lines of text.
     """
 
     image: np.ndarray
@@ -52,10 +52,10 @@ def draw_pictures(pictures: Sequence[Picture], title: str) -> Figure:
 
     Args:
       pictures: one or more, in the order of rows.
-      title: of the whole.
+      title: the title of the figure.
 
     Returns:
-      A figure that no global state of Matplotlib knows of.
+      A figure outside Matplotlib's global state.
 
     Examples:
       >>> picture = Picture(np.zeros([8, 8, 1], np.uint8), "4", "9", ("scale 0.1",))
@@ -88,9 +88,9 @@ def page_of_pictures(
 
     Args:
       pictures: one or more.
-      title: of the page.
+      title: the title of the page.
       paragraphs: plain text above the pictures.
-      rows: a table below them; its first row is the head.
+      rows: a table below the pictures; its first row is the header.
 
     Returns:
       HTML.
@@ -138,6 +138,6 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """Returns a picture `[H, W]` or `[H, W, 3]` in [0, 1], without numbers beyond white or NaN."""
+    """Returns a picture `[H, W]` or `[H, W, 3]`, clipped to [0, 1] and without NaN."""
     pixels = np.clip(np.nan_to_num(to_unit_scale(image)), 0, 1)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels

@@ -1,4 +1,4 @@
-"""`psclip plot`: draw the records of several runs over one another."""
+"""Draw the records of several runs in one figure: `psclip plot`."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Run(NamedTuple):
     """The records of a run.
 
     Attributes:
-      source: the folder of the run, as it was named.
+      source: the folder of the run, as given.
       config: the configuration of the run.
-      train: the records of training, in the order of steps; figures that were not recorded are
+      train: the records of training, in the order of steps; values that were not recorded are
         missing or None.
       test: the records of evaluations.
     """
@@ -62,16 +62,16 @@ class Run(NamedTuple):
 
 
 def plot(config: PlotConfig) -> pathlib.Path:
-    """Draws runs into a PNG.
+    """Draws runs to a PNG.
 
     Args:
-      config: which runs, and where to.
+      config: names the runs and the PNG.
 
     Returns:
       The path of the figure.
 
     Raises:
-      UsageError: a folder is missing, holds no run or nothing to draw yet, or is damaged, or the
+      UsageError: a folder is missing, contains no run or nothing to draw yet, or is damaged, or the
         figure cannot be written.
     """
     runs = [run for folder in config.runs for run in read_runs(folder)]
@@ -91,7 +91,7 @@ def read_runs(folder: pathlib.Path) -> list[Run]:
       At least one run.
 
     Raises:
-      UsageError: the folder is missing, or holds neither, no records yet, or damaged files.
+      UsageError: the folder is missing, or contains neither, no records yet, or damaged files.
 
     Examples:
       >>> read_runs(pathlib.Path("nowhere"))
@@ -116,15 +116,15 @@ def labels_of(runs: list[Run]) -> list[str]:
       runs: one or more.
 
     Returns:
-      A label for each run: the values of the fields that differ, or the folder where these are not
-      enough. Labels differ where the folders do.
+      A label for each run: the values of the fields that differ, or the folder if these are not
+      enough. Different folders have different labels.
 
     Examples:
       >>> runs = [Run(name, {"lr": lr, "seed": 0}, [], []) for name, lr in (("a", 1), ("b", 2))]
       >>> labels_of(runs)
       ['lr 1', 'lr 2']
     """
-    # A field that an older version or another command lacks does not tell runs apart.
+    # A field that an older version or another command lacks does not distinguish runs.
     common = [name for name in runs[0].config if all(name in run.config for run in runs)]
     differing = [
         name
@@ -142,7 +142,7 @@ def draw_runs(runs: list[Run]) -> Figure:
     """Draws loss, accuracy, clipped share, norms and tail index over steps, and the last norms.
 
     Args:
-      runs: one or more; a run without records of a quantity is left out there.
+      runs: one or more; panels omit runs without records of their quantity.
 
     Returns:
       A figure outside Matplotlib's global state.
@@ -240,16 +240,16 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _floats(rows: Iterable[Any]) -> np.ndarray:
-    return np.array(list(rows), float)  # None becomes NaN, which no line goes through
+    return np.array(list(rows), float)  # None becomes NaN, where lines have gaps
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lists steps and values, NaN where there is none."""
+    """Lists steps and values; a missing value is NaN."""
     return _floats(r["step"] for r in records), _floats(r.get(name) for r in records)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Averages over a 25th of the values; NaN where no value is recorded."""
+    """Averages over a 25th of the values; NaN if none is recorded."""
     width = 2 * (len(values) // _RUNNING_MEANS // 2) + 1
     is_finite = np.isfinite(values)
     ones = np.ones(width)

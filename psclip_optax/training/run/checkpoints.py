@@ -1,7 +1,7 @@
-"""Save and restore checkpoints by Orbax, with digests of their files.
+"""Save and restore checkpoints with Orbax, with digests of their files.
 
-Damage is found before a checkpoint is loaded. Orbax itself restores a checkpoint with a flipped bit
-as other parameters, without an error.
+Damage is detected before a checkpoint is loaded. Orbax itself restores a checkpoint with a flipped
+bit as wrong parameters, without an error.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _MIB = 2**20
 
 
 class Restored(NamedTuple):
-    """The result of looking for an intact checkpoint.
+    """The result of searching for an intact checkpoint.
 
     Attributes:
       state: the newest state whose checkpoint is intact; the given state if there is none.
-      damaged_steps: steps of newer checkpoints, which were damaged and are removed.
+      damaged_steps: steps of newer checkpoints, which were damaged and have been removed.
     """
 
     state: TrainState
@@ -50,10 +50,10 @@ def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
     """Opens a folder of checkpoints, of which the last three are kept.
 
     Args:
-      folder: made if missing; an absolute path.
+      folder: an absolute path; created if missing.
 
     Returns:
-      Orbax's manager, to be closed, e.g. by `with`.
+      Orbax's manager; close it, e.g. by `with`.
 
     Examples:
       >>> import tempfile
@@ -64,7 +64,7 @@ def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=_NUM_KEPT, create=True, enable_async_checkpointing=False
     )
-    # It reads all metadata, and logs what is damaged; the digests tell that, in one line.
+    # Orbax reads all metadata and logs damage at length; the digests report it in one line.
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -82,10 +82,10 @@ def save_checkpoint(
     Args:
       manager: what `open_checkpoints` returned.
       state: the state, named by its step.
-      norms: the window of gradient norms `[N]` that what is recorded goes on from, if there is one.
+      norms: the window of gradient norms `[N]` for further records, if there is one.
 
     Raises:
-      OSError: the disk has no room for it; nothing was written.
+      OSError: the disk is full; nothing was written.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp, optax
@@ -111,13 +111,14 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
 
     Args:
       manager: what `open_checkpoints` returned.
-      state: any state of the same structure, shapes and dtypes; on the devices that it is on.
+      state: any state with the same structure, shapes and dtypes; the restored state is on its
+          devices.
 
     Returns:
-      The state, and which checkpoints were damaged.
+      The state, and the damaged checkpoints.
 
     Raises:
-      UsageError: there are checkpoints, but none is intact; they stay as they are.
+      UsageError: there are checkpoints, but none is intact; none is removed.
 
     Example: see `save_checkpoint`.
     """
@@ -140,14 +141,14 @@ def restore_newest(manager: ocp.CheckpointManager, state: TrainState) -> Restore
 
 
 def saved_norms(manager: ocp.CheckpointManager, step: int) -> np.ndarray:
-    """Reads the window of gradient norms that a checkpoint was saved with.
+    """Reads the window of gradient norms saved with a checkpoint.
 
     Args:
       manager: what `open_checkpoints` returned.
       step: the checkpoint's step; it may be missing.
 
     Returns:
-      The norms `[N]`; none where none were saved.
+      The norms `[N]`; empty if none were saved.
 
     Examples:
       >>> import tempfile
@@ -160,7 +161,7 @@ def saved_norms(manager: ocp.CheckpointManager, step: int) -> np.ndarray:
 
 
 def _check_room(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    # Before Orbax starts, all of whose tasks would tell that they failed.
+    # Before Orbax starts, because each of its tasks would report the failure.
     free = shutil.disk_usage(manager.directory).free if is_first_process() else 0
     leaves = jax.tree.leaves(_saved_part(state))
     needed = sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in leaves)

@@ -21,7 +21,7 @@ from psclip_optax.training.config.commands import TrainConfig, UsageError
 
 
 class ProcessLostError(Exception):
-    """Another process of this run has ended or does not answer.
+    """Another process of this run has ended or does not respond.
 
     Examples:
       >>> raise ProcessLostError("another process of this run was lost")
@@ -31,18 +31,18 @@ class ProcessLostError(Exception):
 
 
 def join_processes(config: TrainConfig) -> None:
-    """Waits for the other processes of a run, and makes all their devices one set.
+    """Waits for the other processes of a run, and connects to their devices.
 
-    It must be called before anything is computed. Afterwards each process notices within
-    `distributed_timeout` when another has died or hangs.
+    Call it before anything is computed. Afterwards each process detects within
+    `distributed_timeout` if another has died or hangs.
 
     Args:
-      config: the first process's address, the number of processes, and the number of this one.
-        Fields that are None come from the cluster's variables (Slurm, Open MPI, Kubernetes, Cloud
-        TPU).
+      config: the first process's address, the number of processes, and the index of this one.
+        Fields that are None are read from the cluster's variables (Slurm, Open MPI, Kubernetes,
+        Cloud TPU).
 
     Raises:
-      UsageError: the others did not come in time, or the cluster does not tell who they are.
+      UsageError: the other processes did not start in time, or the cluster does not describe them.
     """
     options: dict[str, Any] = {
         "coordinator_address": config.coordinator,
@@ -64,7 +64,7 @@ def join_processes(config: TrainConfig) -> None:
 
 
 def is_first_process() -> bool:
-    """Tells whether this process is the one that writes and reports.
+    """Tells whether this is the process that writes and reports.
 
     Returns:
       A bool; True without `join_processes`.
@@ -90,10 +90,10 @@ def data_parallel_mesh() -> Mesh:
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Puts each process's slice of a batch on its devices, as one batch of all.
+    """Puts each process's slice of a batch on its devices, as one global batch.
 
     Args:
-      mesh: what `data_parallel_mesh` returned.
+      mesh: the result of `data_parallel_mesh`.
       batch: a tree of arrays, samples on axis 0, a multiple of this process's devices.
 
     Returns:
@@ -135,13 +135,13 @@ def _global(sharding: NamedSharding, tree: Any) -> Any:
 
 
 def told_by_first_process(number: int) -> int:
-    """Sends a number from the first process to all.
+    """Broadcasts a number from the first process.
 
     Args:
-      number: the number of this process, which is read in the first one alone.
+      number: the number in this process; only that of the first process is used.
 
     Returns:
-      The same in all processes.
+      The first process's number.
 
     Examples:
       >>> told_by_first_process(3)
@@ -151,7 +151,7 @@ def told_by_first_process(number: int) -> int:
 
 
 def wait_for_all(point: str) -> None:
-    """Waits until every process has come to this point.
+    """Waits until every process has reached this point.
 
     Args:
       point: its name, the same in all.
@@ -164,10 +164,10 @@ def wait_for_all(point: str) -> None:
 
 @contextlib.contextmanager
 def noticing_lost_processes() -> Generator[None]:
-    """Turns the error of a sum over processes that cannot be had into one that says why.
+    """Turns the error of a failed sum over processes into one that says why.
 
     Raises:
-      ProcessLostError: a process of several was lost.
+      ProcessLostError: another process was lost.
 
     Examples:
       >>> with noticing_lost_processes():

@@ -1,4 +1,4 @@
-"""Groups of a classifier's parameters that are clipped apart, and what is recorded of them."""
+"""Group a classifier's parameters for clipping, and record statistics of each group."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def parameter_groups(name: ClipGroupsName, params: Any) -> Any:
     """Makes a tree prefix of the parameters with a leaf for each group.
 
     Args:
-      name: "layer" groups the arrays of each module, such as a kernel and its bias; "leaf" has each
-        array alone; "all" makes no groups.
-      params: as Linen has them, or their shapes.
+      name: "layer" groups the arrays of each module, such as a kernel and its bias; "leaf" makes
+        each array a group; "all" makes no groups.
+      params: Linen's parameters, or their shapes.
 
     Returns:
-      The prefix, which holds each group's name; None where all are one.
+      The prefix, with each group's name as a leaf; None without groups.
 
     Examples:
       >>> params = {"Block_0": {"Conv_0": {"kernel": 1.0}}, "Dense_0": {"kernel": 1.0, "bias": 0.0}}
@@ -47,7 +47,7 @@ def _is_layer(node: Any) -> bool:
 
 
 def whole_norms(norms: jax.Array) -> jax.Array:
-    """Takes the norms of whole gradients from those of their groups.
+    """Computes the norms of whole gradients from those of their groups.
 
     Args:
       norms: `[n]`, or by group `[n, groups]`.
@@ -63,15 +63,14 @@ def whole_norms(norms: jax.Array) -> jax.Array:
 
 
 def recorded(metrics: dict[str, Any], groups: Any) -> dict[str, Any]:
-    """Makes metrics into what a record holds.
+    """Converts metrics to the content of a record.
 
     Args:
-      metrics: scalars, and where there are groups arrays with a figure for each of them.
-      groups: what `parameter_groups` returned.
+      metrics: scalars, and with groups also arrays with a value for each group.
+      groups: the result of `parameter_groups`.
 
     Returns:
-      Numbers; the figures of each group below its name in "groups", and "clipped_share" also as
-      their mean.
+      Numbers; "groups" has the values of each group by its name, and "clipped_share" is their mean.
 
     Examples:
       >>> metrics = {"loss": jnp.float32(2), "clipped_share": jnp.array([0.5, 1.0])}

@@ -1,7 +1,7 @@
-"""The methods that `psclip` trains with, each an Optax chain whose numbers live in its state.
+"""Define the methods of `psclip`: Optax chains with their hyperparameters in the state.
 
-Learning rate and threshold are leaves of the optimizer's state, so that all the trials of a tuning
-grid share one compiled step.
+Learning rate and threshold are leaves of the optimizer's state, so all trials of a tuning grid
+share one compiled step.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from psclip_optax.training.config.commands import ClipAtName, MethodName, Schedu
 
 
 class Hyperparams(NamedTuple):
-    """The numbers of a method that its state holds.
+    """The hyperparameters in a method's state.
 
     Attributes:
       learning_rate: before the schedule.
-      threshold: α, or the largest norm, in the units of the gradient's norm. "ps-clip-auto" has it
-        as a factor of the scale that it finds, and "ps-clip-median" ignores it. ∞ clips nothing.
-      beta: growth of the threshold with a sample's position, of "ps-clip" and "ps-clip-auto".
+      threshold: α, or the largest norm, in the units of the gradient's norm. "ps-clip-auto"
+        multiplies its estimated scale by it, and "ps-clip-median" ignores it. ∞ clips nothing.
+      beta: growth of the threshold with a sample's position, for "ps-clip" and "ps-clip-auto".
     """
 
     learning_rate: float
@@ -43,11 +43,11 @@ class Hyperparams(NamedTuple):
 
 
 class BatchNormState(NamedTuple):
-    """Figures of the last batch's mean gradient.
+    """Statistics of the last batch's mean gradient.
 
     Attributes:
       gradient_norm: float, its norm before clipping.
-      clipped: bool, whether that is above the threshold.
+      clipped: bool, whether the norm is above the threshold.
     """
 
     gradient_norm: jax.Array
@@ -55,15 +55,16 @@ class BatchNormState(NamedTuple):
 
 
 class Method(NamedTuple):
-    """One way to train.
+    """A training method.
 
     Attributes:
       label: name in tables and figures.
       has_threshold: whether it clips.
-      has_momentum: whether it is SGD with momentum that follows the clipping.
+      has_momentum: whether SGD with momentum follows the clipping.
       clip: threshold → the first link of the chain, for gradients of the mean loss; None for
         methods that clip samples.
-      threshold: (threshold, β) → the threshold of each sample; None for methods that clip none.
+      threshold: (threshold, β) → the threshold of each sample; None for methods that do not clip
+      samples.
     """
 
     label: str
@@ -74,7 +75,7 @@ class Method(NamedTuple):
 
 
 def _recorded_norm(threshold: Any) -> optax.GradientTransformation:
-    """Keeps the norm of the gradient for the log, and changes nothing."""
+    """Stores the norm of the gradient for the log, and changes nothing."""
 
     def init(params: Any) -> BatchNormState:
         del params
@@ -130,11 +131,11 @@ def _method(name: str) -> Method:
 
 
 def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
-    """Resolves the method of a name: clipping at the batch is batch clipping.
+    """Resolves a method's name: clipping at the batch is batch clipping.
 
     Args:
       name: one of `METHODS`.
-      clip_at: what is clipped, by the methods that clip before they average.
+      clip_at: the unit that per-sample methods clip.
 
     Returns:
       One of `METHODS`.
@@ -151,7 +152,7 @@ def method_that_clips(name: MethodName, clip_at: ClipAtName) -> MethodName:
 
 
 def method_of_alpha(name: MethodName, alpha: float | None) -> MethodName:
-    """Resolves the method where no α was given: it then clips by the running median.
+    """Resolves a method without α: it clips at the running median.
 
     Args:
       name: one of `METHODS`.
@@ -168,25 +169,24 @@ def method_of_alpha(name: MethodName, alpha: float | None) -> MethodName:
 
 
 def _limits(threshold: Callable[[Any, Any], Any], numbers: Any, groups: Any) -> Any:
-    """Makes the samples' threshold, or a tree of shares of it, or of rules, one for each group."""
+    """Makes the samples' threshold, or a tree of thresholds or rules, one for each group."""
     given = threshold(numbers["threshold"], numbers["beta"])
     if groups is None:
         return given
     if not isinstance(given, AdaptiveThreshold):
-        # So that a clipped gradient is no longer than under the threshold for all parameters.
+        # So that a clipped gradient is no longer than with the threshold for all parameters.
         share = numbers["threshold"] / math.sqrt(len(jax.tree.leaves(groups)))
         given = threshold(share, numbers["beta"])
     return jax.tree.map(lambda _: given, groups)
 
 
 def build_gradients(name: MethodName, config: TaskConfig, groups: Any = None) -> dict[str, Any]:
-    """Builds the gradients that a method's optimizer takes.
+    """Builds the options of the gradients that a method's optimizer needs.
 
     Args:
       name: one of `METHODS`.
-      config: names the engine, what is clipped, and in how many micro-batches.
-      groups: a tree prefix of the parameters, whose leaves are clipped apart; None for all
-        together.
+      config: names the engine, the clipped unit, and the number of micro-batches.
+      groups: a tree prefix of the parameters with a leaf for each group; None for one group.
 
     Returns:
       Arguments for `linen_train_step`. The threshold comes from the optimizer's state.
@@ -249,13 +249,13 @@ def build_optimizer(
 
     Args:
       name: one of `METHODS`.
-      hyperparams: the numbers that its initial state holds.
+      hyperparams: the hyperparameters in its initial state.
       momentum: decay of the momentum, in [0, 1).
       schedule: factor of the learning rate over steps.
       groups: as for `build_gradients`.
 
     Returns:
-      An optimizer for the gradients that `build_gradients` names; see `with_hyperparams`.
+      An optimizer for the gradients of `build_gradients`; see `with_hyperparams`.
 
     Examples:
       >>> schedule = optax.constant_schedule(1.0)
@@ -284,19 +284,19 @@ def build_optimizer(
             optax.scale_by_schedule(schedule),
         )
 
-    # A dtype of its own for the numbers: weakly typed ones would have the step compiled again.
+    # An explicit dtype for the numbers: weakly typed numbers would recompile the step.
     return optax.inject_hyperparams(chain, hyperparam_dtype=jnp.float32)(**hyperparams._asdict())
 
 
 def with_hyperparams(opt_state: Any, hyperparams: Hyperparams) -> Any:
-    """Sets a method's numbers without a recompile.
+    """Sets a method's hyperparameters without recompiling.
 
     Args:
       opt_state: state of an optimizer that `build_optimizer` built.
-      hyperparams: the new numbers.
+      hyperparams: the new hyperparameters.
 
     Returns:
-      The state with these numbers.
+      The state with these hyperparameters.
 
     Examples:
       >>> schedule = optax.constant_schedule(1.0)
@@ -328,7 +328,7 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
 
 
 def gradient_figures(opt_state: Any) -> dict[str, jax.Array]:
-    """Reads the figures of a mean gradient, under the names that per-sample clipping uses.
+    """Reads statistics of a mean gradient, with the names that per-sample clipping uses.
 
     Args:
       opt_state: state of an optimizer that `build_optimizer` built.
@@ -336,7 +336,7 @@ def gradient_figures(opt_state: Any) -> dict[str, jax.Array]:
     Returns:
       Scalars: `gradient_norm`, the mean gradient's norm before clipping; `clipped_share`, 1 if it
       was clipped and 0 if not; `num_nonfinite`, 1 if it is not finite. Empty for the per-sample
-      methods, whose figures come with the train step's metrics.
+      methods, whose statistics are in the train step's metrics.
 
     Examples:
       >>> schedule = optax.constant_schedule(1.0)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of JSON a record, cut back when a run goes on from a checkpoint."""
+"""Write and read metrics.jsonl: a line of JSON for each record, truncated on resuming."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from psclip_optax.training.output.files import to_json, write_atomically
 
 
 def append_record(file: TextIO, record: dict[str, Any]) -> None:
-    """Writes one record as a line, whole before the next one starts.
+    """Writes one record as a complete line.
 
     Args:
       file: opened for appending text.
-      record: names and numbers, "step" among them; NaN and ∞ become null.
+      record: names and numbers, including "step"; NaN and ∞ become null.
 
     Examples:
       >>> import sys
@@ -30,7 +30,7 @@ def append_record(file: TextIO, record: dict[str, Any]) -> None:
 
 
 def commit(file: TextIO) -> None:
-    """Puts all records on the disk, as a checkpoint of the same step is about to be.
+    """Flushes all records to disk before a checkpoint of the same step is saved.
 
     Args:
       file: a regular file opened for appending text.
@@ -45,7 +45,7 @@ def commit(file: TextIO) -> None:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    r"""Reads the records up to the first line that is not whole.
+    r"""Reads the records up to the first incomplete line.
 
     Args:
       path: a file that `append_record` wrote; may be missing.
@@ -67,13 +67,13 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_intact_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    r"""Reads the records of a run that may still be writing, or have been killed.
+    r"""Reads the records of a run that may still be writing or may have been killed.
 
     Args:
       path: a file that `append_record` wrote; may be missing.
 
     Returns:
-      The records; without the last line where that is torn.
+      The records, without the last line if it is incomplete.
 
     Raises:
       UsageError: a line before the last is damaged.
@@ -102,14 +102,14 @@ def _is_record(record: Any) -> bool:
 
 
 def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
-    r"""Forgets what was recorded after a step.
+    r"""Removes the records after a step.
 
     Args:
-      path: a file that `append_record` wrote; made if missing.
+      path: a file that `append_record` wrote; created if missing.
       step: the last step to keep, that of a checkpoint.
 
     Returns:
-      The records kept.
+      The remaining records.
 
     Examples:
       >>> import tempfile

@@ -1,6 +1,7 @@
 """Record the norms of a run's gradients: quantiles, tail index, and a histogram.
 
-They are taken over a window of the latest norms, as one batch has too few to estimate a tail.
+They are computed over a window of the latest norms, because one batch has too few to estimate a
+tail.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _QUANTILES = {"norm_q50": 0.5, "norm_q90": 0.9, "norm_q99": 0.99, "norm_max": 1.
 
 
 class NormWindow:
-    """The norms of the latest samples, at least `WINDOW` of them once there were so many.
+    """The norms of the latest samples, at least `WINDOW` of them once so many were seen.
 
-    They stay where they were computed until they are asked for, so that no step waits for them.
+    They stay on the device until they are read, so no step waits for them.
 
     Examples:
       >>> window = NormWindow(np.arange(WINDOW - 1.0))
@@ -33,12 +34,12 @@ class NormWindow:
     """
 
     def __init__(self, norms: np.ndarray):
-        """Starts with the norms that a window held before, `[N]`."""
+        """Starts with the norms `[N]` of an earlier window."""
         self._on_host = np.asarray(norms, np.float32)
         self._on_device: collections.deque[Any] = collections.deque()
 
     def add(self, norms: Any) -> None:
-        """Takes the norms of a batch, `[n]`, and forgets batches that none of the window is of."""
+        """Adds the norms of a batch, `[n]`, and drops batches outside the window."""
         self._on_device.append(norms)
         while (len(self._on_device) - 1) * norms.size >= WINDOW:
             self._on_device.popleft()
@@ -54,17 +55,17 @@ class NormWindow:
 
 
 def norm_figures(norms: np.ndarray) -> dict[str, Any]:
-    """Sums up norms for a record.
+    """Summarises norms for a record.
 
     Args:
-      norms: `[N]`; those that are not finite do not count.
+      norms: `[N]`; norms that are not finite do not count.
 
     Returns:
-      `num_norms`, how many count; their quantiles, `norm_q50`, `norm_q90`, `norm_q99` and
+      `num_norms`, the number that count; their quantiles, `norm_q50`, `norm_q90`, `norm_q99` and
       `norm_max`; `tail_index` with `tail_lower` and `tail_upper`, the ends of its 95 % interval;
       `tail_verdict`: "heavy", "light" (index and upper end are ∞) or "undecided"; and
-      `norm_histogram`, by `histogram`. None for what too few norms do not tell: fewer than 500
-      have no tail index.
+      `norm_histogram`, by `histogram`. Values that need more norms are None: fewer than 500 norms
+      give no tail index.
 
     Examples:
       >>> figures = norm_figures(np.linspace(0, 1, 2001)[1:] ** (-1 / 1.5))  # of tail index 1.5
@@ -92,8 +93,8 @@ def histogram(norms: np.ndarray) -> dict[str, int]:
       norms: `[N]`, finite; zeros are in no bin.
 
     Returns:
-      By bin, the number of norms in `[2^(bin / 2), 2^((bin + 1) / 2))`; bins that hold none are
-      left out. The bins are strings, for JSON.
+      By bin, the number of norms in `[2^(bin / 2), 2^((bin + 1) / 2))`, without empty bins. The
+      bins are strings, for JSON.
 
     Examples:
       >>> histogram(np.array([0.0, 1.0, 1.1, 4.0]))
@@ -105,10 +106,10 @@ def histogram(norms: np.ndarray) -> dict[str, int]:
 
 
 def bin_edges(bins: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Computes where the bins of a histogram begin and end.
+    """Computes the edges of a histogram's bins.
 
     Args:
-      bins: N numbers of bins.
+      bins: the numbers of N bins.
 
     Returns:
       The lower and the upper edges, `[N]` each, in the units of the norms.
@@ -124,7 +125,7 @@ def bin_edges(bins: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
 def _tail_figures(norms: np.ndarray) -> dict[str, Any]:
     try:
         tail = tail_index(norms) if norms.size >= MIN_NORMS else None
-    except ValueError:  # the largest norms are equal, e.g. of zero gradients
+    except ValueError:  # the largest norms are equal, e.g. with zero gradients
         tail = None
     if tail is None:
         return dict.fromkeys(("tail_index", "tail_lower", "tail_upper", "tail_verdict"))

@@ -87,7 +87,7 @@ class RunResult(NamedTuple):
     Attributes:
       out: folder of `config.json`, `metrics.jsonl`, `checkpoints` and, if recorded, `samples`.
       state: the state after the last step.
-      accuracy: share of the test set that the model names rightly.
+      accuracy: the accuracy on the test set.
       loss: mean cross-entropy on the test set; None if it is not finite.
     """
 
@@ -98,21 +98,21 @@ class RunResult(NamedTuple):
 
 
 def train(config: TrainConfig, console: Console) -> RunResult:
-    """Trains one model; a run that goes on ends with the same bits as one that was never stopped.
+    """Trains one model; a resumed run ends with the same bits as an uninterrupted one.
 
     Args:
-      config: what to train, on what, how, and where to write.
-      console: where progress and notes are shown.
+      config: names model, data and method, and where to write.
+      console: the console for progress and notes.
 
     Returns:
-      How the run ended.
+      The result of the run.
 
     Raises:
-      UsageError: a number is out of range, the folder cannot be written, holds a run already, is
-        being written by another process, or, with `resume`, holds none, another one or no intact
-        checkpoint, or the processes of a distributed run did not come together.
-      DatasetError: the dataset cannot be had.
-      ProcessLostError: another process of a distributed run ended or does not answer.
+      UsageError: a number is out of range, the folder cannot be written, contains a run already, is
+        being written by another process, or, with `resume`, contains no run, another run or no
+        intact checkpoint, or the processes of a distributed run did not connect.
+      DatasetError: the dataset is not available.
+      ProcessLostError: another process of a distributed run ended or does not respond.
     """
     check_config(config)
     if config.tensorboard:
@@ -128,7 +128,7 @@ def _train_alone(config: TrainConfig, out: pathlib.Path, console: Console) -> Ru
 
 
 def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) -> RunResult:
-    # Steps that may fail come before the processes meet, as the others would wait for this one.
+    # Steps that may fail come before the processes connect; otherwise the others would wait.
     _check_folder(out, config)
     dataset = _dataset_of(config)
     join_processes(config)
@@ -138,13 +138,13 @@ def _train_together(config: TrainConfig, out: pathlib.Path, console: Console) ->
 
 @contextlib.contextmanager
 def _held_by_first_process(out: pathlib.Path, config: TrainConfig) -> Generator[None]:
-    """Holds the folder in the first process, which writes to it; if it fails, all end."""
+    """Locks the folder in the first process, which writes to it; if that fails, all end."""
     refused = None
     with contextlib.ExitStack() as held:
         try:
             if is_first_process():
                 held.enter_context(held_alone(out))
-                _check_folder(out, config)  # once more, for another run may have ended meanwhile
+                _check_folder(out, config)  # again, because another run may have ended meanwhile
         except UsageError as error:
             refused = error
         if told_by_first_process(refused is not None):
@@ -206,7 +206,7 @@ def _train_on(
     console: Console,
 ) -> TrainState:
     start = int(state.step)
-    # Nobody reads the records of the other processes.
+    # The records of the other processes are not read.
     path = out / METRICS if is_first_process() else pathlib.Path(os.devnull)
     kept = cut_back(path, start) if is_first_process() else []
     clock = _Clock(kept[-1]["seconds"] if kept else 0.0)
@@ -275,7 +275,7 @@ def _check_devices(config: TrainConfig, mesh: Mesh | None) -> None:
 
 
 class _Clock:
-    """Seconds of training so far, those before the run was stopped included."""
+    """Counts seconds of training, including those before the run was interrupted."""
 
     def __init__(self, seconds_before: float):
         self._start = time.perf_counter() - seconds_before
@@ -284,7 +284,7 @@ class _Clock:
         return round(time.perf_counter() - self._start, 6)
 
 
-# Compiled once a model, for all methods: a Flax module is what its fields are.
+# Compiled once for each model, for all methods: Flax modules compare by their fields.
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -314,7 +314,7 @@ def _check_folder(out: pathlib.Path, config: TrainConfig) -> None:
 
 def _check_same_run(path: pathlib.Path, config: dict[str, Any]) -> None:
     try:
-        # What a run of an earlier version knew nothing of.
+        # Fields that a run of an earlier version did not have.
         before = {"clip_groups": "all", "record_samples": False} | json.loads(
             path.read_text(encoding="utf-8")
         )["config"]

@@ -1,7 +1,7 @@
-"""samples/: what clipping did to each sample in each step, in parts that are whole or not there.
+"""Record each sample's loss, norm and scale in each step, in files that are complete or absent.
 
-A part is named by the steps that it holds. One ends at each checkpoint, so that a run that goes on
-from there forgets whole parts alone, and no sample is recorded twice or lost.
+A file of samples/ is named by its steps. One ends at each checkpoint, so a run that resumes there
+removes only whole files, and no sample is recorded twice or lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAME = re.compile(r"(\d{8,})-(\d{8,})\.npy")
 
 
 class _Part(NamedTuple):
-    """A file, and the first and the last step that it holds."""
+    """A file, with its first and last step."""
 
     path: pathlib.Path
     first: int
@@ -34,10 +34,10 @@ class _Part(NamedTuple):
 
 
 class SampleLog:
-    """Records of single samples, fetched and written in the background.
+    """Records single samples; results are fetched and written in the background.
 
-    Arrays stay where they were computed until a part of them is full, or a checkpoint is due, so
-    that no step waits for them.
+    Arrays stay on the device until a file is full or a checkpoint is due, so no step waits for
+    them.
     """
 
     def __init__(self, folder: pathlib.Path, pool: concurrent.futures.Executor):
@@ -47,13 +47,13 @@ class SampleLog:
         self._writing: list[concurrent.futures.Future[None]] = []
 
     def add(self, step: int, samples: dict[str, Any]) -> None:
-        """Takes "index", "scale", "norm" and "loss", `[n]` each, of the batch of a step."""
+        """Adds "index", "scale", "norm" and "loss", `[n]` each, of a step's batch."""
         self._held.append((step, samples))
         if len(self._held) >= _STEPS_OF_A_PART:
             self._hand_over()
 
     def commit(self) -> None:
-        """Puts all that was taken on the disk, as a checkpoint of the same step is about to be."""
+        """Writes all records to disk before a checkpoint of the same step is saved."""
         if self._held:
             self._hand_over()
         for part in self._writing:
@@ -67,14 +67,14 @@ class SampleLog:
 
 @contextlib.contextmanager
 def recording_samples(folder: pathlib.Path, step: int) -> Generator[SampleLog]:
-    """Opens the records of a run that goes on after a step.
+    """Opens the records of a run that starts or resumes after a step.
 
     Args:
-      folder: made if missing; what it holds of later steps is removed.
-      step: that of the checkpoint; 0 for a run from its start.
+      folder: created if missing; records of later steps are removed.
+      step: the step of the checkpoint; 0 for a new run.
 
     Yields:
-      The log. What it took after its last `commit` may not be on the disk.
+      The log. Records after its last `commit` may not be on disk.
 
     Examples:
       >>> import tempfile
@@ -95,13 +95,13 @@ def recording_samples(folder: pathlib.Path, step: int) -> Generator[SampleLog]:
 
 
 def read_samples(folder: pathlib.Path) -> np.ndarray:
-    """Reads what was recorded so far.
+    """Reads the records so far.
 
     Args:
-      folder: that `recording_samples` wrote; it may be missing.
+      folder: the folder of `recording_samples`; it may be missing.
 
     Returns:
-      Records `[N]` of "step", "index", "scale", "norm" and "loss", in the order of steps; none if
+      Records `[N]` of "step", "index", "scale", "norm" and "loss", in the order of steps; empty if
       nothing is recorded yet.
 
     Raises:
@@ -135,7 +135,7 @@ def _write_part(folder: pathlib.Path, held: list[tuple[int, dict[str, Any]]]) ->
     records = np.empty((len(steps), len(samples[0]["index"])), RECORD)
     records["step"] = np.array(steps)[:, None]
     for name in samples[0]:
-        # Not by jax.device_get, which costs small arrays several times as much.
+        # Not by jax.device_get, which takes several times as long for small arrays.
         records[name] = [np.asarray(own[name]) for own in samples]
     path = folder / f"{steps[0]:08}-{steps[-1]:08}.npy"
     write_atomically(path, to_npy(records.ravel()))

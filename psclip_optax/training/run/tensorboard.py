@@ -17,7 +17,7 @@ _AXES = {"kind", "step", "seconds"}
 
 
 def check_tensorboard() -> None:
-    """Finds out before any work whether events can be written.
+    """Checks before any work whether events can be written.
 
     Raises:
       UsageError: tensorboardX is not installed.
@@ -39,18 +39,18 @@ def writing_tensorboard(
 ) -> Generator[Callable[[dict[str, Any]], None]]:
     """Writes records as events: scalars, named by their kind, and the histogram of the norms.
 
-    A figure of one group of parameters has the group's name behind its own.
+    A scalar of a group of parameters has the group's name after its own.
 
-    Events that the folder already holds become void. When a run goes on, the records that it keeps
-    are written anew, so that TensorBoard shows the same as metrics.jsonl.
+    Events in the folder become void. When a run resumes, its records are written again, so
+    TensorBoard shows the same as metrics.jsonl.
 
     Args:
-      folder: where the event files go; None writes nothing.
+      folder: the folder for event files; None writes nothing.
       records: the records so far.
       seconds: the seconds of training so far.
 
     Yields:
-      `write(record)`. Figures that are None or ∞ are left out.
+      `write(record)`. Values that are None or ∞ are omitted.
 
     Examples:
       >>> import tempfile
@@ -66,7 +66,7 @@ def writing_tensorboard(
     from tensorboardX import SummaryWriter
 
     start = time.time() - seconds
-    # At step 0, from which on TensorBoard forgets what earlier files have.
+    # At step 0: from there on TensorBoard discards the events of earlier files.
     with SummaryWriter(str(folder), purge_step=0) as writer:
         for record in records:
             _write(writer, record, start)
@@ -90,7 +90,7 @@ def _write(writer: Any, record: dict[str, Any], start: float) -> None:
 def _write_histogram(
     writer: Any, tag: str, counts: dict[str, int], when: tuple[int, float]
 ) -> None:
-    # Logarithms are binned, as a heavy tail is a single bar on TensorBoard's linear axis.
+    # Bins are logarithmic: a heavy tail would be a single bar on TensorBoard's linear axis.
     lower = np.arange(min(map(int, counts)), max(map(int, counts)) + 1)
     number = np.array([counts.get(str(bin), 0) for bin in lower])
     middle = (lower + 0.5) / BINS_PER_OCTAVE

@@ -58,9 +58,9 @@ class Trainer(NamedTuple):
 
     Attributes:
       init: (seed, hyperparams) → the initial state.
-      step: (state, key, batch) → the next state and scalar metrics, by group arrays of them; the
-        state is donated. "norms" and "samples" are among the metrics where they were asked for.
-      groups: of parameters that are clipped apart, as `parameter_groups` names them.
+      step: (state, key, batch) → the next state and metrics, which are scalars or, by group,
+        arrays; the state is donated. "norms" and "samples" are among the metrics if requested.
+      groups: the groups of parameters, as named by `parameter_groups`.
     """
 
     init: Callable[[int, Hyperparams], TrainState]
@@ -69,17 +69,17 @@ class Trainer(NamedTuple):
 
 
 def build_task_model(config: ModelConfig, dataset: Dataset | DatasetShape) -> nn.Module:
-    """Builds the classifier, and checks that it takes the images of the data set.
+    """Builds the classifier, and checks that it accepts the images of the data set.
 
     Args:
       config: names the model, its width and dropout rate.
-      dataset: what it is to learn.
+      dataset: the data set, or its shapes.
 
     Returns:
       A Linen module.
 
     Raises:
-      UsageError: the model does not take these images.
+      UsageError: the model does not accept these images.
 
     Examples:
       >>> from psclip_optax.training import load_dataset
@@ -114,21 +114,21 @@ def build_trainer(
     Args:
       name: one of `METHODS`.
       model: the classifier.
-      dataset: gives the shape of an image.
+      dataset: the data set, for the shape of an image.
       config: names dropout rate, momentum and schedule.
       num_steps: length of a run, for the schedule.
-      mesh: of the devices that share each batch; None for one device. A batch is then this
-        process's slice, and a step's results are on all devices.
-      return_norms: whether the metrics of methods that clip before they average have "norms", those
-        of the gradients that are clipped, `[n]`, or one for each micro-batch.
-      return_samples: whether the metrics have "samples", as of `gradient_function`, with the
-        "index" of each; of methods that clip samples alone.
+      mesh: the mesh of the devices that share each batch; None for one device. With a mesh a batch
+        is this process's slice, and a step's results are on all devices.
+      return_norms: whether the metrics of per-sample methods include "norms", those of the clipped
+        gradients, `[n]`, or one for each micro-batch.
+      return_samples: whether the metrics include "samples", as in `gradient_function`, with the
+        "index" of each; only for methods that clip samples.
       clip_groups: which parameters are clipped together.
 
     Returns:
-      The trainer. A batch is a dict with `image`, `label` and `position`, and `index` where samples
-      are returned, as `train_batches` gives them; the key is that of the dropout, from which each
-      sample takes its own by step and position.
+      The trainer. A batch is a dict with `image`, `label` and `position`, and `index` if samples
+      are returned, as from `train_batches`. The key is the dropout key; each sample's key is
+      derived from it by step and position.
 
     Examples:
       >>> from psclip_optax.training import load_dataset
@@ -164,7 +164,7 @@ def build_trainer(
         params = _initial_params(jax.random.key(seed), model, dataset.image_shape)
         state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
         opt_state = with_hyperparams(state.opt_state, hyperparams)
-        # An array from the start: a Python number would have the step compiled twice.
+        # An array from the start: with a Python number the step would be compiled twice.
         state = state.replace(step=jnp.int32(0), opt_state=opt_state)
         return state if mesh is None else replicate(mesh, state)
 
@@ -178,7 +178,7 @@ def build_trainer(
         learning_rate = learning_rate_of(state.opt_state) * schedule(state.step)
         positions = position if by_sample else None
         state, metrics = update(state, image, label, *keys, positions=positions)
-        if index is not None:  # of the whole batch, where processes share it
+        if index is not None:  # of the whole batch, if processes share it
             metrics = metrics | {"samples": metrics["samples"] | {"index": index}}
         metrics = metrics | gradient_figures(state.opt_state)
         if return_norms:
@@ -196,7 +196,7 @@ def build_trainer(
 
 
 def dropout_key(seed: int) -> jax.Array:
-    """Makes the key of a run's dropout, which is not that of the initial parameters.
+    """Makes the key of a run's dropout, which differs from that of the initial parameters.
 
     Args:
       seed: seed of the run.
@@ -225,12 +225,12 @@ def training_batches(
       split: clean examples.
       dataset: whose pixels' mean and standard deviation normalise the images.
       config: names the corruption, the batch size and the augmentation.
-      seed: of the corruption and of the order.
+      seed: seed of the corruption and of the order.
       process_index: which slice of each batch to load.
-      process_count: how many slices there are.
+      process_count: the number of slices.
 
     Returns:
-      What `train_batches` returns.
+      The result of `train_batches`.
 
     Examples:
       >>> from psclip_optax.training import load_dataset
@@ -266,7 +266,8 @@ def build_evaluation(
       eval_step: what `linen_eval_step` returned, for the `classification_loss` of a model.
       split: clean examples.
       dataset: whose pixels' mean and standard deviation normalise the images.
-      mesh: of the devices that share each batch, and have the parameters; None for one device.
+      mesh: the mesh of the devices that share each batch and have the parameters; None for one
+          device.
 
     Returns:
       A function from parameters to `loss`, the mean cross-entropy, and `accuracy`.
@@ -308,10 +309,10 @@ def build_evaluation(
 
 
 def provenance() -> dict[str, Any]:
-    """Records the versions and the device that a result came from.
+    """Returns the versions and the device that produced a result.
 
     Returns:
-      A dict that JSON takes.
+      A dict that can be written as JSON.
 
     Examples:
       >>> sorted(provenance())
@@ -339,7 +340,7 @@ def _sample_keys(key: jax.Array, step: Any, positions: jax.Array) -> jax.Array:
 
 
 def _named_metrics(metrics: Metrics) -> Metrics:
-    # The step's mean is over the finite losses and 0 where there is none, which would look like a
+    # The step's mean is over the finite losses, and 0 if there is none, which would look like a
     # perfect fit in a run that diverged.
     number = metrics.get("num_microbatches", metrics.get("num_samples", 1))
     is_finite = metrics["num_nonfinite"] < number

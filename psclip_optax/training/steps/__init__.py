@@ -1,7 +1,7 @@
 """Jitted train and evaluation steps for Flax: Linen's `TrainState` and NNX's `Optimizer`.
 
-Linen and NNX differ only in how parameters are taken out of a model and put back.
-`gradient_function` or `psclip_optax.clipped_value_and_grad` says how a loss becomes gradients.
+Linen and NNX differ only in how parameters are split from a model and merged again.
+`gradient_function` or `psclip_optax.clipped_value_and_grad` defines how gradients are computed.
 """
 
 from psclip_optax.training.steps.batch import Metrics

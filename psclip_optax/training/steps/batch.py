@@ -1,4 +1,4 @@
-"""Check the batch of a step, map its loss over the samples, and collect what is logged."""
+"""Check the batch of a step, map its loss over the samples, and collect logs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Loss: TypeAlias = Callable[..., PyTree]
 
 
 class Batch(NamedTuple):
-    """The batch arguments, n samples on the first axis of every leaf, and which of them count."""
+    """Holds the batch arguments, n samples on the first axis of every leaf, and the mask."""
 
     examples: tuple[PyTree, ...]
     sample_mask: jax.Array | None
@@ -50,7 +50,7 @@ def checked_batch(
 
 
 def logged(loss: Loss, has_aux: bool) -> Loss:
-    """Wraps a loss so that it returns itself and its aux as aux, with or without aux of its own."""
+    """Wraps a loss so that it returns its value and aux as aux, even if it has no aux."""
 
     def logged(params: Params, *example: PyTree) -> tuple[jax.Array, Metrics]:
         result = loss(params, *example)
@@ -76,7 +76,7 @@ def over_samples(function: Loss, params: Params, examples: tuple[PyTree, ...]) -
 
 
 def with_samples_for_padding(batch: Batch) -> tuple[PyTree, ...]:
-    # Padding may hold anything, and weight 0 does not help: the gradient of 0 · ∞ is NaN.
+    # Padding may contain anything, and weight 0 does not help: the gradient of 0 · ∞ is NaN.
     if batch.sample_mask is None:
         return batch.examples
     own = jnp.arange(batch.sample_mask.size)

@@ -1,4 +1,4 @@
-"""Build the gradient function of a train step, from a loss or a function that clips."""
+"""Build the gradient function of a train step, from a loss or a clipped function."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class GradientOptions(TypedDict, total=False):
 
 
 class GradientFunction(NamedTuple):
-    """The function that a train step computes gradients by, from `gradient_function`.
+    """The gradient function of a train step, made by `gradient_function`.
 
     Attributes:
-      loss: the loss of one example.
+      loss: the loss for one example.
       has_aux: whether the loss returns a pair (loss, aux).
-      way: a function from the optimizer's state to the way from the loss to gradients.
+      way: a function from the optimizer's state to the way of computing gradients.
     """
 
     loss: Loss
@@ -99,57 +99,58 @@ def gradient_function(
     loss: Loss | ClippedFunction | GradientFunction,
     **options: Unpack[GradientOptions],
 ) -> GradientFunction:
-    """Builds the function by which `linen_train_step` and `nnx_train_step` compute gradients.
+    """Builds the gradient function of `linen_train_step` and `nnx_train_step`.
 
     Args:
       loss: A function that [`psclip_optax.clipped_value_and_grad`][] returned, with samples on axis
-        0; its options hold. Or a loss of one example, as for
+        0 and with its options. Or a loss for one example, as for
         [`linen_train_step`][psclip_optax.training.steps.linen_train_step] or
-        [`nnx_train_step`][psclip_optax.training.steps.nnx_train_step], with options below. Or a
-        function that this one returned.
+        [`nnx_train_step`][psclip_optax.training.steps.nnx_train_step], with the options below. Or a
+        function that `gradient_function` returned.
       **options: `threshold` is a number, a threshold such as `psclip_optax.growing_threshold`, or
-        an adaptive one such as `psclip_optax.moment_threshold()`. The state of an adaptive
-        threshold is kept by a [`psclip_optax.track_norms`][] of the same rule in the optimizer. A
-        tree prefix of the parameters with one of these for each group clips by group.
-        `threshold` replaces the threshold that `clipped_value_and_grad` was given. Without either
-        it is [`psclip_optax.auto_threshold`][], whose state `track_norms()` keeps.
+        an adaptive one such as `psclip_optax.moment_threshold()`. For an adaptive threshold, the
+        optimizer needs a [`psclip_optax.track_norms`][] of the same rule, which stores its state. A
+        tree prefix of the parameters with one of these for each group clips by group. `threshold`
+        replaces the threshold passed to `clipped_value_and_grad`. Without either it is
+        [`psclip_optax.auto_threshold`][], whose state `track_norms()` stores.
 
-        `threshold_from` takes the place of `threshold`: it is a function from the optimizer's state
-        to the threshold, for one that is scheduled or tuned.
+        `threshold_from` replaces `threshold` by a function from the optimizer's state to the
+        threshold, for scheduled or tuned thresholds.
 
         `return_norms`, False by default: whether the metrics include "norms", float [n] or by group
-        [n, groups], the gradient norms before clipping (one for each micro-batch where those are
+        [n, groups], the gradient norms before clipping (one for each micro-batch if those are
         clipped). They are NaN for padding.
 
         `return_samples`, False by default: whether the metrics include "samples", a dict of "loss",
         "norm" and "scale" of each sample in this step, float [n] each. They are NaN for padding.
-        By group, the norm is that of the whole gradient, and the scale the share of it that
-        clipping leaves. [`psclip_optax.tails.most_clipped`][] ranks samples by them.
+        When clipping by group, the norm is that of the whole gradient, and the scale is the norm's
+        share that remains after clipping. [`psclip_optax.tails.most_clipped`][] ranks samples by
+        them.
 
-        The other options are for a loss. `gradients` is "clipped" by default where a threshold is
+        The other options are for a loss. `gradients` is "clipped" by default if a threshold is
         given or the optimizer has a [`psclip_optax.track_norms`][]: any Optax optimizer then gets
-        the clipped mean gradient of [`psclip_optax.clipped_value_and_grad`][]. It is "per_sample"
-        by default otherwise: the optimizer, whose first link is [`psclip_optax.per_sample_clip`][],
-        gets the stacked gradients [n, …], the mask and the positions. "mean" takes the gradient of
-        the mean loss, for baselines.
+        the clipped mean gradient of [`psclip_optax.clipped_value_and_grad`][]. Otherwise it is
+        "per_sample" by default: the optimizer, whose first link is
+        [`psclip_optax.per_sample_clip`][], gets the stacked gradients [n, …], the mask and the
+        positions. "mean" is the gradient of the mean loss, for baselines.
 
         `has_aux`, False by default: whether the loss returns a pair (loss, aux), where aux is a
         pytree of scalars.
 
         `mode` and `clip_at` are for "clipped", as for [`psclip_optax.clipped_value_and_grad`][].
-        Micro-batches have no `positions`. The metrics then include "num_microbatches", and
-        "num_clipped" and "num_nonfinite" count micro-batches.
+        Micro-batches have no `positions`. With micro-batches the metrics include
+        "num_microbatches", and "num_clipped" and "num_nonfinite" count micro-batches.
 
-        `microbatch_size` is for "clipped" and "mean": the batch is worked through in slices of at
-        most this many samples.
+        `microbatch_size` is for "clipped" and "mean": the batch is processed in slices of at most
+        this many samples.
 
     Returns:
       A function to pass to a train step.
 
     Raises:
-      ValueError: On unknown `gradients` or options, a threshold where it is not used, or options
-        that belong to `clipped_value_and_grad`.
-      TypeError: If the loss or `threshold_from` is no function.
+      ValueError: `gradients` or an option is unknown, a threshold is not used, or an option belongs
+        to `clipped_value_and_grad`.
+      TypeError: The loss or `threshold_from` is not a function.
 
     Examples:
       >>> import psclip_optax as psc
@@ -322,7 +323,7 @@ def _check_use_of_positions(positions: object, by_position: bool) -> None:
 
 
 def metrics_of(computed: Computed, batch: Batch, opt_state: optax.OptState) -> Metrics:
-    """Collects the metrics that a step returns."""
+    """Collects the metrics of a step."""
     states = clip_states(opt_state)
     figures = states[0]._asdict() if states else computed.figures
     unlogged = ("num_updates", "all_finite", "threshold_state")

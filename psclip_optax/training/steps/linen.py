@@ -1,4 +1,4 @@
-"""Train and evaluation steps over Linen's `TrainState`."""
+"""Build train and evaluation steps over Linen's `TrainState`."""
 
 from __future__ import annotations
 
@@ -38,33 +38,34 @@ def linen_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds a jitted train step over Flax's `TrainState`.
 
-    The state is donated: its buffers, the initial parameters among them, are reused for the new
+    The state is donated: its buffers, including the initial parameters, are reused for the new
     state and must not be read afterwards.
 
     Args:
       loss: The result of [`psclip_optax.clipped_value_and_grad`][] for `loss(params, *example)`, a
         scalar for one example, with any Optax optimizer. Or the loss itself, which `state.tx` may
-        clip by [`psclip_optax.per_sample_clip`][] as its first link. Map no batch axis over it.
-      **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: a
-        threshold that is adaptive or comes from the optimizer's state, `return_norms` and
-        `return_samples`, and for a loss the kind of gradients.
+        clip by [`psclip_optax.per_sample_clip`][] as its first link. Do not map it over a batch
+        axis.
+      **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: an
+        adaptive threshold or one from the optimizer's state, `return_norms` and `return_samples`,
+        and for a loss the kind of gradients.
 
     Returns:
       `step(state, *batch, sample_mask=None, positions=None) -> (state, metrics)`. Every leaf of
       the batch has n samples on its first axis. `sample_mask`, bool [n], is False for padding;
-      `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" takes none).
-      Metrics are scalars. "loss" and each leaf of "aux" are means over the samples that count and
-      whose loss is finite; a mean over no sample is 0. Where samples are clipped, the figures of
-      [`psclip_optax.transforms.PerSampleClipState`][] and "clipped_share" are added. An adaptive
-      threshold adds "threshold_scale", τ_1 of this step. Where gradients are
-      clipped by group, figures of the clipping are [groups].
+      `positions`, int [n], replaces 1, 2, … as the samples' positions ("mean" has none). Metrics
+      are scalars. "loss" and each leaf of "aux" are means over the unmasked samples whose loss is
+      finite; a mean over no sample is 0. If samples are clipped, the metrics include the statistics
+      of [`psclip_optax.transforms.PerSampleClipState`][] and "clipped_share". An adaptive threshold
+      adds "threshold_scale", τ_1 of this step. When clipping by group, statistics of the clipping
+      have shape [groups].
 
     Raises:
-      ValueError: On unknown `gradients` or options, or a threshold that would not be used. In the
-        step, on batch arguments of unequal sizes, a mask or positions not of shape [n], positions
-        that would not be used, or an optimizer that does not fit the gradients.
-      TypeError: If the loss or `threshold_from` is no function; in the step, if the state is no
-        `TrainState`, the loss is no real scalar, or a leaf of its aux no scalar.
+      ValueError: `gradients` or an option is unknown, or a threshold would not be used. In the
+        step: batch arguments have unequal sizes, the mask or positions are not of shape [n],
+        positions would not be used, or the optimizer does not fit the gradients.
+      TypeError: The loss or `threshold_from` is not a function. In the step: the state is no
+        `TrainState`, the loss is not a real scalar, or a leaf of its aux is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -96,7 +97,7 @@ def linen_train_step(
         _check_state(state)
         batch = function.checked_batch(state.opt_state, examples, sample_mask, positions)
         computed = function.compute(function.loss, state.params, batch, state.opt_state)
-        # `apply_gradients` would not pass further arguments on to the optimizer.
+        # `apply_gradients` does not pass additional arguments to the optimizer.
         updates, opt_state = state.tx.update(
             computed.gradients, state.opt_state, state.params, **computed.extra_args
         )
@@ -108,23 +109,23 @@ def linen_train_step(
 
 
 def linen_eval_step(loss: Loss, *, has_aux: bool = False) -> Callable[..., Metrics]:
-    """Builds a jitted evaluation step that gives sums, exact also for a padded last batch.
+    """Builds a jitted evaluation step that returns sums, which allow for a padded last batch.
 
     Args:
       loss: `loss(params, *example)`, a scalar for one example, as for
         [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
-      has_aux: Whether the loss gives a pair (loss, aux), aux a pytree of scalars.
+      has_aux: Whether the loss returns a pair (loss, aux), where aux is a pytree of scalars.
 
     Returns:
       `step(params, *batch, sample_mask=None) -> sums`: a dict of scalars, "loss" and, leaf by leaf,
-      "aux", summed over the samples that count, and their number, "count". Add the dicts of all
-      batches and divide by the count. A sample whose loss is not finite counts, so that a model
-      that diverged is seen to have.
+      "aux", summed over the unmasked samples, and their number, "count". Add the dicts of all
+      batches and divide by the count. Samples whose loss is not finite count, so a diverged model
+      is visible.
 
     Raises:
-      ValueError: In the step, on batch arguments of unequal sizes or a mask not of shape [n].
-      TypeError: If the loss is no function; in the step, if it is no real scalar, or a leaf of its
-        aux no scalar.
+      ValueError: In the step: batch arguments have unequal sizes, or the mask is not of shape [n].
+      TypeError: The loss is not a function. In the step: it is not a real scalar, or a leaf of its
+        aux is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Train steps over an NNX model and its `nnx.Optimizer`."""
+"""Build train steps over an NNX model and its `nnx.Optimizer`."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def nnx_train_step(
     """Builds a jitted train step over an NNX model and its `nnx.Optimizer`.
 
     Both are updated in place, and their old buffers are donated. The step trains the parameters
-    that the optimizer's `wrt` selects. All other state of the model is read only, as each sample
-    would write its own.
+    that the optimizer's `wrt` selects. All other state of the model is read-only, because each
+    sample would write a different value.
 
     Args:
       loss: The result of [`psclip_optax.clipped_value_and_grad`][] for `loss(model, *example)`, a
         scalar for one example, with any Optax optimizer. Or the loss itself, which the optimizer
-        may clip by [`psclip_optax.per_sample_clip`][] as its first link. Map no batch axis over it.
-        Randomness comes as an argument of the batch, with one key for each sample:
+        may clip by [`psclip_optax.per_sample_clip`][] as its first link. Do not map it over a batch
+        axis. If the loss is random, pass keys as an argument of the batch, one for each sample:
         `model(x, rngs=nnx.Rngs(dropout=key))`.
-      **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: a
-        threshold that is adaptive or comes from the optimizer's state, `return_norms` and
-        `return_samples`, and for a loss the kind of gradients.
+      **options: As for [`gradient_function`][psclip_optax.training.steps.gradient_function]: an
+        adaptive threshold or one from the optimizer's state, `return_norms` and `return_samples`,
+        and for a loss the kind of gradients.
 
     Returns:
       `step(model, optimizer, *batch, sample_mask=None, positions=None) -> metrics`, with the batch,
@@ -56,12 +56,12 @@ def nnx_train_step(
       [`linen_train_step`][psclip_optax.training.steps.linen_train_step].
 
     Raises:
-      ValueError: On unknown `gradients` or options, or a threshold that would not be used. In the
-        step, on batch arguments of unequal sizes, a mask or positions not of shape [n], positions
-        that would not be used, an optimizer that does not fit the gradients, or a loss that writes
-        to the model's state (batch statistics, the counters of `nnx.Rngs`).
-      TypeError: If the loss or `threshold_from` is no function; in the step, if there is no
-        `nnx.Optimizer` in its place, the loss is no real scalar, or a leaf of its aux no scalar.
+      ValueError: `gradients` or an option is unknown, or a threshold would not be used. In the
+        step: batch arguments have unequal sizes, the mask or positions are not of shape [n],
+        positions would not be used, the optimizer does not fit the gradients, or the loss writes to
+        the model's state (batch statistics, the counters of `nnx.Rngs`).
+      TypeError: The loss or `threshold_from` is not a function. In the step: the optimizer is no
+        `nnx.Optimizer`, the loss is not a real scalar, or a leaf of its aux is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -104,8 +104,8 @@ def nnx_train_step(
 
 def _loss_of_params(loss: Loss, graphdef: nnx.GraphDef[Any], rest: PyTree) -> Loss:
     def loss_of_params(params: Params, *example: PyTree) -> PyTree:
-        # Flax lets only the trace that made a variable write to it. As variables are made here, a
-        # loss that writes reaches the check below, whose error says what to do instead.
+        # Flax lets only the trace that created a variable write to it. Variables are created here,
+        # so a loss that writes reaches the check below, whose error says what to do instead.
         own_rest = jax.tree.map(lambda value: value, rest)
         model = nnx.merge(graphdef, params, own_rest)
         before = _values_by_path(model)
@@ -122,7 +122,7 @@ def _values_by_path(model: PyTree) -> dict[str, list[Any]]:
 
 
 def _check_unwritten(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> None:
-    # Compared by identity: under tracing, a variable that was written to holds another tracer.
+    # Compared by identity: under tracing, a variable that was written contains another tracer.
     identities = {path: list(map(id, values)) for path, values in before.items()}
     written = [path for path in after if list(map(id, after[path])) != identities.get(path)]
     if written:

@@ -24,7 +24,7 @@ def nodes_of_kind(opt_state: optax.OptState, kind: type[NodeT]) -> list[NodeT]:
 
 def clip_states(opt_state: optax.OptState) -> list[PerSampleClipState]:
     """Finds the states of per_sample_clip, without those of their thresholds."""
-    # NNX wraps every array of an optimizer's state in a Variable; the leaves are what is inside.
+    # NNX wraps every array of an optimizer's state in a Variable; the leaves are their contents.
     nodes = nodes_of_kind(opt_state, PerSampleClipState)
     return [
         PerSampleClipState(*jax.tree.leaves(node._replace(threshold_state=()))) for node in nodes
@@ -32,7 +32,7 @@ def clip_states(opt_state: optax.OptState) -> list[PerSampleClipState]:
 
 
 def tracked_state(rule: AdaptiveThreshold[StateT], opt_state: optax.OptState) -> StateT:
-    """Finds the state of a rule that `track_norms` keeps in the optimizer's."""
+    """Finds the state of a rule that `track_norms` stores in the optimizer's state."""
     expected = jax.eval_shape(rule.init)
     tracked = [node.threshold_state for node in nodes_of_kind(opt_state, TrackNormsState)]
     if len(tracked) != 1 or not _are_alike(tracked[0], expected):
@@ -47,7 +47,7 @@ def tracked_state(rule: AdaptiveThreshold[StateT], opt_state: optax.OptState) ->
 
 
 def _are_alike(state: PyTree, expected: PyTree) -> bool:
-    # Structures cannot be compared, as NNX's Variables are part of them.
+    # Structures cannot be compared, because NNX's Variables are part of them.
     leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
     return type(state) is type(expected) and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]
 

@@ -1,4 +1,4 @@
-"""The ways from a logged loss and a batch to the gradients that an optimizer takes."""
+"""Compute an optimizer's gradients from a logged loss and a batch, in one of several ways."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ ThresholdFrom: TypeAlias = Callable[
 
 
 class Computed(NamedTuple):
-    """Gradients for the optimizer, and what there is to log.
+    """Holds gradients for the optimizer, and logs.
 
     Attributes:
       logs: the logs of the loss, stacked [n].
-      gradients: stacked [n, …], or of the parameters' own shapes.
-      extra_args: further arguments of the optimizer's update.
-      figures: figures of the clipping where it is done already, with "norms" and "samples" if asked
-        for.
+      gradients: stacked [n, …], or with the parameters' shapes.
+      extra_args: additional arguments of the optimizer's update.
+      figures: statistics of the clipping if it is done already, with "norms" and "samples" if
+        requested.
     """
 
     logs: Metrics
@@ -53,11 +53,11 @@ class Computed(NamedTuple):
 
 
 class Way(NamedTuple):
-    """One way from a loss to gradients.
+    """A way of computing gradients from a loss.
 
     Attributes:
       compute: (logged loss, params, batch, state of the optimizer) → gradients.
-      stacked: Whether the gradients still have their sample axis, for per_sample_clip to take.
+      stacked: Whether the gradients still have their sample axis, for per_sample_clip.
       by_position: Whether each sample is clipped at the threshold of its position.
     """
 
@@ -91,7 +91,7 @@ MEAN = Way(_mean, stacked=False, by_position=False)
 
 
 def mean_in_parts(microbatch_size: int) -> Way:
-    """Makes the way of unclipped mean gradients, over one micro-batch after another."""
+    """Computes unclipped mean gradients, one micro-batch after another."""
 
     def compute(loss: Loss, params: Params, batch: Batch, opt_state: optax.OptState) -> Computed:
         del opt_state
@@ -112,11 +112,11 @@ def mean_in_parts(microbatch_size: int) -> Way:
 
 
 class Returned(NamedTuple):
-    """The figures of single samples that are wanted.
+    """Says which values of single samples to return.
 
     Attributes:
-      norms: whether the norms of whatever is clipped are wanted.
-      samples: whether each sample's loss, norm and scale are wanted.
+      norms: whether to return the norms of the clipped gradients.
+      samples: whether to return each sample's loss, norm and scale.
     """
 
     norms: bool
@@ -124,12 +124,12 @@ class Returned(NamedTuple):
 
 
 def clipped(function: ClippedFunction, threshold_from: ThresholdFrom, returned: Returned) -> Way:
-    """Makes the way of clipped mean gradients, at a threshold from the optimizer's state.
+    """Computes clipped mean gradients, at a threshold from the optimizer's state.
 
     Args:
-      function: the function whose options hold; its loss is replaced by the logged one.
+      function: the clipped function, whose loss is replaced by the logged one.
       threshold_from: a function from the optimizer's state to a threshold, a tree or a rule.
-      returned: the figures of single samples that are wanted.
+      returned: which values of single samples to return.
     """
     options = function.options
 
@@ -175,7 +175,7 @@ def _threshold_of(
     units: jax.Array,
     value_and_grad: Callable[..., tuple[PyTree, Params, ClipStats]],
 ) -> ThresholdTree:
-    """Returns the rule's threshold for this batch; a new rule takes it from the batch's norms."""
+    """Returns the rule's threshold for this batch; a new rule uses the batch's own norms."""
     state = tracked_state(rule, opt_state)
     limits = in_groups_of(rule.threshold(state), jnp.inf)
     measure = lambda: value_and_grad(threshold=limits)[-1].norms  # noqa: E731
@@ -183,7 +183,7 @@ def _threshold_of(
 
 
 def _first_thresholds(threshold: ThresholdTree) -> jax.Array:
-    """Returns τ_1, or for a tree of thresholds those of all groups."""
+    """Returns τ_1, or for a tree of thresholds the τ_1 of all groups."""
     of_groups = jax.tree.leaves(threshold, is_leaf=is_threshold)
     first = jnp.stack([own(jnp.ones(1, int))[0] for own in of_groups])
     return first if is_prefix(threshold) else first[0]
@@ -203,16 +203,16 @@ def _samples(stats: ClipStats, losses: jax.Array, counts: jax.Array) -> Metrics:
 
 
 def _of_whole_gradients(stats: ClipStats) -> tuple[jax.Array, jax.Array]:
-    """Returns ‖g_k‖, and the share of it that is left where each group has its own scale."""
+    """Returns ‖g_k‖, and the share of it that remains after clipping each group."""
     before, after = _over_groups(stats.norms), _over_groups(stats.norms * stats.scales)
     has_share = jnp.isfinite(before) & (before > 0)
     share = jnp.minimum(after / jnp.where(has_share, before, 1), 1)
-    # Of a gradient that is dropped all scales are 0, of one that is 0 they are 1.
+    # A dropped gradient has scales 0, a zero gradient has scales 1.
     return before, jnp.where(has_share, share, stats.scales[:, 0])
 
 
 def _over_groups(norms: jax.Array) -> jax.Array:
-    """Takes the root of a sum of squares in units of the largest, so that none overflows."""
+    """Computes the root of a sum of squares relative to the largest, so that none overflows."""
     largest = jnp.max(norms, axis=1, keepdims=True)
     units = norms / jnp.where(largest > 0, largest, 1)
     total = largest[:, 0] * jnp.linalg.norm(units, axis=1)
