@@ -23,10 +23,10 @@ from psclip_optax.training.config.commands import (
     UsageError,
 )
 
+# Tyro does not wrap a description: lines of up to 60 columns.
 _DESCRIPTION = """Per-sample gradient clipping for JAX and Optax.
 
-`psclip compare` shows it against momentum SGD and batch clipping, `psclip doctor` checks that it \
-is right and fast on this machine, `psclip --version` tells the version."""
+`psclip --version` prints the version."""
 _COMMANDS = {
     "compare": CompareConfig,
     "train": TrainConfig,

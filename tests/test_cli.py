@@ -62,6 +62,7 @@ def test_help_lists_the_options(command: str, options: str, capsys):
     output = capsys.readouterr().out
     for option in options.split():
         assert f"--{option}" in output
+    assert "(default: )" not in " ".join(output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_help_is_readable_in_any_encoding(encoding: str):
     output, complaint = running.communicate(timeout=120)
     assert (running.returncode, complaint) == (0, b"")
     told = " ".join(output.decode(encoding).split())
-    assert "beta of the threshold alpha k^(1/beta) of the k-th sample" in told
+    assert "beta of the k-th sample's threshold alpha k^(1/beta)" in told
     assert "?" not in told
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from psclip_optax.training.data.register import DATASETS
 
@@ -45,6 +45,22 @@ FREE_FIELDS = {
     "process_id",
     "distributed_timeout",
 }
+
+
+def at_least_one() -> Any:
+    """Marks a sequence without a default, for which Tyro's help would show an empty one.
+
+    Returns:
+      Metadata for `Annotated`.
+
+    Examples:
+      >>> at_least_one().help_behavior_hint
+      '(at least one)'
+    """
+    # Imported here: `psclip doctor` has to work without Tyro, which alone evaluates annotations.
+    import tyro
+
+    return tyro.conf.arg(help_behavior_hint="(at least one)")
 
 
 class UsageError(Exception):
@@ -229,7 +245,7 @@ class PlotConfig:
       'plot.png'
     """
 
-    runs: tuple[pathlib.Path, ...]
+    runs: Annotated[tuple[pathlib.Path, ...], at_least_one()]
     """Folders written by psclip train or compare; comparisons show means over seeds."""
     out: pathlib.Path = pathlib.Path("plot.png")
     """The figure, a PNG; an existing file is replaced."""
