@@ -2,10 +2,10 @@
 
     python -m benchmarks.cifar100.accumulation_cifar100 --data-dir FOLDER --runs FILE
 
-AlexNet on CIFAR-100, 4 and 16 micro-batches of 32 samples in a step, every way to clip tuned with
-as many trials, six or eight, of half the length, and tested with other seeds. Every finished run is
-a line of --runs; the same command goes on where it was stopped. Prints a table and writes it to
-benchmarks/results as accumulation_cifar100.json and .png.
+AlexNet on CIFAR-100, with 4 and 16 micro-batches of 32 samples in a step. Every way of clipping is
+tuned with the same number of trials, six or eight, of half the length, and tested with other seeds.
+Every finished run is a line of --runs; repeat the command to resume. Prints a table and writes it
+to benchmarks/results as accumulation_cifar100.json and .png.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ NOTE = (
 
 
 def build_grids(noise: str, number: int) -> dict[str, list[Numbers]]:
-    """Builds as many points for each method; larger batches have longer steps, by their root."""
+    """Builds the same number of points for each method; steps grow with the root of batch size."""
     unit = (number / 4) ** 0.5
     rates = tuple(rate * unit for rate in RATES)
     many = tuple(rate * unit for rate in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08))
@@ -95,7 +95,7 @@ def run_cell(noise: str, number: int, train: Trainer) -> dict[str, Any]:
 
 
 def time_steps(number: int, train: Trainer) -> Any:
-    """Times a step of K micro-batches of one run, for each way to clip."""
+    """Times a step of K micro-batches of one run, for each way of clipping."""
     size, num_classes = train.image_size, train.num_classes
     net = build_model("alexnet", num_classes, width=train.options.width)
     key = jax.random.key(0)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.cifar100.alexnet_cifar100 --data-dir FOLDER --runs FILE
 
-Six methods, each with 12 trials on 45,000 training images, the best of which by the accuracy on the
-other 5,000 is trained again from five seeds and tested. Every finished run is a line of --runs; the
-same command goes on where it was stopped. Prints tables and writes them to benchmarks/results as
-alexnet_cifar100.json and .png.
+Each of six methods has 12 trials on 45,000 training images. The best by the accuracy on the other
+5,000 is trained again from five seeds and tested. Every finished run is a line of --runs; repeat
+the command to resume. Prints tables and writes them to benchmarks/results as alexnet_cifar100.json
+and .png.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ __all__ = ["BASELINES", "DEFAULTS", "FAILED", "build_methods", "main", "to_markd
 
 RATES = (0.01, 0.025, 0.06, 0.15)
 BETA = 2.0
-WATCHED = ("momentum", "per-sample, growing")  # methods whose tails of gradient norms are estimated
+WATCHED = ("momentum", "per-sample, growing")  # methods whose gradient norms' tails are estimated
 DEFAULTS = Options(
     RESULTS / "alexnet_cifar100.runs.jsonl",
     width=0.5,
@@ -79,7 +79,7 @@ DEFAULTS = Options(
 
 
 def build_methods(batch_size: int) -> dict[str, Method]:
-    """Builds twelve points for each method: rates alone, or four rates with three thresholds."""
+    """Builds twelve points for each method: twelve rates, or four rates with three thresholds."""
     rates = np.geomspace(RATES[0] / 2.5, 2 * RATES[-1], 12).tolist()
     constant = [
         Numbers(rate, threshold=tau)
@@ -116,7 +116,7 @@ def final_runs(
     chosen: dict[str, Numbers], noise: str, epochs: int, seeds: int, setting: Setting
 ) -> list[Run]:
     return [
-        # Seed 0 chose the numbers.
+        # Seed 0 was used for tuning.
         Run(
             "final",
             name,
@@ -133,7 +133,7 @@ def final_runs(
 
 
 def time_steps(batch_size: int, train: Trainer) -> Any:
-    """Times a train step of one run, for each way to make its gradient."""
+    """Times a train step of one run, for each way of computing its gradient."""
     size, num_classes = train.image_size, train.num_classes
     model = build_model("alexnet", num_classes, width=train.options.width)
     key = jax.random.key(0)
@@ -177,21 +177,21 @@ def time_steps(batch_size: int, train: Trainer) -> Any:
 
 
 def in_one_go(runs: dict[str, list[Run]], train: Trainer) -> dict[str, list[dict[str, Any]]]:
-    """Trains the runs of all noises as if they were one list, and returns records by noise."""
+    """Trains the runs of all noises as one list, and returns records by noise."""
     all_runs = list(itertools.chain(*runs.values()))
     records = iter(train(all_runs))
     return {noise: [next(records) for _ in own] for noise, own in runs.items()}
 
 
 def mean_of(rows: list[Any]) -> list[float]:
-    """Averages column by column; NaN where a run diverged."""
+    """Averages column by column; NaN if a run diverged."""
     return np.mean(np.array(rows, float), axis=0).tolist()
 
 
 def summarize(
     tuned: list[dict[str, Any]], finals: list[dict[str, Any]], chosen: dict[str, Numbers]
 ) -> dict[str, Any]:
-    """Selects the figures of one noise that the results keep."""
+    """Selects the numbers of one noise that the results contain."""
     methods = {}
     for name, numbers in chosen.items():
         own = [record for record in finals if record["method"] == name]
@@ -244,10 +244,10 @@ def main(
 
     Args:
       common: the options of all comparisons on CIFAR-100.
-      tuning_epochs: of the trials.
+      tuning_epochs: the epochs of the trials.
       noises: the corruptions of the training data, one comparison each.
       batch_size: samples in a step.
-      markdown: train nothing, and print the pages' tables from the file.
+      markdown: train nothing; print the pages' tables from the file.
     """
     if markdown:
         result = json.loads((common.out / "alexnet_cifar100.json").read_text())

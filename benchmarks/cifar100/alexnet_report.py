@@ -33,7 +33,7 @@ NOTE = (
 
 
 class Method(NamedTuple):
-    """The grid of a method, and its look in figures.
+    """The grid of a method, and its style in figures.
 
     Attributes:
       grid: 12 points.
@@ -131,7 +131,7 @@ def describe_tail(tail: dict[str, Any] | None) -> tuple[str, str, str, str]:
 
 
 def edges_table(noises: dict[str, Any]) -> Table:
-    """Lists winners at the edge of their grid, beyond which a better one may lie."""
+    """Lists winners at the edge of their grid, beyond which there may be better ones."""
     table = Table(title="chosen at an edge of the grid")
     for name in ("training data", "method", "chosen", "edge"):
         table.add_column(name, no_wrap=True)
@@ -156,7 +156,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def differences_to_markdown(result: dict[str, Any]) -> str:
-    """Writes the differences of per-sample clipping to each baseline, last and stopped early."""
+    """Writes the differences of per-sample clipping to each baseline, with and without stopping."""
     rows = [["training data", "threshold", "stopped", *(f"− {name}" for name in BASELINES)]]
     for noise, found in result["noises"].items():
         for ours in ("constant", "growing", "automatic"):
@@ -171,7 +171,7 @@ def differences_to_markdown(result: dict[str, Any]) -> str:
 
 
 def failures_to_markdown(result: dict[str, Any]) -> str:
-    """Writes how many of all trials are not above chance."""
+    """Writes how many trials are not above chance."""
     names = list(result["protocol"]["trials"])
     rows = [["training data", *names]]
     for noise, found in result["noises"].items():

@@ -2,10 +2,10 @@
 
     python -m benchmarks.cifar100.clipping_map --data-dir FOLDER --runs FILE
 
-AlexNet on CIFAR-100 around one setting, of which batch size, momentum, noise and length change. In
-each cell three methods get as many trials, six or eight, of half the length, and the winners three
-more seeds. Every finished run is a line of --runs; the same command goes on where it was stopped.
-Prints a table and writes it to benchmarks/results as clipping_map.json and .png.
+AlexNet on CIFAR-100, around one setting; batch size, momentum, noise and length vary. In each cell
+three methods get the same number of trials, six or eight, of half the length, and the winners three
+more seeds. Every finished run is a line of --runs; repeat the command to resume. Prints a table and
+writes it to benchmarks/results as clipping_map.json and .png.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
       noise: one of NOISES.
       batch_size: samples in a step.
       momentum: the decay of the momentum.
-      epochs: of every run.
+      epochs: the epochs of every run.
     """
 
     noise: str
@@ -78,8 +78,9 @@ def build_cells(epochs: int, quick: bool) -> list[Cell]:
 
 
 def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
-    """Builds as many points for each method; momentum m makes a step 1 / (1 − m) times as long."""
-    # Steps of larger batches may be longer; by the root, as their noise is smaller.
+    """Builds equally many points for each method; momentum m makes steps 1 / (1 − m) times longer."""
+    # Steps of larger batches may be longer, by the root of the size, because their noise is
+    # smaller.
     unit = (cell.batch_size / 128) ** 0.5 * (1 - cell.momentum) / (1 - 0.9)
     few = tuple(rate * unit for rate in (0.015, 0.04, 0.1))
     many = tuple(rate * unit for rate in np.geomspace(0.0006, 0.2, 6))
@@ -160,7 +161,7 @@ def main(
 
     Args:
       common: the options of all comparisons on CIFAR-100.
-      cells: these conditions alone, by their place in the table from 0.
+      cells: only these conditions, by their index in the table.
     """
     options = common
     if common.quick:

@@ -1,12 +1,12 @@
-"""Does what is clipped most have a wrong label?
+"""Do the most clipped samples have wrong labels?
 
     python -m benchmarks.cifar100.find_bad_data --data-dir FOLDER
 
-AlexNet on CIFAR-100 of which a fifth of the labels is wrong, by the automatic threshold and without
-clipping. Samples are ranked by their mean scale, median norm or mean loss over the epochs so far,
-as `psclip outliers` does, and each order is judged by the area under its ROC curve: the probability
-that a wrong label comes before a right one. Every finished run is a line of --runs; the same
-command goes on where it was stopped. Prints a table and writes it to benchmarks/results as
+AlexNet is trained on CIFAR-100 with a fifth of the labels wrong, with the automatic threshold and
+without clipping. Samples are ranked by their mean scale, median norm or mean loss over the epochs
+so far, as in `psclip outliers`. Each order is evaluated by the area under its ROC curve: the
+probability that a wrong label ranks before a right one. Every finished run is a line of --runs;
+repeat the command to resume. Prints a table and writes it to benchmarks/results as
 find_bad_data.json and .png.
 """
 
@@ -50,7 +50,7 @@ from psclip_optax.training.steps import linen_eval_step
 
 NOISE = 0.2
 SCORES = ("scale", "norm", "loss", "random order")
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of the samples, looked at
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of the samples that one looks at
 COLOURS = dict(zip(SCORES, ("#0072B2", "#D55E00", "#009E73", "#888888"), strict=True))
 NOTE = (
     "Area under the ROC curve of finding wrong labels, in %, mean over seeds (95% interval by "
@@ -59,12 +59,12 @@ NOTE = (
 
 
 class Method(NamedTuple):
-    """How a run trains: the best rates of its kind in clipping_map with wrong labels.
+    """A training method, with the best rates of its kind in clipping_map with wrong labels.
 
     Attributes:
-      name: of psclip's methods.
+      name: a method of psclip.
       learning_rate: before the cosine schedule.
-      alpha: threshold where one is given.
+      alpha: the threshold, if any.
     """
 
     name: MethodName
@@ -81,7 +81,7 @@ METHODS = {
 def train(
     method: Method, dataset: Dataset, config: TaskConfig, epochs: int
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Gives what was recorded of the samples, [steps, n] each, and the test accuracy."""
+    """Returns the records of the samples, [steps, n] each, and the test accuracy."""
     num_steps = last_step_of(epochs, dataset, config)
     model = build_task_model(config, dataset)
     trainer = build_trainer(method.name, model, dataset, config, num_steps, return_samples=True)
@@ -102,7 +102,7 @@ def last_step_of(epochs: int, dataset: Dataset, config: TaskConfig) -> int:
 
 
 def scores_of(records: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Scores, [N] each, that are larger the more a sample is suspected."""
+    """Returns scores, [N] each, that are larger for more suspicious samples."""
     found = most_clipped(*(records[name] for name in ("index", "scale", "norm", "loss")))
     order = np.argsort(found.index)
     assert found.mean_loss is not None
@@ -117,7 +117,7 @@ def scores_of(records: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray
 def judge(
     records: dict[str, np.ndarray], is_wrong: np.ndarray, last_steps: list[int], seed: int
 ) -> dict[str, Any]:
-    """Gives the areas after each epoch, and what the first samples hold after the last."""
+    """Returns the areas after each epoch, and the shares of wrong labels after the last."""
     areas: dict[str, list[float]] = {name: [] for name in SCORES}
     scores: dict[str, np.ndarray] = {}
     for last in last_steps:
@@ -130,14 +130,14 @@ def judge(
 
 
 def comparable(scores: np.ndarray) -> np.ndarray:
-    """Ranks of the scores, equal ones equal: ∞ has a place, which scikit-learn refuses."""
+    """Returns ranks of the scores, ties equal, because scikit-learn refuses ∞."""
     return np.unique(scores, return_inverse=True)[1]
 
 
 def shares_found(is_wrong: np.ndarray, scores: np.ndarray) -> list[float]:
-    """Gives the share of wrong labels among the first samples, for each of SHARES.
+    """Returns the share of wrong labels among the first samples, for each of SHARES.
 
-    Where scores are equal, the order is that of the samples, which says nothing of their labels.
+    Ties are in the order of the samples, which is unrelated to their labels.
     """
     ordered = is_wrong[np.argsort(-scores, kind="stable")]
     return [float(ordered[: max(1, round(share * len(ordered)))].mean()) for share in SHARES]
@@ -160,7 +160,7 @@ def run_once(
             "machine": describe_machine(),
         }
 
-    # ∞ is a word in JSON's standard form of a run.
+    # A run's JSON spells ∞ as a word.
     numbers = method._asdict() | {"alpha": str(method.alpha)}
     told = {name: getattr(config, name) for name in ("width", "batch_size", "augment", "seed")}
     return cache.once({"method": label, **numbers, **told, "epochs": epochs, "noise": NOISE}, find)
@@ -228,7 +228,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Says which order is the best of a row, and by how much."""
+    """Names the best order of a row, and its lead."""
     against = "; ".join(
         f"{name} {100 * own['mean']:+.1f} ({100 * own['interval'][0]:+.1f} to "
         f"{100 * own['interval'][1]:+.1f})"
@@ -243,7 +243,7 @@ def draw(result: dict[str, Any]) -> Figure:
     for row, style in zip(result["rows"], ("-", "--"), strict=True):
         for name in SCORES:
             if row["method"] == "no clipping" and name in ("scale", "random order"):
-                continue  # a scale that is always 1 has no order
+                continue  # a scale that is always 1 ranks nothing
             look = {"color": COLOURS[name], "linestyle": style}
             label = f"{name}, {row['method']}" if name != "random order" else name
             areas = 100 * np.array(row["areas"][name])
@@ -274,16 +274,16 @@ def main(
     seeds: int = 3,
     quick: bool = False,
 ) -> None:
-    """Does what is clipped most have a wrong label?
+    """Do the most clipped samples have wrong labels?
 
     Args:
       data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
-      runs: file of the finished runs.
+      runs: the file of finished runs.
       out: folder for the table as JSON, and the figure.
       width: multiplies AlexNet's channels and hidden sizes.
-      epochs: of every run.
-      seeds: of the noise, the parameters and the order, at least 2.
-      quick: digits, a tiny net and few runs, to see that the benchmark works.
+      epochs: the epochs of every run.
+      seeds: the number of seeds of the noise, the parameters and the order, at least 2.
+      quick: digits, a tiny net and few runs, to check that the benchmark works.
     """
     batch_size = 128
     if quick:

@@ -1,8 +1,8 @@
 """Train many classifiers at once, so that a tuning grid costs little more than one run on a GPU.
 
-Every method of the comparisons is one set of numbers of the same program: plain SGD clips at ∞, a
-constant threshold grows with exponent 0. So runs of all methods are mapped over together, and what
-is compared differs in nothing else. A finished run is kept, and is not run again.
+All methods of the comparisons are the same program with different numbers: plain SGD clips at ∞, a
+constant threshold grows with exponent 0. So runs of all methods are vmapped together, and differ in
+nothing else. A finished run is stored, and not run again.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from benchmarks.common.machine import describe_machine
 from psclip_optax.training.data.splits import Split
 from psclip_optax.training.models.classifiers import build_model
 
-PADDING = 4  # pixels that a random crop may shift an image by
-MOMENT = 1.5  # p of the automatic threshold, whose growth it is too
+PADDING = 4  # the largest shift of a random crop, in pixels
+MOMENT = 1.5  # p of the automatic threshold, which grows like k^(1/p)
 EVALUATION_BATCH_SIZE = 500
 
 
@@ -63,10 +63,10 @@ class State(NamedTuple):
 def convolutions_as_products(
     call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-    """Intercepts `nn.Conv`: one product of the kernel with windows laid side by side.
+    """Intercepts `nn.Conv` to compute one product of the kernel with unfolded windows.
 
-    Mapped over runs, a convolution whose kernels differ becomes one of many groups, for which
-    libraries have no fast kernel, while a product becomes one batched product.
+    Under vmap over runs, a convolution whose kernels differ becomes a grouped convolution, for
+    which libraries have no fast kernel; a product becomes a batched product.
     """
     conv = context.module
     if not isinstance(conv, nn.Conv) or context.method_name != "__call__":
@@ -107,7 +107,7 @@ def _same_padding(size: int, window: int, stride: int) -> tuple[int, tuple[int, 
 def build_loss(
     model: nn.Module, dtype: str = "float32", *, as_products: bool = True
 ) -> Callable[..., Any]:
-    """Builds the loss and accuracy of one image, by default with few convolutions."""
+    """Builds the loss and accuracy for one image, by default with few convolutions."""
 
     def loss(params: Any, image: jax.Array, label: Any) -> Any:
         params, image = jax.tree.map(lambda x: x.astype(dtype), (params, image))
@@ -148,7 +148,7 @@ class Program(NamedTuple):
 
     Attributes:
       init: seeds [R] → state.
-      epoch: (state, numbers, examples, keys, total steps, data) → state, figures of the epoch.
+      epoch: (state, numbers, examples, keys, total steps, data) → state, statistics of the epoch.
       accuracy: (parameters, images, labels) → accuracy and mean loss, [R].
     """
 
@@ -185,7 +185,7 @@ def build_program(
         has_aux=True,
         mode="one_pass",
         return_stats=True,
-        on_nonfinite="propagate",  # no method drops samples, for plain SGD does not either
+        on_nonfinite="propagate",  # no method drops samples, because plain SGD does not either
         clip_at="micro-batch" if number else "sample",
         microbatch_size=setting.batch_size // number if number else None,
     )
@@ -292,12 +292,12 @@ def run_all(
       data: the data to train on.
       num_classes: number of labels.
       cache: the cache of finished runs.
-      together: how many runs are trained at once.
-      console: where progress is shown.
-      seconds: the time after which no chunk is begun.
+      together: the number of runs that are trained at once.
+      console: the console for the progress.
+      seconds: the time limit, after which no chunk is started.
 
     Raises:
-      TimeoutError: the time is over before all runs are finished.
+      TimeoutError: the time limit is reached before all runs are finished.
     """
     pending = [run for run in runs if run.described() not in cache]
     start = time.perf_counter()
@@ -339,7 +339,7 @@ def train_together(
     automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> list[dict[str, Any]]:
     """Trains runs of one setting and length, and returns the record of each."""
-    # As many as in any other chunk, so that nothing is compiled again.
+    # The same number as in other chunks, so that nothing is recompiled.
     padded = runs + [runs[-1]] * (together - len(runs))
     setting, epochs = runs[0].setting, runs[0].epochs
     image_shape = tuple(data.train.images.shape[1:])

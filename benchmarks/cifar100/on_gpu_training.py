@@ -1,8 +1,8 @@
 """Does per-sample clipping train AlexNet of full width faster? For `benchmarks.engine.on_gpu`.
 
 Clean CIFAR-100, batches of 128, momentum 0.9, cosine schedule, a few epochs. Each method has 20
-trials of the same length, the best of which by validation accuracy is trained again from other
-seeds and tested. All runs of a chunk are one program, with the images on the device.
+trials of the same length. The best by validation accuracy is trained again from other seeds and
+tested. All runs of a chunk are one program, with the images on the device.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from benchmarks.engine.on_gpu_results import Results, say
 from psclip_optax.training.data.splits import Dataset, Split
 from psclip_optax.training.models.classifiers import build_model
 
-# The first question comes first, as the time may end before the list does.
+# The most important question comes first, because the time limit may end the list.
 EPOCHS = (4, 2, 1)
 SEEDS = 15
 BATCH_SIZE = 128
 RATES = (0.008, 0.02, 0.05, 0.125)
-# Over three decades: the smallest clips every sample, the largest nearly none.
+# Over three decades: the smallest clips every sample, the largest hardly any.
 THRESHOLDS = (0.02, 0.2, 1.0, 4.5, 20.0)
 BETA = 2.0
 MOMENTUM, BATCH, GROWING, MEDIAN = METHODS = (
@@ -70,9 +70,9 @@ class Plan(NamedTuple):
       data_dir: folder of the parts of CIFAR-100.
       epochs: the lengths of the runs, each with its own tuning.
       seeds: the number of seeds of each tuned method.
-      together: runs that are trained at once.
+      together: the number of runs that are trained at once.
       tiny: a tiny net and random images instead.
-      end: the time by `time.perf_counter` after which nothing is begun.
+      end: the time by `time.perf_counter` after which nothing is started.
     """
 
     data_dir: pathlib.Path | None
@@ -115,7 +115,7 @@ def read_split(paths: list[pathlib.Path]) -> Split:
 
 
 def read_parts(folder: pathlib.Path | None) -> Dataset:
-    """Reads CIFAR-100 from the parts that a folder has."""
+    """Reads CIFAR-100 from its parts in a folder."""
     train, test = (
         sorted(folder.glob(f"*{name}*.npz")) if folder else [] for name in ("train", "test")
     )
@@ -140,14 +140,14 @@ def random_images() -> Dataset:
 
 @dataclasses.dataclass
 class Trainer:
-    """A trainer of runs on one data set, which keeps their records.
+    """Trains runs on one data set, and stores their records.
 
     Attributes:
       cache: the cache of finished runs.
       data: the data to train on.
       num_classes: number of labels.
-      plan: how many at once, and until when.
-      seconds_of_epoch: of the last chunk, to foresee whether another one fits.
+      plan: the number of runs at once, and the time limit.
+      seconds_of_epoch: the time of the last chunk's epochs, to predict whether another one fits.
     """
 
     cache: RunsCache
@@ -160,7 +160,7 @@ class Trainer:
         """Returns the records of these runs.
 
         Raises:
-          TimeoutError: the time is over before all are finished.
+          TimeoutError: the time limit is reached before all are finished.
         """
         pending = [run for run in runs if self.described(run) not in self.cache]
         together = self.plan.together
@@ -193,7 +193,7 @@ class Trainer:
 
 
 def train_all(results: Results, plan: Plan) -> None:
-    """Times the steps, then tunes and tests at each length until the time is over."""
+    """Times the steps, then tunes and tests at each length until the time limit."""
     dataset = random_images() if plan.tiny else read_parts(plan.data_dir)
     add_steps(results, plan, dataset.num_classes, dataset.image_shape)
     data = load_data(dataset, len(dataset.train.labels) // 10)
@@ -208,7 +208,7 @@ def train_all(results: Results, plan: Plan) -> None:
 
 
 def tune_and_test_in_turn(train: Trainer, epochs: int) -> None:
-    """Tests a few seeds of all methods in turn, so that all have as many when time is over."""
+    """Tests a few seeds of all methods in turn, so that all have equally many at the time limit."""
     plan, setting = train.plan, train.plan.setting()
     grids = make_grids(setting.batch_size)
     if plan.tiny:
@@ -311,7 +311,7 @@ def step_cell(own: dict[str, Any]) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]], path: pathlib.Path) -> str:
-    """Writes the tuned methods at each length, and what a step of each costs."""
+    """Writes the tuned methods at each length, and the time of a step of each."""
     steps = next((row["ways"] for row in rows if row["what"] == "step"), {})
     groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for record in RunsCache(path).records():

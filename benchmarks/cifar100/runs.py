@@ -1,4 +1,4 @@
-"""Describes training runs on CIFAR-100, their data and their records."""
+"""Defines training runs on CIFAR-100, their data and their records."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Numbers(NamedTuple):
       momentum: the decay of the momentum.
       threshold: largest norm at position 1, of a sample's or micro-batch's gradient.
       exponent: 1/β of the growth with the position.
-      scale: the scale of the automatic threshold, in its σ̂; 0 for a given threshold.
+      scale: the scale of the automatic threshold, as a factor of σ̂; 0 for a given threshold.
       batch_threshold: largest norm of the batch's gradient.
     """
 
@@ -62,14 +62,15 @@ class Numbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The settings that a program is compiled for; runs that share them are trained together.
+    """The settings for which a program is compiled; runs that share them are trained together.
 
     Attributes:
       width: multiplies AlexNet's channels and hidden sizes.
       batch_size: samples in a step.
-      num_microbatches: how many micro-batches have their mean gradients clipped; None for samples.
+      num_microbatches: the number of micro-batches whose mean gradients are clipped; None for
+      samples.
       augment: whether images are shifted and mirrored at random.
-      dtype: that of the forward and backward pass; parameters and their updates are float32.
+      dtype: the dtype of the forward and backward pass; parameters and their updates are float32.
     """
 
     width: float
@@ -103,18 +104,18 @@ class Run(NamedTuple):
     watches_tails: bool = False
 
     def described(self) -> dict[str, Any]:
-        """Converts a value to JSON, with null in place of ∞."""
+        """Converts a value to JSON, with null for ∞."""
         setting = dataclasses.asdict(self.setting)
         return as_json(self._asdict() | {"numbers": self.numbers._asdict(), "setting": setting})
 
 
 def as_json(value: Any) -> Any:
-    """Converts a value to what a reader of its JSON gets: None in place of NaN and ∞."""
+    """Converts a value to what its JSON is read as: NaN and ∞ become None."""
     return json.loads(to_json(value))
 
 
 class Example(NamedTuple):
-    """The training data of one run: its own labels and pixel factors, [N]."""
+    """The training data of one run: its labels and pixel factors, [N]."""
 
     labels: Any
     factors: Any
@@ -147,7 +148,7 @@ def corrupted(split: Split, noise: Noise, num_classes: int, seed: int) -> Exampl
 
 
 def tail_figures(norms: np.ndarray) -> dict[str, Any] | None:
-    """Estimates the tail of an epoch's norms; None for a run that diverged."""
+    """Estimates the tail of an epoch's norms; None for a diverged run."""
     if not np.all(np.isfinite(norms)):
         return None
     tail = psc.tails.tail_index(norms)
@@ -177,5 +178,5 @@ def record_of(curves: list[dict[str, np.ndarray]], place: int) -> dict[str, Any]
 
 
 def rounded(value: np.ndarray) -> Any:
-    # None of these figures has more than six significant digits.
+    # None of these numbers has more than six significant digits.
     return [float(f"{v:.6g}") for v in value] if value.ndim else float(f"{value:.6g}")

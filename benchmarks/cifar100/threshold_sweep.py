@@ -1,11 +1,11 @@
-"""How much does the threshold matter, and how is it to be chosen?
+"""How much does the threshold matter, and how should one choose it?
 
     python -m benchmarks.cifar100.threshold_sweep --data-dir FOLDER --runs FILE
 
-AlexNet on CIFAR-100 under growing thresholds τ_k = α √k from one that clips everything to one that
-clips next to nothing, and under none. Each α is tuned alone, over four learning rates by runs of
-half the length, and its winner tested with other seeds. Every finished run is a line of --runs; the
-same command goes on where it was stopped. Prints a table and writes it to benchmarks/results as
+AlexNet on CIFAR-100 with growing thresholds τ_k = α √k, from one that clips everything to one that
+clips next to nothing, and without clipping. Each α is tuned separately, over four learning rates
+with runs of half the length, and its winner is tested with other seeds. Every finished run is a
+line of --runs; repeat the command to resume. Prints a table and writes it to benchmarks/results as
 threshold_sweep.json and .png.
 """
 
@@ -51,7 +51,7 @@ HEADER = ("training data", "α", "learning rate", "share", "test accuracy", "aga
 
 
 def build_grids(batch_size: int) -> dict[str, list[Numbers]]:
-    """Builds as many learning rates for each α; smaller thresholds get longer steps."""
+    """Builds the same number of learning rates for each α; smaller thresholds get larger rates."""
     grids = {UNCLIPPED: list(map(Numbers, RATES))}
     return grids | {
         f"α = {alpha:g}": growing_grid(RATES, (alpha,), BETA, batch_size) for alpha in ALPHAS
@@ -122,7 +122,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def _draw_noise(axes: Axes, row: dict[str, Any]) -> None:
-    """Draws accuracy over α with standard errors, beside that without clipping."""
+    """Draws accuracy over α with standard errors, and that without clipping."""
     names = [name for name in row["test_accuracies"] if name != UNCLIPPED]
     alphas = [row["chosen"][name]["threshold"] for name in names]
     means, errors = 100 * np.transpose([estimate(row["test_accuracies"][n]) for n in names])

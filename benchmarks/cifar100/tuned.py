@@ -1,4 +1,4 @@
-"""Tunes and tests methods alike, and compares them: grids, winners, verdicts."""
+"""Tunes, tests and compares methods: grids, winners, verdicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.splits import Dataset, Split
 
 # Approximate norms of a sample's and a batch's gradient in the first epochs. A method with smaller
-# thresholds takes shorter steps, so that its learning rates are larger by that factor.
+# thresholds makes shorter steps, so its learning rates are larger by that factor.
 SAMPLE_NORM, BATCH_NORM = 10.0, 3.0
 CLIPPING = ("threshold", "batch_threshold", "scale")
 
@@ -33,16 +33,16 @@ class Options:
     """The options that all comparisons on CIFAR-100 share.
 
     Attributes:
-      runs: the file of finished runs; by default those of the published results, so that nothing
-        is trained again.
+      runs: the file of finished runs; by default that of the published results, so that nothing is
+        trained again.
       data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
       out: folder for the table as JSON, and the figure.
       width: multiplies AlexNet's channels and hidden sizes.
-      epochs: the length of the runs that are tested.
+      epochs: the length of the tested runs.
       seeds: the number of seeds of the tests, at least 2.
       together: runs that are trained at once; dozens on a GPU, 1 on a CPU.
       dtype: that of the forward and backward pass.
-      seconds: the time after which a comparison begins no new runs; the same command goes on.
+      seconds: the time after which no new runs are started; repeat the command to resume.
       quick: digits, a tiny net and few runs, to check that the benchmark works.
     """
 
@@ -65,12 +65,12 @@ class Options:
         return {name: getattr(self, name) for name in ("width", "epochs", "seeds", "dtype")}
 
     def rounds(self) -> int:
-        """Returns how many times steps are timed in turn."""
+        """Returns the number of rounds in which steps are timed."""
         return 3 if self.quick else 9
 
 
 class Trainer(NamedTuple):
-    """A trainer of runs on one data set, or a reader of finished records."""
+    """Trains runs on one data set, or reads finished records."""
 
     data: Data
     num_classes: int
@@ -110,7 +110,7 @@ def growing_grid(
     norm: float = SAMPLE_NORM,
     **other: Any,
 ) -> list[Numbers]:
-    """Combines each rate with each α of τ_k = α k^{1/β}; `norm` is that of what is clipped."""
+    """Combines each rate with each α of τ_k = α k^{1/β}; `norm` is that of clipped gradients."""
     mean_growth = batch_size ** (1 / beta) * beta / (beta + 1)
     return [
         Numbers(rate, threshold=alpha, exponent=1 / beta, **other)
@@ -130,10 +130,10 @@ def batch_clipping_grid(
 
 
 def with_lower(rates: Sequence[float], factors: Sequence[float]) -> tuple[float, ...]:
-    """Adds the lowest rate over these factors, for heavy pixels where there is momentum.
+    """Adds the lowest rate divided by these factors, for heavy pixels with momentum.
 
-    The grid needs it: at rates that are best for the other data, no trial without clipping or with
-    batch clipping is better than chance.
+    The grid needs them: at rates that are best for the other data, no trial without clipping or
+    with batch clipping is better than chance.
     """
     return (*(rates[0] / factor for factor in factors), *rates)
 
@@ -167,7 +167,7 @@ class Tuned(NamedTuple):
 
     Attributes:
       chosen: the point of each method's grid with the best validation accuracy.
-      tested: each method's records of runs with this point, by seeds that chose nothing.
+      tested: each method's records of runs with this point, with test seeds.
     """
 
     chosen: dict[str, Numbers]
@@ -202,10 +202,10 @@ def tune_and_test(
     train: Callable[[list[Run]], list[dict[str, Any]]],
     seeds: int,
 ) -> Tuned:
-    """Chooses from each grid with seed 0, and tests the winners with seeds 1 to `seeds`.
+    """Tunes over each grid with seed 0, and tests the winners with seeds 1 to `seeds`.
 
     Args:
-      grids: the points of each method, as many for each.
+      grids: the points of each method, the same number for each.
       make_run: (stage, method, numbers, seed) → run; the stage is "tune" or "final".
       train: a function from runs to their records.
       seeds: the number of seeds of the tests.
@@ -226,12 +226,12 @@ def tune_and_test(
 
 
 def run_length(stage: str, epochs: int) -> int:
-    """Returns the epochs of a run: a trial, which only chooses, has half of them."""
+    """Returns the epochs of a run; a trial, for tuning only, has half of them."""
     return -(-epochs // 2) if stage == "tune" else epochs
 
 
 def timed_once(train: Trainer, measure: Callable[[], Any], **step: int) -> dict[str, Any]:
-    """Times steps once, and keeps the times with the runs of the same machine."""
+    """Times steps once, and stores the times with the runs of the same machine."""
     return train.cache.once(
         {"steps": "alexnet", "width": train.options.width, **step},
         lambda: as_json({"machine": describe_machine(), "ways": measure()}),
@@ -241,7 +241,7 @@ def timed_once(train: Trainer, measure: Callable[[], Any], **step: int) -> dict[
 def draw_differences(
     rows: list[dict[str, Any]], colours: dict[str, str], label: str, machine: str
 ) -> Figure:
-    """Draws a row for each condition, with a mark for each method that ours is compared with."""
+    """Draws a row for each condition, with a mark for each method compared with ours."""
     figure = Figure(figsize=(10, 1.8 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, (name, colour) in enumerate(colours.items()):
@@ -269,7 +269,7 @@ def draw_differences(
 
 
 def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
-    """Says where the interval of the difference to a method means better, worse, or neither."""
+    """Sorts conditions by the interval of the difference to a method: above, below, neither."""
     found: dict[str, list[str]] = {"above": [], "below": [], "not distinguishable from": []}
     for row in result["rows"]:
         low, high = row["differences"][name]["interval"]
@@ -279,7 +279,7 @@ def verdicts(result: dict[str, Any], name: str) -> dict[str, list[str]]:
 
 
 def describe_numbers(numbers: dict[str, Any]) -> str:
-    """Writes learning rate and threshold from numbers as JSON has them."""
+    """Formats the learning rate and threshold of numbers from JSON."""
     words = [f"η {numbers['learning_rate']:.3g}"]
     if numbers["scale"]:
         return f"{words[0]}, scale {numbers['scale']:g}"
@@ -292,7 +292,7 @@ def describe_numbers(numbers: dict[str, Any]) -> str:
 
 
 def edges(own: dict[str, Any]) -> list[str]:
-    """Tells which of a winner's numbers are the smallest or largest of its grid."""
+    """Lists which of a winner's numbers are the smallest or largest of its grid."""
     found = []
     points = [trial["numbers"] for trial in own["trials"]]
     for name in CLIPPING:

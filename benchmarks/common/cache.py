@@ -1,7 +1,7 @@
-"""Keeps finished runs, a line of a text file each, so that none is done again.
+"""Stores finished runs, one per line of a text file, so that none is repeated.
 
-A line is JSON in ASCII: `{"digest": …, "run": what was run, "found": what came out}`. Of lines with
-the same digest, as two branches that are merged may have, the first counts.
+A line is JSON in ASCII: `{"digest": …, "run": the settings, "found": the result}`. If several lines
+have the same digest, for example after a merge of branches, the first counts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import filelock
 
 
 def digest(run: dict[str, Any]) -> str:
-    """Names a run by all that decides how it ends, whatever the order of the names in it."""
+    """Computes a run's digest from all its settings, whatever their order."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class RunsCache:
     """The finished runs of one file; processes may add to it at the same time.
 
-    A run and what was found are dicts of what JSON holds, NaN and ∞ included.
+    A run and its result are dicts of JSON values, including NaN and ∞.
 
     Attributes:
       path: the path of the file, which may be missing.
@@ -33,7 +33,7 @@ class RunsCache:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._lines: dict[str, dict[str, Any]] = {}
-        self._size = 0  # bytes that were read, up to the end of a line
+        self._size = 0  # bytes read so far, up to the end of a line
 
     def __contains__(self, run: dict[str, Any]) -> bool:
         self._read()
@@ -44,31 +44,31 @@ class RunsCache:
         return self._lines[digest(run)]["found"]
 
     def once(self, run: dict[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Gives what was found of a run, which is done if it has not been."""
+        """Returns the result of a run, which is executed if it is not stored."""
         if run not in self:
             self.add(run, find())
         return self[run]
 
     def add(self, run: dict[str, Any], found: dict[str, Any]) -> None:
-        """Appends a line, unless another process has meanwhile done the same run."""
+        """Appends a line, unless another process has stored the same run meanwhile."""
         line = json.dumps({"digest": digest(run), "run": run, "found": found})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{self.path}.lock"), self.path.open("ab") as file:
             if run in self:
                 return
-            # The rest of an interrupted line would spoil this one.
+            # The rest of an interrupted line would corrupt this one.
             file.truncate(self._size)
             file.write(f"{line}\n".encode("ascii"))
             file.flush()
             os.fsync(file.fileno())
 
     def records(self) -> list[dict[str, Any]]:
-        """Lists all runs, each with what was found, in the order of the file."""
+        """Lists all runs with their results, in the order of the file."""
         self._read()
         return [line["run"] | line["found"] for line in self._lines.values()]
 
     def _read(self) -> None:
-        """Reads the lines that were added; one without its end is not finished."""
+        """Reads the new lines; a line without its end is ignored."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:

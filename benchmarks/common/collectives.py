@@ -16,14 +16,14 @@ _MOVING = ("all-gather", "all-to-all", "collective-permute")
 
 
 class Collective(NamedTuple):
-    """One operation that all devices take part in.
+    """An operation in which all devices take part.
 
     Attributes:
       name: the operation, such as "all-reduce".
-      num_elements: the elements of its larger side on each device, each time.
+      num_elements: the elements of its larger side on each device, for each execution.
       num_bytes: the bytes of these elements.
-      times: how often it is run.
-      line: its line of the program.
+      times: how often it runs.
+      line: its line in the program.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Lists the collectives of a program that run where no sample is dropped.
+    """Lists the collectives of a program that run if no sample is dropped.
 
-    The body of a loop without a known number of steps, and any branch but the first, run only where
+    The body of a loop without a known number of steps, and all branches but the first, run only if
     there are samples to drop.
     """
     times = _times_run(text)
@@ -51,17 +51,17 @@ def collectives(text: str) -> list[Collective]:
 
 
 def num_elements(text: str) -> int:
-    """Counts the elements that a program sends between devices where no sample is dropped."""
+    """Counts the elements that a program sends between devices if no sample is dropped."""
     return sum(one.num_elements * one.times for one in collectives(text))
 
 
 def num_bytes(text: str) -> int:
-    """Counts the bytes that a program sends between devices where no sample is dropped."""
+    """Counts the bytes that a program sends between devices if no sample is dropped."""
     return sum(one.num_bytes * one.times for one in collectives(text))
 
 
 def moving_operations(text: str) -> list[str]:
-    """Lists the operations that move samples between devices where no sample is dropped.
+    """Lists the operations that move samples between devices if no sample is dropped.
 
     Sums over devices move none, nor does the count of a mask's samples, which gives positions.
     """
@@ -82,7 +82,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times_run(text: str) -> Callable[[str], int]:
-    """Maps the name of each computation to how often it is run."""
+    """Maps the name of each computation to how often it runs."""
     calls: dict[str, list[tuple[str, int]]] = {}
     for caller, lines in _computations(text).items():
         for line in lines:
@@ -116,13 +116,13 @@ def _sizes(operation: re.Match[str], line: str) -> tuple[int, int]:
     arrays = re.findall(r"(?:pred|[a-z]+(\d+))\w*\[([\d,]*)\]", operation["shapes"])
     sizes = [math.prod(int(d) for d in shape.split(",") if d) for _, shape in arrays]
     widths = [int(bits or 8) // 8 for bits, _ in arrays]
-    # Before a scatter, each device has the whole.
+    # Before a scatter, each device has the whole array.
     times = group_size(line) if operation["name"] == "reduce-scatter" else 1
     return times * sum(sizes), times * sum(s * w for s, w in zip(sizes, widths, strict=True))
 
 
 def group_size(line: str) -> int:
-    """Reads how many devices take part in a collective together."""
+    """Reads the number of devices in a collective's group."""
     listed = re.search(r"replica_groups={{([\d,]+)}", line)
     if listed:
         return len(listed[1].split(","))

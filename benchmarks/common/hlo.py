@@ -1,8 +1,8 @@
-"""Reads from a compiled program's text what it costs on a device, be the device here or not.
+"""Reads a program's cost on a device from its compiled text, without the device.
 
-The text is XLA's optimized HLO. A loop counts as often as it has steps. Where a loop has no known
-number of steps its body does not count, nor does a branch but the first: they run only where there
-are samples to drop.
+The text is XLA's optimized HLO. A loop's body counts once for each step. If the number of steps is
+not known, the body does not count, and of branches only the first counts: the others run only if
+there are samples to drop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COLLECTIVE = re.compile(
     "(?:-start)?"
 )
 _CHAIN = re.compile(r'channel_id=\d+,.*chain_id="\d+"')
-# Instructions that a GPU launches as kernels; the rest is bookkeeping.
+# Instructions that a GPU launches as kernels; the others cost nothing.
 _KERNELS = {"fusion", "custom-call", "copy", "copy-start", "sort", "reduce"} | {
     "convolution",
     "dot",
@@ -47,10 +47,11 @@ class Instruction(NamedTuple):
       opcode: such as "fusion".
       shape: the shape as text; for a tuple the shapes of all its arrays.
       operands: the shapes of its operands, as text.
-      times: how often it is run.
-      waits: whether a GPU's host decides on it: a branch, or a loop not known to be counted.
+      times: how often it runs.
+      waits: whether a GPU's host decides on it: a branch, or a loop without a known number of
+      steps.
       line: its whole text.
-      computation: the name of that which it is in.
+      computation: the name of its computation.
     """
 
     name: str
@@ -67,8 +68,8 @@ class GpuCost(NamedTuple):
     """The work of a program on a GPU.
 
     Attributes:
-      kernels: how many kernels are launched.
-      bytes: how many bytes these read and write.
+      kernels: the number of kernels launched.
+      bytes: the bytes that these read and write.
       waits: conditionals and loops whose condition the host must read.
     """
 
@@ -78,12 +79,12 @@ class GpuCost(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """The traffic of a collective, all its times together.
+    """The traffic of all executions of a collective.
 
     Attributes:
       kind: such as "all-gather".
-      elements: that a device has at its larger end.
-      bytes: of these.
+      elements: the elements at the larger end on a device.
+      bytes: the bytes of these elements.
     """
 
     kind: str
@@ -92,7 +93,7 @@ class Sent(NamedTuple):
 
 
 def instructions(text: str, *, with_fusions: bool = False) -> Iterator[Instruction]:
-    """Yields what is run: the instructions of the entry, of loops and calls, maybe of fusions."""
+    """Yields the instructions that run: of the entry, of loops and calls, maybe of fusions."""
     computations = _computations(re.sub(r"/\*.*?\*/", "", text))
     entry = next(name for name, lines in computations.items() if lines[0].startswith("ENTRY"))
     calls = _CALLS | ({"fusion": "calls="} if with_fusions else {})
@@ -100,14 +101,14 @@ def instructions(text: str, *, with_fusions: bool = False) -> Iterator[Instructi
 
 
 def tpu_cycles(text: str) -> int:
-    """Sums the compiler's own estimates of each instruction's cycles."""
+    """Sums the compiler's estimates of each instruction's cycles."""
     estimate = re.compile(r'"estimated_cycles":"(\d+)"')
     found = ((one.times, estimate.search(one.line)) for one in instructions(text))
     return sum(times * int(cycles[1]) for times, cycles in found if cycles)
 
 
 def gpu_cost(text: str) -> GpuCost:
-    """Counts what a GPU launches, moves and waits for."""
+    """Counts a GPU's kernel launches, bytes and waits."""
     kernels = moved = waits = 0
     for one in instructions(text):
         if one.opcode in _KERNELS:
@@ -118,7 +119,7 @@ def gpu_cost(text: str) -> GpuCost:
 
 
 def elements_sent(text: str) -> dict[str, int]:
-    """Counts by kind of collective the elements that a device has at its larger end."""
+    """Counts, by kind of collective, the elements at the larger end on a device."""
     found: collections.Counter[str] = collections.Counter()
     for one in sent(text):
         found[one.kind] += one.elements
@@ -126,10 +127,10 @@ def elements_sent(text: str) -> dict[str, int]:
 
 
 def sent(text: str) -> Iterator[Sent]:
-    """Yields what each collective sends.
+    """Yields the traffic of each collective.
 
-    A TPU has them within fusions too: a sum of which a device takes its part, and one that is sent
-    in steps beside products, each step a fusion with the same chain.
+    On a TPU, collectives also occur within fusions: as a reduce-scatter, and as a collective that
+    is sent in steps during products, where each step is a fusion with the same chain.
     """
     chains: set[str] = set()
     for one in instructions(text, with_fusions=True):
@@ -152,7 +153,7 @@ def _sizes_sent(one: Instruction, kind: str) -> tuple[int, int]:
     """Counts elements and bytes."""
     arrays = list(_arrays(one.shape))
     if one.opcode == f"{kind}-start" and kind != "all-reduce":
-        arrays = arrays[len(arrays) // 2 :]  # operands stand before results
+        arrays = arrays[len(arrays) // 2 :]  # operands come before results
     # Before a scatter, each device has the whole.
     times = group_size(one.line) if kind == "reduce-scatter" else 1
     elements = sum(size for size, _ in arrays)
@@ -166,7 +167,7 @@ def _arrays(shape: str) -> Iterator[tuple[int, int]]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Splits the program into its computations, each with its head as the first line."""
+    """Splits the program into its computations, each with its header as the first line."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -203,7 +204,7 @@ def _run(
 def _called(
     line: str, opcode: str, computations: dict[str, list[str]], calls: dict[str, str]
 ) -> list[tuple[str, int]]:
-    """Lists the computations that an instruction runs, and how often each."""
+    """Lists the computations that an instruction runs, and how often each runs."""
     if opcode == "while":
         return [(_named(line, "body="), _steps(line, computations))]
     attribute = calls.get(opcode)
@@ -218,7 +219,7 @@ def _named(line: str, attribute: str) -> str:
 
 
 def _steps(line: str, computations: dict[str, list[str]]) -> int:
-    """Gives the number of a loop's steps, 0 where no constant tells it.
+    """Returns the number of a loop's steps, 0 if it is not known.
 
     If the compiler does not state it, it is the constant that the loop's counter is compared with.
     """

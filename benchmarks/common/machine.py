@@ -1,4 +1,4 @@
-"""Names the machine that something was measured on."""
+"""Describes the machine of a measurement."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def publish(
     figure: Figure,
     width: int,
 ) -> None:
-    """Prints the tables, as wide as they are, and writes the result and the figure."""
+    """Prints the tables at full width, and writes the result and the figure."""
     console = Console()
     if not console.is_terminal:
         console.width = width
@@ -34,7 +34,7 @@ def publish(
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Lays out rows, of which the first is the header."""
+    """Lays out rows; the first is the header."""
     header, *body = rows
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *body))
 

@@ -1,4 +1,4 @@
-"""Times compiled programs in turn, so that disturbances of the machine hit all of them."""
+"""Times compiled programs in turn, so that disturbances of the machine affect all of them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import jax
 
 
 class Case(NamedTuple):
-    """A compiled program, and the arguments it is timed with."""
+    """A compiled program, and the arguments for timing it."""
 
     program: Any
     arguments: tuple[Any, ...]
 
 
 def time_interleaved(cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
-    """Gives the seconds of each call, after one of each that does not count."""
+    """Returns the seconds of each call, after a warm-up call of each."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats + 1):
         for name, case in cases.items():
