@@ -20,7 +20,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def against_best_baseline(result: dict[str, Any]) -> str:
-    """Writes README's table: the growing threshold beside the best baseline.
+    """Writes README's table: the growing threshold and the best baseline.
 
     Args:
       result: the content of alexnet_cifar100.json.

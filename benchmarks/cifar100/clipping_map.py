@@ -78,7 +78,7 @@ def build_cells(epochs: int, quick: bool) -> list[Cell]:
 
 
 def build_grids(cell: Cell) -> dict[str, list[Numbers]]:
-    """Builds equally many points for each method; momentum m makes steps 1 / (1 − m) times longer."""
+    """Builds the same number of points for each method; momentum m makes steps 1 / (1 − m) long."""
     # Steps of larger batches may be longer, by the root of the size, because their noise is
     # smaller.
     unit = (cell.batch_size / 128) ** 0.5 * (1 - cell.momentum) / (1 - 0.9)

@@ -1,12 +1,13 @@
-"""What does the engine cost on accelerators? XLA compiles for them without any at hand.
+"""How much does the engine cost on accelerators? XLA compiles for them without the hardware.
 
     pip install -e '.[train,accelerators]'
     python -m benchmarks.engine.accelerators
 
-Every mode is compiled beside `value_and_grad` of the mean loss, as it is written for a batch. For a
-TPU the cycles are the compiler's own estimates, loops by their steps; for a GPU its kernels and the
-bytes that they read and write are counted, and what waits for the host. Real hardware has the last
-word; this ranks programs. What was compiled stands in the result and is not compiled again.
+Every mode is compiled and compared with `value_and_grad` of a mean loss that is written for a
+batch. For a TPU, cycles are the compiler's estimates, with each step of a loop counted. For a GPU,
+the benchmark counts kernels, the bytes that they read and write, and waits for the host. The
+numbers rank programs; they do not replace measurements on hardware. Programs in the result are not
+compiled again.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ COLORS = {
     "by_layer": "#009E73",
     "vmap": "#999999",
 }
-# A program that stays in a chip's vector memory has no temporary memory, and no ratio of it.
+# A program that fits into a chip's vector memory has no temporary memory, and so no ratio.
 LEAST_BYTES = 2**22
 # The number of samples in a batch of the zoo.
 ZOO_SAMPLES = {"mlp": 512, "alexnet": 128, "lstm": 64, "recommender": 512}
-# What the guide shows: "h100" alone has kernels and bytes.
+# The columns of the guide: only "h100" has kernels and bytes.
 _IN_THE_GUIDE = (
     ("v5e", "one_pass", ("cycles", "memory")),
     ("v5e", "two_pass", ("cycles", "memory")),
@@ -64,7 +65,7 @@ class Job(NamedTuple):
     Attributes:
       name: the name in tables.
       group: "real" or "zoo".
-      loss: of one example.
+      loss: the loss for one example.
       batch_loss: the mean over a batch.
       arguments: shapes of (params, *batch).
     """
@@ -107,7 +108,7 @@ JOBS: dict[str, Callable[[bool], Job]] = {
 
 
 def measure(target: str, job: Job, mode: str) -> dict[str, Any]:
-    """Compiles one mode, or "plain"; `fits` is false where the device's memory is too small."""
+    """Compiles one mode, or "plain"; `fits` is False if the device's memory is too small."""
     try:
         cost = targets.cost_of(target, _function(job, mode), job.arguments)
     except jax.errors.JaxRuntimeError as error:
@@ -137,7 +138,7 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         numbers = {name: row[name] / base[name] for name in (*of_target, "compile_seconds")}
         return numbers | {"memory": next(memory) / next(memory), "waits": row["waits"]}
 
-    # While some are compiled again, the plain gradient of others may be missing.
+    # While some programs are recompiled, the plain gradient of others may be missing.
     compared = [row for row in rows if (row["target"], row["job"]) in plain]
     return [row | {"ratios": ratios(row)} for row in compared if row["mode"] != "plain"]
 
@@ -183,7 +184,7 @@ def to_table(result: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Writes the guide's table: what each mode costs against a plain gradient, by model."""
+    """Writes the guide's table: the cost of each mode relative to a plain gradient, by model."""
     shown = [(t, mode, figure) for t, mode, figures in _IN_THE_GUIDE for figure in figures]
     found = {(row["name"], row["target"], row["mode"]): row for row in _rows(result)}
     names = dict.fromkeys(name for name, *_ in found)
@@ -246,14 +247,14 @@ def main(
     rerun: bool = False,
     quick: bool = False,
 ) -> None:
-    """Compiles the models for accelerators, and tells what the engine costs there.
+    """Compiles the models for accelerators, and reports what the engine costs there.
 
     Args:
       out: folder for accelerators.json and accelerators.png.
-      target: of v5e, v6e and h100, those to compile for.
+      target: which of v5e, v6e and h100 to compile for.
       model: the models to compile.
-      mode: the modes to compile beside the plain gradient.
-      rerun: whether these are compiled again where the result has them.
+      mode: the modes to compile, in addition to the plain gradient.
+      rerun: whether to compile programs again that are in the result.
       quick: small models, to check that the benchmark works.
     """
     jax.config.update("jax_platforms", "cpu")

@@ -1,4 +1,4 @@
-"""What does it cost to clip each micro-batch's gradient before it is accumulated?
+"""How much does it cost to clip each micro-batch's gradient before accumulation?
 
     python -m benchmarks.engine.accumulation
 
@@ -27,7 +27,7 @@ from benchmarks.common.timing import quartiles
 from benchmarks.zoo.models import ZOO, Model
 
 NUM_MICROBATCHES = 8
-# About the norm of a micro-batch's gradient here, so that some are clipped and some are not.
+# About the norm of a micro-batch's gradient, so that some are clipped and some are not.
 ALPHA, BETA = 1.0, 1.5
 NOTE = (
     "A window is 8 micro-batches: 8 train steps (forward, backward, update, parameters), of which "
@@ -45,7 +45,7 @@ PARTS = ("train step", "update")
 
 
 class Compiled(NamedTuple):
-    """A program from (state, arguments) to state, and what it starts from."""
+    """A program from (state, arguments) to state, with its initial state."""
 
     program: Any
     state: Any
@@ -98,7 +98,7 @@ def compiled(function: Callable[..., Any], state: Any, arguments: tuple[Any, ...
 def time_windows(
     cases: dict[str, Compiled], rounds: int, num_calls: int = NUM_MICROBATCHES
 ) -> dict[str, list[float]]:
-    """Times each window of calls, after one call of each that does not count."""
+    """Times each window of calls, after a warm-up call of each."""
     states = {name: case.state for name, case in cases.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
@@ -204,7 +204,7 @@ def main(
     rounds: int = 9,
     quick: bool = False,
 ) -> None:
-    """Measures what clipping before accumulation costs.
+    """Measures the cost of clipping before accumulation.
 
     Args:
       out: folder for accumulation.json and accumulation.png.

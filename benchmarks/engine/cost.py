@@ -1,10 +1,10 @@
-"""What does clipping per sample cost, against a plain gradient?
+"""How much does per-sample clipping cost, relative to a plain gradient?
 
     python -m benchmarks.engine.cost --sweep n length
 
-For each model of the zoo, `jax.value_and_grad` of the mean loss in the same process and
-round is the unit. Prints a table and writes benchmarks/results/engine.json and .png. A model that
-is in the JSON already is not measured again, so an interrupted run goes on where it stopped.
+Results are relative to `jax.value_and_grad` of the mean loss in the same process and round, for
+each model of the zoo. Prints a table and writes benchmarks/results/engine.json and .png. A model in
+the JSON is not measured again, so repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ SAMPLES = {
 }
 QUICK_MODELS = ("mlp", "lstm")
 MOST_STACKED_BYTES = 4e9
-# A leaf whose gradient vanishes but for rounding is held against this share of the largest entry of
-# all leaves.
+# The error of a leaf whose gradient vanishes up to rounding is relative to this share of the
+# largest entry of all leaves.
 ERROR_FLOOR = 1e-2
 MODES: tuple[Mode, ...] = ("plain", "one_pass", "two_pass", "vmap")
 
@@ -76,8 +76,8 @@ class Point(NamedTuple):
     Attributes:
       experiment: "zoo", or the sweep that the row belongs to.
       model: its name in the zoo.
-      samples: in the batch.
-      length: of the sequence, where it is not the model's own.
+      samples: the number of samples in the batch.
+      length: the length of the sequence, if not the model's default.
     """
 
     experiment: Literal["zoo", "n", "length"]
@@ -87,7 +87,7 @@ class Point(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled step, and how long tracing and compiling took, each time."""
+    """A compiled step, and the times of tracing and compiling."""
 
     compiled: Any
     compile_seconds: list[float]
@@ -144,8 +144,8 @@ def compile_interleaved(
     programs: dict[Any, Program] = {}
     for _ in range(rounds):
         for mode, function in steps.items():
-            # What tracing another mode has left would shorten this one's, or lengthen it by the
-            # collection of its garbage.
+            # Caches from tracing another mode would shorten this trace, and its garbage would
+            # lengthen it.
             jax.clear_caches()
             gc.collect()
             start = time.perf_counter()
@@ -184,7 +184,7 @@ def gradients_in_slices(
 
 
 def slices_that_fit(samples: int, parameter_bytes: int) -> int:
-    """Returns the fewest slices of equal size whose stacked gradients are not too large."""
+    """Returns the smallest number of equal slices whose stacked gradients are not too large."""
     divisors = (count for count in range(1, samples) if samples % count == 0)
     fits = (n for n in divisors if samples // n * parameter_bytes <= MOST_STACKED_BYTES)
     return next(fits, samples)
@@ -279,7 +279,7 @@ def add_errors(
     arguments: tuple[Any, ...],
     parameter_bytes: int,
 ) -> None:
-    # Through slices the gradients that do not fit as one stack have a reference as well.
+    # In slices, gradients that do not fit as one stack have a reference as well.
     if "vmap" in programs:
         reference = programs["vmap"].compiled(*arguments)[1]
     else:
@@ -297,7 +297,7 @@ def is_of(row: dict[str, Any], point: Point) -> bool:
 
 
 def add_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Adds a row in order, in place of one of the same model and batch; the zoo has one a model."""
+    """Adds a row in order, replacing one of the same model and batch; the zoo has one per model."""
     others = [other for other in rows if slot(other) != slot(row)]
     return sorted([*others, row], key=slot)
 
@@ -324,17 +324,17 @@ def main(
     rerun: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Measures what clipping per sample costs, against a plain gradient.
+    """Measures the cost of per-sample clipping, relative to a plain gradient.
 
     Args:
       out: folder for engine.json and engine.png.
-      models: of the zoo; all by default, none after an empty --models.
-      samples: batch sizes other than the usual ones, as in --samples alexnet 64 mlp 32.
-      sweep: also the ratio over the number of samples, or over the length of the sequence.
+      models: models of the zoo; all by default, none with an empty --models.
+      samples: batch sizes that replace the default ones, as in --samples alexnet 64 mlp 32.
+      sweep: also measure ratios over the number of samples, or over the length of the sequence.
       rounds: timed rounds; 9 by default.
       quick: two small models and few rounds, to check that the benchmark works.
-      rerun: measure also what is in the file already.
-      markdown: measure nothing, and print the guide's table from the file.
+      rerun: also measure what is in the file already.
+      markdown: measure nothing; print the guide's table from the file.
     """
     if markdown:
         print(to_markdown(json.loads((out / "engine.json").read_text())["rows"]))
@@ -353,7 +353,7 @@ def main(
     rows = load(path, settings, rerun)
     console = Console()
     if not console.is_terminal:
-        console.width = 126  # the table's
+        console.width = 126  # that of the table
     for point in make_points(chosen, samples or {}, sweep, quick):
         if not rerun and any(is_of(row, point) for row in rows):
             continue

@@ -23,14 +23,14 @@ NOTE = (
     "each leaf, largest over the leaves."
 )
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; hatched for print in grey.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; hatched for grey prints.
 STYLES = {"one_pass": ("#0072B2", ""), "two_pass": ("#56B4E9", "///"), "vmap": ("#D55E00", "...")}
 
 LINES = {"alexnet": ("#0072B2", "o"), "mlp": ("#D55E00", "s"), "gpt_tied": ("#009E73", "^")}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Averages the time over the zoo geometrically, and fits how the ratio varies in each sweep."""
+    """Computes geometric means of times over the zoo, and fits the ratio's slope in each sweep."""
     means = {}
     for mode in STYLES:
         ratios = [figures["ratio_quartiles"][1] for _, figures in in_zoo(rows, mode)]
@@ -44,7 +44,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def in_zoo(rows: list[dict[str, Any]], mode: str) -> list[tuple[int, dict[str, Any]]]:
-    """Lists the figures of a mode with the index of their model, where it ran."""
+    """Lists the results of a mode with the index of their model, for models on which it ran."""
     zoo = [row for row in rows if row["experiment"] == "zoo"]
     figures = [(index, row["modes"][mode]) for index, row in enumerate(zoo)]
     return [(index, of_mode) for index, of_mode in figures if "skipped" not in of_mode]
@@ -153,7 +153,8 @@ def draw_bars(axes: Axes, rows: list[dict[str, Any]], quantity: str, labels: lis
         low, middle, high = zip(*(as_quartiles(value) for value in values), strict=True)
         spread = [np.subtract(middle, low), np.subtract(high, middle)]
         style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white"}
-        # From 1 on: to the left is cheaper than a plain gradient, to the right dearer.
+        # Bars start at 1: to the left is cheaper than a plain gradient, to the right more
+        # expensive.
         widths = np.subtract(middle, 1)
         axes.barh(heights, widths, 0.25, left=1, label=mode, linewidth=0, **style)
         if quantity == "ratio_quartiles":
@@ -198,7 +199,7 @@ def draw_sweep(axes: Axes, lines: dict[str, list[dict[str, Any]]], along: str) -
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Writes the guide's table: what each mode costs against a plain gradient, by model.
+    """Writes the guide's table: the cost of each mode relative to a plain gradient, by model.
 
     Args:
       rows: the rows of engine.json.

@@ -1,9 +1,9 @@
 """Lays models out over the chips of a TPU: batch, parameters and activations.
 
-"fsdp": all chips share the batch and each parameter. "tensor parallel": the columns of the chips'
-grid do so, and those of one column share the products, as Megatron has them: columns of the first,
-rows of the second. Either way activations are constrained by batch alone, so that the compiler
-gathers parameters where they are used.
+"fsdp": all chips share the batch and each parameter. "tensor parallel": the columns of the grid of
+chips do so, and the chips of a column share the products as in Megatron: columns of the first
+product, rows of the second. In both layouts activations are constrained only by batch, so the
+compiler gathers parameters where they are used.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from benchmarks.engine.real_models import Model
 from benchmarks.engine.targets import devices
 
 LAYOUTS = ("fsdp", "tensor parallel")
-# Products of what was parted: rows of these kernels are parted, of all others the columns.
+# Products after a split: the rows of these kernels are split, the columns of all others.
 _PARTED_ROWS = re.compile(r"Block_\d+/(Attention_0/)?Dense_1/|Embed_0/")
 _PARTED_ROWS_OF_LLAMA = re.compile(r"Dense_[35]/")
 
 
 class Laid(NamedTuple):
-    """A model over the chips of a TPU.
+    """A model laid out over the chips of a TPU.
 
     Attributes:
-      loss: of one example; its axis of samples is the mesh's "data".
+      loss: the loss for one example; its axis of samples is the mesh's "data".
       batch_loss: the mean over a batch.
-      arguments: shapes of (params, *batch), which say how they are sharded.
+      arguments: shapes of (params, *batch), with shardings.
     """
 
     loss: Callable[..., Any]
@@ -55,7 +55,7 @@ def mesh_of(layout: str, target: str, topology: str) -> Mesh:
 
 
 def laid_out(model: Model, mesh: Mesh, samples_each: int) -> Laid:
-    """Lays a model out, with so many samples for each chip along "data"."""
+    """Lays a model out, with `samples_each` samples for each chip along "data"."""
     params, *_ = model.abstract()
     num_samples = samples_each * mesh.shape["data"]
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -77,7 +77,7 @@ def _placed(shaped: Any, mesh: Mesh, spec: P) -> jax.ShapeDtypeStruct:
 
 
 def _spec(mesh: Mesh, path: Any, leaf: Any) -> P:
-    """Says how a parameter is sharded: matrices over all chips, vectors not at all."""
+    """Returns a parameter's sharding: matrices over all chips, vectors not at all."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     is_scanned = "Checkpoint" in name
     if leaf.ndim - is_scanned < 2:
@@ -98,7 +98,7 @@ def _spec(mesh: Mesh, path: Any, leaf: Any) -> P:
 
 
 def _constrained(function: Callable[..., Any], mesh: Mesh, batch: str | None) -> Callable[..., Any]:
-    """Constrains what modules return to be sharded by batch, the first axis."""
+    """Constrains the outputs of modules to be sharded by batch, the first axis."""
 
     def constrain(array: jax.Array, is_product: bool) -> jax.Array:
         last = P.UNCONSTRAINED if is_product and "model" in mesh.shape else None
@@ -107,7 +107,7 @@ def _constrained(function: Callable[..., Any], mesh: Mesh, batch: str | None) ->
 
     def interceptor(call: Any, arguments: Any, named: Any, context: Any) -> Any:
         out = call(*arguments, **named)
-        is_within = context.module.name is not None  # the network itself gives the logits
+        is_within = context.module.name is not None  # the network itself returns the logits
         is_array = is_within and isinstance(out, jax.Array) and out.ndim > 2
         is_product = isinstance(context.module, nn.Dense) or context.method_name == "attend"
         return constrain(out, is_product) if is_array else out

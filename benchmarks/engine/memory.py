@@ -1,10 +1,10 @@
-"""How far off is the memory that "auto" chooses a mode by?
+"""How accurate is the memory estimate by which "auto" chooses a mode?
 
     python -m benchmarks.engine.memory
 
 Traces the models of `benchmarks.engine.accelerators`, estimates the peak of their temporary memory,
 and compares it with what XLA's compilers reported there. A TPU has 128 MiB of on-chip memory, which
-its compiler's account leaves out: small models are compared on an H100 alone.
+its compiler's report does not include, so small models are compared on an H100 only.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from psclip_optax.options import Mode
 from psclip_optax.training.output.files import to_json
 
 MODES = ("one_pass", "two_pass")
-# Below this on a TPU, what it has on the chip is more than an eighth of the whole.
+# Below this, a TPU's on-chip memory is more than an eighth of the total.
 LEAST_BYTES = {"v5e": 2**30, "v6e": 2**30, "h100": 2**24}
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows of the compilers' results that an estimate is compared with."""
+    """Returns the rows of the compilers' results to compare with."""
     return [
         row
         for row in rows
@@ -53,7 +53,7 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the ratios of estimate to compiled program, a row a model and target."""
+    """Returns the ratios of estimate to compiled program, a row for each model and target."""
     ratios: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         ratios.setdefault((row["name"], row["target"]), {})[row["mode"]] = row["ratio"]

@@ -1,10 +1,10 @@
-"""How far off are norms whose products have the operands of an accelerator's default?
+"""How accurate are norms at an accelerator's default matmul precision?
 
     python -m benchmarks.engine.norm_precision
 
-A TPU rounds the operands of products to bfloat16, an NVIDIA GPU to TF32. Here both are rounded so
-on a CPU, for the norms alone, over the models of the zoo at their small size. The error is of a
-sample's norm, relative, against operands that are not rounded.
+A TPU rounds the operands of products to bfloat16, an NVIDIA GPU to TF32. Here a CPU emulates this
+rounding, for the norms only, on the models of the zoo at their small size. Errors are the relative
+errors of a sample's norm, compared with operands that are not rounded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMATS = {"bfloat16": (8, 7), "TF32": (8, 10)}
 
 
 def norms_of(model: Any, batch: tuple[Any, ...], bits: tuple[int, int] | None) -> np.ndarray:
-    """Returns the norms of a batch, with the operands of their products rounded to so many bits."""
+    """Returns the norms of a batch, with the operands of products rounded to `bits`."""
     product = dense.product
 
     def rounded(one: jax.Array, other: jax.Array, axis: int, dtype: Any) -> jax.Array:
@@ -69,12 +69,12 @@ def main(
     models: tuple[str, ...] = tuple(ZOO),
     samples: int = 16,
 ) -> None:
-    """Measures how far norms are off by the default precision of accelerators.
+    """Measures the errors of norms at the default precision of accelerators.
 
     Args:
       out: where norm_precision.json is written.
-      models: of the zoo.
-      samples: in a batch.
+      models: models of the zoo.
+      samples: the batch size.
     """
     rows = [measure(name, samples) for name in models]
     out.mkdir(parents=True, exist_ok=True)

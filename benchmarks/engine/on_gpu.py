@@ -1,11 +1,11 @@
-"""What does clipping per sample cost on this GPU, and what does it bring at full width?
+"""How much does per-sample clipping cost on this GPU, and what does it gain at full width?
 
     python -m benchmarks.engine.on_gpu                                           # 8 minutes
     python -m benchmarks.engine.on_gpu --what training --data-dir FOLDER         # 5 minutes
     python -m benchmarks.engine.on_gpu --report
 
-Writes benchmarks/results/on_gpu_CARD.json and, of training, on_gpu_CARD.runs.jsonl. What is
-finished is written at once and not measured again: the same command goes on where it stopped.
+Writes benchmarks/results/on_gpu_CARD.json and, for training, on_gpu_CARD.runs.jsonl. Each result is
+written at once and not measured again: repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ def main(
     tiny: bool = False,
     report: bool = False,
 ) -> None:
-    """Measures what clipping per sample costs on this GPU, and what it brings at full width.
+    """Measures the cost of per-sample clipping on this GPU, and its gain at full width.
 
     Args:
       what: times and errors of the engine, or training runs of AlexNet on CIFAR-100.
-      out: folder of the results.
-      minutes: begin nothing after them; 8 for the engine and 5 for training by default.
+      out: folder for the results.
+      minutes: start nothing after this time; 8 for the engine and 5 for training by default.
       rounds: timed rounds.
-      models: of the engine's; all by default.
-      stacked: models whose stacked gradients are timed too, though they take long to compile.
+      models: the models for the engine; all by default.
+      stacked: models whose stacked gradients are timed too, although they take long to compile.
       data_dir: folder with parts of CIFAR-100, *train*.npz and *test*.npz, each with `images`
         [N, 32, 32, 3] of uint8 and `fine_labels`; for training.
-      epochs: lengths of training, each with a tuning of its own.
+      epochs: lengths of training, each tuned separately.
       seeds: the number of seeds of each tuned method, a multiple of 5.
-      together: runs that are trained at once, a multiple of the number of methods.
-      tiny: small models and made-up data, to check that the script works.
-      report: measure nothing, and print the tables of what is in the folder.
+      together: the number of runs trained at once, a multiple of the number of methods.
+      tiny: small models and random data, to check that the script works.
+      report: measure nothing; print the tables of the results in the folder.
     """
     if report:
         print(to_markdown(out))

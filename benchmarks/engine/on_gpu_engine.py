@@ -44,7 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 NEEDED = ("plain", "one_pass")
 WINDOW_SECONDS, MOST_CALLS = 0.03, 20
-# Samples whose gradients are stacked at once for the norms that errors are held against.
+# The number of samples whose gradients are stacked at once for the reference norms.
 TOGETHER = 8
 
 
@@ -55,7 +55,7 @@ class Job(NamedTuple):
       what: "time" of all modes, or "error" of the norms.
       name: the name of the model.
       build: a function from a size to the model.
-      leaves_out: modes that are measured only if the command asks for them.
+      leaves_out: modes that are measured only on request.
     """
 
     what: Literal["time", "error"]
@@ -69,7 +69,7 @@ def zoo_model(name: str, n: int) -> Callable[[Size], Model]:
         full = size == "full"
         model = ZOO[name]("full" if full else "small")
         label = f"{name} (zoo)"
-        # The zoo draws its parameters and batches from keys of its own.
+        # The zoo draws its parameters and batches from fixed keys.
         samples = n if full else 4
         losses = model.loss, mean_loss(model.loss)
         return Model(label, *losses, lambda _: model.params, lambda _, n: model.batch(n), samples)
@@ -85,7 +85,7 @@ def small_gpt2(size: Size) -> Model:
     return real_models.gpt2("small" if size == "full" else size)._replace(name="GPT-2, small")
 
 
-# The most important jobs come first, as the time may end before the list does.
+# The most important jobs come first, because the time limit may end the list.
 JOBS = (
     Job("time", "alexnet", real_models.alexnet),
     Job("time", "vit_b16", real_models.vit_b16, ("vmap",)),
@@ -108,7 +108,7 @@ def plain_step(batch_loss: Step) -> Step:
 
 
 def clipped_step(loss: Step, **options: Any) -> Step:
-    """Builds (params, threshold, *batch) → value, gradient, figures."""
+    """Builds (params, threshold, *batch) → value, gradient, statistics."""
     clipped = psc.clipped_value_and_grad(loss, 1.0, return_stats=True, **options)
     return lambda params, tau, *batch: clipped(params, *batch, threshold=tau)
 
@@ -121,14 +121,15 @@ def steps_of(model: Model, leaves_out: tuple[str, ...]) -> dict[str, Step]:
 
 def make_arguments(model: Model, threshold: float = float("inf")) -> tuple[Any, ...]:
     """Makes (params, threshold, *batch) on the default device."""
-    # The hardware's own generator: the usual one takes longer to compile than what is measured.
+    # The hardware's random generator: the default one takes longer to compile than the measured
+    # step.
     keys = jax.random.split(jax.random.key(0, impl="rbg"))
     batch = jax.jit(model.make_batch, static_argnums=1)(keys[1], model.n)
     return jax.jit(model.make_params)(keys[0]), jnp.float32(threshold), *batch
 
 
 def compile_step(step: Step, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Compiles a program, and returns it with its figures after a first call."""
+    """Compiles a program, and returns it with its measurements after a first call."""
     # Caches from tracing another mode would shorten the compilation of this one.
     jax.clear_caches()
     gc.collect()
@@ -141,13 +142,13 @@ def compile_step(step: Step, arguments: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def compile_steps(steps: dict[str, Step], arguments: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
-    """Compiles each mode's program, or says why it has none."""
+    """Compiles each mode's program, or records why that failed."""
     modes = {}
     for name, step in steps.items():
         try:
             modes[name] = compile_step(step, arguments)
             say(f"  {name}: compiled in {modes[name]['compile_seconds']:.1f} s")
-        except jax.errors.JaxRuntimeError as error:  # out of memory, where gradients are stacked
+        except jax.errors.JaxRuntimeError as error:  # out of memory, if gradients are stacked
             if name in NEEDED:
                 raise
             modes[name] = {"failed": first_line(error)}
@@ -156,7 +157,7 @@ def compile_steps(steps: dict[str, Step], arguments: tuple[Any, ...]) -> dict[st
 
 
 def repeated(program: Step, calls: int) -> Step:
-    """Repeats a call, as a single one is shorter than the way to the device."""
+    """Repeats a call, because a single one takes less time than its dispatch."""
     return lambda *arguments: [program(*arguments) for _ in range(calls)]
 
 
@@ -183,7 +184,7 @@ def measure_time(model: Model, leaves_out: tuple[str, ...], rounds: int) -> dict
 
 
 def ratios(own: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """Divides a mode's figures by the plain gradient's; none for a mode that failed."""
+    """Divides a mode's measurements by the plain gradient's; empty for a mode that failed."""
     if "failed" in own:
         return {}
     pairs = zip(own["seconds"], plain["seconds"], strict=True)
@@ -199,7 +200,7 @@ def ratios(own: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def stacked_norms(loss: Step, together: int) -> Step:
-    """Builds (params, *batch) → the norm of each sample's own gradient."""
+    """Builds (params, *batch) → the norm of each sample's gradient."""
 
     def norms(params: Any, *batch: Any) -> jax.Array:
         def norm(example: Any) -> jax.Array:
@@ -241,7 +242,7 @@ def measure(job: Job, size: Size, rounds: int) -> dict[str, Any]:
 
 
 def jobs_of(models: tuple[str, ...], stacked: tuple[str, ...]) -> list[Job]:
-    """Lists the jobs of these models, or of all; models in `stacked` leave out no mode."""
+    """Lists the jobs of these models, or of all; models in `stacked` run all modes."""
     return [
         job._replace(leaves_out=()) if job.name in stacked else job
         for job in JOBS
@@ -250,7 +251,7 @@ def jobs_of(models: tuple[str, ...], stacked: tuple[str, ...]) -> list[Job]:
 
 
 def measure_all(results: Results, jobs: list[Job], size: Size, rounds: int, end: float) -> None:
-    """Makes the measurements that the file lacks, until the time is over."""
+    """Makes the measurements that the file lacks, until the time limit."""
     finished = {(row["what"], row["name"], row["size"]) for row in results.rows()}
     for job in jobs:
         if (job.what, job.name, size) in finished:
@@ -262,7 +263,7 @@ def measure_all(results: Results, jobs: list[Job], size: Size, rounds: int, end:
         start = time.perf_counter()
         try:
             results.add(measure(job, size, rounds))
-        except Exception:  # one that fails must not cost the others their time on the card
+        except Exception:  # a failure must not stop the other jobs
             traceback.print_exc()
         say(f"  {time.perf_counter() - start:.1f} s")
 
@@ -307,5 +308,5 @@ def errors_to_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Writes two tables: what each mode costs, and how far its norms are from exact ones."""
+    """Writes two tables: the cost of each mode, and the errors of its norms."""
     return "\n".join(filter(None, (times_to_markdown(rows), errors_to_markdown(rows))))

@@ -1,4 +1,4 @@
-"""Keeps the results of `benchmarks.engine.on_gpu` for one card, and prints its progress."""
+"""Stores the results of `benchmarks.engine.on_gpu` for one card, and prints its progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psclip_optax.training.output.files import to_json, write_atomically
 
 
 def say(line: str) -> None:
-    """Prints a line at once: what buffers still hold is lost when the time is over."""
+    """Prints a line at once: buffered output would be lost at the time limit."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
@@ -26,7 +26,7 @@ class Results(NamedTuple):
 
     Attributes:
       path: the path of the JSON.
-      machine: the machine that new rows come from.
+      machine: the machine of new rows.
     """
 
     path: pathlib.Path
@@ -34,14 +34,14 @@ class Results(NamedTuple):
 
     @property
     def runs(self) -> pathlib.Path:
-        """Opens the cache of training runs, one a line."""
+        """Opens the cache of training runs, one per line."""
         return self.path.with_suffix(".runs.jsonl")
 
     def rows(self) -> list[dict[str, Any]]:
         return read_rows(self.path)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Writes the file anew with this row, which takes the place of an earlier one."""
+        """Rewrites the file with this row, which replaces an earlier one."""
         others = [other for other in self.rows() if key(other) != key(row)]
         content = to_json({"rows": [*others, row | {"machine": self.machine}]}, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def describe_card() -> dict[str, Any]:
-    """Describes the machine, with its card's driver where that is known."""
+    """Describes the machine, with its card's driver if known."""
     platform = jax.devices()[0].client.platform_version
     return describe_machine() | {"driver": driver_version(), "xla_platform": platform}
 

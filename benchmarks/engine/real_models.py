@@ -1,8 +1,8 @@
-"""Builds models of the sizes that people train, each a loss of one example.
+"""Builds models of realistic size, each with a loss for one example.
 
-Parameters are float32. Every loss gives its network a batch of one, as code written for batches
-does. Nothing is allocated until parameters or a batch are asked for: `Model.abstract` has the
-shapes of a model of any size.
+Parameters are float32. Every loss passes its network a batch of one, like code written for batches.
+Nothing is allocated until parameters or a batch are requested: `Model.abstract` has the shapes of a
+model of any size.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from psclip_optax.training.models.classifiers import build_model
 
 Size = Literal["tiny", "small", "full"]
 COMPUTE = jnp.bfloat16
-# So Flax names what a scan over rematerialised layers stacks.
+# Flax's name for the stack of a scan over rematerialised layers.
 _STACKED = "Checkpoint"
 
 
 class Model(NamedTuple):
-    """A loss, and what makes its arguments.
+    """A loss, and functions that make its arguments.
 
     Attributes:
       name: the name in tables.
-      loss: `loss(params, *example)`, of one example.
-      batch_loss: `batch_loss(params, *batch)`, the mean loss as one writes it for a batch.
+      loss: `loss(params, *example)`, for one example.
+      batch_loss: `batch_loss(params, *batch)`, the mean loss written for a batch.
       make_params: key → initial parameters, float32.
       make_batch: (key, n) → the arguments after `params`, samples on axis 0.
-      n: samples in its usual batch.
+      n: its usual batch size.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Model(NamedTuple):
 def of_one_and_all(
     losses: Callable[..., jax.Array],
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    """Makes a loss of one example and the mean loss of a batch from `losses(params, *batch)`."""
+    """Makes a loss for one example and the mean loss of a batch from `losses(params, *batch)`."""
 
     def loss(params: Any, *example: jax.Array) -> jax.Array:
         return losses(params, *(array[None] for array in example))[0]
@@ -151,12 +151,12 @@ class VisionTransformer(nn.Module):
         x = x + place.astype(COMPUTE)
         for _ in range(self.layers):
             x = Block(self.heads, causal=False)(x)
-        # In float32 from here on, as logits in bfloat16 have two or three digits.
+        # In float32 from here on, because logits in bfloat16 have two or three digits.
         return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(axis=-2))
 
 
 class ResidualBlock(nn.Module):
-    """Bottleneck of ResNet-50, with group normalisation, which treats each sample alone."""
+    """Bottleneck of ResNet-50, with group normalisation, which is independent for each sample."""
 
     channels: int
     stride: int
@@ -197,7 +197,7 @@ class ResNet(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT, which names each token of a text; it normalises after each residual."""
+    """BERT, which predicts each token of a text; it normalises after each residual."""
 
     vocabulary: int
     length: int
@@ -281,7 +281,7 @@ class Llama(nn.Module):
 
 
 def scanned(block: nn.Module, x: jax.Array, layers: int) -> jax.Array:
-    """Applies a block so many times, each with parameters of its own."""
+    """Applies a block `layers` times, each time with other parameters."""
     scan = nn.scan(
         lambda block, x, _: (block(x), None),
         variable_axes={"params": 0},
@@ -292,10 +292,11 @@ def scanned(block: nn.Module, x: jax.Array, layers: int) -> jax.Array:
 
 
 class GPT2(nn.Module):
-    """GPT-2, with the table of the tokens for the logits as well.
+    """GPT-2, with its embedding tied to the output layer.
 
     Attributes:
-      scanned: one block scanned over the layers and rematerialised, instead of a block a layer.
+      scanned: whether one block is scanned over the layers and rematerialised, instead of one per
+      layer.
     """
 
     vocabulary: int
@@ -323,7 +324,7 @@ class GPT2(nn.Module):
 
 
 def by_layer(params: Any, threshold: float) -> Any:
-    """Makes a threshold for each layer, those that a scan stacks included, of one sensitivity."""
+    """Makes a threshold for each layer, also in scans, with the sensitivity of one threshold."""
     if not isinstance(params, dict):
         return psc.by_layer(params, threshold)
     layers = {
@@ -357,7 +358,7 @@ def vit_b16(size: Size = "full") -> Model:
 
 
 def gpt2(size: Size = "full", *, scanned: bool = False) -> Model:
-    """Builds GPT-2 of 124 million parameters, its vocabulary filled up to a multiple of 128."""
+    """Builds GPT-2 with 124 million parameters, its vocabulary padded to a multiple of 128."""
     vocabulary, length, dim, layers, heads, n = {
         "tiny": (50, 8, 16, 2, 2, 4),
         "small": (8192, 128, 256, 4, 4, 16),
@@ -378,7 +379,7 @@ def resnet50(size: Size = "full") -> Model:
 
 
 def bert_base(size: Size = "full") -> Model:
-    """Builds BERT-base, its vocabulary filled up; it predicts the next token at the same cost."""
+    """Builds BERT-base with padded vocabulary; it predicts the next token, at the same cost."""
     vocabulary, length, dim, layers, heads, n = {
         "tiny": (50, 8, 16, 2, 2, 4),
         "small": (8192, 64, 256, 4, 4, 16),

@@ -1,11 +1,11 @@
-"""What does it cost to record every sample of a training?
+"""How much does it cost to record every sample during training?
 
     python -m benchmarks.engine.recording
 
-Steps of `psclip train`, by the automatic threshold, with and without --record-samples, in windows
-that take turns. A window ends as a checkpoint does: all that was recorded in it is on the disk.
-Ratios are of a window to the one without records in the same round. Prints a table and writes it to
-benchmarks/results as recording.json.
+Runs steps of `psclip train` with the automatic threshold, with and without --record-samples, in
+alternating windows. A window ends like a checkpoint: all its records are on disk. Ratios are to the
+window without records in the same round. Prints a table and writes it to benchmarks/results as
+recording.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NUM_IMAGES = 2048
 
 
 class Setting(NamedTuple):
-    """A model, its data and batches, and how many steps a window has."""
+    """A model, its data and batches, and the number of steps in a window."""
 
     dataset: str
     model: ModelName
@@ -61,7 +61,7 @@ TINY = (Setting("digits", "mlp", 0.05, 16, 3),)
 
 
 def random_images(name: str) -> Dataset:
-    """Noise in the shapes of a data set, which costs a step as much as its images do."""
+    """Makes noise with the shapes of a data set; a step costs the same as with its images."""
     shape, num_classes = dataset_shape(name)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (NUM_IMAGES, *shape), np.uint8)
@@ -70,7 +70,7 @@ def random_images(name: str) -> Dataset:
 
 
 def build_window(setting: Setting, log: SampleLog | None) -> Callable[[], None]:
-    """Gives a function that does one window of steps, and goes on where the last one ended."""
+    """Returns a function that runs one window of steps, continuing from the last one."""
     dataset = random_images(setting.dataset)
     config = TaskConfig(model=setting.model, width=setting.width, batch_size=setting.batch_size)
     model = build_task_model(config, dataset)
@@ -104,10 +104,10 @@ def build_window(setting: Setting, log: SampleLog | None) -> Callable[[], None]:
 
 
 def time_in_turn(windows: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Gives the seconds of each window, after one of each that does not count."""
+    """Returns the seconds of each window, after a warm-up window of each."""
     seconds: dict[str, list[float]] = {name: [] for name in windows}
     for round_ in range(repeats + 1):
-        # Whose turn is first changes, so that neither has the warmer caches.
+        # The order alternates, so that neither has warmer caches.
         for name in sorted(windows, reverse=round_ % 2 == 1):
             start = time.perf_counter()
             windows[name]()
@@ -145,12 +145,12 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(out: pathlib.Path = RESULTS, repeats: int = 21, quick: bool = False) -> None:
-    """Measures what it costs to record every sample of a training.
+    """Measures the cost of recording every sample during training.
 
     Args:
       out: where recording.json is written.
-      repeats: rounds that count.
-      quick: a tiny net, to see that the benchmark works.
+      repeats: the number of measured rounds.
+      quick: a tiny net, to check that the benchmark works.
     """
     with tempfile.TemporaryDirectory() as folder:
         rows = [

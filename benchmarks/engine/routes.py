@@ -1,10 +1,10 @@
-"""What do losses cost that once needed stacked gradients, compared with a plain gradient?
+"""How much do losses cost that used to need stacked gradients?
 
     python -m benchmarks.engine.routes
 
-Each loss has a parameter that meets data in a way that needs a route of its own, or the loss in
-another form. "one_pass", "two_pass" and "vmap" are compiled beside `value_and_grad` of the mean
-loss; timed are interleaved calls.
+Each loss uses a parameter in a way that needs a special route, or another form of the loss.
+"one_pass", "two_pass" and "vmap" are compiled and timed in interleaved calls, and compared with
+`value_and_grad` of the mean loss.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ NETS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Size], tuple[int, ...
 
 
 def measure(name: str, size: Size, rounds: int) -> dict[str, Any]:
-    """Compiles and times all modes of one loss beside a plain gradient."""
+    """Compiles and times all modes of one loss and a plain gradient."""
     net, shape = NETS[name]
     keys = jax.random.split(jax.random.key(0))
     w = jax.random.normal(keys[0], shape(size)) / size.width**0.5
@@ -143,7 +143,7 @@ def measure(name: str, size: Size, rounds: int) -> dict[str, Any]:
 
     def mean_loss(w: Any, x: Any) -> Any:
         of_one = functools.partial(loss, w)
-        # JAX does not batch ragged_dot: one sample after the other.
+        # JAX cannot batch ragged_dot: one sample after the other.
         return jnp.mean(lax.map(of_one, x) if name == "experts" else jax.vmap(of_one)(x))
 
     compiled_from = {"plain": jax.value_and_grad(mean_loss)}
@@ -152,7 +152,7 @@ def measure(name: str, size: Size, rounds: int) -> dict[str, Any]:
     for mode, function in compiled_from.items():
         try:
             programs[mode] = jax.jit(function).lower(w, x).compile()
-        except NotImplementedError:  # JAX does not batch the operation
+        except NotImplementedError:  # JAX cannot batch the operation
             continue
         found[mode] = {"bytes": programs[mode].memory_analysis().temp_size_in_bytes}
     seconds = time_interleaved({m: Case(p, (w, x)) for m, p in programs.items()}, rounds)
@@ -196,7 +196,7 @@ def _cell(found: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Draws the memory of each mode beside that of a plain gradient."""
+    """Draws the memory of each mode relative to that of a plain gradient."""
     rows = result["rows"]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -220,12 +220,12 @@ def main(
     rounds: int = 15,
     quick: bool = False,
 ) -> None:
-    """Measures the losses that need a route of their own, or another form.
+    """Measures the losses that need a special route, or another form.
 
     Args:
       out: where routes.json and routes.png are written.
-      rounds: how many interleaved calls are timed.
-      quick: whether the losses are tiny, to try the command.
+      rounds: the number of interleaved calls that are timed.
+      quick: tiny losses, to check that the benchmark works.
     """
     size = SMALL if quick else Size()
     rows = [measure(name, size, rounds) for name in NETS]

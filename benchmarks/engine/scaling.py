@@ -1,4 +1,4 @@
-"""What do devices that share a batch compute, and send each other?
+"""How much do devices that share a batch compute, and send each other?
 
     python -m benchmarks.engine.scaling
 
@@ -36,7 +36,7 @@ MODES = {"plain": "#666666", "one_pass": "#0072B2"}
 
 
 class Assumptions(NamedTuple):
-    """The assumptions about the simulated cluster. None of these figures was measured."""
+    """The assumptions about the simulated cluster. None of these numbers was measured."""
 
     flops_per_second: float = 100e12
     bytes_per_second: float = 50e9
@@ -84,7 +84,7 @@ def measure(name: str, mode: str, num_devices: int, size: str) -> dict[str, Any]
 
 
 def with_flops(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds the operations of several devices, relative to those of a device that is alone."""
+    """Adds the operations of several devices, relative to those of a single device."""
     alone = {(r["model"], r["mode"]): r for r in rows if r["devices"] == 1}
 
     def flops(row: dict[str, Any]) -> float:
@@ -188,7 +188,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main(out: pathlib.Path = RESULTS, quick: bool = False) -> None:
-    """Counts what devices that share a batch compute, and send each other.
+    """Counts the operations of devices that share a batch, and the bytes they send each other.
 
     Args:
       out: folder for scaling.json and scaling.png.

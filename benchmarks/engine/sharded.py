@@ -1,11 +1,11 @@
-"""What do chips of a TPU send each other that share a batch and its model? No TPU is needed.
+"""How much do TPU chips that share a batch and a model send each other? No TPU is needed.
 
     pip install -e '.[train,accelerators]'
     python -m benchmarks.engine.sharded
 
-Every mode is compiled by XLA's compiler for TPUs for 4, 16 and 256 chips, beside `value_and_grad`
-of the mean loss as it is written for a batch: elements sent, peak memory of a chip, and cycles by
-the compiler's own estimates. What was compiled stands in the result and is not compiled again.
+XLA's compiler for TPUs compiles every mode for 4, 16 and 256 chips, and `value_and_grad` of a mean
+loss that is written for a batch. It reports elements sent, the peak memory of a chip, and estimated
+cycles. Programs in the result are not compiled again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NOTE = (
 
 
 class Job(NamedTuple):
-    """A model, and how many samples each chip along the batch's axis has."""
+    """A model, and the number of samples for each chip along the batch's axis."""
 
     build: Callable[[real_models.Size], real_models.Model]
     samples_each: int
@@ -73,7 +73,7 @@ class Point(NamedTuple):
 
 
 def measure(point: Point, quick: bool) -> dict[str, Any]:
-    """Compiles one mode, or "plain"; `fits` is false where a chip's memory is too small."""
+    """Compiles one mode, or "plain"; `fits` is False if a chip's memory is too small."""
     job = JOBS[point.job]
     model = job.build("tiny" if quick else "full")
     laid = laid_out(model, mesh_of(point.layout, TARGET, point.topology), job.samples_each)
@@ -97,7 +97,7 @@ def measure(point: Point, quick: bool) -> dict[str, Any]:
 
 
 def _function(laid: Laid, mode: str) -> tuple[Callable[..., Any], int]:
-    """Gives what is compiled, and the number of groups that are clipped apart."""
+    """Returns the function to compile, and its number of clipping groups."""
     if mode == "plain":
         return jax.value_and_grad(laid.batch_loss), 0
     threshold = by_layer(laid.arguments[0], 1.0) if mode == "by_layer" else 1.0
@@ -155,7 +155,7 @@ def to_table(result: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Writes the guide's table: what each mode sends, holds and takes against a plain gradient."""
+    """Writes the guide's table: traffic, memory and cycles relative to a plain gradient."""
     header = ["model, samples", "chips", "layout", "mode", *IN_THE_GUIDE, "GB a chip"]
     body = [
         [
@@ -173,7 +173,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Draws what is sent, and the memory, of each model, layout and mode."""
+    """Draws the traffic and the memory of each model, layout and mode."""
     rows = [row for row in result["ratios"] if row["ratios"]]
     names = list(dict.fromkeys((row["name"], row["layout"], row["topology"]) for row in rows))
     figure = Figure(figsize=(4 + 0.5 * len(names), 6.4), layout="constrained")
@@ -216,16 +216,16 @@ def main(
     rerun: bool = False,
     quick: bool = False,
 ) -> None:
-    """Compiles models for the chips of a TPU, and tells what they send and hold.
+    """Compiles models for the chips of a TPU, and reports their traffic and memory.
 
     Args:
       out: folder for sharded.json and sharded.png.
-      topology: of 2x2, 4x4 and 16x16 chips, those to compile for.
-      layout: of "fsdp" and "tensor parallel", those to compile.
+      topology: which of 2x2, 4x4 and 16x16 chips to compile for.
+      layout: which of "fsdp" and "tensor parallel" to compile.
       model: the models to compile.
-      mode: the modes to compile beside the plain gradient.
-      rerun: whether these are compiled again where the result has them.
-      quick: small models, to see that the benchmark works.
+      mode: the modes to compile, in addition to the plain gradient.
+      rerun: whether to compile programs again that are in the result.
+      quick: small models, to check that the benchmark works.
     """
     jax.config.update("jax_platforms", "cpu")
     path = out / "sharded.json"

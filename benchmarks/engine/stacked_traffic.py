@@ -2,8 +2,8 @@
 
     python -m benchmarks.engine.stacked_traffic
 
-Prints a table and writes it to benchmarks/results as stacked_traffic.json and .png. Least possible
-are two reads, one for the norms and one for the sum; the mean alone needs one.
+Prints a table and writes it to benchmarks/results as stacked_traffic.json and .png. The minimum is
+two reads, one for the norms and one for the sum; the mean alone needs one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MARKERS = dict(zip(CASES, "|os^", strict=True))
 
 
 def mean(stack: jax.Array) -> jax.Array:
-    # A dot product, as XLA for CPU is slow at sums over the first axis.
+    # A dot product, because XLA's CPU backend is slow at sums over the first axis.
     weights = jnp.full(len(stack), 1 / len(stack), jnp.float32)
     dimensions = (((0,), (0,)), ((), ()))
     total = lax.dot_general(weights, stack.astype(jnp.float32), dimensions, lax.Precision.HIGHEST)
@@ -116,7 +116,7 @@ def draw(result: dict[str, Any]) -> Figure:
     traffic, times = figure.subplots(1, 2, sharey=True)
     for name, colour in CASES.items():
         rows = [row for row in result["rows"] if row["case"] == name]
-        # The cases of a stack beside one another, so that none hides another.
+        # Cases of the same stack are shifted, so that none hides another.
         offset = 0.18 * (list(CASES).index(name) - 1.5)
         heights = [labels.index(stack_label(row)) + offset for row in rows]
         style = {"color": colour, "marker": MARKERS[name], "linestyle": "none", "markersize": 8}

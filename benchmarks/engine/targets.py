@@ -1,4 +1,4 @@
-"""Compiles for accelerators that are not here, and reads what the programs cost there.
+"""Compiles for accelerators without the hardware, and reads the programs' costs.
 
 XLA's compilers for TPUs and NVIDIA GPUs run on any machine: `pip install '.[accelerators]'`.
 """
@@ -22,7 +22,7 @@ from psclip_optax.training.output.files import to_json, write_atomically
 
 PointT = TypeVar("PointT", bound=Hashable)
 
-# The machine has no TPU, and libtpu would look for one; several processes may compile at once.
+# The machine has no TPU, and libtpu would search for one; several processes may compile at once.
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -38,12 +38,12 @@ class Cost(NamedTuple):
     """The cost of a compiled program.
 
     Attributes:
-      cycles: cycles of a TPU, by the compiler's own estimates; 0 for a GPU.
-      kernels: how many kernels a GPU launches; 0 for a TPU.
-      bytes: how many bytes these kernels read and write.
+      cycles: cycles of a TPU, by the compiler's estimates; 0 for a GPU.
+      kernels: the number of kernels that a GPU launches; 0 for a TPU.
+      bytes: the bytes that these kernels read and write.
       waits: how often a GPU waits for the host.
       temp_bytes: the peak of the temporary memory.
-      compile_seconds: tracing included.
+      compile_seconds: the time of compilation, including tracing.
     """
 
     cycles: int
@@ -56,7 +56,7 @@ class Cost(NamedTuple):
 
 @functools.cache
 def devices(target: str, topology: str = "2x2") -> Any:
-    """Gives the devices of a target, those of a TPU row by row of the topology."""
+    """Returns the devices of a target; for a TPU, row by row of the topology."""
     os.environ.update(_ENVIRONMENT)
     if target == "h100":
         return topologies.get_topology_desc(
@@ -104,7 +104,7 @@ def compile_missing(
     summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
     rerun: bool,
 ) -> dict[str, Any]:
-    """Compiles what a result lacks, and writes it after each point.
+    """Compiles the points that a result lacks, and writes it after each.
 
     Args:
       path: the result's file.
@@ -112,7 +112,7 @@ def compile_missing(
       point_of: a function from a row to its point.
       measure: a function that compiles a point, to its row.
       summary: a function from all rows to the result.
-      rerun: whether points that the result has are compiled again.
+      rerun: whether to compile points again that are in the result.
 
     Returns:
       The result.

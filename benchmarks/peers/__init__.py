@@ -1,1 +1,1 @@
-"""Other libraries that clip per sample, against their own framework's plain step."""
+"""Compares libraries that clip per sample with plain steps of their frameworks."""

@@ -10,16 +10,16 @@ import numpy as np
 
 
 class Peer(NamedTuple):
-    """One way to clip per sample.
+    """A library's way of clipping per sample.
 
     Attributes:
       label: the label in tables and figures.
       framework: the framework of its plain step.
       module: the module that must be importable where it is measured.
       epsilon: ε of its clip factor min(1, C / (norm + ε)).
-      colour: Okabe and Ito's, which the colour-blind can tell apart.
-      hatch: the hatch, so that it reads in grey.
-      float32_limit: the largest error of its gradients in float32 that is accepted.
+      colour: one of Okabe and Ito's, which colour-blind readers can distinguish.
+      hatch: the hatch, for grey prints.
+      float32_limit: the largest accepted error of its gradients in float32.
     """
 
     label: str
@@ -47,7 +47,7 @@ PEERS = {
 
 
 class Inputs(NamedTuple):
-    """The inputs that a peer is run on.
+    """The inputs of a peer.
 
     Attributes:
       model: "alexnet" or "gpt".
@@ -90,16 +90,16 @@ class Inputs(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The steps of a peer that is ready to run on some inputs.
+    """The steps of a peer, ready to run on some inputs.
 
     Attributes:
       plain: a function that computes loss and gradient of the mean loss, and waits for them; None
-        if it was not asked for.
+        if not requested.
       clipped: a function that computes loss and clipped mean gradient, and waits for them.
       loss: a function from the result of `clipped` to the mean loss.
       gradients: a function from the result of `clipped` to arrays named and shaped as in Flax.
-      temp_bytes: temporary memory of `plain` and of `clipped`, where the compiler tells.
-      clear: a function that frees what the last steps left in the model.
+      temp_bytes: temporary memory of `plain` and of `clipped`, if the compiler reports it.
+      clear: a function that frees arrays that the last steps left in the model.
     """
 
     plain: Callable[[], Any] | None

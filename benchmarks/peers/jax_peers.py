@@ -15,10 +15,9 @@ import psclip_optax as psc
 from benchmarks.peers.common import Inputs, Steps
 from benchmarks.zoo.models import ZOO, Model, Size
 
-# The fastest tried for either model. Of a whole batch, XLA's CPU backend fuses what
-# jax_privacy does with the gradients, scaling and the sum over samples, so that time grows about
-# with the square of the number of parameters; an `optimization_barrier` as its
-# `pre_clipping_transform` does not help.
+# The fastest setting for both models. With whole batches, XLA's CPU backend fuses jax_privacy's
+# scaling and sum over samples in such a way that time grows about with the square of the number of
+# parameters; an `optimization_barrier` as its `pre_clipping_transform` does not help.
 MICROBATCH_SIZE = 1
 
 
@@ -51,7 +50,7 @@ def loss_of(model: str, size: Size) -> Callable[..., Any]:
         built.append(ZOO[model](size))
         return built[0].params
 
-    # Traced alone: the weights come from the inputs, and to compute them takes seconds.
+    # Only traced: the weights come from the inputs, and computing them takes seconds.
     jax.eval_shape(params)
     return built[0].loss
 

@@ -1,4 +1,4 @@
-"""Computes the inputs that all peers share, and the gradients that theirs are compared with."""
+"""Computes the inputs that all peers share, and the reference gradients."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from benchmarks.peers.jax_peers import as_names, as_tree
 from benchmarks.zoo.models import ZOO
 
 DTYPES = ("float32", "float64")
-# In float64 few samples suffice, as algorithms are compared and not their rounding.
+# In float64 few samples suffice, because algorithms are compared, not their rounding.
 SAMPLES_IN_FLOAT64 = 4
-# The largest error of the gradients in float64 that is let through, relative to the largest entry
-# of a leaf, and of the loss, relative.
+# The largest accepted errors in float64: of the gradients, relative to the largest entry of a leaf,
+# and of the loss, relative.
 FLOAT64_LIMIT = 1e-10
 LOSS_LIMITS = {"float32": 1e-5, "float64": FLOAT64_LIMIT}
 
@@ -99,14 +99,14 @@ def compute(inputs: Inputs, loss: Any, epsilons: set[float]) -> tuple[Reference,
 def thresholds_with(epsilon: float, threshold: float, norms: np.ndarray) -> np.ndarray:
     """Computes norms τ_k with min(1, τ_k / ‖g_k‖) = min(1, C / (‖g_k‖ + ε)).
 
-    Some libraries add such an ε to the norm. With these thresholds it is part of what is compared,
-    so that no tolerance has to cover it.
+    Some libraries add such an ε to the norm. These thresholds account for it, so that no tolerance
+    has to cover it.
     """
     return threshold * norms / (norms + epsilon)
 
 
 def limit(peer: Peer, dtype: str, what: str) -> float:
-    """Returns the largest error of the "loss" or the "gradients" that is accepted."""
+    """Returns the largest accepted error of the "loss" or the "gradients"."""
     if what == "loss":
         return LOSS_LIMITS[dtype]
     return peer.float32_limit if dtype == "float32" else FLOAT64_LIMIT

@@ -141,7 +141,7 @@ def shown_error(error: float | None, largest: float) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Writes a table in Markdown: each library's time and peak memory, against its plain step.
+    """Writes a Markdown table: each library's time and peak memory, relative to its plain step.
 
     Args:
       rows: the rows of peers.json.
@@ -196,7 +196,7 @@ def draw_bars(axes: Axes, of_peer: dict[str, dict[str, Any]], keys: list[str]) -
             continue
         low, middle, high = row["ratio_quartiles"]
         style: dict[str, Any] = {"color": peer.colour, "hatch": peer.hatch, "edgecolor": "white"}
-        # From 1 on: to the left is cheaper than a plain step, to the right dearer.
+        # Bars start at 1: to the left is cheaper than a plain step, to the right more expensive.
         axes.barh(height, middle - 1, 0.7, left=1, linewidth=0, **style)
         spread = [[middle - low], [high - middle]]
         axes.errorbar(middle, height, xerr=spread, fmt="none", ecolor="black", capsize=3)

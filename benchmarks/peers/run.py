@@ -1,11 +1,11 @@
-"""What does clipping per sample cost in each library, and do they agree?
+"""How much does per-sample clipping cost in each library, and do they agree?
 
     python -m benchmarks.peers
 
-The unit is the plain step of the library's own framework, on the same weights and the same batch,
-in the same process and round. Prints tables and writes benchmarks/peers/results/peers.json and
-.png; ends with an error where a library's clipped gradients are not ours. What is in the JSON
-already is not measured again.
+Results are relative to a plain step of the library's framework, with the same weights and batch, in
+the same process and round. Prints tables and writes benchmarks/peers/results/peers.json and .png.
+Ends with an error if a library's clipped gradients differ from ours. Rows in the JSON are not
+measured again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measure(
 
 
 def run_worker(peer: str, folder: pathlib.Path, options: Options) -> str | None:
-    """Runs a worker: returns None, or its last words before it failed; None if time is up."""
+    """Runs a worker; returns the end of its output if it failed, else None, also at a timeout."""
     arguments = {
         "--folder": folder,
         "--peer": peer,
@@ -138,7 +138,7 @@ def figures_of(report: dict[str, Any]) -> dict[str, Any]:
     }
     for name in ("peak_bytes", "temp_bytes"):
         pair = report.get(name)
-        if pair is not None and pair[0]:  # a small step may fit into what is resident already
+        if pair is not None and pair[0]:  # a small step may fit into resident memory
             figures |= {f"plain_{name}": pair[0], name: pair[1], f"{name}_ratio": pair[1] / pair[0]}
     return figures
 
@@ -156,7 +156,7 @@ def too_slow(report: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def add_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Adds a row in order, in place of one of the same peer and model, whatever its batch."""
+    """Adds a row in order, replacing one of the same peer and model, whatever its batch."""
     return sorted([*(other for other in rows if slot(other) != slot(row)), row], key=slot)
 
 
@@ -190,18 +190,18 @@ def main(
     rerun: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Measures what clipping per sample costs in each library, and whether they agree.
+    """Measures the cost of per-sample clipping in each library, and compares the gradients.
 
     Args:
       out: folder for peers.json and peers.png.
       models: alexnet, gpt or both.
       peers: ours, jax_privacy, jax_privacy_sliced, optax, opacus_ghost, opacus_hooks, fastdp.
-      samples: batch sizes other than 32 and 16, as in --samples alexnet 8 gpt 4.
+      samples: batch sizes that replace 32 and 16, as in --samples alexnet 8 gpt 4.
       rounds: timed rounds; 7 by default.
-      time_limit_seconds: the limit for each peer on each model, with its start and compilation.
+      time_limit_seconds: the limit for each peer on each model, including start and compilation.
       quick: small models, four samples and few rounds, to check that the benchmark works.
-      rerun: measure also what is in the file already.
-      markdown: measure nothing, and print a table in Markdown from the file.
+      rerun: also measure what is in the file already.
+      markdown: measure nothing; print a Markdown table from the file.
     """
     if markdown:
         print(to_markdown(json.loads((out / "peers.json").read_text())["rows"]))
@@ -221,7 +221,7 @@ def main(
     rows = load(path, settings, rerun)
     console = Console()
     if not console.is_terminal:
-        console.width = 132  # the table's
+        console.width = 132  # that of the table
     options = Options(settings["rounds"], time_limit_seconds)
     for model in models:
         tasks = [Task(model, numbers[model], peer) for peer in peers]

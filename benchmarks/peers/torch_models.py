@@ -1,7 +1,7 @@
-"""Builds AlexNet and GPT in PyTorch, as the package and benchmarks/zoo/models.py have them.
+"""Builds AlexNet and GPT in PyTorch, like those of the package and benchmarks/zoo/models.py.
 
-Modules are called as in Flax and take their sizes from Flax's parameters, so that weights go over
-by name.
+Modules have Flax's names and take their sizes from Flax's parameters, so weights are copied by
+name.
 """
 
 # PyTorch is not installed where types are checked.
@@ -42,7 +42,7 @@ class AlexNet(nn.Module):
         super().__init__()
         for i, stride in enumerate((2, 1, 1, 1, 1)):
             outputs, inputs, *_ = torch_shape("/kernel", params[f"Conv_{i}/kernel"].shape)
-            # At stride 2, "SAME" of an even image pads below and to the right alone; see `forward`.
+            # At stride 2, "SAME" pads an even image only below and to the right; see `forward`.
             conv = nn.Conv2d(inputs, outputs, 3, stride, padding=0 if stride == 2 else 1)
             self.add_module(f"Conv_{i}", conv)
         for i in range(3):
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT, from tokens [n, T] to logits [n, T, vocabulary], with an output matrix of its own."""
+    """GPT, from tokens [n, T] to logits [n, T, vocabulary], with an untied output matrix."""
 
     def __init__(self, params: Params):
         super().__init__()
@@ -109,8 +109,8 @@ class GPT(nn.Module):
         self.add_module("Dense_0", linear(params, "Dense_0"))
 
     def forward(self, tokens: Any) -> Any:
-        # A row of positions a sample, and in memory: hooks take the first axis for the samples, and
-        # ghost norms a view of what entered.
+        # One row of positions for each sample, materialised: hooks treat the first axis as samples,
+        # and ghost norms take a view of the input.
         positions = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
         x = self.get_submodule("Embed_0")(tokens) + self.get_submodule("position")(positions)
         for i in range(self.blocks):

@@ -52,7 +52,7 @@ def gradients(summed: dict[str, Any], inputs: Inputs) -> dict[str, np.ndarray]:
     }
 
 
-# A peer gives its step, and a function to the sums of clipped gradients that it left.
+# A peer returns its step, and a function that reads the sums of clipped gradients after it.
 Built = tuple[Callable[[], Any], Callable[[], dict[str, Any]]]
 
 
@@ -114,7 +114,7 @@ def fastdp(model: Any, inputs: Inputs) -> Built:
     def keep(param: Any, summed: Any) -> None:
         param.private_grad = summed.detach()
 
-    # The library's own draws noise for every parameter, even where its scale is 0.
+    # The library's version draws noise for every parameter, even if its scale is 0.
     autograd_grad_sample._create_or_extend_private_grad = keep
     fastDP.PrivacyEngine(
         model,
@@ -125,7 +125,7 @@ def fastdp(model: Any, inputs: Inputs) -> Built:
         max_grad_norm=inputs.threshold,
         clipping_fn="Abadi",
         clipping_mode="MixOpt",
-        # Only these ask autograd for gradients, so that it computes no other plain one.
+        # Only these need gradients, so that autograd computes no plain gradient of others.
         origin_params={"alexnet": ["Conv_0.bias"], "gpt": ["Embed_0", "position"]}[inputs.model],
     )
     x, targets = batch_tensors(inputs.model, inputs.batch)

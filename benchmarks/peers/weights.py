@@ -8,7 +8,7 @@ import numpy as np
 
 
 def torch_name(name: str) -> str:
-    """Names a parameter in PyTorch, where modules are called as in Flax."""
+    """Returns a parameter's name in PyTorch, where modules have Flax's names."""
     *modules, last = name.split("/")
     if not modules:  # a bare array in Flax; in PyTorch an embedding of the positions
         return f"{last}.weight"
@@ -28,7 +28,7 @@ def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def fan_in(name: str, shape: tuple[int, ...]) -> int:
-    # A product that joins the heads has two axes of inputs; every other one has its inputs first.
+    # A product that joins the heads has two input axes; all others have their input axis first.
     return int(np.prod(shape[: 2 if name.endswith("/out/kernel") else 1]))
 
 
@@ -37,7 +37,7 @@ def is_convolution(shape: tuple[int, ...]) -> bool:
 
 
 def to_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """Lays out a parameter of Flax as PyTorch has it.
+    """Converts a parameter from Flax's layout to PyTorch's.
 
     Args:
       name: the name in Flax, "Dense_0/kernel".
@@ -52,11 +52,11 @@ def to_torch(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def from_torch(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Lays out a parameter of PyTorch, or its gradient, as Flax has it.
+    """Converts a parameter or its gradient from PyTorch's layout to Flax's.
 
     Args:
       name: the name in Flax.
-      array: the array as PyTorch has it.
+      array: the array in PyTorch's layout.
       shape: the shape in Flax.
     """
     if name.endswith("/kernel") and is_convolution(shape):

@@ -1,8 +1,8 @@
-"""Measures one peer on one model, in a process of its own.
+"""Measures one peer on one model, in a separate process.
 
 `benchmarks.peers.run` starts it: JAX's and PyTorch's threads would disturb each other in one
-process, and a process can be ended when its time is up. What is found is written at once, so that
-it is not lost then.
+process, and a process can be ended at the time limit. Results are written at once, so that they are
+not lost then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def measure(folder: pathlib.Path, peer: str, rounds: int, time_limit_seconds: fl
       folder: the folder of the inputs, float32.npz and float64.npz.
       peer: a key of PEERS.
       rounds: timed calls of the plain and the clipped step, in turn.
-      time_limit_seconds: after one call, nothing more is timed if all would take longer.
+      time_limit_seconds: after the first call, nothing more is timed if all calls would take
+          longer.
     """
     start = time.perf_counter()
     steps = build(peer, folder / "float32.npz", with_plain=True)
@@ -68,7 +69,7 @@ def check_in_float64(folder: pathlib.Path, peer: str, report: dict[str, Any]) ->
     if PEERS[peer].framework == "jax":
         import jax
 
-        jax.config.update("jax_enable_x64", True)  # not before: what is timed is as users run it
+        jax.config.update("jax_enable_x64", True)  # only now: timing uses the defaults
     steps = build(peer, folder / "float64.npz", with_plain=False)
     record(folder, report, "float64", steps, steps.clipped())
 
@@ -96,12 +97,12 @@ def time_rounds(
 
 
 def peak_bytes(step: Callable[[], Any]) -> int | None:
-    """Measures how far the resident memory rises during a step; None without Linux."""
+    """Measures how much the resident memory rises during a step; None without Linux."""
     if not CLEAR_REFS.exists():
         return None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide the rise
-    CLEAR_REFS.write_text("5")  # the highest so far becomes the present
+    CLEAR_REFS.write_text("5")  # resets the peak to the present value
     before = resident_bytes("VmRSS")
     result = step()
     risen = resident_bytes("VmHWM") - before
@@ -127,7 +128,7 @@ def save(folder: pathlib.Path, dtype: str, gradients: dict[str, Any]) -> None:
 
 
 def replace(path: pathlib.Path, write_to: Callable[[pathlib.Path], Any]) -> None:
-    # As a whole: the process may be ended while it writes.
+    # Written atomically: the process may be ended meanwhile.
     unfinished = path.with_suffix(".tmp")
     write_to(unfinished)
     os.replace(unfinished, path)
