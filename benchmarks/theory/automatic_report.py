@@ -21,13 +21,13 @@ GROWING, FIRST_BATCH, WARM = "growing", "automatic, first batch", "automatic"
 COLOURS = {WARM: "#0072B2", FIRST_BATCH: "#56B4E9", "constant": "#009E73", "plain mean": "#D55E00"}
 MARKERS: dict[str, dict[str, Any]] = {
     WARM: {"marker": "o", "markersize": 4},
-    # Around the other one, which it hardly differs from.
+    # Drawn around the other marker, from which it hardly differs.
     FIRST_BATCH: {"marker": "s", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"},
     "constant": {"marker": "D", "markersize": 4},
     "plain mean": {"marker": "^", "markersize": 4},
 }
 VERDICTS = ("better", "equal", "worse")
-# Name of a figure in a row, and how a table calls it.
+# Maps a row's fields to their titles in a table.
 SHOWN = {
     "rms_ratio": "RMS error",
     "q99_ratio": "99% error",
@@ -37,7 +37,7 @@ SHOWN = {
 
 
 def shown_errors(result: dict[str, Any], *sizes: int) -> list[list[str]]:
-    """Lays out the automatic threshold's errors, as ratios to the growing one's."""
+    """Lays out the automatic threshold's errors, relative to those of the growing one."""
     rows = [
         row
         for row in result["errors"]
@@ -50,7 +50,7 @@ def shown_errors(result: dict[str, Any], *sizes: int) -> list[list[str]]:
 
 
 def shown_ratios(result: dict[str, Any]) -> list[list[str]]:
-    """Lays out ‖∇F‖ of the automatic threshold, as ratios to the other methods'."""
+    """Lays out ‖∇F‖ of the automatic threshold, relative to that of the other methods."""
     found = []
     keys = ("problem", "noise", "samples")
     for pair in dict.fromkeys(tuple(row[key] for key in keys) for row in result["ratios"]):
@@ -103,7 +103,7 @@ def ratio_table(result: dict[str, Any]) -> Table:
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
-    """Writes what the figures say, whoever is better."""
+    """Writes the results in sentences, whichever method is better."""
     sizes = result["plan"]["sizes"]
     return [
         *(say_errors(result, n) for n in (sizes[0], sizes[-1])),
@@ -144,7 +144,7 @@ def say_first_batch(result: dict[str, Any]) -> str:
 
 
 def say_turned(result: dict[str, Any]) -> str:
-    """Names the laws whose bias turns an estimate against the mean, so that no rate helps it."""
+    """Names the laws whose bias turns an estimate against the mean, so that no rate helps."""
     parts = []
     for estimator in (WARM, GROWING):
         rows = [row for row in select(result["errors"], estimator=estimator) if row["factor"] == 0]
@@ -157,7 +157,7 @@ def say_turned(result: dict[str, Any]) -> str:
 
 
 def say_descent(result: dict[str, Any], kind: str) -> str:
-    """Tells the range of the ratios under one kind of noise, and who is better by intervals."""
+    """Writes the range of the ratios under one kind of noise, and who is better by intervals."""
     parts = []
     for other, statistic in itertools.product(others(result), STATISTICS):
         rows = select(result["ratios"], other=other, statistic=statistic)

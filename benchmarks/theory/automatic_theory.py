@@ -1,12 +1,12 @@
-"""How far from the theory's threshold is one that nobody chose?
+"""How far is the automatic threshold from the theory's?
 
     python -m benchmarks.theory.automatic_theory
 
-`psc.auto_threshold()` against the growing threshold with α = σ and β = p, which know the noise: the
-errors of the clipped mean, by Monte Carlo, and ‖∇F‖ of descent, each method tuned. Noise, problems,
-and random numbers of the descent are those of `estimator_error` and `convergence_rate`. Prints
-tables and writes them to benchmarks/results as automatic_theory.json and .png. What is finished is
-a line of --runs, from which an interrupted command goes on.
+Compares `psc.auto_threshold()` with the growing threshold at α = σ and β = p, which are computed
+from the noise: the errors of the clipped mean, by Monte Carlo, and ‖∇F‖ of descent, each method
+tuned. Noise, problems and random numbers of the descent are those of `estimator_error` and
+`convergence_rate`. Prints tables and writes them to benchmarks/results as automatic_theory.json and
+.png. Every finished part is a line of --runs; repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class Plan(NamedTuple):
     """The amount of computation.
 
     Attributes:
-      laws: the laws of the estimator's noise.
-      sizes: its samples in a batch.
-      trials: its trials of each size.
-      replicates: the bootstrap's resamples.
-      samples_for_scale: the samples that σ is estimated from.
-      descent: that of `convergence_rate`.
+      laws: the distributions of the estimator's noise.
+      sizes: its batch sizes.
+      trials: the number of trials of each size.
+      replicates: the number of bootstrap resamples.
+      samples_for_scale: the number of samples for estimating σ.
+      descent: the plan of `convergence_rate`.
     """
 
     laws: tuple[Noise, ...]
@@ -122,7 +122,7 @@ QUICK = Plan(
 
 
 def simulated(plan: Plan, law: Noise, sigma: float, n: int) -> Errors:
-    """Simulates the estimators in their order; σ and p are given to the first two alone."""
+    """Simulates the estimators in order; only the first two get σ and p."""
     own = [
         *clipped_means(sigma, law.order, n),
         plain_mean,
@@ -136,7 +136,7 @@ def rescaled(errors: Errors) -> tuple[np.ndarray, np.ndarray]:
     """Finds each estimator's best common factor, and the norms of the errors with it.
 
     With an estimate g of μ and c = Σ⟨g, μ⟩ / Σ‖g‖² over the trials, the error is c g − μ. A mean
-    whose bias turns it against μ has c = 0, as no learning rate is below it.
+    whose bias turns it against μ has c = 0, because learning rates are not negative.
     """
     along_mean = MEAN_NORM * (errors.along + MEAN_NORM)  # ⟨g, μ⟩
     squares = errors.norms**2 + 2 * along_mean - MEAN_NORM**2  # ‖g‖²
@@ -164,7 +164,7 @@ def error_rows(plan: Plan, law: Noise) -> dict[str, Any]:
     return {"rows": rounded(rows)}
 
 
-# What comes from second moments, which the plain mean of a heavy tail lacks.
+# Statistics from second moments, which the plain mean of a heavy tail lacks.
 WITH_SQUARES = (
     "factor",
     "rms",
@@ -220,12 +220,12 @@ def main(
     runs: pathlib.Path = pathlib.Path("runs/automatic_theory.runs.jsonl"),
     quick: bool = False,
 ) -> None:
-    """Measures the automatic threshold where the theory knows the best one.
+    """Compares the automatic threshold with the theory's best one.
 
     Args:
       out: folder for automatic_theory.json and automatic_theory.png.
-      runs: file of the finished parts, which are not computed again; after a change of what is
-        simulated take another.
+      runs: file of the finished parts, which are not computed again; use another file after
+        changing the simulation.
       quick: few trials of small batches, to check that the benchmark works.
     """
     plan = QUICK if quick else FULL

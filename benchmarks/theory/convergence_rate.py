@@ -3,9 +3,9 @@
     python -m benchmarks.theory.convergence_rate
 
 Prints tables and writes them to benchmarks/results as convergence_rate.json and .png: the slope of
-‖∇F‖ against the number of samples N on two smooth non-convex problems of known ∇F, and the ratios
-to other methods, each tuned on as many grid points, at equal N. Every finished cell is a line of
-`--runs`, from which an interrupted command goes on.
+‖∇F‖ against the number of samples N on two smooth non-convex problems with known ∇F, and the ratios
+to other methods, each tuned on the same number of grid points, at equal N. Every finished cell is a
+line of `--runs`; repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Plan(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One run of many, with a line of its own."""
+    """One unit of computation, stored as one line."""
 
     kind: str  # noise, rate, tuning or final
     problem: str
@@ -124,7 +124,7 @@ class Cell(NamedTuple):
 
 
 def make_cells(plan: Plan) -> Iterator[Cell]:
-    """Lists the cells in an order in which each comes after those it depends on."""
+    """Lists the cells so that each comes after those on which it depends."""
     pairs = list(itertools.product(plan.problems, plan.noises))
     yield from (Cell("noise", *pair) for pair in pairs)
     for samples in sorted({*plan.sizes, *plan.tuned_sizes}):
@@ -137,7 +137,7 @@ def make_cells(plan: Plan) -> Iterator[Cell]:
 
 
 class Results:
-    """Finished cells of a file; others are computed when they are asked for."""
+    """Reads finished cells from a file, and computes others on request."""
 
     def __init__(self, path: pathlib.Path, plan: Plan):
         self.cache, self.plan = RunsCache(path), plan
@@ -148,7 +148,7 @@ class Results:
         return self.cache.once(run, lambda: COMPUTE[cell.kind](self, cell))
 
     def settings(self, cell: Cell) -> dict[str, Any]:
-        """Returns everything that a cell's values depend on, apart from the code and its names."""
+        """Returns everything on which a cell's values depend, except the code and its names."""
         names = {
             "noise": ["draws"],
             "rate": ["draws", "runs"],
@@ -202,7 +202,7 @@ def compute_tuning(results: Results, cell: Cell) -> dict[str, dict[str, list[flo
 
 
 def compute_final(results: Results, cell: Cell) -> dict[str, dict[str, list[float]]]:
-    """Computes, by run, each method with its best point for each statistic."""
+    """Computes, for each run, each method at its best point for each statistic."""
     tuning = results[cell._replace(kind="tuning")]
     chosen = {}
     for method, values in tuning.items():
@@ -226,7 +226,7 @@ COMPUTE: dict[str, Callable[[Results, Cell], Any]] = {
 
 
 def assemble(results: Results) -> dict[str, Any]:
-    """Assembles everything that is printed and drawn, from the cells."""
+    """Assembles everything that is printed and drawn from the cells."""
     plan = results.plan
     pairs = list(itertools.product(plan.problems, plan.noises))
     tuned = [(*pair, samples) for pair in pairs for samples in plan.tuned_sizes]
@@ -252,7 +252,7 @@ def noise_row(results: Results, problem: str, noise: Noise) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Replaces infinities, which JSON lacks."""
+    """Replaces infinities, which JSON does not have."""
     if isinstance(value, list):
         return [as_json(one) for one in value]
     return None if value == math.inf else value
@@ -312,7 +312,7 @@ def ratio_rows(
     ours: str = OURS,
     others: Sequence[str] = OTHERS,
 ) -> list[dict[str, Any]]:
-    """Compares a tuned method with each other one, tuned as well."""
+    """Compares a tuned method with each other tuned method."""
     cell = Cell("final", problem, noise, samples)
     norms, counts = results[cell], resample(results.plan.runs, cell.label)
     rows = []
@@ -324,7 +324,7 @@ def ratio_rows(
 
 
 def tuning_rows(results: Results, problem: str, noise: Noise, samples: int) -> list[dict[str, Any]]:
-    """Lists the chosen points, and the edges of their grids at which they lie."""
+    """Lists the chosen points, and whether they are at an edge of their grids."""
     rows = []
     for method, values in results[Cell("tuning", problem, noise, samples)].items():
         for statistic in STATISTICS:
@@ -349,10 +349,10 @@ def main(
 
     Args:
       out: folder for convergence_rate.json and convergence_rate.png.
-      runs: file of the finished cells, which are not computed again; after a change of the
-        problems or the methods take another.
+      runs: file of the finished cells, which are not computed again; use another file after
+        changing the problems or the methods.
       seed: the seed of all random numbers.
-      sizes: numbers of samples N of the slopes, at least 2 of them.
+      sizes: numbers of samples N for the slopes, at least 2 of them.
       tuned_sizes: numbers of samples N at which all methods are tuned and compared.
       quick: few and small cells, to check that the benchmark works.
       markdown: only print the results page's table, from the results in `out`.

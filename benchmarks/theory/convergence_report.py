@@ -67,7 +67,7 @@ def tail_of(noise: dict[str, Any]) -> str:
 
 
 def ratios_table(result: dict[str, Any]) -> Table:
-    """Lays out the ratios at the largest N, for all noises but the light one."""
+    """Lays out the ratios at the largest N, for all noises except the light one."""
     samples = max(result["plan"]["tuned_sizes"])
     title = f"PS-Clip-SGD / other, each tuned, N = {samples} (below 1: ours is better)"
     table = table_with(title, ["noise", "statistic", *OTHERS], describe_tuning(result))
@@ -201,7 +201,7 @@ def draw_ratios(figure: Any, result: dict[str, Any], noises: list[str]) -> None:
                 other=other,
                 samples=samples,
             )
-            # The methods of a noise beside one another, so that none hides another.
+            # The methods of a noise are shifted, so that none hides another.
             heights = np.arange(len(noises)) + 0.14 * (index - (len(OTHERS) - 1) / 2)
             ratios = np.array([row["ratio"] for row in rows])
             low, high = np.transpose([row["interval"] for row in rows])

@@ -27,7 +27,7 @@ def estimate(values: np.ndarray, statistic: str) -> np.ndarray:
 
 
 def resample(runs: int, label: str) -> np.ndarray:
-    """Draws how often each run comes in each replicate, [replicates, runs]."""
+    """Draws how often each run occurs in each replicate, [replicates, runs]."""
     generator = np.random.default_rng(zlib.crc32(label.encode()))
     counts = generator.multinomial(runs, np.full(runs, 1 / runs), size=REPLICATES)
     return counts.astype(np.int16)

@@ -1,4 +1,4 @@
-"""Runs PS-Clip-SGD and the methods it is compared with many times at once on a noisy problem."""
+"""Runs PS-Clip-SGD and other methods many times at once on a noisy problem."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATISTICS = ("mean", "99% quantile")  # of ‖∇F‖ over runs
 
 
 class Scales(NamedTuple):
-    """The scales of the gradients at the start, in which thresholds and rates are measured."""
+    """The scales of the gradients at the start, to which thresholds and rates are relative."""
 
     raw_moment: float
     median_norm: float
@@ -32,7 +32,7 @@ class Method(NamedTuple):
     Attributes:
       make: a function from a threshold, p and the median norm at the start.
       thresholds: a function from Scales to the range of the grid; None without a threshold.
-      rates: the range of the learning rates' grid where there is no threshold to tune.
+      rates: the range of the learning rates' grid, if there is no threshold to tune.
     """
 
     make: Callable[[jax.Array, float, float], optax.GradientTransformationExtraArgs]
@@ -77,8 +77,8 @@ METHODS = {
 }
 OURS, PLAIN, _, NORMALISED, CONSTANT, _ = METHODS
 OTHERS = tuple(METHODS)[1:]
-# Compared by benchmarks.theory.automatic_theory alone. It clips most samples, and its learning
-# rates are larger.
+# Used only by benchmarks.theory.automatic_theory. It clips most samples, and its learning rates are
+# larger.
 AUTOMATIC = "automatic"
 ALL_METHODS = METHODS | {
     AUTOMATIC: Method(lambda *_: per_sample(psc.auto_threshold()), rates=(1 / 8, 32))
@@ -99,9 +99,9 @@ def make_grids(
     num_thresholds: int,
     methods: Iterable[str] = METHODS,
 ) -> dict[str, Settings]:
-    """Builds as many points for each method: rates × thresholds, or that many rates.
+    """Builds the same number of points for each method: rates × thresholds, or that many rates.
 
-    Learning rates are in units of 1/L, or, where they are the length of a step, of the first one of
+    Learning rates are relative to 1/L, or, if they are the length of a step, to the first step of
     gradient descent.
     """
     grids = {}
@@ -144,7 +144,7 @@ def simulate(
     scales: Scales,
     keys: jax.Array,
 ) -> dict[str, np.ndarray]:
-    """Averages ‖∇F‖ over the iterates, by method, [runs, c]; in a run all see the same samples."""
+    """Averages ‖∇F‖ over the iterates, by method, [runs, c]; in a run all use the same samples."""
 
     def transformation(method: str, setting: Settings) -> Any:
         return ALL_METHODS[method].make(setting.thresholds, noise.p, scales.median_norm)

@@ -4,7 +4,7 @@
 
 Monte Carlo with noise whose tail index is known exactly. Prints tables and writes them to
 benchmarks/results as estimator_error.json and .png. Every finished law of noise is a line of
---runs, from which an interrupted command goes on.
+--runs; repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from benchmarks.theory.heavy_tails import (
     simulate,
 )
 
-MEAN_NORM = 0.5  # of the true gradient; σ is 3.2 to 9
+MEAN_NORM = 0.5  # norm of the true gradient; σ is 3.2 to 9
 STRONG_MEAN_NORM = 100.0
 NOISES = (*(Noise(a, side) for side in (False, True) for a in (1.3, 1.6, 1.9)), GAUSSIAN)
 STRONG_SIGNAL_NOISE = Noise(1.6)
@@ -98,7 +98,7 @@ STRONG_NOTE = (
 )
 
 
-# Figures with their intervals
+# Numbers with their intervals
 
 
 def slope_rows(noise: Noise, errors: dict[int, Errors], analysed: Analysed) -> list[dict[str, Any]]:
@@ -307,7 +307,7 @@ def describe_noise(noise: Noise, sigma: float, sizes: tuple[int, ...]) -> dict[s
 
 
 def strong_signal(plan: Plan, n: int) -> list[dict[str, Any]]:
-    """Measures errors where the mean is far larger than the noise."""
+    """Measures errors if the mean is far larger than the noise."""
     noise, p = STRONG_SIGNAL_NOISE, STRONG_SIGNAL_NOISE.order
     raw = raw_scale(
         noise,
@@ -359,13 +359,13 @@ def main(
 
     Args:
       out: folder for estimator_error.json and estimator_error.png.
-      runs: file of the finished laws of noise, which are not simulated again; after a change of
-        what is simulated take another.
+      runs: file of the finished laws of noise, which are not simulated again; use another file
+        after changing the simulation.
       trials: the number of trials at each size; 10,000 by default.
       tail_trials: the number of trials for quantiles down to 1e-4; 200,000 by default.
       seed: the seed of all random numbers.
       quick: few trials of small batches, to check that the benchmark works.
-      markdown: measure nothing, and print the results page's table from the file.
+      markdown: measure nothing; print the results page's table from the file.
     """
     if markdown:
         print(to_markdown(json.loads((out / "estimator_error.json").read_text())))

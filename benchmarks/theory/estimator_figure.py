@@ -21,7 +21,7 @@ from benchmarks.theory.heavy_tails import (
     MEAN,
 )
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 STYLES = {
     GROWING: ("#0072B2", "o"),
     CONSTANT: ("#56B4E9", "s"),

@@ -34,7 +34,7 @@ def show(interval: list[float] | None, digits: int = 2) -> str:
 
 
 def show_briefly(interval: list[float] | None, digits: int = 3) -> str:
-    """Writes a value with half the width of its interval, for tables of many columns."""
+    """Writes a value with half the width of its interval, for tables with many columns."""
     if interval is None:
         return "–"
     value, low, high = interval
@@ -42,7 +42,7 @@ def show_briefly(interval: list[float] | None, digits: int = 3) -> str:
 
 
 def largest_of_guarantee(result: dict[str, Any], noise: str) -> float:
-    """Returns the largest RMS error over the sizes, relative to what the theory guarantees."""
+    """Returns the largest RMS error over the sizes, relative to the theory's guarantee."""
     rows = [row for row in result["levels"] if row["noise"] == noise]
     shares = (
         row["level"][0] / row["guaranteed_level"] for row in rows if row["estimator"] == GROWING
@@ -101,7 +101,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def summarise(result: dict[str, Any]) -> list[str]:
-    """Writes which claims hold and which do not, with the figures."""
+    """Writes which claims hold and which do not, with the numbers."""
     return [
         say_slopes(result),
         say_levels(result),

@@ -57,7 +57,7 @@ def signed_bias(along: np.ndarray) -> list[float]:
 
 
 def bias_slope(alongs: dict[int, np.ndarray]) -> list[float] | None:
-    """Fits the slope of log |bias| over log n; None unless every bias can be told from 0."""
+    """Fits the slope of log |bias| over log n; None unless every bias differs from 0."""
     means, errors = np.array([mean_and_error(along) for along in alongs.values()]).T
     if np.any(np.abs(means) < 1.96 * errors):
         return None
@@ -82,7 +82,7 @@ def analyse(errors: dict[int, Errors], replicates: int, rng: np.random.Generator
 
 
 def failure_probabilities(trials: int) -> np.ndarray:
-    """Lists probabilities from 1e-1 to 1e-4, as long as 20 trials lie beyond."""
+    """Lists probabilities from 1e-1 to 1e-4 beyond which there are at least 20 trials."""
     deltas = np.geomspace(1e-1, 1e-4, 13)
     return deltas[deltas * trials >= 19.99]
 
@@ -92,7 +92,8 @@ def resampled_quantiles(
 ) -> np.ndarray:
     """Draws the order statistics at 1-based ranks of resampled trials, [replicates, ranks].
 
-    Those of uniforms are sums of exponentials over their total, so that no resample is sorted.
+    Order statistics of uniforms are sums of exponentials divided by their total, so no resample is
+    sorted.
     """
     trials = len(ordered)
     steps = np.diff(ranks, prepend=0, append=trials + 1)

@@ -18,27 +18,26 @@ import optax
 import psclip_optax as psc
 
 DIMENSION = 10
-# A moment exists for orders below the index, so that the theory is given a smaller order.
+# Moments exist for orders below the index, so the theory gets a smaller order.
 GAP = 0.1
-# The draws of one compiled call, few enough to stay in a core's cache.
+# The number of draws in one compiled call, few enough for a core's cache.
 SAMPLES_PER_CHUNK = 2**17
 WEISZFELD_STEPS = 20
-WARM_UP = 100  # batches that a threshold with a state has seen before the first trial
+WARM_UP = 100  # batches before the first trial, for thresholds with a state
 # A function from gradients [trials, dimension, n] to estimates [trials, dimension].
 Estimator: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class Noise(NamedTuple):
-    """A law of per-sample gradients g = μ + ξ in dimension 10, with E ξ = 0.
+    """A distribution of per-sample gradients g = μ + ξ in dimension 10, with E ξ = 0.
 
-    ξ = R U, where P(R > r) = r^{-a} for r ≥ 1 and U is uniform on the unit sphere; one-sided,
-    U has the absolute values of its entries, and ξ is centred by its exact mean. With a = ∞, ξ
-    is standard Gaussian instead. μ is along (1, …, 1), and so is, by symmetry, every estimator's
-    bias.
+    ξ = R U, where P(R > r) = r^{-a} for r ≥ 1 and U is uniform on the unit sphere. If one-sided, U
+    has the absolute values of these entries, and ξ is centred by its exact mean. With a = ∞, ξ is
+    standard Gaussian instead. μ is along (1, …, 1), and so is, by symmetry, every estimator's bias.
 
     Attributes:
       tail_index: the index a of ‖ξ‖; moments of this order and above are infinite.
-      one_sided: whether large samples all err to the same side.
+      one_sided: whether all large samples deviate to the same side.
     """
 
     tail_index: float
@@ -59,7 +58,7 @@ class Noise(NamedTuple):
         return "Gaussian" if self.is_gaussian else f"{side}, a = {self.tail_index:g}"
 
     def radial_moment(self, order: float) -> float:
-        """Computes E R^order; for the Gaussian the second moment alone."""
+        """Computes E R^order; for the Gaussian only the second moment."""
         return DIMENSION if self.is_gaussian else self.tail_index / (self.tail_index - order)
 
     def rates(self) -> dict[str, float]:
@@ -81,7 +80,7 @@ GAUSSIAN = Noise(math.inf)
 
 
 def num_blocks(delta: float) -> int:
-    """Chooses the blocks of a median of means for δ: the power of two next to 8 ln(1/δ)."""
+    """Chooses a median of means' number of blocks for δ: the power of two next to 8 ln(1/δ)."""
     return 2 ** round(math.log2(8 * math.log(1 / delta)))
 
 
@@ -117,17 +116,17 @@ def draw(key: jax.Array, noise: Noise, mean_norm: float, trials: int, n: int) ->
 
 
 def radii_of_bits(bits: jax.Array, tail_index: float) -> jax.Array:
-    """Draws Pareto radii from 32 random bits each, all of which resolve the small uniforms.
+    """Draws Pareto radii from 32 random bits each, to resolve small uniforms.
 
     The uniforms of `jax.random.pareto` in float32 are multiples of 2^-23, which would cut off the
-    tail within what is drawn here.
+    tail within the range of these draws.
     """
     uniforms_times_2_32 = bits.astype(jnp.float32) + 0.5
     return jnp.exp((32 * math.log(2) - jnp.log(uniforms_times_2_32)) / tail_index)
 
 
 def _mean_absolute_entry() -> float:
-    """Computes E|U_1| of a point U that is uniform on the unit sphere."""
+    """Computes E|U_1| for U uniform on the unit sphere."""
     return math.gamma(DIMENSION / 2) / (math.sqrt(math.pi) * math.gamma((DIMENSION + 1) / 2))
 
 
@@ -135,7 +134,7 @@ def raw_scale(noise: Noise, mean_norm: float, samples: int, key: jax.Array) -> f
     """Estimates σ = (E‖g‖^p)^{1/p}.
 
     A sample mean of ‖g‖^p hardly converges for p close to the index. The sample mean of ‖g‖^p - R^p
-    does, as it has a finite variance, and E R^p is known.
+    does, because it has a finite variance, and E R^p is known.
     """
     p, n = noise.order, min(SAMPLES_PER_CHUNK, samples)
     one = jax.jit(draw, static_argnums=(1, 2, 3, 4))
@@ -153,7 +152,7 @@ def clipping(threshold: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def clipped_mean(gradients: jax.Array, threshold: Any) -> jax.Array:
-    """Computes the library's own clipped mean of every trial, [trials, dimension]."""
+    """Computes the library's clipped mean of every trial, [trials, dimension]."""
     tx = clipping(threshold)
     state = tx.init(jnp.zeros(gradients.shape[1]))
     means: Any = jax.vmap(lambda stack: tx.update(stack, state)[0])(gradients)
@@ -161,7 +160,7 @@ def clipped_mean(gradients: jax.Array, threshold: Any) -> jax.Array:
 
 
 def clipped_in_turn(gradients: jax.Array, tx: Any, state: Any) -> tuple[Any, jax.Array]:
-    """Computes clipped means of trials that are the batches of a training, one after another."""
+    """Computes clipped means of trials that are consecutive batches of one training run."""
 
     def step(state: Any, stack: jax.Array) -> tuple[Any, jax.Array]:
         mean, state = tx.update(stack, state)
@@ -201,7 +200,7 @@ def coordinate_median_of_means(gradients: jax.Array, blocks: int) -> jax.Array:
 
 
 def clipped_means(sigma: float, p: float, n: int) -> tuple[Estimator, Estimator]:
-    """Clips at the growing threshold σ k^{1/p}, and at the constant one that it ends at."""
+    """Clips at the growing threshold σ k^{1/p}, and at its last value as a constant."""
     growing = functools.partial(clipped_mean, threshold=psc.growing_threshold(sigma, p))
     return growing, functools.partial(clipped_mean, threshold=sigma * n ** (1 / p))
 
@@ -241,8 +240,8 @@ def simulate(
 ) -> Errors:
     """Simulates the errors of all estimators in the same trials.
 
-    Those of a clipped mean whose threshold follows a rule come last. The trials are batches of one
-    training then, after WARM_UP others, so that each is clipped at what earlier ones have shown.
+    Clipped means with an adaptive threshold come last. Their trials are consecutive batches of one
+    training run, after WARM_UP others, so that each is clipped at a threshold from earlier batches.
     """
     in_chunk = max(1, min(trials, SAMPLES_PER_CHUNK // n))
     tx = None if rule is None else clipping(rule)
@@ -268,7 +267,7 @@ def simulate(
 
 
 def warmed_up(tx: Any, noise: Noise, mean_norm: float, n: int, key: jax.Array) -> Any:
-    """Gives a threshold's state after batches that are no trials."""
+    """Returns a threshold's state after warm-up batches."""
 
     def step(state: Any, own_key: jax.Array) -> tuple[Any, None]:
         gradients, _ = draw(own_key, noise, mean_norm, 1, n)
@@ -284,7 +283,7 @@ def warmed_up(tx: Any, noise: Noise, mean_norm: float, n: int, key: jax.Array) -
 def guaranteed_rms(taus: np.ndarray, sigma: float, p: float) -> float:
     """Bounds the root-mean-square error of Σ γ_k g_k / n for E‖g‖^p ≤ σ^p.
 
-    Clipping at τ moves the mean by no more than E(‖g‖ - τ)₊ ≤ c σ^p τ^{1-p} with
+    Clipping at τ changes the mean by at most E(‖g‖ - τ)₊ ≤ c σ^p τ^{1-p} with
     c = (p - 1)^{p-1} / p^p, for x - τ ≤ c x^p τ^{1-p}; and E min(‖g‖, τ)² ≤ σ^p τ^{2-p}. With
     τ_k = σ k^{1/p} both halves are of the order σ n^{-(p-1)/p}.
     """
@@ -295,9 +294,9 @@ def guaranteed_rms(taus: np.ndarray, sigma: float, p: float) -> float:
 
 
 def expected_rms(noise: Noise, taus: np.ndarray) -> float | None:
-    """Computes the RMS error of Σ γ_k g_k / n under symmetric noise; None under others.
+    """Computes the RMS error of Σ γ_k g_k / n under symmetric noise; None for other noise.
 
-    Without bias, and from E min(R, τ)² = (2 τ^{2-a} - a) / (2 - a).
+    There is no bias, and E min(R, τ)² = (2 τ^{2-a} - a) / (2 - a).
     """
     if noise.is_gaussian or noise.one_sided:
         return None

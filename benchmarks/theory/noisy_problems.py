@@ -1,4 +1,4 @@
-"""Defines smooth non-convex problems of known ∇F, with noise of known tail index."""
+"""Defines smooth non-convex problems with known ∇F, and noise with known tail index."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jax import lax
 
 
 class Noise(NamedTuple):
-    """Noise of mean 0 and E|Z| = 1; `p` is the moment that the method is told to be finite.
+    """Noise with mean 0 and E|Z| = 1; the method assumes that the moment of order `p` is finite.
 
     Args:
-      p: in (1, 2]; the tail index is p + 0.1, and p = 2 stands for Gaussian noise.
-      one_sided: a Pareto tail upwards alone, so that clipping is biased; else symmetric.
+      p: in (1, 2]; the tail index is p + 0.1, and p = 2 means Gaussian noise.
+      one_sided: a Pareto tail only upwards, so that clipping is biased; else symmetric.
     """
 
     p: float
@@ -37,8 +37,8 @@ class Noise(NamedTuple):
         if self.p == 2:
             return jax.random.normal(key, shape) * math.sqrt(math.pi / 2)
         bits = jax.random.bits(key, shape, jnp.uint32)
-        # jax.random.uniform and .pareto know 2^23 values: they cut the tail off where the largest
-        # of a run's draws lie.
+        # jax.random.uniform and .pareto have 2^23 values: they would cut off the tail among the
+        # largest of a run's draws.
         uniform = ((bits >> 1).astype(jnp.float32) + 0.5) * 2.0**-31
         lomax = uniform ** (-1 / self.tail_index) - 1
         mean = 1 / (self.tail_index - 1)
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
     Attributes:
       start: float [d].
-      smoothness: the largest curvature L, on which the step η = 1/L rests.
+      smoothness: the largest curvature L, for the step η = 1/L.
       population_gradient: ∇F, a function from [d] to [d].
       sample: a function from a noise, a key and n to the samples, independent of the parameters.
       gradients: a function from parameters [d] and samples to per-sample gradients [d, n].
@@ -96,16 +96,15 @@ def committee_network(
 ) -> Problem:
     """Builds teacher and student Σ_j tanh(w_j·x) on fixed inputs with noisy labels.
 
-    f(w, x, ε) = (h(w, x) − y)²/2 − ε h(w, x), the squared loss but for what does not depend on w,
-    and a ridge. The output weights are fixed, so that F is smooth everywhere and the noise
-    ε ∇h of a bounded moment.
+    f(w, x, ε) = (h(w, x) − y)²/2 − ε h(w, x), the squared loss up to a constant, and a ridge. The
+    output weights are fixed, so that F is smooth everywhere and the noise ε ∇h of a bounded moment.
     """
     generator = np.random.default_rng(1)
     inputs = jnp.asarray(generator.normal(size=(features, population)), jnp.float32)
     teacher = jnp.asarray(generator.normal(size=width * features), jnp.float32)
 
     def hidden(w: jax.Array, x: jax.Array) -> jax.Array:
-        # A sum over few features, as products of such small matrices take longer.
+        # A sum over few features, because products of such small matrices take longer.
         return jnp.tanh(jnp.sum(w.reshape(width, features, 1) * x, axis=1))
 
     def output(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -123,7 +122,7 @@ def committee_network(
         return inputs[:, chosen], targets[chosen] + noise.draw(how_much, (n,))
 
     def gradients(w: jax.Array, samples: Any) -> jax.Array:
-        # By hand: with so few parameters it takes a third of the time of vmap(grad).
+        # Written out: with so few parameters it takes a third of the time of vmap(grad).
         x, labels = samples
         activations = hidden(w, x)
         factors = (jnp.sum(activations, axis=0) - labels) * (1 - activations**2)

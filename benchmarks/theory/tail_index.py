@@ -1,9 +1,10 @@
-"""How often does the interval of a tail index hold the truth, and how wide is it?
+"""How often does the interval of a tail index contain the truth, and how wide is it?
 
     python -m benchmarks.theory.tail_index
 
 Prints tables and writes them to benchmarks/results as tail_index.json and .png: coverage and width
-of the intervals of `psc.tails` on samples of known law, and how often a tail is called light.
+of the intervals of `psc.tails` on samples from known distributions, and how often a tail is called
+light.
 """
 
 from __future__ import annotations
@@ -91,13 +92,13 @@ def wilson(count: int, trials: int) -> list[float]:
     centre = (share + squared / (2 * trials)) / (1 + squared / trials)
     variance = share * (1 - share) / trials + squared / (4 * trials**2)
     half = QUANTILE * math.sqrt(variance) / (1 + squared / trials)
-    # Rounding may put an end of a share of 0 or 1 beyond it.
+    # For a share of 0 or 1, rounding may put an end of the interval beyond it.
     return [min(centre - half, share), share, max(centre + half, share)]
 
 
 def measure(name: str, num_norms: int, trials: int) -> dict[str, Any]:
     law = LAWS[name]
-    # The same samples whichever laws and sizes are measured beside these.
+    # The samples do not depend on which other laws and sizes are measured.
     rng = np.random.default_rng([list(LAWS).index(name), num_norms])
     results = [one_trial(law, law.sample(rng, num_norms)) for _ in range(trials)]
     is_heavy = law.index < math.inf
@@ -127,7 +128,7 @@ def measure(name: str, num_norms: int, trials: int) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
-    """Replaces ∞, which JSON lacks."""
+    """Replaces ∞, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 

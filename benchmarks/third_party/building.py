@@ -1,6 +1,6 @@
 """Makes cases of modules, framework by framework.
 
-A framework is imported where it is used, since a library's environment has its own alone.
+A framework is imported where it is used, because a library's environment has only its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def first(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def of_linen(module: Any, *batch: Any, call: Callable[..., Any] | None = None) -> Case:
-    """Makes a case of a Flax module's squared result; all but the parameters is fixed."""
+    """Makes a case of a Flax module's squared result; only the parameters are trained."""
     call = call or (lambda variables, *example: squared(module.apply(variables, *example)))
     variables = dict(jax.jit(module.init)(KEY, *first(batch)))
     params = variables.pop("params")
@@ -49,7 +49,7 @@ def of_linen(module: Any, *batch: Any, call: Callable[..., Any] | None = None) -
 
 
 def of_nnx(module: Any, *batch: Any, call: Callable[..., Any]) -> Case:
-    """Makes a case of a call of an NNX module, whose parameters alone are learnt."""
+    """Makes a case of a call of an NNX module; only its parameters are trained."""
     from flax import nnx
 
     graph, params, others = nnx.split(module, nnx.Param, ...)
@@ -74,7 +74,7 @@ def of_haiku(function: Callable[..., Any], *batch: Any) -> Case:
 
 
 def of_equinox(module: Any, *batch: Any, call: Callable[..., Any], spread: float = 0.1) -> Case:
-    """Makes a case of a call of an Equinox module, whose floating-point arrays are learnt."""
+    """Makes a case of a call of an Equinox module; its floating-point arrays are trained."""
     import equinox as eqx
 
     params, static = eqx.partition(module, eqx.is_inexact_array)

@@ -7,22 +7,22 @@ from typing import Any, Literal, NamedTuple
 
 Dtype = Literal["float64", "float32"]
 Mode = Literal["one_pass", "two_pass"]
-# Largest relative error that rounding explains.
+# The largest relative error that rounding can explain.
 LIMITS: dict[Dtype, float] = {"float64": 1e-11, "float32": 1e-4}
 MODES: tuple[Mode, ...] = ("one_pass", "two_pass")
 NUM_SAMPLES = 4  # so that the median of the norms clips exactly half of them
 
 
 class Case(NamedTuple):
-    """A loss of one example, with all of its arguments.
+    """A loss for one example, with all its arguments.
 
     Attributes:
       loss: `loss(params, *example)`.
       params: initial parameters.
       batch: the arguments after `params`, of NUM_SAMPLES samples.
-      in_axes: where each argument of `batch` has its samples.
-      spread: the scale of noise that is added to the parameters, since gradients vanish or agree
-        where a library starts from zeros. 0 where parameters must stay as they are.
+      in_axes: the axis of samples of each argument of `batch`.
+      spread: the scale of noise added to the parameters, because gradients vanish or agree if a
+        library starts from zeros. 0 if parameters must not change.
     """
 
     loss: Callable[..., Any]
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model: how its case is built, and the dtype in which the library can compute it."""
+    """A model: a function that builds its case, and the dtype that the library supports."""
 
     build: Callable[[], Case]
     dtype: Dtype = "float64"

@@ -14,13 +14,13 @@ import psclip_optax as psc
 from benchmarks.third_party.common import LIMITS, MODES, Case, Dtype, Mode, Model
 from benchmarks.zoo.reference import clipped_mean, enable_x64
 
-# A leaf whose gradient vanishes but for rounding is held against this share of the largest entry of
-# all leaves, and a sample's norm likewise.
+# The error of a leaf whose gradient vanishes up to rounding is relative to this share of the
+# largest entry of all leaves, and that of a sample's norm likewise.
 FLOOR = 1e-3
 
 
 def compare(model: Model) -> dict[str, Any]:
-    """Compares the engine on a model; where something raises, says at which stage and what."""
+    """Compares the engine on a model; records an exception and its stage."""
     row: dict[str, Any] = {"dtype": model.dtype}
     stage = "build"
     try:
@@ -42,7 +42,7 @@ def compare(model: Model) -> dict[str, Any]:
                     "norms": error_of_norms(found, norms),
                     "gradients": error_of_gradients(grads, expected),
                 }
-    except Exception as error:  # whatever a library or the engine raises is a result
+    except Exception as error:  # any exception of a library or the engine is a result
         return row | {"outcome": "failed", "stage": stage, "message": last_words(error)}
     errors = [error for of_mode in row["errors"].values() for error in of_mode.values()]
     return row | {"outcome": "ok" if np.max(errors) <= LIMITS[model.dtype] else "wrong"}
@@ -96,7 +96,7 @@ def clipped(case: Case, threshold: float, mode: Mode) -> tuple[Any, Any]:
 
 
 def share_of_routes(case: Case) -> dict[str, float]:
-    """Computes which share of the parameters takes which route."""
+    """Computes the share of the parameters on each route."""
     function: Any = psc.clipped_value_and_grad(case.loss, 1.0, in_axes=case.in_axes)
     sizes: collections.Counter[str] = collections.Counter()
     plan = function.explain(case.params, *case.batch)

@@ -1,4 +1,4 @@
-"""Lists the libraries whose models are tried, and what pip installs for each."""
+"""Lists the libraries whose models are tried, with their requirements."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class Library(NamedTuple):
-    """One library, in an environment of its own.
+    """A library, which is installed into a separate environment.
 
     Attributes:
       models: the module of `benchmarks.third_party.models` that has its models.
-      requirements: what is installed, the library first.
-      why: the reason for a version that is not the newest.
+      requirements: the packages to install, the library first.
+      why: the reason, if the version is not the newest.
     """
 
     models: str

@@ -1,11 +1,11 @@
-"""Does the engine give what vmap(grad) gives, on the models of other libraries?
+"""Does the engine agree with vmap(grad) on the models of other libraries?
 
     .ci/third_party [--libraries NAME…]
 
-Every library is installed into an environment of its own, with the newest JAX that it admits, and
-its models run in a process of their own. Prints the table and writes
-benchmarks/results/third_party.json; ends with an error where a gradient is wrong. A library that is
-in the JSON already is not tried again.
+Every library is installed into a separate environment, with the newest JAX that it supports, and
+its models run in a separate process. Prints the table and writes
+benchmarks/results/third_party.json. Ends with an error if a gradient is wrong. Libraries in the
+JSON are not tried again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def tried(library: Library, folder: pathlib.Path, time_limit_seconds: float) -> 
 
 
 def installed(library: Library, folder: pathlib.Path) -> str | None:
-    """Installs a library: returns None, or the reason why it cannot be."""
+    """Installs a library; returns None, or the reason for a failure."""
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
     install = [*uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python"]
@@ -71,7 +71,7 @@ def installed(library: Library, folder: pathlib.Path) -> str | None:
 def run_worker(
     python: pathlib.Path, library: Library, path: pathlib.Path, time_limit_seconds: float
 ) -> list[dict[str, Any]]:
-    """Collects the rows of all models; where one ends the process, another goes on."""
+    """Collects the rows of all models; if one ends the process, another process continues."""
     command = [python, "-W", "ignore", "-m", "benchmarks.third_party.worker", library.models, path]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     before = -1
@@ -122,7 +122,7 @@ def main(
     Args:
       out: folder for third_party.json.
       libraries: names of files in benchmarks/third_party/models; all by default.
-      rerun: try also what is in the file already.
+      rerun: also try libraries that are in the file already.
       time_limit_seconds: the limit for all models of one library.
     """
     path = out / "third_party.json"

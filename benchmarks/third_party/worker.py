@@ -1,9 +1,9 @@
-"""Compares the models of one library, in a process and an environment of the library's own.
+"""Compares the models of one library, in a separate process and environment.
 
     python -m benchmarks.third_party.worker LIBRARY ROWS.jsonl [MODEL…]
 
-`benchmarks.third_party.run` starts it. A row is written before a model is tried as well as after,
-so that one which ends the process is known; a later call goes on with the next.
+`benchmarks.third_party.run` starts it. A row is written before and after each model, so that a
+model that ends the process is known; a later call continues with the next.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write(path: pathlib.Path, row: dict[str, Any]) -> None:
 
 
 def main(library: str, path: pathlib.Path, chosen: list[str]) -> None:
-    from benchmarks.third_party.compare import compare  # after JAX may have been set up
+    from benchmarks.third_party.compare import compare  # after the module may have configured JAX
 
     module = importlib.import_module(f"benchmarks.third_party.models.{library}")
     models: dict[str, Model] = module.MODELS

@@ -22,7 +22,7 @@ COLOURS = {
     AUTO: "#0072B2",
 }
 SHOWN = (NONE, BATCH, FIXED, AUTO)
-# How far below the best tuned method the automatic threshold may be.
+# The aim: how far the automatic threshold may be below the best tuned method.
 AIM_LIGHT, AIM_HEAVY = -0.005, -0.01
 GROUPS = {
     "chosen on, light": (False, False),
@@ -47,7 +47,7 @@ def aim_of(row: dict[str, Any]) -> float:
 
 
 def verdict(row: dict[str, Any], name: str = AUTO) -> str:
-    """Tells whether a method is as near to the best tuned one as it should be."""
+    """Tells whether a method meets its aim: met, open or missed."""
     difference = row["differences"][name]
     if difference["mean"] >= aim_of(row):
         return "met"

@@ -1,7 +1,7 @@
 """Defines the rules without a number that `benchmarks.thresholds.auto_threshold` compares.
 
-Every rule finds its threshold in the state of `psc.auto_threshold`: a running histogram of the
-norms, their median, and the largest that it has been. So one program trains with any of them.
+Every rule computes its threshold from the state of `psc.auto_threshold`: a running histogram of the
+norms, their median, and the largest value of the median. So one program trains with any of them.
 Nothing here runs by itself.
 """
 
@@ -20,24 +20,24 @@ from psclip_optax.thresholds.auto import AutoState
 AUTOMATIC = psc.auto_threshold()
 MOMENT = 1.5  # p of the automatic threshold of version 0.1.0
 SLOWEST_GROWTH = 1.05
-# Norms of the histogram's bins, in units of the median of the first batch.
+# Norms of the histogram's bins, relative to the median of the first batch.
 CENTRES = jnp.exp2(jnp.arange(2048) / 32 - 32)
 
 
 class Found(NamedTuple):
-    """A threshold α k^exponent, α in units of a norm."""
+    """A threshold α k^exponent; α is a norm."""
 
     alpha: Any
     exponent: Any = 0.0
 
 
 class State(NamedTuple):
-    """Summary of the norms so far.
+    """A summary of the norms so far.
 
     Attributes:
       auto: the state of `psc.auto_threshold`.
-      slow: its median, where a batch raises it by 5 % at most.
-      largest_slow: the largest value that this has had.
+      slow: a median that rises by at most 5 % per batch.
+      largest_slow: the largest value of `slow`.
     """
 
     auto: AutoState
@@ -66,13 +66,13 @@ def shares(state: State) -> jax.Array:
 
 
 def first_bin(state: State, reached: jax.Array) -> jax.Array:
-    """Finds the norm of the first bin that has reached something, which later ones have as well."""
+    """Finds the norm of the first bin for which `reached` is set."""
     bin_number = jnp.minimum(jnp.sum(~reached), CENTRES.size - 1)
     return state.auto.unit * CENTRES[bin_number]
 
 
 def floored(state: State, threshold: Any) -> Any:
-    """Keeps a threshold above a quarter of the largest median, as the automatic one is."""
+    """Keeps a threshold above a quarter of the largest median, like the automatic one."""
     return jnp.maximum(threshold, state.auto.largest / 4)
 
 
@@ -81,19 +81,19 @@ def floored_median(median: jax.Array, largest: jax.Array) -> jax.Array:
 
 
 def mean_of_clipped_squares(state: State) -> jax.Array:
-    """Computes mean min(‖g‖²/τ², 1) with τ at each bin."""
+    """Computes the mean of min(‖g‖²/τ², 1) for τ at each bin."""
     weights = shares(state)
     below = jnp.cumsum(weights * jnp.square(CENTRES)) / jnp.square(CENTRES)
     return below + beyond(weights)
 
 
 def beyond(values: jax.Array) -> jax.Array:
-    """Sums the values of all later bins, exactly 0 where there are none."""
+    """Sums the values of all later bins, exactly 0 if there are none."""
     return jnp.append(jnp.cumsum(values[:0:-1])[::-1], 0)
 
 
 def moment(state: State, n: int) -> Found:
-    """Gives the growing threshold of a running moment, which `psclip train` used in 0.1.0."""
+    """Returns the growing threshold of a running moment, which `psclip train` used in 0.1.0."""
     del n
     scale = jnp.sum(shares(state) * CENTRES**MOMENT) ** (1 / MOMENT)
     return Found(state.auto.unit * scale, 1 / MOMENT)
@@ -110,7 +110,7 @@ def quantile(share: float) -> Rule:
 
 
 def truncated_squares(state: State, n: int) -> Found:
-    """Gives τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which balances bias and variance.
+    """Returns τ with mean min(‖g‖²/τ², 1) = log(n + 1) / n, which balances bias and variance.
 
     This applies the tuning-free principle of Wang, Zheng, Zhou and Zhou (Statistica Sinica, 2021)
     to norms.
@@ -129,12 +129,12 @@ def squares_at(level: float) -> Rule:
 
 
 def bias_and_variance(state: State, n: int) -> Found:
-    """Gives τ with the least bias² + variance / n of the clipped mean, floored.
+    """Returns τ with the least bias² + variance / n of the clipped mean, floored.
 
     The bias is at most mean (‖g‖ − τ)₊, and the variance at most mean min(‖g‖, τ)².
     """
     weights = shares(state)
-    # Later bins have larger norms, so that no term is below 0.
+    # Later bins have larger norms, so no term is below 0.
     bias = jnp.maximum(beyond(weights * CENTRES) - beyond(weights) * CENTRES, 0)
     variance = mean_of_clipped_squares(state) * jnp.square(CENTRES)
     best = jnp.argmin(jnp.square(bias) + variance / n)
@@ -142,10 +142,10 @@ def bias_and_variance(state: State, n: int) -> Found:
 
 
 def efficient(state: State, n: int) -> Found:
-    """Gives τ with the least variance of a location, of ½ to 4 medians.
+    """Returns τ with the least variance of a location estimate, between ½ and 4 medians.
 
-    That of Huber's estimator is mean min(‖g‖, τ)² / share(‖g‖ ≤ τ)²: the clipped samples carry
-    noise and no signal.
+    The variance of Huber's estimator is mean min(‖g‖, τ)² / share(‖g‖ ≤ τ)²: clipped samples
+    contribute noise but no signal.
     """
     del n
     weights = shares(state)
@@ -158,16 +158,16 @@ def efficient(state: State, n: int) -> Found:
 
 
 def by_spread(state: State, n: int) -> Found:
-    """Multiplies the automatic threshold by up to 4 where the norms hardly spread.
+    """Multiplies the automatic threshold by up to 4 if the norms hardly vary.
 
-    The factor is 1 where the 0.9 quantile is 8 medians or more.
+    The factor is 1 if the 0.9 quantile is 8 medians or more.
     """
     spread = quantile(0.9)(state, n).alpha / state.auto.median
     return Found(automatic(state, n).alpha * jnp.clip(8 / spread, 1, 4))
 
 
 def slow(state: State, n: int) -> Found:
-    """Gives the automatic threshold of medians that grow by at most 5 % a batch."""
+    """Returns the automatic threshold for medians that grow by at most 5 % per batch."""
     del n
     return Found(floored_median(state.slow, state.largest_slow) / 2)
 
@@ -192,7 +192,7 @@ def growing_from_16(state: State, n: int) -> Found:
 
 
 NONE, BATCH, FIXED, AUTO = "no clipping", "batch clipping", "fixed threshold", "automatic"
-TUNED = (NONE, BATCH, FIXED)  # which the others are compared with
+TUNED = (NONE, BATCH, FIXED)  # with which the others are compared
 RULES: dict[str, Rule] = {
     "running moment": moment,
     "truncated squares": truncated_squares,
@@ -212,12 +212,12 @@ RULES: dict[str, Rule] = {
 
 
 class Candidate(NamedTuple):
-    """A threshold of a run, from which one program makes all methods.
+    """The threshold of a run, as data, so that one program can run all methods.
 
     Attributes:
       rule: int, the index of a rule, or −1 for a fixed threshold.
-      sample: float, the fixed threshold, in units of the median norm in the first batch.
-      batch: float, the threshold for the norm of the batch's gradient, in the same units.
+      sample: float, the fixed threshold, relative to the median norm in the first batch.
+      batch: float, the threshold for the norm of the batch's gradient, relative to the same.
     """
 
     rule: Any = -1
@@ -234,7 +234,7 @@ METHODS: dict[str, tuple[Candidate, ...]] = {
 
 
 def threshold_of(candidate: Candidate, fixed: Any, state: State, n: int) -> psc.growing_threshold:
-    """Gives the threshold of a batch; `candidate` and `fixed`, a norm, may be traced."""
+    """Returns the threshold of a batch; `candidate` and `fixed`, a norm, may be traced."""
     found = [Found(fixed), *(rule(state, n) for rule in RULES.values())]
     alpha, exponent = (jnp.stack(jnp.broadcast_arrays(*own)) for own in zip(*found, strict=True))
     # β = 1 / 0 = ∞: the same threshold for all samples.

@@ -21,9 +21,9 @@ from psclip_optax.training.data.datasets import load_dataset
 from psclip_optax.training.data.splits import train_validation_split
 
 NUM_VALIDATION = 300  # of the digits
-FEATURES, NUM_TRAIN, NUM_HELD_OUT = 20, 1200, 800  # of what is drawn at random
-MANY = 30_000  # training samples where each shall be new in most steps
-CONTEXT = 3  # characters that the next one is named from
+FEATURES, NUM_TRAIN, NUM_HELD_OUT = 20, 1200, 800  # of randomly drawn data
+MANY = 30_000  # training samples, if most steps should have new ones
+CONTEXT = 3  # characters from which the next one is predicted
 ACTIONS = 8
 CHANCE_OF_REWARD = 1 / ACTIONS
 
@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The data that one seed trains on, and the held-out data."""
+    """The training data of one seed, and the held-out data."""
 
     train: Split
     validation: Split
@@ -44,13 +44,13 @@ class Data(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Task that a net is trained for.
+    """A kind of task.
 
     Attributes:
       num_outputs: the outputs of the net.
       loss: (outputs, target of one sample) → loss.
       score: (outputs [N, outputs], targets) → at most 1.
-      chance: what has learned next to nothing scores less.
+      chance: a net that has learned next to nothing scores less.
     """
 
     num_outputs: int
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """Data that a net is trained on.
+    """A condition: the data of a task.
 
     Attributes:
       kind: one of KINDS.
@@ -81,7 +81,7 @@ def named_rightly(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def explained(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Computes R² where it is above 0."""
+    """Computes R², or 0 if it is negative."""
     errors = jnp.mean(jnp.square(outputs[:, 0] - targets))
     return jnp.maximum(1 - errors / jnp.var(targets), 0)
 
@@ -92,7 +92,7 @@ def weighted_cross_entropy(outputs: jax.Array, target: tuple[jax.Array, jax.Arra
 
 
 def reinforce(outputs: jax.Array, target: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """Computes −(R − b) log π(a) of an action that is drawn from the policy itself."""
+    """Computes −(R − b) log π(a) for an action drawn from the policy itself."""
     best, noise, uniform = target
     below = jnp.cumsum(jax.nn.softmax(jax.lax.stop_gradient(outputs)))
     action = jnp.minimum(jnp.sum(below < uniform), ACTIONS - 1)
@@ -193,7 +193,7 @@ def policy(seed: int) -> Data:
     return in_parts(inputs, (best, noise, uniforms))
 
 
-# Those that the automatic threshold was chosen on, and others.
+# Conditions on which the automatic threshold was chosen, and others.
 CHOSEN_ON = {
     **{
         name: Condition("digits", functools.partial(digits, noise))
@@ -225,7 +225,7 @@ def load(condition: str, seeds: int) -> Data:
 
 
 def features(inputs: jax.Array) -> jax.Array:
-    """Writes characters as a flat one-hot code; other inputs stay as they are."""
+    """Encodes characters as flat one-hot vectors; other inputs do not change."""
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         return inputs
     return jax.nn.one_hot(inputs, len(CHARACTERS)).reshape(*inputs.shape[:-1], -1)
@@ -248,6 +248,6 @@ def outputs(params: Any, inputs: jax.Array) -> jax.Array:
 
 
 def score(kind: Kind, params: Any, split: Split) -> jax.Array:
-    """Computes the score; 0 where an output is not finite."""
+    """Computes the score; 0 if an output is not finite."""
     out = outputs(params, split.inputs)
     return jnp.where(jnp.all(jnp.isfinite(out)), kind.score(out, split.targets), 0)

@@ -1,14 +1,15 @@
-"""Where should a threshold be that nobody chose?
+"""How should a threshold be set automatically?
 
     python -m benchmarks.thresholds.auto_threshold
 
-Small nets on digits, clean, with wrong labels and with heavy-tailed pixels, and regressions with
-Gaussian and Student-t noise; and, held out from the choice of the automatic threshold, other noise
-of both, a language model with heavy-tailed losses and REINFORCE with heavy-tailed returns. Momentum
-SGD and AdamW; batches of 32 to 512. The candidates that need no number, `psc.auto_threshold` among
-them, get the learning rates of no clipping; batch clipping and a fixed threshold are tuned over
-both. Prints a table and writes it to benchmarks/results as auto_threshold.json and .png. With
---runs a folder keeps what is finished, and the same command goes on where it was stopped.
+Small nets are trained on digits, clean, with wrong labels and with heavy-tailed pixels, and on
+regressions with Gaussian and Student-t noise. Held out from the choice of the automatic threshold
+are other noises of both, a language model with heavy-tailed losses, and REINFORCE with heavy-tailed
+returns. Optimizers are momentum SGD and AdamW, batch sizes 32 to 512. Candidates that need no
+number, including `psc.auto_threshold`, are tuned over the learning rates; batch clipping and a
+fixed threshold are tuned over thresholds as well. Prints a table and writes it to
+benchmarks/results as auto_threshold.json and .png. With --runs a folder stores finished conditions;
+repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from benchmarks.thresholds.auto_tasks import (
 from psclip_optax.training.output.files import to_json, write_atomically
 
 RATES = {"momentum": (0.01, 0.03, 0.1, 0.3, 1.0), "AdamW": (0.001, 0.003, 0.01, 0.03, 0.1)}
-REGRESSION_FACTOR = 0.3  # of the rates of momentum SGD, whose gradients are as large as the targets
+REGRESSION_FACTOR = 0.3  # of momentum SGD's rates: gradients are as large as the targets
 STEPS = {32: 300, 128: 200, 512: 100}
 HIDDEN = 64
 
@@ -92,7 +93,7 @@ class Cell(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """The settings that a program is compiled for.
+    """The settings for which a program is compiled.
 
     Attributes:
       kind: one of KINDS.
@@ -108,7 +109,7 @@ class Setting(NamedTuple):
 
 
 def build_cells() -> list[Cell]:
-    """Lists first what the automatic threshold was chosen on: all data, the extremes once more."""
+    """Lists the cells; those on which the automatic threshold was chosen come first."""
     kinds = (("momentum", 32), ("momentum", 128), ("AdamW", 128))
     cells = [Cell(data, *kind) for kind in kinds for data in CHOSEN_ON]
     cells += [Cell(data, "momentum", 512) for data in ("clean", "heavy pixels")]
@@ -136,7 +137,7 @@ def build_optimizer(name: str, learning_rate: Any, steps: int) -> optax.Gradient
 def train(setting: Setting, rate: Any, key: jax.Array, data: Data, candidate: Candidate) -> Scores:
     """Trains one run.
 
-    Every rule clips the first batch by its own norms, so that what differs is where it clips.
+    Every rule clips the first batch by its own norms, so rules differ only in their thresholds.
     """
     kind, n = KINDS[setting.kind], setting.batch_size
     init_key, order_key = jax.random.split(key)
@@ -161,7 +162,7 @@ def train(setting: Setting, rate: Any, key: jax.Array, data: Data, candidate: Ca
         params, opt_state, state = carry
         threshold = threshold_of(candidate, candidate.sample * unit, state, n)
         _, grads, stats = value_and_grad(params, *batch_of(index), threshold=threshold)
-        before = jax.tree.map(lambda x: jnp.where(index == 0, 0, x), state)  # not twice the first
+        before = jax.tree.map(lambda x: jnp.where(index == 0, 0, x), state)  # counts once
         state = updated(before, stats.norms)
         limit = optax.clip_by_global_norm(candidate.batch * unit)
         clipped = limit.update(grads, optax.EmptyState())[0]
@@ -177,7 +178,7 @@ def train(setting: Setting, rate: Any, key: jax.Array, data: Data, candidate: Ca
 def build_program(setting: Setting) -> Callable[..., Scores]:
     """Builds (rates, keys, data, candidates) → scores [rates, seeds, candidates].
 
-    All methods are runs of one program, as compiling it takes longer than most of them.
+    All methods are runs of one program, because compiling takes longer than most runs.
     """
 
     def at_rate(rate: jax.Array, keys: Any, data: Data, candidates: Candidate) -> Scores:
@@ -222,8 +223,8 @@ def run_cell(cell: Cell, seeds: int, quick: bool) -> dict[str, Any]:
 def described(row: dict[str, Any]) -> dict[str, Any]:
     """Finds each method's winner, its difference to the best tuned one, and its failures by rate.
 
-    Differences are paired by seed, with their 95 % intervals. The means are of all trials,
-    [rates, thresholds].
+    Differences are paired by seed, with their 95 % intervals. Means are over all trials, [rates,
+    thresholds].
     """
     tuned = {name: _winner(row, name) for name in row["scores"]}
     best = max(TUNED, key=lambda name: np.mean(tuned[name]["test"]))

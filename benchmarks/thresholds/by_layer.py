@@ -2,11 +2,11 @@
 
     python -m benchmarks.thresholds.by_layer --data-dir FOLDER
 
-AlexNet on CIFAR-100 under four noises with momentum SGD, and a small GPT with AdamW on the text
-that Python's `help` prints. Both ways to clip get the same trials of constant thresholds, and the
-same learning rates of the automatic one; the best by validation data are trained again from other
-seeds, twice as long, and tested. Every finished run is a line of --runs; the same command goes on
-where it was stopped. Prints a table and writes it to benchmarks/results as by_layer.json and .png.
+AlexNet is trained on CIFAR-100 under four noises with momentum SGD, and a small GPT with AdamW on
+the text of Python's `help`. Both ways of clipping get the same trials of constant thresholds, and
+the same learning rates for the automatic one. The best by validation data are trained again from
+other seeds, twice as long, and tested. Every finished run is a line of --runs; repeat the command
+to resume. Prints a table and writes it to benchmarks/results as by_layer.json and .png.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ from psclip_optax.groups import in_groups_of
 from psclip_optax.thresholds.tracking import as_adaptive
 from psclip_optax.training.data.datasets import load_dataset
 
-# In units of the median norm of the whole gradient in the first batch.
+# Relative to the median norm of the whole gradient in the first batch.
 THRESHOLDS = (0.3, 2.0)
-AUTOMATIC = 0.5  # where the automatic threshold lies, in these units
+AUTOMATIC = 0.5  # the automatic threshold, relative to the same
 EVALUATED_TOGETHER = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A method, and where its runs are kept.
+    """The options of the comparison.
 
     Attributes:
-      runs: file of the finished runs; by default of those that the results are from.
+      runs: file of the finished runs; by default that of the published results.
       data_dir: folder with an official archive of CIFAR-100; it is downloaded otherwise.
       out: folder for the table as JSON, and the figure.
-      seeds: of the runs that are tested, at least 2.
-      conditions: these alone, by their place from 0.
-      quick: digits, tiny nets and few runs, to see that the benchmark works.
+      seeds: the number of seeds of the tested runs, at least 2.
+      conditions: only these conditions, by their index.
+      quick: digits, tiny nets and few runs, to check that the benchmark works.
     """
 
     runs: pathlib.Path = RESULTS / "by_layer.runs.jsonl"
@@ -80,11 +80,11 @@ DEFAULTS = Options()
 
 
 class Method(NamedTuple):
-    """A way to clip.
+    """A way of clipping.
 
     Attributes:
       rule: (parameters, threshold) → the rule.
-      thresholds: to be tuned; one where there is nothing to tune.
+      thresholds: the thresholds to tune over; one if there is nothing to tune.
     """
 
     rule: Callable[[Any, Any], Any]
@@ -105,14 +105,14 @@ METHODS = {
 
 
 class Point(NamedTuple):
-    """The numbers that are tuned."""
+    """The tuned numbers."""
 
     rate: float
     threshold: float
 
 
 class Carry(NamedTuple):
-    """The state of a run between two steps; `limit` is the threshold in units of a norm."""
+    """The state of a run between two steps; `limit` is the threshold as a norm."""
 
     params: Any
     opt_state: Any
@@ -121,7 +121,7 @@ class Carry(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Compiled functions of one task and method."""
+    """The compiled functions of one task and method."""
 
     start: Callable[..., Carry]
     step: Callable[..., Any]
@@ -129,14 +129,14 @@ class Program(NamedTuple):
 
 @functools.cache
 def build_program(task: Task, method: str) -> Program:
-    """Compiles, when first called, what trains a run."""
+    """Builds the functions that train a run; they compile when first called."""
     value_and_grad = psc.clipped_value_and_grad(task.loss, jnp.inf, has_aux=True, return_stats=True)
 
     def rule_of(params: Any, limit: Any) -> psc.AdaptiveThreshold[Any]:
         return as_adaptive(METHODS[method].rule(params, limit))
 
     def start(key: jax.Array, threshold: Any, *arrays: Any) -> Carry:
-        """Clips the first batch by its own norms, as every rule does."""
+        """Clips the first batch by its own norms, like every rule."""
         params = task.init(key)
         rule = rule_of(params, 1.0)
         unclipped = in_groups_of(rule.threshold(rule.init()), jnp.inf)
@@ -155,7 +155,7 @@ def build_program(task: Task, method: str) -> Program:
         updates, opt_state = task.optimizer.update(grads, carry.opt_state, carry.params)
         factor = -rate * (1 + jnp.cos(jnp.pi * index / total)) / 2
         params = optax.apply_updates(carry.params, optax.tree.scale(factor, updates))
-        followed = lax.cond(  # not twice the first
+        followed = lax.cond(  # the first batch counts once
             index == 0, lambda: carry.rule, lambda: rule.update(carry.rule, stats.norms)
         )
         clipped = stats.num_clipped / len(stats.norms)
@@ -174,7 +174,7 @@ def build_evaluation(task: Task) -> Callable[..., Any]:
 
 
 def evaluated(task: Task, params: Any, split: str) -> dict[str, float]:
-    """Mean loss, and accuracy: 0 where the loss is not finite."""
+    """Computes mean loss and accuracy; accuracy is 0 if the loss is not finite."""
     arrays = task.held_out[split]
     parts = [
         build_evaluation(task)(params, *(array[i : i + EVALUATED_TOGETHER] for array in arrays))
@@ -186,7 +186,7 @@ def evaluated(task: Task, params: Any, split: str) -> dict[str, float]:
 
 
 class Run(NamedTuple):
-    """One training run, with all that decides how it ends but the task."""
+    """One training run, with everything that determines its result except the task."""
 
     stage: str
     method: str
@@ -201,7 +201,7 @@ class Run(NamedTuple):
 
 
 def train(task: Task, run: Run) -> dict[str, Any]:
-    """Trains and evaluates: trials on validation data, the others on test data."""
+    """Trains and evaluates a run: trials on validation data, others on test data."""
     program, key = build_program(task, run.method), jax.random.key(run.seed)
     batches = task.batches(run.condition, run.seed, run.steps)
     first = next(batches)
@@ -224,7 +224,7 @@ def train(task: Task, run: Run) -> dict[str, Any]:
 
 
 def points_of(task: Task, method: str) -> list[Point]:
-    """Pairs every rate with every threshold: as many by layer as for the whole gradient."""
+    """Pairs every rate with every threshold; by layer as many as for the whole gradient."""
     return [
         Point(rate, threshold)
         for threshold in METHODS[method].thresholds
@@ -292,7 +292,7 @@ def main(common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS) -> None:
     """Does a threshold for each layer train as well as one for the whole gradient?
 
     Args:
-      common: what is compared, and where it is kept.
+      common: the options of the comparison.
     """
     options = common
     if common.quick:

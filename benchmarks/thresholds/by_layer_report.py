@@ -74,7 +74,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
-    """Tells where clipping by layer is better or worse, failed trials, and the GPT's loss."""
+    """Writes where clipping by layer is better or worse, failed trials, and the GPT's loss."""
     found = [
         f"{ours[0].upper()}{ours[1:]}, {word} {other}: {'; '.join(labels)}"
         for ours, other in PAIRS.items()
@@ -122,7 +122,7 @@ def describe_edges(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Draws a row for each condition, a mark for each threshold: by layer against one for all."""
+    """Draws a row for each condition, a mark for each threshold: by layer minus one for all."""
     rows = result["rows"]
     figure = Figure(figsize=(9, 1.8 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()

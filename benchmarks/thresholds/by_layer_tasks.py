@@ -1,4 +1,4 @@
-"""Tasks of `benchmarks.thresholds.by_layer`: AlexNet on images, and a small GPT on text.
+"""Defines the tasks of `benchmarks.thresholds.by_layer`: AlexNet on images, a GPT on text.
 
 Nothing here runs on its own.
 """
@@ -30,8 +30,8 @@ from psclip_optax.training.models.classifiers import build_model
 
 Arrays: TypeAlias = tuple[Any, ...]
 IMAGES_IN_BATCH, WINDOWS_IN_BATCH = 32, 16
-LENGTH = 64  # characters that are predicted in a window
-HELD_OUT = 0.1  # of the text, for validation and as much for the test
+LENGTH = 64  # predicted characters in a window
+HELD_OUT = 0.1  # share of the text for validation, and the same for the test
 WEIGHT_DECAY = 1e-3
 
 
@@ -40,19 +40,19 @@ class Task:
     """A learning task.
 
     Attributes:
-      name: in tables.
-      conditions: of the training data.
+      name: the name in tables.
+      conditions: the conditions of the training data.
       init: key → parameters.
-      loss: (parameters, *example) → loss, share of what is named rightly.
-      batches: (condition, seed, number of steps) → arrays [n, …], as often.
-      examples: (key, *arrays) → the loss's arguments, by which images are shifted and mirrored.
+      loss: (parameters, *example) → loss, accuracy.
+      batches: (condition, seed, number of steps) → arrays [n, …] for each step.
+      examples: (key, *arrays) → the loss's arguments, with images shifted and mirrored.
       held_out: the loss's arguments, by "validation" and "test".
-      optimizer: without its learning rate.
-      steps: of the runs that are tested; of trials half as many.
-      rates: where the threshold is about the norm.
-      feels_scale: whether a step is as long as its gradient; then rates are raised where
-        thresholds are small.
-      described: what a finished run says of the data and the model.
+      optimizer: the optimizer without its learning rate.
+      steps: the steps of tested runs; trials have half as many.
+      rates: the learning rates for thresholds of about the norm.
+      feels_scale: whether a step is proportional to its gradient; then rates are larger for small
+        thresholds.
+      described: the description of data and model in a finished run.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Task:
 
 
 def indices(num_examples: int, batch_size: int, seed: int, steps: int) -> Iterator[np.ndarray]:
-    """Batches of a random order, and of another one where that ends."""
+    """Yields batches of a random order, then of another one, and so on."""
     rng = np.random.default_rng([seed, 1])
     order = np.zeros(0, int)
     for _ in range(steps):
@@ -100,7 +100,7 @@ def alexnet(dataset: Dataset, width: float, num_validation: int, steps: int) -> 
     }
     return Task(
         name="AlexNet",
-        # What differs most comes first, for the time may end before the list does.
+        # The largest differences come first, because the time limit may end the list.
         conditions=("heavy pixels", "clean", "40% labels", "20% labels"),
         init=lambda key: model.init(key, jnp.zeros((1, *dataset.image_shape)))["params"],
         loss=build_loss(model, as_products=False),
@@ -116,7 +116,7 @@ def alexnet(dataset: Dataset, width: float, num_validation: int, steps: int) -> 
 
 
 def corpus() -> str:
-    """Reads the topics of Python's own `help`, each paragraph once: they quote one another."""
+    """Reads the topics of Python's `help`, each paragraph once, because they quote one another."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return "\n\n".join(dict.fromkeys(text.split("\n\n")))
 
@@ -165,7 +165,7 @@ def language_model(dim: int, layers: int, steps: int) -> Task:
 
 
 def side_by_side(tokens: np.ndarray) -> jax.Array:
-    """Windows that predict each character at most once."""
+    """Makes windows that predict each character at most once."""
     number = (len(tokens) - 1) // LENGTH
     starts = LENGTH * np.arange(number)[:, None]
     return jnp.asarray(tokens[starts + np.arange(LENGTH + 1)])

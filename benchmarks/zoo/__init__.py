@@ -1,4 +1,4 @@
-"""Models and laws of norms that benchmarks measure and tests check.
+"""Models and distributions of norms for benchmarks and tests.
 
-They lie beside the benchmarks, which a user runs, and not in the package, where no user needs them.
+They are in the benchmarks, which a user may run, not in the package, where no user needs them.
 """

@@ -1,4 +1,4 @@
-"""Laws of positive norms whose tail is known, for tests and benchmarks to sample from."""
+"""Defines distributions of positive norms with known tails, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Sampler: TypeAlias = Callable[[np.random.Generator, int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """A law of norms.
+    """A distribution of norms.
 
     Attributes:
       index: the tail index; ∞ for a light tail.
       sample: a function that draws n norms.
-      moment: E ‖g‖^p of an order p below the index; None where there is no formula.
+      moment: E ‖g‖^p for an order p below the index; None if there is no formula.
     """
 
     index: float

@@ -1,6 +1,6 @@
-"""Builds the models that tests and benchmarks of the engine share, each a loss of one example.
+"""Builds the models for tests and benchmarks of the engine, each with a loss for one example.
 
-Every builder takes a size, "small" for tests and "full" for benchmarks, and gives a `Model`.
+Every builder takes a size, "small" for tests and "full" for benchmarks, and returns a `Model`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Model(NamedTuple):
     """A loss, its parameters, and batches for it.
 
     Attributes:
-      loss: `loss(params, *example)`, of one example.
+      loss: `loss(params, *example)`, for one example.
       params: initial parameters, float32.
       batch: a function from a number of samples to the arguments after `params`, samples on axis 0.
     """
@@ -159,7 +159,7 @@ def lstm(size: Size) -> Model:
     params = jax.jit(module.init)(jax.random.key(0), example)["params"]
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
-        zero = jnp.zeros(features, x.dtype)  # Flax's own initial state is always float32
+        zero = jnp.zeros(features, x.dtype)  # Flax's initial state is always float32
         hidden: Any = module.apply({"params": params}, x, initial_carry=(zero, zero))
         return jnp.square(hidden[-1] - x.mean()).mean()
 
@@ -187,7 +187,7 @@ def recommender(size: Size) -> Model:
         return optax.sigmoid_binary_cross_entropy(module.apply({"params": params}, items), rating)
 
     def batch(n: int) -> tuple[Any, ...]:
-        # Popular items come several times in one history, as they do.
+        # Popular items occur several times in one history, as in real data.
         ranks = jax.random.pareto(jax.random.key(1), 0.5, (n, length)).astype(int)
         return ranks % rows, (jnp.arange(n) % 2).astype(jnp.float32)
 

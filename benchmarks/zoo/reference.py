@@ -1,4 +1,4 @@
-"""Computes the reference that tests and benchmarks compare with, in NumPy float64."""
+"""Computes the reference for tests and benchmarks, in NumPy float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Takes policy networks of Brax, on observations and through a spring of its own."""
+"""Takes policy networks of Brax, on observations and through its spring dynamics."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from benchmarks.third_party.common import Case, Model
 
 
 def likelihood(model: Any) -> Case:
-    # Covariances and probabilities stay what they are: noise would make them no longer that.
+    # Covariances and probabilities get no noise, which would make them invalid.
     params, _ = model.initialize(KEY)
 
     def loss(params, series):

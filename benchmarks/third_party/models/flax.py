@@ -1,4 +1,4 @@
-"""Takes layers of Flax that the project's own tests do not have, in Linen and in NNX."""
+"""Takes layers of Flax that the project's tests do not use, in Linen and in NNX."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers in a scan, each made again in the backward pass."""
+    """Layers in a scan, each rematerialised in the backward pass."""
 
     @nn.compact
     def __call__(self, words: jax.Array) -> jax.Array:

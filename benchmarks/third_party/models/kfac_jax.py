@@ -1,4 +1,4 @@
-"""Takes a loss whose layers are tagged for KFAC-JAX, by primitives of its own."""
+"""Takes a loss whose layers are tagged by KFAC-JAX's primitives."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def spins() -> jax.Array:
 
 
 def amplitude(module: Any) -> Case:
-    """Computes the real part, and the phase where there is one."""
+    """Computes the real part, and the phase if there is one."""
     params = jax.jit(module.init)(KEY, spins())["params"]
 
     def loss(params: Any, spins: jax.Array) -> jax.Array:

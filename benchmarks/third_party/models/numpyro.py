@@ -77,7 +77,7 @@ def hidden_markov() -> Case:
 
 
 def flow() -> Case:
-    """Builds a mixture seen through a spline, on counts too."""
+    """Builds a mixture transformed by a spline, also for counts."""
 
     def loss(params: Any, x: jax.Array, count: jax.Array) -> jax.Array:
         mixture = dist.MixtureSameFamily(

@@ -17,7 +17,7 @@ from benchmarks.third_party.common import Case, Model
 
 
 def transported(implicit: bool) -> Case:
-    """Computes the cost between a sample's points and learnt ones."""
+    """Computes the cost between a sample's points and trained points."""
     options = {} if implicit else {"implicit_diff": None}
 
     def loss(params: Any, points: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ def language(name: str, config: str, options: dict[str, Any]) -> Case:
 
 
 def masked_language(name: str, config: str, options: dict[str, Any]) -> Case:
-    """Predicts every word from one with some hidden; padding at the end."""
+    """Predicts every word of a text with masked words and padding at the end."""
     model = made(name, config, options)
 
     def loss(params: Any, words: jax.Array, length: jax.Array) -> jax.Array:
@@ -154,13 +154,13 @@ def seen(name: str, config: str, options: dict[str, Any], size: int = 8) -> Case
         return cross_entropy(model(image[None], params=params, train=False).logits[0], label)
 
     params = model.params
-    if "batch_stats" in params:  # statistics stay what they are
+    if "batch_stats" in params:  # statistics do not change
         return normalised(model, params)
     return Case(loss, params, (images(size), labels()))
 
 
 def normalised(model: Any, variables: Any) -> Case:
-    """Classifies images by running statistics."""
+    """Classifies images with running statistics."""
     statistics = variables["batch_stats"]
 
     def loss(params: Any, image: jax.Array, label: jax.Array) -> jax.Array:
