@@ -9,23 +9,23 @@ from tests import passes
 from tests.compiler_flags import pytest_configure as pytest_configure
 from tests.fuzz import record
 
-# So that tests of sharding run in this process; all others use the first. Before JAX starts.
+# For tests of sharding in this process; all others use the first device. Set before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# As `few_optimizations` does, for what modules compute when they are imported; and in the
-# environment for processes that tests start.
+# Like `few_optimizations`, for computations at import; and in the environment, for processes that
+# tests start.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# JAX computes a key of each program for a cache on disk, even where there is no such cache.
+# JAX computes a key of each program for a cache on disk, even if there is no such cache.
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 
-# Tracing makes far more objects than it leaves in circles, and each search for these goes through
-# all that is imported. `forget_what_was_compiled` collects them too.
+# Tracing creates many objects but few cycles, and each collection of cycles scans all imported
+# modules. `forget_what_was_compiled` collects them too.
 gc.set_threshold(50_000, 20, 20)
 
-# Compiling takes as long as it takes. A failure must be seen again by whoever looks for it; new
-# examples come of `python -m tests.fuzz` and `python -m tests.random_programs`.
+# No deadline, because compilation takes long. Failures must be reproducible; new examples come from
+# `python -m tests.fuzz` and `python -m tests.random_programs`.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def in_share(share, tests):
-    """Every Nth of the tests from the Ith, of a share "I/N"."""
+    """Return every Nth test from the Ith on, for a share "I/N"."""
     first, _, of = share.partition("/")
     if not (first.isdecimal() and of.isdecimal() and int(first) < int(of)):
         raise pytest.UsageError(f"--slow-share: expected I/N with 0 <= I < N, got {share!r}")
@@ -62,7 +62,7 @@ def in_share(share, tests):
 
 def pytest_collection_finish():
     gc.collect()
-    gc.freeze()  # what is imported by now stays
+    gc.freeze()  # objects imported so far are never collected
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
-    """So that the processes of pytest-xdist, one for each core, fit into a build server's memory."""
+    """Clear caches, so that the processes of pytest-xdist fit into a build server's memory."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -82,15 +82,16 @@ def forget_what_was_compiled():
 
 @pytest.fixture(autouse=True)
 def few_optimizations(request):
-    """For nearly all the time goes into compiling what runs once; but not of tests marked so.
+    """Reduce optimizations, because compiling programs that run once takes most of the time.
 
-    What LLVM does to programs the benchmarks see, which compare gradients as well.
+    Tests can opt out by a mark. LLVM's optimizations are covered by the benchmarks, which compare
+    gradients as well.
     """
     jax.config.update("jax_disable_most_optimizations", "optimized" not in request.keywords)
 
 
 @pytest.fixture
 def two_passes():
-    """The mode `two_pass` makes two passes, where users of so small a model have slices."""
+    """Make the mode `two_pass` use two passes, where such a small model would have slices."""
     with passes.two_passes():
         yield

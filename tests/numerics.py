@@ -1,4 +1,4 @@
-"""The reference every test compares with, and comparisons that fail on NaN."""
+"""Define the reference for every test, and comparisons that fail on NaN."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def growing(alpha: float, beta: float, n: int) -> np.ndarray:
 
 
 def in_all_modes(loss: Any, threshold: Any, **options: Any) -> Any:
-    """A function that returns what each mode does, in one program: it compiles faster than three."""
+    """Return one program with the results of all modes, which compiles faster than three."""
     modes = ("one_pass", "two_pass", "vmap")
     options = {"return_stats": True} | options
     run = {
@@ -28,15 +28,15 @@ def in_all_modes(loss: Any, threshold: Any, **options: Any) -> Any:
 
 
 def heavy_tailed(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Student-t numbers with 1.5 degrees of freedom, as NumPy draws them: XLA compiles that long."""
+    """Draw Student-t numbers with 1.5 degrees of freedom by NumPy: compiling XLA's takes long."""
     return np.random.default_rng(seed).standard_t(1.5, shape).astype(np.float32)
 
 
 def assert_close(actual: Any, expected: Any, rtol: float, floor: float = 0.0) -> None:
-    """Every entry within `rtol` of its leaf's largest entry; NaN is never close to anything.
+    """Assert that every entry is within `rtol` of its leaf's largest entry; NaN fails.
 
-    A leaf whose values vanish, but for rounding, is held against `floor` times the tree's largest
-    entry instead.
+    The tolerance of a leaf that vanishes up to rounding is relative to `floor` times the tree's
+    largest entry instead.
     """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     wanted = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
@@ -52,6 +52,6 @@ def assert_close(actual: Any, expected: Any, rtol: float, floor: float = 0.0) ->
 
 
 def in_float64(tree: Any) -> Any:
-    """The same with its floating-point leaves in float64."""
+    """Convert the floating-point leaves of a tree to float64."""
     is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if is_float(leaf) else leaf, tree)

@@ -1,4 +1,4 @@
-"""Let the mode `two_pass` make two passes over small models too."""
+"""Make the mode `two_pass` use two passes for small models too."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from psclip_optax.engine.modes import two_pass
 
 
 def two_passes() -> contextlib.AbstractContextManager[object]:
-    """Make two passes wherever they are right; slices would take as little memory."""
+    """Use two passes wherever they are correct, although slices would need as little memory."""
     return mock.patch.multiple(two_pass, MOST_SLICES=0, MOST_KEPT=math.inf)

@@ -1,6 +1,6 @@
-"""What a recipe's gradient is, and what it should be, by its heading.
+"""Compare a recipe's gradient with the expected one, by its heading.
 
-Recipes name things alike: loss, params, x, y, threshold, f, tx, step.
+Recipes use the same names: loss, params, x, y, threshold, f, tx, step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Names = dict[str, Any]
 
 
 def keeping_gradients() -> optax.GradientTransformation:
-    """An optimizer that moves nothing: its state is the gradient that it was given last."""
+    """Return an optimizer that changes nothing; its state is the last gradient."""
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del state, params
@@ -46,7 +46,7 @@ def truth(
     threshold: Any = None,
     sample_mask: Any = None,
 ) -> Any:
-    """vmap(grad) of the recipe's loss, clipped sample by sample."""
+    """Compute vmap(grad) of the recipe's loss, clipped sample by sample."""
     loss = loss or names["loss"]
     threshold = threshold or names["threshold"]
 
@@ -77,7 +77,7 @@ def check_nnx(names: Names) -> None:
     expected = truth(names, params, *batch, loss=loss)
     optimizer = nnx.Optimizer(model, KEEPING, wrt=nnx.Param)
     names["step"](model, optimizer, *batch)
-    structure = jax.tree.structure(expected)  # NNX has a Variable of its own around each leaf
+    structure = jax.tree.structure(expected)  # NNX wraps each leaf in a Variable
     assert_close(structure.unflatten(jax.tree.leaves(optimizer.opt_state)), expected, 1e-4)
 
 
@@ -107,20 +107,20 @@ def check_gpt(names: Names) -> None:
     assert length < tokens.shape[1]
     whole = loss(names["params"], tokens[0])
     assert float(whole) == pytest.approx(float(loss(names["params"], tokens[0, :length])), rel=1e-3)
-    # What is masked may be anything.
+    # Masked samples may have any value.
     tokens = np.where(mask[:, None], tokens, 1 + tokens[::-1] % 49)
-    # As long as it has learnt nothing, so that samples are clipped.
+    # Before training, so that samples are clipped.
     params = jax.jit(names["model"].init)(jax.random.key(1), tokens[0, 1:])
     threshold = psc.growing_threshold(2.0, 1.5)
     expected = truth(names, params, tokens, threshold=threshold, sample_mask=mask)
     names["tx"] = KEEPING
     _, grads, *_ = names["step"](params, KEEPING.init(params), tokens, mask)
-    # Keys' biases have a gradient of 0, but for rounding.
+    # Keys' biases have gradients of 0, up to rounding.
     assert_close(grads, expected, 1e-3, floor=1e-2)
 
 
 def check_fsdp(names: Names) -> None:
-    """Devices that share parameters and batch do what one device does, and what stacking does."""
+    """Compare devices that share parameters and batch with one device and with a stack."""
     assert jax.device_count() == names["mesh"].size == 8
     params, rules, tokens, loss = (names[name] for name in ("params", "rules", "tokens", "loss"))
     tx = optax.chain(psc.track_norms(rules), KEEPING)
@@ -153,7 +153,7 @@ def check_fsdp(names: Names) -> None:
     assert sent <= 1.02 * by_plain + 32 * len(tokens) * 6, f"{sent} against {by_plain}"
 
     names["gathered"] = lambda tree: tree
-    jax.clear_caches()  # of what was traced with a mesh
+    jax.clear_caches()  # of programs traced with a mesh
     alone = jax.device_put(tokens, jax.devices()[0])
     expected, expected_metrics = result(lambda state: state, alone)
     assert_close(grads, jax.tree.map(np.asarray, expected), 1e-4)
@@ -194,7 +194,7 @@ def check_injected(names: Names) -> None:
     params, x, y, opt_state = (names[name] for name in ("params", "x", "y", "opt_state"))
     opt_state.hyperparams["learning_rate"] = jnp.asarray(1.0)
     moved, _ = names["step"](params, opt_state, x, y)
-    threshold = psc.growing_threshold(1.0, 2.0)  # of the schedule's end, and set by hand
+    threshold = psc.growing_threshold(1.0, 2.0)  # at the schedule's end, and set by hand
     assert_close(params - moved, truth(names, params, x, y, threshold=threshold), 1e-4)
 
 
@@ -246,7 +246,7 @@ def check_float16(names: Names) -> None:
         _, grads, (new_scale, num_finite), _ = step(params, untouched, (scale, 0), x, y)
         assert_close(grads, expected, 2e-2)
         assert (float(new_scale), int(num_finite)) == (scale, 1)
-    # Where some samples overflow, and the mean of the others does not.
+    # A scale at which some samples overflow, but not the mean of the others.
     dropping = psc.clipped_grad(
         names["scaled_loss"], psc.growing_threshold(2.0**18, 1.5), in_axes=(None, 0, 0)
     )
@@ -264,7 +264,7 @@ def check_before_or_after(names: Names) -> None:
 
 
 def check_private(names: Names) -> None:
-    """The recipe's run is jax_privacy's own, and ε is what dp_accounting says of it."""
+    """Compare the recipe's run with jax_privacy's clipping, and ε with dp_accounting."""
     import dp_accounting
     from jax_privacy import batch_selection, clipping
 
@@ -284,7 +284,7 @@ def check_private(names: Names) -> None:
         padded = batch_selection.pad_to_multiple_of(chosen, 32)
         params, opt_state = step(params, opt_state, x[padded], y[padded], padded >= 0)
     assert_close(names["params"], jax.tree.map(np.asarray, params), 1e-4)
-    # Some noise is in it, and the sum moves by no more than what theirs says.
+    # It contains noise, and the sum changes by no more than their sensitivity.
     whole, fewer = (names["f"](names["start"], x[i:], y[i:]) for i in (0, 1))
     noisy, _ = names["noise"].update(whole, names["noise"].init(whole))
     stddev = names["noise_multiplier"] * clip_norm

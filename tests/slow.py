@@ -1,4 +1,4 @@
-"""Which cases of a wide table every run tests; the others are `slow`, for `.ci/run` and at night."""
+"""Mark rows of large tables as `slow`, for `.ci/run` and nightly runs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 
 
 def but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
-    """Mark as slow all cases but the quick ones."""
+    """Mark all cases except the quick ones as slow."""
     cases, quick = list(cases), list(quick)
     assert all(case in cases for case in quick), f"not all of {quick} are among {cases}"
     return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def diagonal(*axes: Iterable[Any]) -> list[Any]:
-    """Combine all values of the axes, and mark as slow all but those that meet each value once.
+    """Combine all values of the axes; mark all but a set that covers each value as slow.
 
-    Of the i-th value of the longest axis the quick case has the i-th of every other axis, which
-    begins anew at its end.
+    The quick case of the i-th value of the longest axis has the i-th value of every other axis,
+    cyclically.
     """
     values: list[Sequence[Any]] = [list(axis) for axis in axes]
     quick = {

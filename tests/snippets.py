@@ -1,4 +1,4 @@
-"""Code blocks of Markdown pages: finding them, and running those in Python."""
+"""Find code blocks in Markdown pages, and run those in Python."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Block(NamedTuple):
     """A fenced block of code.
 
     Attributes:
-      source: what is between the fences.
-      line: the line of the page on which the opening fence stands, from 1.
-      heading: the last heading above it, "" where there is none.
-      marker: the text of the HTML comment on the line above its fence, "" where there is none.
+      source: the code between the fences.
+      line: the line number of the opening fence on the page, from 1.
+      heading: the last heading above it, or "".
+      marker: the text of the HTML comment on the line above its fence, or "".
     """
 
     source: str
@@ -33,9 +33,9 @@ _FENCED = re.compile(
 
 
 def fenced(text: str, language: str) -> list[Block]:
-    """The blocks in one language, in order, those in lists and tabs too."""
+    """List the blocks in one language, in order, also in lists and tabs."""
     blocks = []
-    # Blanked, for what looks like a heading in code is a comment.
+    # Blanked, because what looks like a heading in code is a comment.
     outside = _FENCED.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
     for match in _FENCED.finditer(text):
         if match["language"] != language:
@@ -55,17 +55,17 @@ def fenced(text: str, language: str) -> list[Block]:
 
 
 def first_words(source: str) -> str:
-    """Of a block's last line, to name it by."""
+    """Return the first words of a block's last line, as its name."""
     return source.strip().splitlines()[-1][:40]
 
 
 def run(source: str, path: str, line: int = 0) -> dict[str, Any]:
-    """What a block defines; it prints what the comments after its prints say, or asserts something.
+    """Run a block and return its names; check that it prints what its comments say, or asserts.
 
     Args:
       source: Python.
-      path: the page's, for tracebacks.
-      line: that of the fence above the block, so that they name the page's own lines.
+      path: the page's path, for tracebacks.
+      line: the line of the fence above the block, so that tracebacks have the page's line numbers.
     """
     names: dict[str, Any] = {"__name__": "snippet"}
     printed = io.StringIO()

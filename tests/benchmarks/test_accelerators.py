@@ -1,4 +1,4 @@
-"""Costs of programs that are compiled for accelerators, read from their text."""
+"""Check the costs of programs compiled for accelerators, read from their text."""
 
 import json
 
@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.common import hlo
 from benchmarks.engine import accelerators
 
-# One of each kind that is counted: a loop of six steps by the constant it is compared with, one that
-# is known to have two, one of unknown length, a branch, and collectives.
+# One of each counted kind: a loop with six steps by the constant of its comparison, one with a
+# known count of two, one of unknown length, a branch, and collectives.
 TEXT = """\
 HloModule a
 
@@ -68,8 +68,8 @@ def test_elements_are_those_of_the_larger_end():
     assert sent == {"all-reduce": 8 + 8, "all-gather": 32, "reduce-scatter": 4 * 2}
 
 
-# As a TPU has them: a sum of which each device takes its part is a fusion, and what is sent beside
-# products goes in steps, each of which is a fusion of one chain.
+# As on a TPU: a reduce-scatter is a fusion, and a collective during products is sent in steps, each
+# a fusion of one chain.
 FUSED = """\
 HloModule b
 

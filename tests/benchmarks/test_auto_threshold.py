@@ -32,7 +32,7 @@ def test_quick_run_writes_its_table_and_figure_and_is_not_repeated(tmp_path, cap
 
 
 def described(**test_scores):
-    """Describes a row of one seed more than the scores, which are by learning rate and threshold."""
+    """Describe a row from scores by learning rate and threshold, with one more seed."""
     scores = {
         name: {"validation": found, "test": found}
         for name, found in (

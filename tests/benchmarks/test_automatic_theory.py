@@ -80,7 +80,7 @@ def test_rescaled_errors_are_of_the_best_common_factor():
     assert factors[0] == pytest.approx(np.linspace(0, 3, 301)[np.argmin(by_factor)], abs=0.01)
     expected = np.linalg.norm(factors[0] * estimates - target, axis=1)
     np.testing.assert_allclose(scaled[0], expected, rtol=1e-9)
-    # No learning rate turns an estimate round.
+    # No learning rate reverses an estimate.
     assert factors[1] == 0
     np.testing.assert_allclose(scaled[1], mean, rtol=1e-9)
 

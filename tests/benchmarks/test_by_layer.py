@@ -47,7 +47,7 @@ def test_thresholds_are_in_units_of_the_whole_gradients_first_norms(gpt):
     }
     for carry in carries.values():
         assert float(carry.limit) == pytest.approx(expected, rel=1e-4)
-    # The automatic rules have seen the first batch already, each group its own norms.
+    # The automatic rules have already seen the first batch, each the norms of its group.
     medians = {name: float(own.median) for name, own in carries[by_layer.LAYER_AUTO].rule.items()}
     norms = {name: norms_of(stacked[name]) for name in stacked}
     assert medians.keys() == norms.keys()

@@ -120,7 +120,7 @@ def test_largest_curvature_is_found_along_the_way():
 
 
 def directions(threshold: float) -> dict[str, np.ndarray]:
-    """Of each method by NumPy, of gradients [n, d]."""
+    """Compute each method's direction from gradients [n, d] in NumPy."""
     gradients = numerics.heavy_tailed(2, (40, 5)).astype(np.float64)
     mean = gradients.mean(axis=0)
     norm = np.linalg.norm(mean)

@@ -108,7 +108,7 @@ def test_flops_count_every_step_of_a_scan(unroll):
     x, ws = jnp.ones((size, size)), jnp.ones((steps, size, size))
     assert jax.jit(scanned).lower(x, ws).cost_analysis()["flops"] < steps * product  # pyright: ignore
     assert count_flops(scanned, (x, ws)) == pytest.approx(steps * product, rel=0.01)
-    # With the value, for what it alone takes, the last step's product, XLA may leave uncounted.
+    # With the value: XLA may not count the last step's product, which only the value needs.
     gradient = jax.value_and_grad(lambda *args: scanned(*args).sum(), argnums=(0, 1))
     assert count_flops(gradient, (x, ws)) == pytest.approx(3 * steps * product, rel=0.01)
 

@@ -19,7 +19,8 @@ ONE_SIDED = Noise(1.6, one_sided=True)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    # As in the tests, for XLA's optimizations change the last digits; no other fixture did it yet.
+    # As in the tests, because XLA's optimizations change the last digits; no other fixture has run
+    # yet.
     jax.config.update("jax_disable_most_optimizations", True)
     out = tmp_path_factory.mktemp("results")
     estimator_error.main(out=out, runs=out / "runs.jsonl", quick=True)
@@ -145,7 +146,7 @@ def test_small_uniforms_reach_beyond_float32_steps():
 def test_noise_is_centred(one_sided):
     noise = Noise(1.9, one_sided)
     gradients, radii = heavy_tails.draw(jax.random.key(2), noise, 0.5, 1, 2**15)
-    # Weights that tame the tail: E R^{-1} (g - μ) is known, and has a finite variance.
+    # Weights that shorten the tail: E R^{-1} (g - μ) is known, and has a finite variance.
     flattened = (gradients[0].T - 0.5 * heavy_tails.unit_mean()) / radii[0][:, None]
     mean = float(heavy_tails.unit_mean() @ flattened.mean(axis=0))
     entry = stats.beta(0.5, 4.5).expect(math.sqrt) * math.sqrt(10) if one_sided else 0.0
@@ -171,7 +172,7 @@ def test_scale_is_the_raw_moment():
 
 @pytest.mark.parametrize("p", [1.2, 1.5, 1.8, 2.0])
 def test_guarantee_bounds_bias_and_variance_of_any_threshold(p):
-    """Of the two-point law that makes the bias as large as it can be: 0, or x beyond τ."""
+    """Check the two-point distribution with the largest possible bias: 0, or x above τ."""
     tau, n = 3.0, 7
     x = tau * p / (p - 1)
     probability = 0.01

@@ -1,4 +1,4 @@
-"""The benchmark of finding wrong labels: its scores, its figures, and what was committed of it."""
+"""Check the benchmark of finding wrong labels: its scores, its figures and committed results."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_committed_results_are_of_the_committed_runs(tmp_path, monkeypatch):
     nothing = Split(np.zeros([1, 32, 32, 3], np.uint8), np.zeros(1, np.int32))
     cifar = types.SimpleNamespace(train=nothing, num_classes=100)
     monkeypatch.setattr(find_bad_data, "load_dataset", lambda *_, **__: cifar)
-    monkeypatch.setattr(find_bad_data, "train", None)  # for every run is there
+    monkeypatch.setattr(find_bad_data, "train", None)  # because every run is stored
     find_bad_data.main(out=tmp_path)
     lines = [json.loads(line) for line in RUNS.read_text("ascii").splitlines()]
     assert [line["digest"] for line in lines] == [digest(line["run"]) for line in lines]
@@ -73,5 +73,5 @@ def test_committed_results_are_of_the_committed_runs(tmp_path, monkeypatch):
     written = json.loads((tmp_path / RESULT.name).read_text())
     assert jax.tree.structure(written) == jax.tree.structure(result)
     for leaf, told in zip(*map(jax.tree.leaves, (written, result)), strict=True):
-        # One SciPy's quantiles differ from another's in the last digits.
+        # Quantiles of different SciPy versions differ in the last digits.
         assert leaf == told if isinstance(told, str) else leaf == pytest.approx(told, rel=1e-9)

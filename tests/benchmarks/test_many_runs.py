@@ -1,4 +1,4 @@
-"""Many runs in one program are what Optax and stacked gradients make of each by itself."""
+"""Compare many runs in one program with each run alone by Optax and stacked gradients."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def gradients_of_samples():
 
 
 def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) -> list[float]:
-    """The loss of every epoch."""
+    """Return the loss of every epoch."""
     model, per_sample = gradients_of_samples()
     images = (data.train.images / 255.0 - data.mean) / data.std
     params = model.init(jax.random.key(3), images[:1])["params"]
@@ -288,7 +288,7 @@ def test_committed_results_are_of_the_committed_runs(benchmark, tmp_path, monkey
     data = types.SimpleNamespace(train=types.SimpleNamespace(images=range(45_000)))
     monkeypatch.setattr(tuned, "load_dataset", lambda *_, **__: cifar)
     monkeypatch.setattr(tuned, "load_data", lambda *_: data)
-    monkeypatch.setattr(many_runs, "train_together", None)  # for every run is there
+    monkeypatch.setattr(many_runs, "train_together", None)  # because every run is stored
     read, described = set(), Run.described
     monkeypatch.setattr(
         Run, "described", lambda run: read.add(digest(described(run))) or described(run)
@@ -301,5 +301,5 @@ def test_committed_results_are_of_the_committed_runs(benchmark, tmp_path, monkey
     written, committed = (json.loads((folder / name).read_text()) for folder in (tmp_path, RESULTS))
     assert jax.tree.structure(written) == jax.tree.structure(committed)
     for leaf, told in zip(*map(jax.tree.leaves, (written, committed)), strict=True):
-        # One SciPy's quantiles differ from another's in the last digits.
+        # Quantiles of different SciPy versions differ in the last digits.
         assert leaf == told if isinstance(told, str) else leaf == pytest.approx(told, rel=1e-9)

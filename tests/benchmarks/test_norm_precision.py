@@ -1,4 +1,4 @@
-"""The benchmark of the precision of norms, and what the guide says of it."""
+"""Check the benchmark of the precision of norms, and the guide's numbers."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, on whatever device there is: its shapes, its file and its tables."""
+"""Check the benchmark for a GPU on any device: its shapes, its file and its tables."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_engine_writes_what_it_measures_and_measures_it_once(results, monkeypatc
     assert {"device", "driver", "jax", "xla_platform"} <= timed["machine"].keys()
     monkeypatch.setattr(on_gpu_engine, "measure", lambda *_: pytest.fail("measured again"))
     on_gpu_engine.measure_all(results, JOBS, "tiny", 2, float("inf"))
-    on_gpu_engine.measure_all(results, JOBS, "full", 2, end=0.0)  # too late for anything
+    on_gpu_engine.measure_all(results, JOBS, "full", 2, end=0.0)  # after the time limit
     capsys.readouterr()
     on_gpu.main(out=results.path.parent, report=True)
     printed = capsys.readouterr().out

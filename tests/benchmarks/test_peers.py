@@ -222,7 +222,7 @@ def test_what_is_too_slow_says_so():
 @pytest.mark.skipif(not worker.CLEAR_REFS.exists(), reason="the peak is read from Linux's /proc")
 def test_peak_is_what_a_step_adds():
     size = 50_000_000
-    # What was freed before is not part of it, and what is freed within is.
+    # Memory freed before does not count; memory freed during the step does.
     np.ones(2 * size, np.uint8)
     assert 0.9 * size < worker.peak_bytes(lambda: np.ones(size, np.uint8).sum()) < 1.3 * size
 

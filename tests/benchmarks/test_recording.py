@@ -1,4 +1,4 @@
-"""The benchmark of what recording samples costs."""
+"""Check the benchmark of the cost of recording samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of losses that need a route of their own, at a tiny size."""
+"""Check the benchmark of losses that need a special route, at a tiny size."""
 
 import json
 

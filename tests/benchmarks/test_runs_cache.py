@@ -1,4 +1,4 @@
-"""Finished runs are found again, whatever interrupted or accompanied what wrote them."""
+"""Check that finished runs are found again after interruptions and concurrent writes."""
 
 import json
 import multiprocessing

@@ -26,7 +26,7 @@ def row_of(result, model, mode, devices):
 def test_a_plain_gradient_sends_its_parameters_once(result, model):
     assert row_of(result, model, "plain", 1)["bytes_sent"] == 0
     row = row_of(result, model, "plain", 8)
-    # And the loss; what a tied table gets from both its uses is summed over devices apart.
+    # And the loss; the two gradients of a tied table are summed over devices separately.
     assert row["parameter_bytes"] <= row["bytes_sent"] <= 1.2 * row["parameter_bytes"]
 
 

@@ -1,4 +1,4 @@
-"""What chips that share a model send each other, compiled for a TPU that is not there."""
+"""Check the traffic of chips that share a model, compiled for a TPU without the hardware."""
 
 import json
 from typing import Any

@@ -48,5 +48,5 @@ def test_says_on_what_machine_it_measured_every_case(results):
 )
 def test_propagate_reads_the_stack_twice(results):
     (row,) = (r for r in rows(results) if (r["dtype"], r["case"]) == ("float32", "propagate"))
-    # The result is written, read and written again; a stack is as large as n of them.
+    # The result is written, read and written again; a stack is n times as large.
     assert 2 <= row["bytes_per_stack"] < 2 + 4 / row["samples"]

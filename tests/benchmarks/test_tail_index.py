@@ -35,7 +35,7 @@ def test_share_has_the_interval_of_wilson(count, trials):
 @pytest.mark.parametrize("name", [name for name in LAWS if LAWS[name].moment is not None])
 def test_laws_have_the_moments_they_say(name):
     law = LAWS[name]
-    p = min(law.index, 3.0) / 4  # so that the powers have nearly a fourth moment
+    p = min(law.index, 3.0) / 4  # so that the powers almost have a fourth moment
     powers = law.sample(np.random.default_rng(0), 100_000) ** p
     assert powers.mean() == pytest.approx(law.moment(p), abs=5 * powers.std() / math.sqrt(1e5))
 

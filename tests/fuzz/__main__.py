@@ -1,4 +1,4 @@
-"""Run `python -m tests.fuzz --count 10000 --out programs.jsonl`, which goes on where it stopped."""
+"""Run `python -m tests.fuzz --count 10000 --out programs.jsonl`; repeat it to resume."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ from tests.random_programs.program import MODES, NUM_SAMPLES, Run
 
 TOLERANCE = 1e-8
 BY_GROUP = "by group"
-# Where a program computes in less than float64 it is held to so many roundings.
+# The number of roundings allowed for programs with a dtype narrower than float64.
 ROUNDINGS, MOST = 16, 0.4
-# An input is moved by this share of itself to see how far the reference moves.
+# The relative change of an input for measuring how much the reference changes.
 NUDGE = 1e-13
 LARGEST = 1e6
-# Compiled programs are kept until then: they are small, and share what they are traced from.
+# Compiled programs are kept until then: they are small, and share traces.
 CLEAR_EVERY = 200
 
 
@@ -53,7 +53,7 @@ def _norms(stacked: Any) -> Any:
 
 
 def _all_in_one(program: Program, clip: Run, raised: dict[str, str], by_group: bool) -> Run:
-    """The reference and all modes' results; what a mode raises is written into `raised`."""
+    """Run the reference and all modes; a mode's exception is written into `raised`."""
 
     def run(params: Any, batch: Any) -> Any:
         try:
@@ -61,7 +61,7 @@ def _all_in_one(program: Program, clip: Run, raised: dict[str, str], by_group: b
         except Exception as error:
             raise NoReferenceError(f"{type(error).__name__}: {error}") from error
         tau = jnp.median(_norms(stacked))
-        # "drop" compiles the backward pass twice, so that it comes less often.
+        # "drop" compiles the backward pass twice, so it is drawn less often.
         options: dict[str, Any] = {"on_nonfinite": "propagate" if program.seed % 3 else "drop"}
         results = {}
 
@@ -116,7 +116,7 @@ def _reference(program: Program) -> tuple[Any, Any]:
 def check(
     program: Program, clip: Run = psc.clipped_value_and_grad, by_group: bool = False
 ) -> Outcome:
-    """Compares what `clip` gives in all modes, and maybe by group, with the reference."""
+    """Compare `clip` in all modes, and maybe by group, with the reference."""
     started = time.perf_counter()
     with enable_x64(True), warnings.catch_warnings(), two_passes():
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")
@@ -142,8 +142,9 @@ def _checked(program: Program, clip: Run, by_group: bool) -> tuple[dict[str, flo
     errors, tolerance = _errors_of_all(program, clip, by_group, compiled)
     if max(errors.values()) <= tolerance:
         return errors, tolerance
-    # Only what users' compilation does counts: without optimizations XLA computes an input of igamma
-    # twice and rounds it apart, and where both arguments are equal none of its series then runs.
+    # Only compilation with default settings counts: without optimizations XLA computes an input of
+    # igamma twice with different rounding, and if both arguments are equal neither of its series
+    # runs.
     return _errors_of_all(program, clip, by_group, jax.jit)
 
 
@@ -179,7 +180,7 @@ def _errors_of_all(
 
 
 def _raise_if_jax_fails(program: Program) -> None:
-    """Raises NoReferenceError where XLA has no plain gradient either, or none of each sample."""
+    """Raise NoReferenceError if XLA has no plain gradient either, or none for each sample."""
 
     def mean_loss(params: Any, batch: Any) -> Any:
         return jnp.mean(jax.vmap(program.loss, in_axes=(None, 0))(params, batch))

@@ -1,4 +1,4 @@
-"""Run programs by hand, in another process that may abort, and print a tally."""
+"""Run programs from the command line, in another process that may abort, and print a summary."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-# How a message begins where XLA cannot run vmap(grad) either.
+# The beginning of a message if XLA cannot run vmap(grad) either.
 NO_REFERENCE = "no reference: "
 
 
 class Outcome(NamedTuple):
-    """What came of a program.
+    """The result of a program.
 
     Attributes:
       seed: which program.
@@ -29,11 +29,11 @@ class Outcome(NamedTuple):
       operations: how many.
       checks: how it was run.
       ok: whether all errors are within the tolerance.
-      error: the largest relative error of a gradient's leaf, the norms and the loss; infinite for
-        what is not finite or was raised.
+      error: the largest relative error of a gradient's leaf, the norms and the loss; infinite for a
+        result that is not finite or an exception.
       seconds: for drawing, reference and checks.
-      routes: how many parameters took which route.
-      message: which check failed, and how.
+      routes: the number of parameters on each route.
+      message: the failed check, and its error.
     """
 
     seed: int
@@ -52,12 +52,12 @@ class Outcome(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where programs come from; functions of a module, for another process is told their names.
+    """A source of programs; functions of a module, because another process imports them by name.
 
     Attributes:
       draw: the program of a seed.
       check: the outcome of a seed's program.
-      run_reference: runs what it is compared with alone.
+      run_reference: runs only the reference.
       show: prints a seed's program, and a smaller one if it fails.
     """
 
@@ -68,13 +68,13 @@ class Source(NamedTuple):
 
 
 def _line(outcome: Outcome) -> str:
-    # JSON knows no infinity.
+    # JSON has no infinity.
     error = outcome.error if math.isfinite(outcome.error) else None
     return json.dumps({**outcome._asdict(), "error": error})
 
 
 def _read_back(path: pathlib.Path) -> dict[int, Outcome]:
-    """What an earlier run wrote; a last line that was cut off is taken away."""
+    """Read the results of an earlier run; remove an incomplete last line."""
     if not path.exists():
         return {}
     whole = path.read_text().rpartition("\n")[0]
@@ -93,7 +93,7 @@ def run_programs(source: Source, seeds: Sequence[int], path: pathlib.Path) -> li
 
 
 class Worker(contextlib.AbstractContextManager["Worker"]):
-    """Another process, for XLA aborts on some programs and takes its process along."""
+    """Runs programs in another process, because XLA aborts on some of them."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -164,7 +164,7 @@ def _print_counts(what: str, of: str, counts: collections.Counter, console: Cons
 
 
 def kind_of(outcome: Outcome) -> str:
-    """A failure's message without its numbers."""
+    """Return a failure's message without its numbers."""
     return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", outcome.message.partition("\n")[0])[:100]
 
 
@@ -175,12 +175,12 @@ def main_of(source: Source) -> Callable[..., None]:
         out: pathlib.Path = pathlib.Path("random_programs.jsonl"),
         show: int | None = None,
     ) -> None:
-        """Runs random programs and prints a tally, or shows one.
+        """Run random programs and print a summary, or show one program.
 
         Args:
-          count: how many programs.
+          count: the number of programs.
           start: the first seed.
-          out: a line for each program; those that are there already are not run again.
+          out: file with a line for each program; programs in it are not run again.
           show: a seed, to print its program, and a smaller one if it fails.
         """
         console = Console()
@@ -196,7 +196,7 @@ def shower(
     check: Callable[[Any], Outcome],
     reduced: Callable[[Any, Callable[[Any], bool]], Any],
 ) -> Callable[[int, Console], None]:
-    """What prints a seed's program, and a smaller one if it fails."""
+    """Return a function that prints a seed's program, and a smaller one if it fails."""
 
     def show(seed: int, console: Console) -> None:
         program = draw(seed)

@@ -1,4 +1,4 @@
-"""What losses do with parameters alone, and derivative rules and casts of a user's own."""
+"""List computations on parameters alone, and custom derivative rules and casts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _largest_singular_value(w: Any) -> Any:
     return u @ w @ lax.stop_gradient(v / jnp.linalg.norm(v))
 
 
-# Scalars of one array.
+# Scalars computed from one array.
 REGULARISERS: dict[str, Run] = {
     "L2": lambda w: _mean(w * w),
     "L2-SP": lambda w: _mean(jnp.square(w - 0.3)),
@@ -51,7 +51,7 @@ REGULARISERS: dict[str, Run] = {
     )[1] / 4,
 }  # fmt: skip
 
-# Arrays of one array.
+# Arrays computed from one array.
 COMPUTED: dict[str, Run] = {
     "w / std(w)": lambda w: w / jnp.sqrt(jnp.var(w) + 0.1),
     "standardised rows": lambda w: (
@@ -105,7 +105,7 @@ def _through_reference(w: Any) -> Any:
     return ref[...]
 
 
-# Arrays of two arrays of one shape.
+# Arrays computed from two arrays of the same shape.
 DIFFERENCES: dict[str, Run] = {
     "w1 - w0": lambda v, w: v - w,
     "w1 w2": lambda v, w: v * w,
@@ -129,7 +129,7 @@ DIFFERENCES: dict[str, Run] = {
 
 
 def with_backward(run: Run, backward: Run) -> Run:
-    """A function of one array whose cotangent is what `backward(x, cotangent)` gives."""
+    """Return a function of one array whose backward rule is `backward(x, cotangent)`."""
 
     @jax.custom_vjp
     def ruled(x: Any) -> Any:
@@ -146,7 +146,7 @@ def _jvp_not_of_itself(x: Any) -> Any:
 
 _jvp_not_of_itself.defjvp(lambda x, dx: (lax.sin(x[0]), 1.3 * dx[0]))
 
-# Of one array: rules linear in the cotangent, and those that are not.
+# Functions of one array: with rules linear in the cotangent, and others.
 RULES: dict[str, Run] = {
     "reversal": with_backward(lambda x: x, lambda x, dy: -0.5 * dy),
     "rounding straight through": with_backward(lambda x: lax.round(4 * x) / 4, lambda x, dy: dy),
@@ -174,7 +174,7 @@ def _through(name: str) -> Run:
     return lambda x: x.astype(name).astype(x.dtype)
 
 
-# Of one array: what rounds it, and its cotangent.
+# Functions of one array: those that round it and its cotangent.
 CASTS: dict[str, Run] = {
     **{
         f"through {name}": _through(name)

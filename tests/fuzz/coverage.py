@@ -1,4 +1,4 @@
-"""Print which differentiable primitives of JAX come in drawn programs: python -m tests.fuzz.coverage."""
+"""Print which differentiable primitives occur in drawn programs: python -m tests.fuzz.coverage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.numerics import enable_x64
 
 MODULES = (jnp, jnp.linalg, jnp.fft, jax.nn, jsp.special, jsp.linalg, jsp.signal, lax, lax.linalg)
 
-# Those that no program has, and why.
+# Primitives that no program has, and why.
 OF_A_MESH = (
     "speaks to the devices of a mesh: tests/test_many_devices.py; vmap's own axes leave none"
 )
@@ -31,7 +31,7 @@ LEFT_OUT = {
 
 
 def _names_of_lax() -> set[str]:
-    """The names of lax's public primitives that have a derivative."""
+    """Return the names of lax's public primitives that have a derivative."""
     public = [getattr(lax, name) for name in dir(lax) if name.endswith("_p")]
     return {primitive.name for primitive in public if primitive in ad.primitive_jvps}
 
@@ -52,7 +52,7 @@ def _public_functions() -> Iterable[Callable[..., Any]]:
 
 
 def _names_of_libraries() -> set[str]:
-    """Those that public functions trace to, called with one to three square matrices."""
+    """Return the primitives of public functions called with one to three square matrices."""
     x = jnp.eye(3) + 0.5
     calls = [(x,), (x, x), (x, x, x)]
     found: set[str] = set()
@@ -69,7 +69,7 @@ def differentiable_primitives() -> set[str]:
 
 
 def met(seeds: Iterable[int]) -> set[str]:
-    """The primitives in the losses of these seeds' programs."""
+    """Return the primitives in the losses of these seeds' programs."""
     return set().union(*(primitives_of(draw_program(seed).jaxpr()) for seed in seeds))
 
 

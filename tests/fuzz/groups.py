@@ -17,7 +17,7 @@ Groups = tuple[tuple[str, ...], ...]
 
 
 def groups_of(program: Program) -> Groups:
-    """By leaf, or so many parameters that follow each other, as layers are."""
+    """Group by leaf, or by runs of consecutive parameters, like layers."""
     names, size = list(program.params), 1 + program.seed // 2 % 3
     return tuple(tuple(names[i : i + size]) for i in range(0, len(names), size))
 
@@ -35,7 +35,7 @@ def clipped_by_group(
     def loss(groups: list[dict[str, Any]], example: Any) -> Any:
         return program.loss({name: leaf for own in groups for name, leaf in own.items()}, example)
 
-    # A limit far away, as devices tell one: the choice of a mode then estimates the memory.
+    # A large limit, as devices report one: the choice of a mode then estimates the memory.
     options = {"memory_limit_bytes": 2**40, **options}
     f = clip(loss, [1.0] * len(groups), return_stats=True, **options)
 
@@ -47,7 +47,7 @@ def clipped_by_group(
 
 
 def norms_of(program: Program, stacked: dict[str, Any]) -> Any:
-    """Of each sample and group, [n, groups]."""
+    """Return the norm of each sample and group, [n, groups]."""
 
     def squares(name: str) -> Any:
         return jnp.sum(jnp.square(stacked[name].reshape(NUM_SAMPLES, -1)), 1)
@@ -56,14 +56,14 @@ def norms_of(program: Program, stacked: dict[str, Any]) -> Any:
 
 
 def taus_of(norms: Any) -> Any:
-    """Clip about half of the samples in each group."""
+    """Return thresholds that clip about half of the samples in each group."""
     return jnp.median(norms, axis=0)
 
 
 def errors_by_group(
     program: Program, result: Any, losses: Any, stacked: dict[str, Any], floor: float = 1e-2
 ) -> dict[str, float]:
-    """The errors of gradients, norms and loss."""
+    """Return the errors of gradients, norms and loss."""
     value, grads, stats = result
     if any(grads[name].dtype != leaf.dtype for name, leaf in stacked.items()):
         return {"dtype": math.inf}

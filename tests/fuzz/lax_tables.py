@@ -1,7 +1,7 @@
-"""What JAX's primitives are called with: a table for each pattern of operands.
+"""List calls of JAX's primitives, in a table for each pattern of operands.
 
-Operands are drawn by `rules.py`; here stands what is done with them. Values stay tame: where an
-operation has a domain, its operand is led into it.
+`rules.py` draws the operands; these tables have the operations. Operands are mapped into an
+operation's domain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Run: TypeAlias = Callable[..., Any]
 
 
 def within(x: Any, low: float, high: float) -> Any:
-    """The entries of x led into an interval, smoothly."""
+    """Map the entries of x into an interval, smoothly."""
     return (low + high) / 2 + (high - low) / 2 * lax.sin(x)
 
 
@@ -34,7 +34,7 @@ def share(x: Any) -> Any:
 
 
 def real_parts(z: Any) -> Any:
-    """A real array of a complex one."""
+    """Return a real array from a complex one."""
     return jnp.real(z) + 0.5 * jnp.imag(z)
 
 
@@ -42,7 +42,7 @@ ONE_DEVICE = jax.sharding.NamedSharding(
     jax.sharding.Mesh(jax.devices()[:1], ("i",)), jax.sharding.PartitionSpec()
 )
 
-# Of one array of any shape.
+# Functions of one array of any shape.
 ELEMENTWISE: dict[str, Run] = {
     "abs": lax.abs,
     "acos": lambda x: lax.acos(unit(x)),
@@ -98,7 +98,7 @@ ELEMENTWISE: dict[str, Run] = {
     "zeta": lambda x: x * lax.zeta(*map(lax.stop_gradient, (1 + positive(x), positive(x)))),
 }
 
-# Of two arrays of one shape.
+# Functions of two arrays of the same shape.
 PAIRS: dict[str, Run] = {
     "add": lax.add,
     "and, or, xor": lambda x, y: jnp.where((x > 0) & (y > 0) | ((x < -1) ^ (y < -1)), x, y),
@@ -133,7 +133,7 @@ def _pooled(x: Any, axis: int, operation: Callable[..., Any], start: float) -> A
     return lax.reduce_window(x, start, operation, window, (1,) * x.ndim, "SAME")
 
 
-# Of one array and one of its axes.
+# Functions of one array and one of its axes.
 ALONG: dict[str, Run] = {
     "all_gather of vmap": lambda x, axis: jax.vmap(
         lambda row: lax.all_gather(row, "i").sum(0) * row, axis, axis, axis_name="i"
@@ -202,7 +202,7 @@ ALONG: dict[str, Run] = {
     ),
 }
 
-# Of an array with at least one axis, one of its shape, and integers of any shape.
+# Functions of an array with at least one axis, another of its shape, and integers of any shape.
 INDEXED: dict[str, Run] = {
     "gather": lambda x, y, i: jnp.take(x, i, 0, mode="clip"),
     "gather, filled": lambda x, y, i: x.at[i].get(mode="fill", fill_value=0.5),

@@ -1,4 +1,4 @@
-"""What is called of jax.numpy, jax.nn, jax.scipy and their linear algebra, by pattern of operands."""
+"""List functions of jax.numpy, jax.nn, jax.scipy and linear algebra by pattern of operands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tests.fuzz.lax_tables import Run, positive, share, unit, within
 
-# Of one array of any shape.
+# Functions of one array of any shape.
 ELEMENTWISE: dict[str, Run] = {
     "nn.celu": jax.nn.celu,
     "nn.elu": jax.nn.elu,
@@ -66,7 +66,7 @@ ELEMENTWISE: dict[str, Run] = {
     "jnp.size": lambda x: x * x.size / 5,
 }
 
-# Of two arrays of one shape.
+# Functions of two arrays of the same shape.
 PAIRS: dict[str, Run] = {
     "jnp.copysign": jnp.copysign,
     "jnp.fmod": lambda x, y: jnp.fmod(x, positive(y)),
@@ -87,7 +87,7 @@ PAIRS: dict[str, Run] = {
     "checkpoint_name": lambda x, y: checkpoint_name(x * y, "kept"),
 }
 
-# Of one array and one of its axes, which has at least one entry.
+# Functions of one array and one of its axes, which has at least one entry.
 ALONG: dict[str, Run] = {
     "jnp.argsort": lambda x, axis: x * jnp.argsort(x, axis),
     "jnp.average": lambda x, axis: jnp.average(x, axis, positive(x)),
@@ -119,13 +119,13 @@ ALONG: dict[str, Run] = {
 
 
 def spd(x: Any) -> Any:
-    """A symmetric matrix, well conditioned and with eigenvalues apart."""
+    """Return a symmetric matrix, well conditioned and with distinct eigenvalues."""
     size = x.shape[0]
     return lax.tanh(x @ x.T) / 8 / max(size, 1) + jnp.diag(1.0 + jnp.arange(size))
 
 
 def regular(x: Any) -> Any:
-    """A matrix that is regular, with singular values apart."""
+    """Return a regular matrix with distinct singular values."""
     size = x.shape[0]
     return lax.sin(x) / 4 / max(size, 1) + jnp.diag(1.0 + jnp.arange(size))
 
@@ -152,11 +152,11 @@ def _custom_root(x: Any, y: Any) -> Any:
 
 
 def _signed(q: Any) -> Any:
-    """Columns whose sign is no matter."""
+    """Remove the arbitrary sign of columns."""
     return jnp.square(q)
 
 
-# Of two square matrices.
+# Functions of two square matrices.
 MATRICES: dict[str, Run] = {
     "cholesky": lambda x, y: jnp.linalg.cholesky(spd(x)) + y,
     "cho_solve": lambda x, y: jsp.linalg.cho_solve(jsp.linalg.cho_factor(spd(x)), y),

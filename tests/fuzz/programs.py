@@ -1,4 +1,4 @@
-"""Programs that are drawn from what JAX has, whatever the engine has routes for."""
+"""Draw programs from JAX's operations, whether the engine has routes for them or not."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.random_programs.program import FREE, MIXTURES, NUM_SAMPLES, Run, Shap
 from tests.random_programs.program import Program as RandomProgram
 
 MIXTURE = "float64"
-# Seldom of several dtypes, for errors must then be large to be seen.
+# Rarely with several dtypes, because then only large errors are visible.
 PARAMS = ("float64", "float32", "bfloat16")
 LEAST_OPERATIONS, MOST_OPERATIONS = 2, 6
-# What a rule raises that has no operands of this size.
+# The exception of a rule without operands of this size.
 UNFIT = (TypeError, ValueError, IndexError, ZeroDivisionError, NotImplementedError, AssertionError)
 
 
 class Program(RandomProgram):
-    """A program whose loss may read parameters and what is computed from them alone."""
+    """A program whose loss may read parameters and values computed from them alone."""
 
     @property
     def read(self) -> list[str]:
@@ -31,14 +31,14 @@ class Program(RandomProgram):
         return [o.output for o in self.operations if o.output not in taken]
 
     def jaxpr(self) -> Any:
-        """The loss for one example."""
+        """Return the jaxpr of the loss for one example."""
         example = {name: array[0] for name, array in self.batch.items()}
         with enable_x64(True):
             return jax.make_jaxpr(self.loss)(self.params, example)
 
 
 class Draft(RandomDraft):
-    """A program that is being drawn, in which parameters are used as freely as data."""
+    """A program during drawing, in which parameters are used as freely as data."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ class Draft(RandomDraft):
         self.values, self.params, self.batch = {}, {}, {}
         self.operations, self.taken = [], set()
         self.wanted: str | None = None
-        # Arrays without entries, in few programs, for little is left of these.
+        # Arrays without entries in few programs, because these compute little.
         self.chance_of_none = 0.15 if self.chance(0.08) else 0.0
         for rank in (1, 2, self.integer(0, 3)):
             self.example(self.shape(rank))
@@ -68,7 +68,7 @@ class Draft(RandomDraft):
         return super().bounded(max(num_terms, 1))
 
     def pick(self, table: dict[str, Run]) -> tuple[str, Run]:
-        """The entry of a table that is wanted, once, or any."""
+        """Return the requested entry of a table, once, or any."""
         wanted, self.wanted = self.wanted, None
         name = wanted if wanted in table else self.choose([*table])
         return name, table[name]
@@ -77,7 +77,7 @@ class Draft(RandomDraft):
         return self.choose(self.known("mask"))
 
     def any(self, low: int = 0, high: int = 4) -> str:
-        """Data, or parameters and what is computed from them."""
+        """Return data, or parameters or values computed from them."""
         made = [
             name
             for name in self.values
@@ -93,7 +93,7 @@ class Draft(RandomDraft):
         return self.some_weight(FREE, max(low, 1), high)
 
     def like(self, name: str) -> str:
-        """Another value of this shape, or the same."""
+        """Return another value of this shape, or the same."""
         shape = self.shape_of(name)
         fits = [
             n for n, v in self.values.items() if v.shape == shape and v.kind in ("data", "weight")
@@ -132,7 +132,7 @@ def _step(d: Draft) -> Step:
 
 
 def draw_program(seed: int) -> Program:
-    """The program of a seed, always the same."""
+    """Return the program of a seed, which is always the same."""
     with enable_x64(True):
         d = Draft(seed)
         target = d.integer(LEAST_OPERATIONS, MOST_OPERATIONS)
@@ -146,7 +146,7 @@ def draw_program(seed: int) -> Program:
 
 
 def primitives_of(closed: Any) -> set[str]:
-    """The names of all primitives in a jaxpr."""
+    """Return the names of all primitives in a jaxpr."""
     return {eqn.primitive.name for eqn in every_equation(closed.jaxpr)}
 
 

@@ -1,4 +1,4 @@
-"""Write down which program runs, so that a process that dies names it."""
+"""Note which program runs, so that a crash can be attributed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def noted(folder: pathlib.Path, what: str) -> Iterator[None]:
-    """Keeps a file that says what runs, for as long as it does."""
+    """Keep a file that says what is running, as long as it runs."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / f"{os.getpid()}.txt"
     note.write_text(what)
@@ -23,7 +23,7 @@ def noted(folder: pathlib.Path, what: str) -> Iterator[None]:
 
 
 def left_behind(folder: pathlib.Path) -> list[str]:
-    """What ran in processes that died, and forgets it."""
+    """Return what ran in processes that died, and remove the notes."""
     notes = sorted(folder.glob("*.txt"))
     found = [note.read_text() for note in notes]
     for note in notes:

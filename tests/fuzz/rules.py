@@ -1,4 +1,4 @@
-"""How operands are drawn for what stands in the tables, and how an operation looks."""
+"""Draw operands for the entries of the tables, and describe operations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALONG = {**lax_tables.ALONG, **library_tables.ALONG}
 
 
 def _finished(d: Draft, run: Run) -> Run:
-    """The same, bounded half the time."""
+    """Return the function, half of the time with bounded results."""
     finish: Run = d.choose([lax.sin, lambda y: 0.7 * y, lambda y: y, lambda y: y])
     return lambda *inputs: finish(run(*inputs))
 
@@ -104,7 +104,7 @@ def _looked_up(d: Draft, w: str, length: int) -> tuple[str, Run]:
 
 
 def scan_over_indices(d: Draft) -> Step:
-    """Layers that are taken from stacked weights by the step's index."""
+    """Draw a scan that takes layers from stacked weights by the step's index."""
     x, length = d.data(1, 2), d.integer(1, 3)
     size = d.shape_of(x)[-1]
     w, b = d.weight((length, size, size)), d.weight((length, size))
@@ -136,7 +136,7 @@ def mixture_of_experts(d: Draft) -> Step:
 
 
 def product(d: Draft) -> Step:
-    """A product of data and parameters, as `random_programs` draws them."""
+    """Draw a product of data and parameters, like `random_programs`."""
     return drawing.drawn(d, products.PRODUCTS)(d)
 
 
@@ -158,7 +158,7 @@ def in_complex_numbers(d: Draft) -> Step:
 
 
 def random_by_sample(d: Draft) -> Step:
-    """What is drawn from a key that comes with the example."""
+    """Draw random numbers from a key in the example."""
     x = d.any()
     ways: dict[str, Run] = {
         "dropout": lambda k, x: x * jax.random.bernoulli(k, 0.7, x.shape),
@@ -172,7 +172,7 @@ def random_by_sample(d: Draft) -> Step:
 
 
 def scaled_weight(d: Draft) -> Step:
-    """A weight and one along one of its axes, its own or another."""
+    """Draw a weight and a scale along one of its axes, from itself or another weight."""
     w = d.some_weight(program.COMPUTED)
     shape = d.shape_of(w)
     axis = d.integer(0, len(shape) - 1)
@@ -245,7 +245,7 @@ def _cast_within(d: Draft, step: Step) -> Step:
 
 
 def _led(d: Draft, step: Step) -> Step:
-    """The step with something done to one of its operands before."""
+    """Apply another operation to one of the step's operands first."""
     at = d.choose([i for i, name in enumerate(step.inputs) if d.values[name].kind in FLOATING])
     tables = d.choose([COMPUTED, computed_tables.RULES, computed_tables.CASTS, ELEMENTWISE])
     name, lead = d.choose([*tables.items()])
@@ -299,7 +299,7 @@ RULES: dict[Rule, float] = {
     product: 7,
 }
 
-# Each entry of a table is the first operation of a program in turn.
+# Each entry of a table in turn is the first operation of a program.
 _TABLES: tuple[tuple[Rule, dict[str, Run]], ...] = (
     (elementwise, ELEMENTWISE),
     (pair, PAIRS),

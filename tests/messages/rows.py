@@ -1,4 +1,4 @@
-"""What a row of the tables is, and what several of them provoke their messages with."""
+"""Define the rows of the tables, and helpers that provoke messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 class Printed(Exception):  # noqa: N818
-    """Stands for a message on stderr, which a command ends with."""
+    """Represents a message on stderr with which a command ends."""
 
 
 PARAMS = {"w": np.ones((3, 2), np.float32), "b": np.zeros(2, np.float32)}

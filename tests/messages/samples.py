@@ -1,4 +1,4 @@
-"""Messages of what is recorded of single samples, ranked, and shown."""
+"""Messages about recording, ranking and showing single samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ranked(index: Any = (0, 1), scale: Any = (0.5, 1.0), norm: Any = (2.0, 1.0),
 
 
 def of_run(folder: pathlib.Path, *indices: int, recorded: bool = True, **options: Any):
-    """The command on a run on digits that recorded one sample a step."""
+    """Run the command on a run on digits that recorded one sample per step."""
     told = {"dataset": "digits", "label_noise": 0.0, "pixel_df": None, "seed": 0}
     folders = {"data_dir": None, "cache_dir": None}
     (folder / "config.json").write_text(json.dumps({"config": told | folders}))

@@ -1,7 +1,7 @@
-"""Every message that the package raises, warns of or prints, as its reader sees it.
+"""Check every error, warning and printed message of the package.
 
-A row is what provokes a message, as what it comes, and its whole text, where ⟨…⟩ stands for what
-varies. The last tests hold the table against the source: no message is without a row.
+A row has a call that provokes a message, the message's kind, and its whole text; ⟨…⟩ marks parts
+that vary. The last tests compare the table with the source: every message has a row.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROWS = [row for table in TABLES for row in table.ROWS]
 
 @functools.cache
 def seen(row: Row) -> tuple[str, frozenset[tuple[str, int]]]:
-    """What a row's call tells, and the lines of the package that it ran."""
+    """Return the message of a row's call, and the lines of the package that it ran."""
     lines = set()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -82,11 +82,11 @@ def message_of(error: BaseException) -> str:
     return "\n".join([str(error), *(note for note in notes if not note.startswith(JAX_NOTE))])
 
 
-JAX_NOTE = "-----"  # that it has left out frames of its own
+JAX_NOTE = "-----"  # JAX's note that it omitted its own frames
 
 
 def pattern_of(text: str) -> str:
-    """Of a row's text, whose parts in ⟨⟩ are anything."""
+    """Return a pattern for a row's text, whose parts in ⟨⟩ match anything."""
     return ".+?".join(map(re.escape, re.split("⟨.*?⟩", text)))
 
 
@@ -128,7 +128,7 @@ def is_message(node: ast.AST) -> bool:
     return called == "warnings.warn" or called.endswith(".add_note") or on_stderr
 
 
-# What no row provokes: (file, function, how the statement begins), and why, or the test that does.
+# Messages without a row: (file, function, start of the statement), with the reason or their test.
 WITHOUT_ROW = {
     ("cli.py", "_status", "raise"): "passes on that something else is not installed",
     ("cli.py", "_run", "raise"): "passes on what is no lack of a device",
@@ -152,7 +152,7 @@ WITHOUT_ROW = {
 def is_without_row(site: Site, key: tuple[str, str, str]) -> bool:
     file, function, beginning = key
     is_there = (site.file, site.function) == (file, function)
-    # A bare `raise` begins as all others do.
+    # A bare `raise` begins like all others.
     return is_there and re.match(rf"{re.escape(beginning)}(\(|$)", site.statement) is not None
 
 

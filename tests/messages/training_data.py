@@ -59,7 +59,7 @@ def archive_of_another(folder: pathlib.Path) -> pathlib.Path:
     return folder / "toy.tar.gz"
 
 
-# As Python 3 pickles bytes for Python 2, but of an encoding that none has.
+# As Python 3 pickles bytes for Python 2, but with an encoding that does not exist.
 NOT_LATIN1 = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R."
 
 

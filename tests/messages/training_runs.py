@@ -47,7 +47,7 @@ def not_of_the_first_process(folder: pathlib.Path):
 
 
 def written(**options: Any) -> str:
-    """What `psclip train` writes of its configuration."""
+    """Return the configuration that `psclip train` writes."""
     return files.to_json({"config": vars(TrainConfig(**options))})
 
 
@@ -74,7 +74,7 @@ def checkpoint(folder: pathlib.Path, free: int | None = None):
 
 
 def joining_late():
-    jax.devices()  # it has started, so that it is too late
+    jax.devices()  # JAX has started, so it is too late
     distributed.join_processes(TrainConfig(distributed=True))
 
 

@@ -33,7 +33,7 @@ from tests.random_programs.program import (
 
 
 class Reference(NamedTuple):
-    """vmap(grad)'s losses [n], stacked gradients, and norms [n]."""
+    """Holds vmap(grad)'s losses [n], stacked gradients, and norms [n]."""
 
     losses: np.ndarray
     stacked: dict[str, np.ndarray]
@@ -42,7 +42,7 @@ class Reference(NamedTuple):
 
 @functools.cache
 def _quick_compilation() -> dict[str, Any]:
-    """Options with which XLA compiles a small program for a CPU in a quarter of the time."""
+    """Return options with which XLA compiles a small CPU program in a quarter of the time."""
     options = {
         "xla_backend_optimization_level": 0,
         "xla_cpu_use_fusion_emitters": False,
@@ -52,7 +52,7 @@ def _quick_compilation() -> dict[str, Any]:
 
 
 def _is_known(name: str, value: Any) -> bool:
-    """Whether this XLA has the option: each version has others."""
+    """Tell whether this version of XLA has an option."""
     try:
         jax.jit(jnp.sin, compiler_options={name: value})(0.0)
     except jax.errors.JaxRuntimeError:
@@ -65,10 +65,10 @@ def compiled(function: Run) -> Run:
 
 
 class NoReferenceError(Exception):
-    """There is nothing to compare with.
+    """There is no reference.
 
-    XLA has no kernel for something in the program itself, as for some products of bfloat16, or the
-    plain gradient of the mean loss is wrong, as of JAX 0.7.0's looks up of a column.
+    XLA has no kernel for an operation of the program, such as some products in bfloat16, or the
+    plain gradient of the mean loss is wrong, as for column look-ups in JAX 0.7.0.
     """
 
 
@@ -87,7 +87,7 @@ def reference_of(program: Program) -> Reference:
 
 
 def check_plain_gradient(program: Program, reference: Reference, tolerance: float) -> None:
-    """Raises NoReferenceError where JAX itself disagrees with the mean of the stacked gradients."""
+    """Raise NoReferenceError if JAX itself disagrees with the mean of the stacked gradients."""
 
     def mean_loss(params: Any, batch: Any) -> Any:
         return jnp.mean(jax.vmap(program.loss, in_axes=(None, 0))(params, batch))
@@ -103,13 +103,13 @@ def check_plain_gradient(program: Program, reference: Reference, tolerance: floa
 
 
 def relative_error(actual: Any, expected: Any, sizes: Any = None, floor: float = FLOOR) -> float:
-    """The largest error of an entry, relative to the largest entry of its leaf.
+    """Return the largest error of an entry, relative to the largest entry of its leaf.
 
     Args:
       actual: a tree.
       expected: another one.
-      sizes: of what the expected values are sums of, where these may cancel.
-      floor: the least that counts as a leaf's largest entry, as a share of all leaves' largest.
+      sizes: the sizes of the summands of the expected values, if these may cancel.
+      floor: the smallest value used as a leaf's largest entry, as a share of all leaves' largest.
     """
     if jax.tree.structure(actual) != jax.tree.structure(expected):
         return math.inf
@@ -138,14 +138,14 @@ class Check(NamedTuple):
 
 
 def checks_of(seed: int) -> list[Check]:
-    # "drop" compiles the backward pass twice, so that it comes less often.
+    # "drop" compiles the backward pass twice, so it is drawn less often.
     mode, other = MODES[seed % 2], MODES[1 - seed % 2]
     jitted = Check(mode, True, "drop" if seed // 2 % 3 == 0 else "propagate")
     return [jitted, Check(other, False, "drop")] if seed // 2 % 20 == 0 else [jitted]
 
 
 def errors_of(program: Program, how: Check, reference: Reference, clip: Run) -> dict[str, float]:
-    """Errors at a threshold that clips half of the samples, at one that clips none, and of a drop.
+    """Return errors with half of the samples clipped, with none clipped, and with one dropped.
 
     Without clipping the result is the plain mean of the gradients.
     """
@@ -170,15 +170,15 @@ def errors_of(program: Program, how: Check, reference: Reference, clip: Run) -> 
 
 
 def _spreads_nan(program: Program) -> bool:
-    # XLA's CPU backend may compute the convolutions' gradients of all samples in one, so that a NaN
-    # in one spreads to the others: with vmap(grad), and where autodiff is the route.
+    # XLA's CPU backend may compute the convolutions' gradients of all samples at once, so that a
+    # NaN in one spreads to the others: with vmap(grad), and with the direct route.
     return any("convolution" in str(operation) for operation in program.operations)
 
 
 def _error(
     run: Run, batch: Any, program: Program, reference: Reference, alpha: float, finite: np.ndarray
 ) -> float:
-    """The largest error of the gradients, the norms and the mean loss."""
+    """Return the largest error of the gradients, the norms and the mean loss."""
     value, grads, stats = run(program.params, batch, alpha)
     if any(grads[name].dtype != array.dtype for name, array in program.params.items()):
         return math.inf
@@ -192,7 +192,7 @@ def _error(
     return max(
         relative_error(grads, clipped_mean(stacked, taus), clipped_mean(sizes, taus), floor),
         relative_error(np.asarray(stats.norms)[finite], reference.norms[finite]),
-        # The mean alone may vanish.
+        # The mean may vanish even if the samples' losses do not.
         relative_error(np.append(losses, value), np.append(losses, losses.mean())),
     )
 
@@ -200,12 +200,12 @@ def _error(
 def check(
     program: Program, clip: Run = psc.clipped_value_and_grad, with_routes: bool = False
 ) -> Outcome:
-    """Compares what `clip` gives with the reference."""
+    """Compare `clip` with the reference."""
     started = time.perf_counter()
     mixture, checks = MIXTURES[program.mixture], checks_of(program.seed)
     errors, routes = {}, {}
     with enable_x64(mixture.has_float64), warnings.catch_warnings(), two_passes():
-        # What is random may look like batch statistics of one sample.
+        # Random operations may look like batch statistics of one sample.
         warnings.filterwarnings("ignore", "the loss of one example takes statistics")
         try:
             for how in checks:
@@ -239,7 +239,7 @@ def shortened(program: Program, length: int = NUM_UNJITTED) -> Program:
 
 
 def _only(program: Program, operations: Sequence[Operation]) -> Program:
-    """The program with these operations, and the parameters that they take."""
+    """Return the program with these operations, and their parameters."""
     taken = {name for operation in operations for name in operation.step.inputs}
     params = {name: array for name, array in program.params.items() if name in taken}
     return program._replace(params=params or program.params, operations=tuple(operations))
@@ -248,13 +248,13 @@ def _only(program: Program, operations: Sequence[Operation]) -> Program:
 def _routes(program: Program) -> dict[str, int]:
     explain: Any = psc.clipped_value_and_grad(program.loss, 1.0).explain  # pyright: ignore
     rows: list[Any] = []
-    # Traced, so that nothing is computed.
+    # Only traced, not computed.
     jax.eval_shape(lambda *a: rows.extend(explain(*a).rows), program.params, program.batch)
     return dict(collections.Counter(row.route for row in rows))
 
 
 def reduced(program: Program, fails: Callable[[Program], bool]) -> Program:
-    """A smaller program that still fails: without operations that can be left out."""
+    """Remove operations from a program as long as it still fails."""
     for operation in reversed(program.operations):
         smaller = _without(program, operation.output)
         if operation in program.operations and smaller.read and fails(smaller):
@@ -263,7 +263,7 @@ def reduced(program: Program, fails: Callable[[Program], bool]) -> Program:
 
 
 def _without(program: Program, name: str) -> Program:
-    """The program without an operation and all that depend on it."""
+    """Remove an operation, and all that depend on it, from a program."""
     gone, operations = {name}, []
     for operation in program.operations:
         if operation.output in gone or not gone.isdisjoint(operation.step.inputs):

@@ -1,4 +1,4 @@
-"""Give an operation a derivative rule of its own."""
+"""Give an operation a custom derivative rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.random_programs.program import Run
 
 
 def with_other_vjp(run: Run) -> Run:
-    """The same function with a derivative rule that is not its derivative."""
+    """Return the same function with a derivative rule that is not its derivative."""
 
     @jax.custom_vjp
     def other(*inputs: Any) -> Any:

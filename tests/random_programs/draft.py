@@ -33,7 +33,7 @@ from tests.random_programs.program import (
 
 
 class Draft:
-    """A program that is being drawn."""
+    """A program during drawing."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ class Draft:
         self._new_input("x", "data", self.batch, array, shape)
 
     def index(self, shape: Shape) -> None:
-        # Some lie outside of what is indexed.
+        # Some are out of bounds.
         array = self.rng.integers(-2, 7, (NUM_SAMPLES, *shape)).astype(np.int32)
         self._new_input("i", "index", self.batch, array, shape)
 
@@ -112,15 +112,15 @@ class Draft:
         return [name for name in names if name not in self.taken]
 
     def picked(self, names: list[str]) -> str:
-        """One of them, rather one that nothing takes yet."""
+        """Choose one of them, preferably one that is not used yet."""
         unused = [name for name in names if name not in self.taken]
         return self.choose(unused if unused and self.chance(0.6) else names)
 
     def data(self, low: int = 0, high: int = 4) -> str:
-        # The examples have 1 to 3 axes, so that there always is one.
+        # The examples have 1 to 3 axes, so there always is one.
         names = self.known("data", lambda value: low <= len(value.shape) <= high)
-        # New values, so that programs become deep, as often as any. The smaller of two, for
-        # parameters take the fast routes only where they are larger than what they make.
+        # Half of the time new values, so that programs become deep. The smaller of two, because
+        # parameters have fast routes only if they are larger than the outputs.
         names = names[-6:] if self.chance(0.5) else names
         return min(self.choose(names), self.choose(names), key=self.num_entries)
 
@@ -146,7 +146,7 @@ class Draft:
         return self.picked(names) if self.reuses(names) else self.parameter(shape, level)
 
     def weight_sharing(self, shape: Shape, level: int = MOVED) -> str:
-        """A weight that has an axis as long as one of `shape`."""
+        """Return a weight that has an axis as long as one of `shape`."""
         names = self.known(
             "weight",
             lambda value: value.level >= level and not set(value.shape).isdisjoint(shape),
@@ -176,7 +176,7 @@ class Draft:
         return lambda y: finish(scaled(y, num_terms**-0.5))
 
     def add(self, step: Step, kind: Kind) -> str | None:
-        """Adds an operation, unless its value is too large or of too high a rank."""
+        """Add an operation, unless its value is too large or has too high a rank."""
         inputs = [self.values[name] for name in step.inputs]
         shaped = jax.eval_shape(
             step.run, *(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in inputs)

@@ -27,7 +27,7 @@ def drawn(d: Draft, shares: dict[Any, float]) -> Any:
 
 
 def wrapped(d: Draft) -> Step:
-    """A product, and up to three things around it."""
+    """Draw a product with up to three wrappers around it."""
     step = drawn(d, PRODUCTS)(d)
     for probability in (0.35, 0.35, 0.2):
         if not d.chance(probability):
@@ -52,7 +52,7 @@ PARTS: dict[Rule, float] = {wrapped: 3.5, any_weight: 2.5, any_data: 2.5, free: 
 
 
 def draw_program(seed: int) -> Program:
-    """The program of a seed, always the same."""
+    """Return the program of a seed, which is always the same."""
     with enable_x64(MIXTURES[Draft(seed).mixture].has_float64):
         d = Draft(seed)
         target = d.integer(LEAST_OPERATIONS, MOST_OPERATIONS)

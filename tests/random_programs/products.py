@@ -16,7 +16,7 @@ from tests.random_programs.program import FREE, MOST_ENTRIES, MOVED, Run, Shape,
 
 
 def _matched(d: Draft, one: Shape, other: Shape) -> list[tuple[int, int]]:
-    """Pairs of axes of equal length, at least one where there is one."""
+    """Draw pairs of axes of equal length, at least one if there is one."""
     pairs: list[tuple[int, int]] = []
     for i in d.shuffled(range(len(one))):
         taken = {j for _, j in pairs}
@@ -78,7 +78,7 @@ def einsum(d: Draft) -> Step:
 def _subscripts(d: Draft, shape: Shape, sizes: dict[str, int]) -> str:
     term = ""
     for size in shape:
-        # Seldom a letter twice in one term, which takes a diagonal.
+        # Rarely a letter twice in one term, which takes a diagonal.
         known = [
             k for k, length in sizes.items() if length == size and (k not in term or d.chance(0.1))
         ]
@@ -126,8 +126,9 @@ def convolution(d: Draft) -> Step:
     ]
     num_out = groups * by_images * d.integer(1, 3)
     if d.mixture != "float64":
-        # In float32 XLA's CPU backend reads outside of the image where it is cut off and each group
-        # has one channel on both sides, as in gradients of depthwise ones: any gradient is wrong.
+        # In float32 XLA's CPU backend reads outside the image if it is cropped and each group has
+        # one channel on both sides, as in gradients of depthwise convolutions: any gradient is
+        # wrong.
         padding = [(max(low, 0), max(high, 0)) for low, high in padding]
     own = (num_out, channels // groups, *kernel)
     laid_out = [0] * rank
@@ -158,7 +159,7 @@ def convolution(d: Draft) -> Step:
 
 
 def _steps(d: Draft) -> Sequence[int]:
-    """A stride, a dilation of the kernel and one of the image, of which one is more than 1."""
+    """Draw a stride, a kernel dilation and an image dilation; at most one of them exceeds 1."""
     # XLA aborts on some gradients of convolutions with several.
     return d.shuffled((1, 1, d.choose([1, 2, 3])))
 
@@ -196,7 +197,7 @@ def one_hot(d: Draft) -> Step:
     )
 
 
-# Other ways to look up, by a scalar k and indices i and j of any shape.
+# Other ways of indexing, by a scalar k and indices i and j of any shape.
 LOOK_UPS: dict[str, Run] = {
     "two axes": lambda k, i, j, w: w.at[i, jnp.min(j)].get(mode="clip"),
     "two axes, filled": lambda k, i, j, w: w.at[i, k].get(mode="fill", fill_value=0),
@@ -226,7 +227,7 @@ def look_up(d: Draft) -> Step:
 
 
 def tied(d: Draft) -> Step:
-    """A table that is looked up and is the output matrix."""
+    """Draw a table that is used for look-ups and as the output matrix."""
     i, w = d.indices(), d.some_weight(MOVED, 2, 2)
     width, options = d.shape_of(w)[1], _finite_fill(d)
 
@@ -256,7 +257,7 @@ def recurrent(d: Draft) -> Step:
 
 
 def low_rank(d: Draft) -> Step:
-    """x (frozen + A B), in both orders of the products."""
+    """Draw x (frozen + A B), in both orders of the products."""
     x = d.data(1)
     size, rank, out = d.shape_of(x)[-1], d.integer(1, 2), d.size()
     a, b = d.weight((size, rank)), d.weight((rank, out))

@@ -1,4 +1,4 @@
-"""Name what a random program is made of, and its dtypes."""
+"""Define the parts of a random program, and its dtypes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NUM_UNJITTED = 4
 # Compiled programs are kept until then.
 CLEAR_EVERY = 25
 MODES: tuple[Mode, ...] = ("one_pass", "two_pass")
-# How freely a parameter may be used. A use that the engine has no route for makes the whole
-# parameter take the fallback, so that with one level for all nothing else would be tested.
+# How freely a parameter may be used. A use without a route makes the whole parameter use the
+# fallback, so with one level for all only the fallback would be tested.
 MOVED, COMPUTED, FREE = 0, 1, 2
 
 
 class Mixture(NamedTuple):
-    """The dtypes of a program: of parameters, of data, and of what it computes in."""
+    """The dtypes of a program: of parameters, of data, and of computation."""
 
     params: tuple[str, ...]
     data: tuple[str, ...]
@@ -42,12 +42,13 @@ class Mixture(NamedTuple):
         return "float64" in self.params
 
 
-# A leaf whose gradient vanishes is held against this share of the largest entry of all leaves.
+# The error of a leaf whose gradient vanishes is relative to this share of the largest entry of all
+# leaves.
 FLOOR = 1e-2
 # An entry of bfloat16 has a relative error of 2⁻⁹ = 0.002. The reference rounds to it wherever the
-# program does, but sums in other orders and rounds each sample's gradient, so that both differ
-# from the exact gradient, and from each other, by several such errors. Where large cotangents meet
-# and cancel, small gradients have the errors of large ones.
+# program does, but sums in other orders and rounds each sample's gradient, so both differ from the
+# exact gradient, and from each other, by several such errors. If large cotangents cancel, small
+# gradients have the errors of large ones.
 IN_BFLOAT16 = (5e-2, 1e-1)
 MIXTURES = {
     "float64": Mixture(("float64",), ("float64",), 1e-10, FLOOR),
@@ -68,7 +69,7 @@ class Value(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An operation that was drawn: its name, the names of its inputs, and what it does."""
+    """A drawn operation: its name, the names of its inputs, and its function."""
 
     name: str
     inputs: tuple[str, ...]
@@ -105,7 +106,7 @@ class Program(NamedTuple):
 
     @property
     def read(self) -> list[str]:
-        """The data that no operation takes."""
+        """Return the data that no operation uses."""
         taken = {name for operation in self.operations for name in operation.step.inputs}
         made = [o.output for o in self.operations if o.value.kind == "data"]
         return [name for name in made if name not in taken]
@@ -115,13 +116,13 @@ class Program(NamedTuple):
         for output, _, step in self.operations:
             values[output] = step.run(*(values[name] for name in step.inputs))
         dtype = jnp.float64 if MIXTURES[self.mixture].has_float64 else jnp.float32
-        # A NaN in x0 shall reach the loss in every program.
+        # A NaN in x0 must reach the loss in every program.
         first = 0 * jnp.sum(example["x0"]).astype(dtype)
         return first + _readout([values[name] for name in self.read], dtype)
 
 
 def _readout(values: Sequence[Any], dtype: Any) -> Any:
-    """A sum over all entries with fixed weights; of values as large as each other."""
+    """Sum all entries with fixed weights, after scaling values to equal size."""
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=value.size) / math.sqrt(value.size) for value in values]
     flat = [lax.convert_element_type(lax.reshape(v, (v.size,)), dtype) for v in values]
@@ -131,7 +132,7 @@ def _readout(values: Sequence[Any], dtype: Any) -> Any:
     return lax.dot(known, lax.sin(lax.concatenate(flat, 0)))
 
 
-# JAX's own operators rather than NumPy's where nothing depends on it: they are traced faster.
+# JAX's operators rather than NumPy's where the choice does not matter: they are traced faster.
 
 
 def scaled(x: Any, factor: float) -> Any:
@@ -139,12 +140,12 @@ def scaled(x: Any, factor: float) -> Any:
 
 
 def fitted(x: Any, like: Any) -> Any:
-    """The entries of x, repeated or cut off, in the shape and dtype of another array."""
+    """Repeat or truncate the entries of x to the shape and dtype of another array."""
     flat = lax.reshape(lax.convert_element_type(x, like.dtype), (x.size,))
     flat = lax.concatenate([flat] * -(-like.size // x.size), 0)
     return lax.reshape(lax.slice(flat, (0,), (like.size,)), like.shape)
 
 
 def mixed(x: Any, y: Any) -> Any:
-    """The mean of x and as many entries of y."""
+    """Return the mean of x and equally many entries of y."""
     return scaled(lax.add(x, lax.tanh(fitted(y, x))), 0.5)

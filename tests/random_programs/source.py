@@ -1,4 +1,4 @@
-"""Name where the command's programs come from."""
+"""Define the source of the command's programs."""
 
 from __future__ import annotations
 

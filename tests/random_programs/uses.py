@@ -1,4 +1,4 @@
-"""Draw uses of a weight in anything else, weights from weights and data from data."""
+"""Draw other uses of a weight, weights from weights and data from data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def broadcast(d: Draft) -> Step:
     return Step("broadcast", (x, w), lambda x, w: lax.tanh(run(x, w)), name)
 
 
-# Of data x of any shape, resized to what is needed, and a weight of rank 1 or more.
+# Functions of data x of any shape, resized as needed, and a weight of rank 1 or more.
 FREE_USES: dict[str, Run] = {
     "penalty": lambda x, w: lax.sin(jnp.mean(x)) + jnp.mean(w * w),
     "scattered into": lambda x, w: w.at[0].add(jnp.mean(x).astype(w.dtype)),
@@ -70,7 +70,7 @@ def _some_slice(d: Draft, size: int) -> slice:
 
 
 def _move_one(d: Draft, shape: Shape) -> tuple[str, Run]:
-    """An operation that moves, leaves out or repeats entries of one array."""
+    """Draw an operation that moves, removes or repeats entries of one array."""
     rank, axis = len(shape), d.integer(0, len(shape) - 1)
     order, slices = d.shuffled(range(rank)), tuple(_some_slice(d, size) for size in shape)
     index, picked = d.integer(0, shape[axis] - 1), [d.integer(0, shape[axis] - 1) for _ in range(3)]
@@ -102,7 +102,7 @@ def _move_one(d: Draft, shape: Shape) -> tuple[str, Run]:
 
 
 def _regrouped(d: Draft, shape: Shape) -> Shape:
-    """Another shape of as many entries."""
+    """Draw another shape with equally many entries."""
     size, target = math.prod(shape), []
     while size > 1 and len(target) < 3:
         target.append(d.choose([k for k in range(1, size + 1) if size % k == 0]))
@@ -123,7 +123,7 @@ def cast(d: Draft) -> Step:
 
 
 def joined(d: Draft) -> Step:
-    """Several weights stacked or concatenated, or what is taken out of the stack again."""
+    """Draw a stack or concatenation of several weights, or a slice of it."""
     first = d.some_weight(MOVED, 1, 3)
     others = [d.weight(d.shape_of(first)) for _ in range(d.integer(1, 2))]
     axis, way = (
@@ -180,7 +180,7 @@ def masked(d: Draft) -> Step:
     return Step("masked", (w,), lambda w: w * mask)
 
 
-# Of weights whose shapes are alike.
+# Functions of weights with equal shapes.
 COMBINATIONS: dict[str, Run] = {
     "sum": lambda v, w: v + w,
     "product": lambda v, w: v * w,

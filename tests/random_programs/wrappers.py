@@ -1,4 +1,4 @@
-"""Draw what may stand around a product."""
+"""Draw wrappers around a product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _is_layered(d: Draft, name: str) -> bool:
 
 
 def _layers(d: Draft, step: Step, length: int) -> tuple[Step, tuple[bool, ...]]:
-    """The step with some of its weights replaced by as many layers of them, and which."""
+    """Replace some of a step's weights by stacks of `length` layers, and tell which."""
     layered = tuple(_is_layered(d, name) for name in step.inputs)
     names = [
         _stack_of(d, name, length) if is_layered else name
@@ -53,7 +53,7 @@ def _merged(flags: Sequence[bool], chosen: Sequence[Any], inputs: Sequence[Any])
 
 
 def looped(d: Draft, step: Step) -> Step:
-    """A scan with weights as constants and as layers; its state is the step's data, if any."""
+    """Draw a scan with weights as constants and as layers; its carry is the step's data, if any."""
     length, reverse, unroll = d.integer(1, 3), d.chance(0.3), d.choose([1, 1, 2])
     step, layered = _layers(d, step, length)
     at, returns_all = _first_data(d, step), d.chance(0.4)
@@ -82,7 +82,7 @@ def looped(d: Draft, step: Step) -> Step:
 
 
 def carried(d: Draft, step: Step) -> Step:
-    """A loop that has weights in its initial state: unchanged, or decaying."""
+    """Draw a loop with weights in its initial carry, which are unchanged or decay."""
     at, length, changes = _first_data(d, step), d.integer(1, 3), d.chance(0.5)
     if at is None:
         return step
@@ -104,7 +104,7 @@ def carried(d: Draft, step: Step) -> Step:
 
 
 def mapped(d: Draft, step: Step) -> Step:
-    """vmap or lax.map, over copies of the data and over stacks of the weights."""
+    """Draw vmap or lax.map, over copies of the data and over stacks of the weights."""
     length, by_loop = d.integer(1, 3), d.chance(0.3)
     step, layered = _layers(d, step, length)
     at = _first_data(d, step)
@@ -128,7 +128,7 @@ def mapped(d: Draft, step: Step) -> Step:
 
 
 def branched(d: Draft, step: Step) -> Step:
-    """A branch by data, with other uses of the same weights in the other branches."""
+    """Draw a branch by data, with other uses of the same weights in the other branches."""
     num_branches, run = d.integer(2, 3), step.run
     others = [lambda *inputs: 0.5 * run(*inputs), lambda *inputs: jnp.zeros_like(run(*inputs))]
 
@@ -152,7 +152,7 @@ def inner_gradient(d: Draft, step: Step) -> Step:
 
 
 def twice(d: Draft, step: Step) -> Step:
-    """What the step gives goes into it again, with the same weights."""
+    """Apply the step to its own result, with the same weights."""
     at = _first_data(d, step)
     if at is None:
         return step
