@@ -35,7 +35,7 @@ RUNNING_PROGRAMS = "running_programs"
 
 @pytest.fixture
 def running_programs(pytestconfig):
-    """Where a test writes which program it runs, for an abort of XLA takes the process along."""
+    """Return the folder for notes of running programs, because an abort of XLA ends the process."""
     return pytestconfig.cache.mkdir(RUNNING_PROGRAMS)
 
 

@@ -1,4 +1,4 @@
-"""accumulate_clipped against NumPy and optax.MultiSteps; clip_at="micro-batch" against both."""
+"""Compare accumulate_clipped with NumPy and MultiSteps, and clip_at="micro-batch" with both."""
 
 import functools
 
@@ -116,7 +116,7 @@ def test_an_infinite_threshold_is_multisteps(inner):
     params = zeros(jnp.float32)
     ours, theirs = psc.accumulate_clipped(inner, K, jnp.inf), optax.MultiSteps(inner, K)
     one, other = (all_updates(tx, gradients, params) for tx in (ours, theirs))
-    # XLA may make one operation of a multiplication and an addition, or not.
+    # XLA may fuse a multiplication and an addition, or not.
     assert_close(one, other, 3e-7)
     with jax.disable_jit():
         one, other = (all_updates(tx, gradients, params) for tx in (ours, theirs))
@@ -334,7 +334,7 @@ def test_one_step_is_accumulate_clipped_over_several(jit):
 
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
 def test_an_infinite_threshold_is_the_plain_mean_gradient(size):
-    # Of slices of any size: a shorter last one has the share of its samples.
+    # For slices of any size: a shorter last slice has the share of its samples.
     with enable_x64(True):
         params, x, y = batch()
         value, grads, _ = jax.jit(in_microbatches(size))(params, x, y, threshold=jnp.inf)
@@ -354,7 +354,7 @@ def test_micro_batches_of_one_sample_are_samples():
 def test_padding_has_no_share_and_empty_micro_batches_no_position():
     with enable_x64(True):
         params, x, y = batch(9)
-        keep = np.array([0, 2, 6, 7, 8])  # of micro-batches of 3, the second is all padding
+        keep = np.array([0, 2, 6, 7, 8])  # with micro-batches of 3, the second is all padding
         mask = np.isin(np.arange(9), keep)
         padded = jnp.where(mask[:, None], x, jnp.nan)
         f = jax.jit(in_microbatches(3))

@@ -1,4 +1,4 @@
-"""Adaptive thresholds against NumPy, and in both faces, which give the same numbers with them."""
+"""Compare adaptive thresholds with NumPy, and stacked gradients with the engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RULES = {
     "min-norm": psc.min_norm_threshold(decay=0.5),
 }
 ALL_RULES = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-# The automatic one, too, has what is said of states; its first batch is its own.
+# These tests of states include the automatic threshold; it clips the first batch by its own norms.
 WITH_AUTO = RULES | {"automatic": psc.auto_threshold()}
 ALL_STATES = pytest.mark.parametrize("rule", WITH_AUTO.values(), ids=WITH_AUTO.keys())
 K = np.arange(1, 9)
@@ -37,7 +37,7 @@ def pareto(index, shape, seed=0):
 
 
 def weights(batches, decay):
-    """Of each norm of each batch, in order."""
+    """Return the weight of each norm of each batch, in order."""
     ages = range(len(batches) - 1, -1, -1)
     return np.concatenate(
         [np.full(len(b), decay**age) for b, age in zip(batches, ages, strict=True)]
@@ -52,12 +52,12 @@ def after(rule, batches, **kwargs):
 
 
 def padded(batches):
-    """Of one shape, so that little is compiled: what is not finite has no say."""
+    """Pad batches to one shape with NaN, which is ignored, so that little is compiled."""
     return [np.pad(b, (0, 64 - len(b)), constant_values=np.nan) for b in batches]
 
 
 def scanned(rule, batches):
-    """The state after all, of batches [T, n]."""
+    """Return the state after all batches [T, n]."""
     step = lambda state, norms: (rule.update(state, norms), None)
     return jax.jit(lambda batches: jax.lax.scan(step, rule.init(), batches)[0])(batches)
 
@@ -109,7 +109,7 @@ def test_moment_of_norms_whose_powers_leave_float32(p, size):
 
 
 def test_moment_of_everything_does_not_drift():
-    # Steps of which each is less than what rounding leaves of the sum of all.
+    # Steps that are each smaller than the rounding of the sum of all.
     rule = psc.moment_threshold(1.5, decay=1.0)
     state = scanned(rule, np.tile(pareto(3.0, (20, 4)), (1000, 1)).astype(np.float32))
     assert_close(state.moment.root, numpy_moment([pareto(3.0, (20, 4)).ravel()], 1.5, 1), 1e-3)
@@ -136,7 +136,7 @@ def test_order_is_found_below_known_indices(index):
     rule = psc.moment_threshold(decay=1.0)
     order = lambda norms: float(rule.threshold(scanned(rule, norms)).beta)
     assert abs(order(pareto(index, (1600, 64))) - (index - 0.1)) < 0.05
-    # Not of a power alone: Hill's estimate then errs, here to the careful side.
+    # Not a pure power law: Hill's estimate is then biased, here to the safe side.
     assert -0.13 < order(multivariate_t(index, (1600, 64))) - (index - 0.1) < 0.05
 
 
@@ -227,7 +227,7 @@ def test_quantile_is_what_share_is_not_clipped_though_the_scale_falls():
 def test_min_norm_is_the_papers_rule_on_the_batch_before():
     rule = psc.min_norm_threshold()
     tx = psc.per_sample_clip(rule)
-    means = jnp.asarray(heavy_tailed(0, (3, 4, 5)))  # of 4 micro-batches, 3 times
+    means = jnp.asarray(heavy_tailed(0, (3, 4, 5)))  # 4 micro-batches, 3 times
     norms = np.linalg.norm(means, axis=-1)
     state = tx.init(means[0, 0])
     for step in range(3):
@@ -248,7 +248,7 @@ def test_min_norm_averages_the_minima(decay):
     assert_close(taus(rule, after(rule, padded(BATCHES))), np.full(len(K), expected), 1e-6)
 
 
-# What all of them have in common
+# Common to all
 
 
 @ALL_RULES
@@ -389,7 +389,7 @@ def test_errors_say_what_was_expected(call, error, message):
         call()
 
 
-# In both faces
+# With stacked gradients and with the engine
 
 
 def loss(params, x, y):
@@ -401,7 +401,7 @@ N, NUM_STEPS = 24, 20
 
 
 def regression(num_steps=NUM_STEPS, n=N):
-    """Steps of x, y and mask: heavy tails, padding that holds anything, NaN samples."""
+    """Draw steps of x, y and mask: heavy tails, padding with arbitrary values, NaN samples."""
     random = np.random.default_rng(0)
     for step in range(num_steps):
         x, y = random.standard_normal((n, 3)), random.standard_t(1.5, n)
@@ -450,7 +450,7 @@ def engine_run(rule, steps, params):
 
 
 def numpy_run(rule, steps, params):
-    """The rule alone is not NumPy's, and is held against it above."""
+    """Run NumPy's clipping with the rule itself, which is compared with NumPy above."""
     state, velocity = rule.init(), jax.tree.map(np.zeros_like, params)
     for x, y, mask in steps:
         grads = gradient(params, x, y)

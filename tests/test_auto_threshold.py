@@ -1,4 +1,4 @@
-"""The threshold that needs no number: against NumPy, free of scale, and in every first batch."""
+"""Check the automatic threshold: against NumPy, under scaling, and in every first batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANY = pytest.mark.skipif(
 
 
 def gradients(num_steps=5, n=24, size=6, seed=0):
-    """Heavy tails, with an outlier of a million times the others in the first batch and later."""
+    """Draw heavy tails, with outliers a million times as large in the first batch and later."""
     random = np.random.default_rng(seed)
     steps = random.standard_t(3.0, (num_steps, n, size)).astype(np.float32)
     steps[[0, 3], 5] *= 1e6
@@ -34,7 +34,7 @@ def gradients(num_steps=5, n=24, size=6, seed=0):
 
 
 def run(steps, tx=None, masks=None):
-    """The clipped means and the last state."""
+    """Return the clipped means and the last state."""
     tx = tx or psc.per_sample_clip()
     update = jax.jit(tx.update)
     state, means = tx.init(jnp.zeros(steps.shape[2:], steps.dtype)), []
@@ -46,7 +46,7 @@ def run(steps, tx=None, masks=None):
 
 
 def numpy_tau(batches):
-    """From the norms of the batches, oldest first."""
+    """Compute the threshold from the norms of the batches, oldest first."""
     medians = []
     for last in range(1, len(batches) + 1):
         seen = np.concatenate(batches[:last])
@@ -109,7 +109,7 @@ def test_norms_of_zero_have_no_say():
 
 def test_single_samples_are_clipped_at_about_half_their_median():
     steps = np.ones((40, 1, 1), np.float32)
-    steps[[0, 30]] = 1e6  # the first cannot be known for an outlier
+    steps[[0, 30]] = 1e6  # the first cannot be recognised as an outlier
     means, state = run(steps)
     assert means[0] == 5e5
     np.testing.assert_allclose(means[3:], 0.5, rtol=2 * BIN)
@@ -133,7 +133,7 @@ def test_first_batch_is_clipped_at_half_its_own_median():
     assert_close(run(grads[None])[0][0], expected, 2 * BIN)
 
 
-# What it is invariant to
+# Invariances
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-5), ("bfloat16", 0.04)])
@@ -268,7 +268,7 @@ def test_half_a_growing_threshold_is_none(numbers):
 
 
 def test_in_a_loop_of_ones_own_the_first_batch_is_measured_first():
-    """As the guide says: two calls for the first batch, and one for each other."""
+    """Follow the guide: two calls for the first batch, and one for each other."""
     steps = gradients()
     f = jax.jit(
         functools.partial(

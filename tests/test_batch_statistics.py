@@ -1,4 +1,4 @@
-"""Which losses of one example are warned of for normalising over a batch axis of size 1."""
+"""Check which losses cause the warning about normalising over a batch axis of size 1."""
 
 import warnings
 
@@ -22,7 +22,7 @@ SQUARE = jnp.asarray(np.eye(4, dtype=np.float32))
 
 
 def look_at(loss, params, *example):
-    """Warns, or not, of the loss of one example, by tracing alone."""
+    """Trace the loss for one example, with or without a warning."""
     leaves, treedef = jax.tree.flatten(params)
     closed = jax.make_jaxpr(lambda leaves, *example: loss(treedef.unflatten(leaves), *example))(
         leaves, *example
@@ -110,7 +110,7 @@ def test_nnx_batch_norm_is_warned_of_in_training_alone(train):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, x):
-        own = jax.tree.map(jnp.asarray, rest)  # running statistics, which this trace may set
+        own = jax.tree.map(jnp.asarray, rest)  # running statistics, which this trace may write
         return nnx.merge(graph, params, own)(x).sum()
 
     with warnings.catch_warnings(record=True) as seen:
@@ -191,7 +191,7 @@ def test_a_batch_axis_that_the_examples_have_already_is_one_too():
 
 
 def inner_step(model):
-    """A step of gradient descent in the loss: the bias's gradient is a sum over the batch axis."""
+    """Take a gradient step in the loss: the bias's gradient is a sum over the batch axis."""
 
     def loss(w, x):
         params = {"w": w, "b": jnp.zeros(4)}
@@ -305,7 +305,7 @@ def test_the_zoo_is_not(name, no_warning):
         model = ZOO[name]("small")
         look_at(model.loss, model.params, *(leaf[0] for leaf in model.batch(2)))
 
-    jax.eval_shape(build_and_look)  # nothing need be computed
+    jax.eval_shape(build_and_look)  # nothing is computed
 
 
 @pytest.mark.parametrize("name", ["mlp", "small_cnn", "alexnet", "resnet18"])

@@ -1,4 +1,4 @@
-"""The scripts in `.ci`: what they take, and that no check that fails passes unseen."""
+"""Check the scripts in `.ci`: their options, and that every failing check is reported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the analyses claim of a jaxpr is held against numbers, on random programs.
+"""Check the analyses' claims about jaxprs numerically, on random programs.
 
-Each analysis may say that it does not know. What it claims has to be so.
+Each analysis may answer that it does not know. A claim must be true.
 """
 
 import math
@@ -20,7 +20,7 @@ from tests.numerics import enable_x64
 NUM_PROGRAMS, NUM_STEPS = 150, 6
 SHAPE = (3, 4)
 
-# From arrays that are at hand to a new one, drawn with a generator; None where it does not apply.
+# Functions from a pool of arrays to a new array, drawn with a generator.
 
 
 def elementwise(rng, pool):
@@ -101,7 +101,7 @@ def pick(rng, pool):
 
 
 def random_function(seed):
-    """A function of one array, and what it gives depends on it through the last step."""
+    """Return a random function of one array, whose result is that of its last step."""
 
     def function(parameters):
         rng = np.random.default_rng(seed)
@@ -187,7 +187,7 @@ def test_radial_is_claimed_of_sums_of_squares_alone(name):
 
 
 def stepped(rng, a):
-    """One step of a view, of a kind that views may have."""
+    """Draw one step of a view."""
     cut = lambda size: sorted(rng.integers(0, size + 1, 2))
     if a.ndim and a.size > 2 and rng.random() < 0.4:
         bounds = [cut(size) if rng.random() < 0.5 else (0, size) for size in a.shape]

@@ -1,4 +1,4 @@
-"""The command: one clear line and status 2 for what it cannot do, files for what it can."""
+"""Check the command: one clear line and status 2 for errors, and its files."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def expected_of(params, batch, taus, mask=None):
 
 # The zoo
 
-# Of each kind of layer one; the others take long.
+# One model for each kind of layer; the others take long.
 QUICK = [
     *("alexnet", "gpt_tied", "lora", "lstm", "mixture_of_experts", "mlp", "recommender", "unet")
 ]
@@ -143,7 +143,7 @@ def clipped_by_formula(params, batch, alpha):
 @pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("face", [*MODES, "stack"])
 def test_clipped_gradients_have_derivatives(face):
-    """In the parameters and in α, as meta-learning takes them; also where a gradient is 0."""
+    """Differentiate by the parameters and α, as in meta-learning; also where a gradient is 0."""
 
     def clipped(params, batch, alpha):
         f = psc.clipped_grad(hinge, psc.growing_threshold(alpha, 1.5), mode=face)
@@ -242,7 +242,7 @@ def test_micro_batches_do_not_change_the_result(mode, size, bad):
     assert_close(grads_, grads, 1e-5)
     np.testing.assert_allclose(value_, value, rtol=1e-5)
     np.testing.assert_array_equal(aux_["y"], aux["y"])
-    # The loss of some cancels, and with it their norm.
+    # The losses of some samples cancel, and so do their norms.
     np.testing.assert_allclose(stats_.norms, stats.norms, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert int(stats_.num_nonfinite) == int(stats.num_nonfinite) == bad
 
@@ -562,7 +562,7 @@ def narrow_layer(params, x):
 
 
 def rule_within_a_rule(params, x):
-    """JAX has the gradient of this, but not of this under vmap."""
+    """Return a loss that JAX can differentiate, but not under vmap."""
     inner = jax.custom_vjp(jnp.sin)
     inner.defvjp(lambda x: (jnp.sin(x), x), lambda x, dy: (dy * jnp.cos(x),))
     outer = jax.custom_jvp(lambda x: inner(x))
@@ -570,7 +570,7 @@ def rule_within_a_rule(params, x):
     return outer(layers(params, x))
 
 
-MEMORY = {  # how many slices, and how many second passes
+MEMORY = {  # the numbers of slices and of second passes
     "keeps about as much as is saved": (layers, 2, 0, "(one pass in 2 slices)"),
     "keeps little of what is saved": (narrow_layer, 1, 0, "(one pass)"),
     "keeps much of what is computed again": (jax.checkpoint(layers), 1, 1, "two passes"),

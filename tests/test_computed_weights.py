@@ -1,4 +1,4 @@
-"""Weights that are computed from parameters alone: exact, and by the route meant for them."""
+"""Check weights computed only from parameters: their numbers and their routes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def mask():
 
 def recurrent(p, rows):
     def step(h, x):
-        # Computed anew in each step from what all steps share.
+        # Computed in each step from values that all steps share.
         return jnp.tanh(0.1 * (x @ normed(p["square"]) + h @ (p["square"] * 0.5))), h
 
     return end(jax.lax.scan(step, jnp.zeros(10), rows)[1])
@@ -209,7 +209,7 @@ def test_computed_weights_are_exact(use):
         (lambda w: jnp.sqrt((w * w).sum(0)), True),
         (lambda w: jnp.sqrt(jnp.square(w).sum(0) + 1e-6), True),
         (lambda w: (jnp.abs(w) ** 2).sum(0), True),
-        (lambda w: jnp.sqrt((w * w).sum()), False),  # of all columns: no norm of one column alone
+        (lambda w: jnp.sqrt((w * w).sum()), False),  # of all columns, not a norm of each column
         (lambda w: jnp.abs(w).sum(0), False),
         (lambda w: (w * jnp.abs(w)).sum(0), False),
         (lambda w: (w**3).sum(0), False),

@@ -1,4 +1,4 @@
-"""Norms of convolutions' gradients: each way of making them, against vmap(grad)."""
+"""Compare each method for norms of convolutions' gradients with vmap(grad)."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ WAYS = [
 
 
 def normal(seed, *shape):
-    """Normal numbers in JAX's default dtype, as NumPy draws them: XLA compiles that long."""
+    """Draw normal numbers in JAX's default dtype by NumPy: compiling XLA's takes long."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
@@ -128,7 +128,7 @@ def site_at(eqn, path=(0,)):
 
 
 def sides_of(site, case, n):
-    """What enters, and random cotangents of what leaves."""
+    """Return inputs, and random cotangents of outputs."""
     _, x = case.arguments(n)
     return x, normal(2, n, *site.leaving.aval.shape)
 
@@ -154,7 +154,7 @@ def from_patches(site, x, dy):
 
 
 def by_each_way(site, x, dy):
-    """Norms by the name of the way, with the cost of the others out of reach."""
+    """Compute norms by each method, with the costs of the others set too high."""
     norms = {}
     all_ways = ways_on_tpu
     for name in WAYS:
@@ -197,7 +197,7 @@ def test_patches_are_taken_where_they_do_not_overlap(case, is_patchwise):
 
 
 def test_pixels_that_nothing_reads_do_not_matter():
-    # Reflected by the shape alone: every second pixel, and a border that negative padding cuts off.
+    # Determined by the shape: every second pixel, and a border that negative padding crops.
     case = Case((5, 6), (1, 2), stride=(2, 1), padding=((0, 0), (-2, -1)))
     site = site_of(case)
     x, dy = sides_of(site, case, 2)
@@ -297,7 +297,7 @@ def test_gradients_of_sites_that_share_a_kernel_add_up():
 
 
 def scanned_loss(params, x):
-    """Layers of a scan, each with its kernel, and steps of another that share one."""
+    """Scan over layers, each with its kernel, then over steps that share a kernel."""
     as_before = lambda x, w: lax.conv_general_dilated(
         x, w, (1, 1), "SAME", None, None, ("NHWC", "HWIO", "NHWC")
     )

@@ -1,4 +1,4 @@
-"""Clipping by slice: layers that are stacked in one array, each a group of its own."""
+"""Check clipping by slice: layers that are stacked in one array, each a group."""
 
 import functools
 
@@ -25,7 +25,7 @@ PARAMS = {
 }
 THRESHOLDS = [0.3, psc.growing_threshold(0.1, 1.5), 0.2]
 PREFIX = {"layers": psc.each_slice(THRESHOLDS), "out": 0.2}
-# Columns of norms and scales that each leaf has.
+# Each leaf's columns of norms and scales.
 COLUMNS = {"layers": {"w": [0, 1, 2], "b": [0, 1, 2]}, "out": 3}
 APART = {
     "layers": {"w": psc.each_slice(THRESHOLDS), "b": 0.1},
@@ -54,7 +54,7 @@ def backwards(params, x, y):
 
 
 def cast(params, x, y):
-    """Cast and moved about before the scan, with the layers in front as they are."""
+    """Cast and transpose parameters before the scan, without moving the axis of layers."""
     layers = {
         "w": params["layers"]["w"].swapaxes(1, 2).astype(x.dtype).swapaxes(1, 2),
         "b": params["layers"]["b"],
@@ -69,7 +69,7 @@ def unrolled(params, x, y):
 
 
 def nested(params, x, y):
-    """Each layer is applied twice, by a scan within its step."""
+    """Apply each layer twice, by a scan within its step."""
 
     def twice(h, own):
         return lax.scan(lambda h, _: layer(h, own), h, None, length=2)[0], None
@@ -78,13 +78,13 @@ def nested(params, x, y):
 
 
 def shared(params, x, y):
-    """One layer enters outside of the scan as well."""
+    """Use one layer outside the scan as well."""
     own = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     return scanned(params, layer(x, own)[0], y)
 
 
 def flipped(params, x, y):
-    """Turned around before the scan, so that a step has another slice."""
+    """Flip layers before the scan, so that a step has another slice."""
     layers = jax.tree.map(lambda leaf: leaf[::-1], params["layers"])
     return scanned({**params, "layers": layers}, x, y)
 
@@ -120,7 +120,7 @@ def taus_of(prefix):
 
 
 def expected_of(stacked, columns, taus):
-    """The clipped mean and the norms [n, groups], slice by slice."""
+    """Compute the clipped mean and the norms [n, groups], slice by slice."""
     squares = np.zeros(taus.shape)
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(stacked)]
     of_leaves = jax.tree.leaves(columns, is_leaf=lambda node: isinstance(node, list))

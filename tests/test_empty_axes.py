@@ -1,4 +1,4 @@
-"""Data and parameters with an axis of size 0: what they enter has no gradient, and nothing fails."""
+"""Check data and parameters with an axis of size 0: they have no gradient, and nothing fails."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def looked_up(w, x):
     return w[jnp.asarray(x, int)]
 
 
-# What is done with the parameter and an example, and the shapes of both.
+# Functions of the parameter and an example, and the shapes of both.
 FORMS = {
     "rows": (lambda w, x: x @ w, (3, 2), (0, 3)),
     "features": (lambda w, x: x @ w, (0, 2), (4, 0)),

@@ -1,4 +1,4 @@
-"""What equations that hold a jaxpr say of it, whichever version of JAX wrote them."""
+"""Check reading equations that contain a jaxpr, in every version of JAX."""
 
 import itertools
 
@@ -23,7 +23,7 @@ W = jnp.cos(jnp.arange(16.0)).reshape(4, 4)
 
 
 def recurrent(w, x):
-    """A scan with a constant, a carry, what it runs over, and what it stacks."""
+    """Run a scan with a constant, a carry, xs and ys."""
     return lax.scan(lambda h, xi: (jnp.tanh(h @ w + xi), h.sum()), jnp.zeros(4), x)
 
 
@@ -32,7 +32,7 @@ def backwards_without_carry(w, x):
 
 
 def counting(w, x):
-    """Nothing that it runs over, carries of several ranks, and layers of the same rank as these."""
+    """Run a scan without xs, with carries of several ranks, and layers of the same rank."""
     step = lambda state, _: ((state[0] + 1, state[1] * w.sum(), jnp.sin(state[2])), state[1])
     return lax.scan(step, (0, jnp.float32(1), x), None, length=4)
 
@@ -70,7 +70,7 @@ def test_counts_of_a_scan(name):
 
 
 def parted(eqn, inputs):
-    """The scan from the counts of its inputs alone."""
+    """Run the scan from the counts of its inputs."""
     counts, body = scan_counts(eqn), core.jaxpr_as_fun(eqn.params["jaxpr"])
     consts = inputs[: counts.consts]
     init, xs = inputs[counts.consts :][: counts.carry], inputs[sum(counts) :]
@@ -85,7 +85,7 @@ def parted(eqn, inputs):
 
 
 def test_counts_of_the_scans_of_a_gradient_part_its_inputs():
-    """Derivatives bind scans of their own, of tangents and cotangents."""
+    """Check that derivatives, which bind scans over tangents and cotangents, are read too."""
     jaxpr = jax.make_jaxpr(jax.grad(lambda w: recurrent(w, X)[0].sum()))(W)
     values, num_scans = dict(zip(jaxpr.jaxpr.invars, [W], strict=True)), 0
     values.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))

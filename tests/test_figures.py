@@ -23,7 +23,7 @@ GUIDE = {
     path.stem: path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "docs" / "pages" / "guide").glob("*.md"))
 }
-# Without line breaks, where sentences are looked for.
+# Without line breaks, to search for sentences.
 WHEN, SHORT = (" ".join(page.split()) for page in (GUIDE["when"], README))
 ON_BOTH_PAGES = pytest.mark.parametrize("said", [WHEN, SHORT], ids=["guide", "README"])
 CIFAR = json.loads((ROOT / "benchmarks/results/alexnet_cifar100.json").read_text())
@@ -44,7 +44,7 @@ def test_costs_of_accumulation_are_those_of_the_committed_measurement():
 def test_intervals_of_the_tail_index_are_those_of_the_committed_measurement():
     rows = json.loads((ROOT / "benchmarks/results/tail_index.json").read_text())["rows"]
     said = " ".join(GUIDE["thresholds"].split())
-    # Mixtures apart, of which it speaks by themselves.
+    # Without mixtures, which have their own sentence.
     rows = [row for row in rows if "30%" not in row["law"] and "5%" not in row["law"]]
     coverages = [100 * row["coverage"][1] for row in rows if row["index"]]
     assert f"{min(coverages):.1f} % to {max(coverages):.1f} % of the 95 % intervals" in said

@@ -1,4 +1,4 @@
-"""The engine on models of each framework, in parameter trees of each framework's own kind."""
+"""Check the engine on models of each framework, with the framework's parameter trees."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH, HEADS, WORDS = 4, 2, 11
 
 
 class Case(NamedTuple):
-    """A loss of one example, and its parameters."""
+    """A loss for one example, and its parameters."""
 
     loss: Callable[..., Any]
     params: Any
@@ -45,12 +45,12 @@ def cast(tree, dtype):
 
 
 def without_optimising(f):
-    """Compiles in about half the time, for what runs once."""
+    """Compile in about half the time, for functions that run once."""
     return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 # One model in each framework: a convolution, an embedding, group and layer normalisation,
-# attention, a recurrent cell and a dense layer. `dtype` is what it computes in.
+# attention, a recurrent cell and a dense layer. `dtype` is that of the computation.
 
 
 class LinenNet(nn.Module):
@@ -99,7 +99,7 @@ class NNXNet(nnx.Module):
 
 
 def copied(streams):
-    """Streams of random numbers of the trace's own, for they count on in each use."""
+    """Copy random streams for a trace, because each use advances their counters."""
     return jax.tree.map(jnp.asarray, streams)
 
 
@@ -177,7 +177,7 @@ def haiku(dtype) -> Case:
 
 
 def drawn(shapes):
-    """Initialising without compiling; scales of normalisation need not be 1 here."""
+    """Initialise without compiling; scales of normalisation need not be 1 here."""
     leaves, treedef = jax.tree.flatten(shapes)
     random = np.random.default_rng(0)
     return treedef.unflatten(
@@ -205,7 +205,7 @@ def by_position(taus):
 
 @functools.cache
 def reference(framework):
-    """The case in float64, its batch, thresholds, and the clipped mean."""
+    """Return the case in float64, its batch, thresholds, and the clipped mean."""
     with enable_x64(True):
         loss, params = FRAMEWORKS[framework](jnp.float64)
         params, arguments = cast((params, batch()), jnp.float64)
@@ -221,7 +221,8 @@ def test_each_framework_equals_vmap_of_grad_in_float64(framework, mode):
     with enable_x64(True):
         f = psc.clipped_grad(loss, by_position(taus), mode=mode)
         grads = without_optimising(f)(params, *arguments)
-    # By each leaf's largest entry, and for keys' biases, whose gradient vanishes, the tree's.
+    # Relative to each leaf's largest entry, and for keys' biases, whose gradient vanishes, to the
+    # tree's.
     assert_close(grads, expected, 1e-10, floor=1e-3)
     assert type(grads) is type(params)
 
@@ -386,7 +387,7 @@ def plain_loss(params, x):
 def test_no_nan_is_made_in_passing(mode, threshold):
     params = {"w": W.astype(np.float32), "b": np.zeros(2, np.float32)}
     f = psc.clipped_value_and_grad(plain_loss, threshold, mode=mode, return_stats=True)
-    with jax.debug_nans(True):  # not under jit, which would check the results alone
+    with jax.debug_nans(True):  # not under jit, which would check only the results
         _, _, stats = f(params, X.astype(np.float32))
     assert float(stats.norms[-1]) == 0  # a sample whose gradient vanishes
 

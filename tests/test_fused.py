@@ -1,4 +1,4 @@
-"""Groups clipped within one backward pass: which are, and that their numbers are those of a stack."""
+"""Check groups clipped within one backward pass: which are, and their numbers against a stack."""
 
 import functools
 
@@ -23,7 +23,7 @@ def squared(hidden, y):
     return jnp.square(jnp.sum(hidden) - y)
 
 
-# Losses of one example, x [4, 3] and y
+# Losses for one example, x [4, 3] and y
 
 
 def dense(params, x, y):
@@ -61,7 +61,7 @@ def checkpointed(params, x, y):
 
 
 def normalised(params, x, y):
-    """A weight that is computed from two parameters of one group, and one that is cast."""
+    """Use a weight that is computed from two parameters of one group, and one that is cast."""
     v = params["a"]["v"]
     hidden = jnp.tanh(x @ (params["a"]["g"] * v / jnp.sqrt(jnp.sum(v**2, 0))))
     return squared(hidden @ params["b"].T.astype(hidden.dtype), y)
@@ -80,18 +80,18 @@ def tied(params, x, y):
 
 
 def crossed(params, x, y):
-    """The second group lies between the sites of the first, and a product takes both."""
+    """Use the second group between the sites of the first, and both in a product."""
     hidden = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
     return squared(jnp.tanh(hidden @ params["a"]) @ (params["c"] @ params["d"]), y)
 
 
 def twice(params, x, y):
-    """One weight at two sites that follow each other, whose gradients have cross terms."""
+    """Use one weight at two consecutive sites, whose gradients have cross terms."""
     return squared(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["a"]) @ params["b"], y)
 
 
 def ruled(params, x, y):
-    """A derivative that is not linear in its cotangent, before a weight and on one."""
+    """Use a derivative that is not linear in its cotangent, before a weight and on a weight."""
 
     @jax.custom_vjp
     def bounded(h):
@@ -103,7 +103,7 @@ def ruled(params, x, y):
 
 LAYER = {"w": normal(0, 3, 3), "b": normal(1, 3)}
 LAYERS = [LAYER, {"w": normal(2, 3, 3), "b": normal(3, 3)}]
-# The loss, its parameters, the groups, and what is fused.
+# The loss, its parameters, the groups, and which are fused.
 LOSSES = {
     "by leaf": (
         dense,
@@ -236,7 +236,7 @@ def test_a_loss_with_side_effects_is_not_fused():
 
 
 def test_a_loss_whose_batch_has_no_gradient_is_not_fused():
-    """As a custom_vjp within a custom_jvp, of which JAX has the gradient for one sample alone."""
+    """Check a custom_vjp within a custom_jvp, which JAX can differentiate only for one sample."""
 
     @jax.custom_vjp
     def inner(h):
@@ -260,7 +260,7 @@ def test_a_loss_whose_batch_has_no_gradient_is_not_fused():
 
 
 def test_memory_is_estimated_of_weights_that_fusion_alone_computes():
-    def loss(params, x):  # of a sequence, so that exp(a) is small beside what leaves the products
+    def loss(params, x):  # for a sequence, so that exp(a) is smaller than the products' outputs
         table = jnp.exp(params["a"])
         return (jnp.tanh(x @ table) @ params["b"] @ table.T).sum()
 
@@ -304,7 +304,7 @@ def test_a_pass_that_may_be_made_again_is_compiled_once():
 
 
 def rooted(params, x, y):
-    """At x = 0 finite, with a gradient that is not, in the first layer alone."""
+    """Return a loss that is finite at x = 0 with a non-finite gradient in the first layer only."""
     first = jnp.sqrt(jnp.abs(jnp.sum(x @ params["a"])))
     return squared(jnp.tanh(first * params["b"]), y) + 0 * jnp.sum(params["c"])
 

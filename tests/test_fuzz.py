@@ -24,7 +24,7 @@ pytestmark = [
 
 # In chunks, so that pytest-xdist spreads them.
 NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 40, 10
-# As often are groups of parameters clipped apart too; `python -m tests.fuzz` always does that.
+# Some programs are also clipped by group; `python -m tests.fuzz` always does that.
 BY_GROUP_EVERY = 10
 
 
@@ -99,7 +99,7 @@ def test_all_that_may_be_drawn_has_a_gradient(table, operands):
 
 @functools.cache
 def exact_program():
-    """One with a product that computes in float64 alone."""
+    """Return a program with a product that only computes in float64."""
     programs = map(draw_program, itertools.count())
     return next(p for p in programs if " dot(" in str(p) and tolerance_of(p.jaxpr()) == TOLERANCE)
 

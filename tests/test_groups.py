@@ -1,4 +1,4 @@
-"""Clipping by group: a threshold for each subtree of the parameters, whose norms are apart."""
+"""Check clipping by group: a threshold and a norm for each subtree of the parameters."""
 
 import functools
 import operator
@@ -23,7 +23,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-# Losses of one example, with parameters that some prefix parts in different ways
+# Losses for one example, with parameters that prefixes group in different ways
 
 
 def dense(params, x, y):
@@ -32,7 +32,7 @@ def dense(params, x, y):
 
 
 def scanned(params, x, y):
-    """Layers in one array, and biases in another."""
+    """Scan over layers in one array, and biases in another."""
 
     def layer(h, own):
         return jnp.tanh(h @ own["w"] + own["b"]), None
@@ -42,14 +42,14 @@ def scanned(params, x, y):
 
 
 def tied(params, x, y):
-    """A table that is looked up and multiplied by, shared by two groups' layers."""
+    """Use a table for look-ups and in a product, around layers of another group."""
     tokens = jnp.abs(x * 3).astype(int) % 5
     hidden = jnp.tanh(params["table"][tokens] @ params["w"])
     return jax.nn.logsumexp(hidden @ params["table"].T) - y * hidden.sum()
 
 
 def shared(params, x, y):
-    """The same weight in three places, and in slices: pieces of one parameter."""
+    """Use the same weight in three places, and in slices: pieces of one parameter."""
     hidden = jnp.tanh(jnp.tanh(x @ params["w"]) @ params["w"])
     for layer in range(2):
         hidden = jnp.tanh(hidden @ params["stack"][layer])
@@ -57,14 +57,14 @@ def shared(params, x, y):
 
 
 def normalised(params, x, y):
-    """Weight normalisation and a penalty: weights that are computed, each within a group."""
+    """Use weight normalisation and a penalty: computed weights, each within a group."""
     v = params["a"]["v"]
     hidden = jnp.tanh(x @ (params["a"]["g"] * v / jnp.sqrt(jnp.sum(v**2, 0))))
     return jnp.square(jnp.dot(hidden, jnp.exp(params["b"])) - y)
 
 
 def joined(params, x, y):
-    """Kernels side by side, and a product of two: weights computed from several groups."""
+    """Use concatenated kernels, and a product of two: weights computed from several groups."""
     q, k = jnp.split(x @ jnp.concatenate([params["q"], params["k"]], 1), 2)
     low = jnp.tanh(params["u"] @ params["v"]) @ x
     return jnp.sum(q * k) + jnp.square(low.sum() - y)
@@ -126,7 +126,7 @@ def is_threshold(node):
 
 
 def parts_of(prefix, stacked):
-    """The thresholds of the prefix's leaves, and what each is for."""
+    """Return the thresholds of the prefix's leaves, with their subtrees."""
     leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_threshold)
     return leaves, treedef.flatten_up_to(stacked), treedef
 
@@ -138,7 +138,7 @@ def taus_of(threshold, positions):
 
 
 def expected_of(prefix, stacked, mask=None, positions=None):
-    """The clipped mean of each group by itself; what is not finite in one is left out of all."""
+    """Compute each group's clipped mean; a sample that is not finite in one is left out of all."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(stacked)]
     n = len(leaves[0])
     counts = np.ones(n, bool) if mask is None else mask
@@ -168,7 +168,7 @@ def by_stacking(prefix, stacked, params, **call):
     return tx.update(stacked, tx.init(params), params, **call)
 
 
-# Both faces against the formula
+# Stacked gradients and the engine against the formula
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -216,7 +216,7 @@ def test_masks_positions_and_slices(mode, jit):
 
 
 def of_one_group(params, x, y):
-    """Not finite in the gradient of "out" alone where y is huge."""
+    """Return a loss whose gradient of "out" only is not finite if y is huge."""
     return LOSS(params | {"out": jax.lax.stop_gradient(params["out"])}, x, 0.0) + jnp.sum(
         params["out"] * y
     )
@@ -363,7 +363,7 @@ def test_subtrees_without_leaves_have_no_group():
 
 @jax.tree_util.register_pytree_node_class
 class Layer:
-    """Parameters whose node is callable, as a module of Equinox."""
+    """Parameters whose node is callable, like a module of Equinox."""
 
     def __init__(self, w, b):
         self.w, self.b = w, b
@@ -612,7 +612,7 @@ def test_a_sample_moves_a_sum_by_at_most_its_threshold(mode, threshold):
     (whole, stats), (fewer, _) = f(PARAMS, x, y), f(PARAMS, x[1:], y[1:])
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, whole, fewer))
     assert moved == pytest.approx(0.3, abs=1e-6)
-    assert (stats.scales[0] < 1).all()  # of the sample that is left out, in each group
+    assert (stats.scales[0] < 1).all()  # the dropped sample, in each group
     replaced = f(PARAMS, x.at[0].set(-x[0]), y.at[0].set(-y[0]))[0]
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, whole, replaced))
     assert moved <= 2 * 0.3 + 1e-6

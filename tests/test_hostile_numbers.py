@@ -1,4 +1,4 @@
-"""A table of hostile batches: each row through both faces and all modes, its result written out."""
+"""Run extreme batches through stacked gradients and all modes, and compare written results."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ MODES = ["one_pass", "two_pass", "vmap"]
 
 
 def loss(params, x, extra):
-    """Its gradient is the sample x itself: for an array, or leaf by leaf."""
+    """Return a loss whose gradient is the sample x itself: for an array, or leaf by leaf."""
     products = jax.tree.map(lambda w, x: jnp.dot(x, w), params, x)
     return sum(jax.tree.leaves(products)) + extra
 
 
 class Row(NamedTuple):
-    """A batch of samples x, and what comes of it.
+    """A batch of samples x, with its expected results.
 
     Attributes:
       x: a sample a row, or a dict of such arrays.
-      gradient: the clipped mean, to be.
-      num_nonfinite, num_clipped: to be.
-      value: the mean loss, to be, at parameters of 0 (NaN: not looked at).
+      gradient: the expected clipped mean.
+      num_nonfinite, num_clipped: the expected counts.
+      value: the expected mean loss at parameters of 0 (NaN: not compared).
       tau: the constant threshold.
-      mask: the samples that count; None for all.
+      mask: the sample mask; None for all.
       extra: added to each sample's loss.
-      dtype: of x and the parameters.
-      stacked: what the face that sees no loss gives instead: gradient, num_nonfinite, num_clipped.
+      dtype: the dtype of x and the parameters.
+      stacked: what `per_sample_clip` returns, if different: gradient, num_nonfinite, num_clipped.
     """
 
     x: Any
@@ -84,7 +84,7 @@ ROWS = {
     "padding whose loss is NaN": Row(
         [[3, 4], [0, 5]], [0.6, 0.8], 0, 1, 2.0, mask=[True, False], extra=[2, NAN]
     ),
-    # Squares of 1e30 leave float32; the engine counts such a sample as not finite.
+    # Squares of 1e30 overflow float32; the engine counts such a sample as not finite.
     "a norm of 1e30": Row([[1e30, 0], [0, 5]], [0, 0.5], 1, 1, stacked=([0.5, 0.5], 0, 2)),
     "the largest float32": Row(
         [[3.4e38, 3.4e38], [0, 5]], [0, 0.5], 1, 1,

@@ -1,4 +1,4 @@
-"""Who imports whom, read from the source, and how long files are."""
+"""Check which modules import which, and how long files are."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PACKAGE = ROOT / "psclip_optax"
 TRAINING = "psclip_optax.training"
 # The command and `python -m psclip_optax`, which start it.
 STARTERS = {PACKAGE / "cli.py", PACKAGE / "__main__.py"}
-# A folder imports those before it alone.
+# A folder imports only those before it.
 FOLDERS = ("data", "config", "output", "models", "steps", "run", "plot", "compare", "command")
 MOST_LINES = 400
-# Tests that are longer still; a name goes once its file is in parts.
+# Tests that are still longer; remove a name once its file is split.
 LONG = {
     "tests/test_accumulation.py",
     "tests/test_adaptive.py",
@@ -32,7 +32,7 @@ LONG = {
 
 
 def imports(path: pathlib.Path) -> set[str]:
-    """Modules, and what may be one: a name that is imported from a package."""
+    """Return imported modules, and names imported from packages, which may be modules."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -77,7 +77,7 @@ def test_folders_of_training_are_those_in_order():
 
 
 def test_an_import_starts_no_backend():
-    """For what is set afterwards, such as a number of devices, would be refused."""
+    """Check that settings after an import, such as the number of devices, still work."""
     set_afterwards = "import psclip_optax, psclip_optax.training, jax; jax.config.update('jax_num_cpu_devices', 2)"
     subprocess.run([sys.executable, "-c", set_afterwards], check=True, timeout=120)
 

@@ -1,4 +1,4 @@
-"""Whether a rule is linear in its cotangent: what is claimed is held against numbers."""
+"""Check claims that a rule is linear in its cotangent numerically."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tests.numerics import assert_close, clipped_mean, enable_x64, in_all_modes
 
 
 def with_rule(backward):
-    """The identity, with a derivative of one's own: backward(residual, cotangent)."""
+    """Return the identity with a custom derivative: backward(residual, cotangent)."""
 
     @jax.custom_vjp
     def same(x):
@@ -95,7 +95,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 
 
 def is_linear(rule):
-    """Whether the rule takes sums of multiples to the sums of what it takes their terms to."""
+    """Tell whether the rule maps linear combinations to linear combinations."""
     c, d = X[::-1] + 0.3, jnp.cos(X)
     both = [
         (rule(X, s * c + t * d), s * rule(X, c) + t * rule(X, d))
@@ -181,7 +181,7 @@ def test_variables_behind_stop_gradient_have_no_cotangents():
     assert y in with_cotangents(jaxpr, [False, True])
 
 
-# What follows for the clipped gradient
+# Consequences for the clipped gradient
 
 
 def dense(rule, p, x):

@@ -1,4 +1,4 @@
-"""The estimate of a program's temporary memory: by hand, and against XLA's compilers."""
+"""Compare estimates of temporary memory with hand counts and with XLA's compilers."""
 
 import json
 
@@ -34,9 +34,9 @@ def test_products_are_held_until_they_are_read():
 
 def test_what_is_computed_by_elements_is_fused_into_its_reader():
     assert peak(lambda x: jnp.exp(jnp.sin(x)) @ x, SQUARE) == 0
-    # The product writes what is made of it.
+    # The elementwise result is written in the product's place.
     assert peak(lambda x: jnp.sin(x @ x) @ x, SQUARE) == KB
-    # The sum is written in the place of the second product, and the first one is held till then.
+    # The sum is written in the place of the second product; the first one is held until then.
     twice = lambda x, a: (lambda y: (y @ a, a @ y))((x @ x) @ a + (x @ a) @ x)
     assert peak(twice, SQUARE, SQUARE) == 2 * KB
 

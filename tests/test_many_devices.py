@@ -1,4 +1,4 @@
-"""Both faces on 8 virtual devices give what they give on one, and send little between them."""
+"""Compare 8 virtual devices with one, for stacks and the engine, and check their traffic."""
 
 import functools
 import itertools
@@ -82,7 +82,7 @@ MASK = np.arange(N) % 7 != 5
 
 
 def finite(stats):
-    """The figures without the norm that is not finite, which is compared apart."""
+    """Return the statistics without the non-finite norm, which is compared separately."""
     return stats._replace(norms=jnp.nan_to_num(stats.norms, posinf=-1.0, nan=-1.0))
 
 
@@ -461,7 +461,7 @@ def test_zoo_is_that_of_one_device_and_sends_no_more_than_a_plain_gradient(name,
 
 
 def slices_of(tree):
-    """Each layer of a stack a group of its own."""
+    """Make each layer of a stack a group."""
     return psc.each_slice([0.1] * len(jax.tree.leaves(tree)[0]))
 
 
@@ -491,7 +491,7 @@ def test_zoo_by_group_is_that_of_one_device_and_sends_no_more(name, groups, layo
         loss = gathering(mesh, model.loss) if layout == "sharded parameters" else model.loss
         params, batch = placed(mesh, layout, params, batch)
         assert_close(jax.jit(run(loss))(params, *batch), expected, 1e-9, floor=1e-3)
-        # Without a loop that may make a pass again, whose collectives are not counted.
+        # Without a loop that may repeat a pass, whose collectives are not counted.
         once = jax.jit(run(loss, on_nonfinite="propagate")).lower(params, *batch).compile()
         plain = plain_gradient(loss).lower(params, *batch).compile().as_text()
         sent, by_plain = num_elements(once.as_text()), num_elements(plain)
@@ -533,7 +533,7 @@ def test_two_passes_send_the_gradient_once_as_users_have_them(name):
 
 
 def gathering(mesh, loss):
-    """As fully sharded parameters are used: each is gathered where it is used, not the samples."""
+    """Constrain a loss as under FSDP: parameters are gathered where they are used, not samples."""
 
     def gathered_loss(params, *example):
         everywhere = NamedSharding(mesh, P())
@@ -613,7 +613,7 @@ ENTRY %main (x: bf16[4]) -> bf16[4] {
     assert num_bytes(text) == 128
 
 
-# What is known of a mesh
+# Known meshes
 
 
 def mesh_of_four():
@@ -634,7 +634,7 @@ def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
         axis_names={"data"},
     )
     jax.eval_shape(jax.jit(of_each), array)
-    assert found == [2]  # those of "model", for each device along "data" has an array of its own
+    assert found == [2]  # those of "model", because each device along "data" has a separate array
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
@@ -676,7 +676,7 @@ def test_products_of_gram_matrices_are_summed_where_their_columns_are(mode):
         assert_close(compiled(placed_params, *placed_batch), expected, 1e-10)
         by_plain = plain_gradient(two_layers_loss).lower(placed_params, *placed_batch).compile()
     sent, plain = num_elements(compiled.as_text()), num_elements(by_plain.as_text())
-    # The activations of each pass are summed over "model"; of the norms n numbers alone are.
+    # The activations of each pass are summed over "model"; of the norms only n numbers are.
     of_a_pass = n // 4 * num_rows * width
     assert sent <= plain + 32 * n + (of_a_pass if mode == "two_pass" else 0)
 
@@ -691,7 +691,7 @@ def layers_loss(params, x, y):
 
 
 def test_two_passes_gather_rematerialised_layers_once_more_than_a_plain_gradient():
-    n, num_layers, num_rows, width = 16, 5, 24, 16  # gradients no larger than what leaves
+    n, num_layers, num_rows, width = 16, 5, 24, 16  # gradients no larger than the outputs
     mesh = mesh_of_four()
     by_column, by_sample = (
         NamedSharding(mesh, P(None, None, "data")),
@@ -707,7 +707,7 @@ def test_two_passes_gather_rematerialised_layers_once_more_than_a_plain_gradient
         placed_batch = [jax.device_put(x, by_sample) for x in batch]
 
         def loss(params, x, y):
-            """As activations are constrained, so that parameters are gathered where they are used."""
+            """Constrain activations, so that parameters are gathered where they are used."""
             everywhere = NamedSharding(mesh, P())
             constrained = lambda x: jax.lax.with_sharding_constraint(x, everywhere)
             return layers_loss(params, constrained(x), constrained(y))
@@ -724,5 +724,5 @@ def test_two_passes_gather_rematerialised_layers_once_more_than_a_plain_gradient
         return sum(c.num_elements * c.times for c in of_weights)
 
     assert gathered(plain) > 0
-    # Forwards, and in each of two backward passes, where a plain gradient has one.
+    # In the forward and in both backward passes; a plain gradient has one backward pass.
     assert gathered(compiled) <= 1.5 * gathered(plain)

@@ -1,4 +1,4 @@
-"""The ranking of samples against one that loops over them."""
+"""Compare the ranking of samples with a loop over them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def looped(index, scale, norm, loss, by):
     return sorted(rows, key=lambda r: (key[by](r), -r["median_norm"], r["index"]))
 
 
-# Of sixteenths, whose means are exact in any order of summation.
+# Multiples of 1/16, whose means are exact in any order of summation.
 SIXTEENTHS = st.integers(0, 16).map(lambda n: n / 16)
 ENTRIES = st.lists(
     st.tuples(

@@ -1,4 +1,4 @@
-"""Losses whose parameters meet data only after the loss is brought into another form."""
+"""Check losses whose parameters meet data only after the loss is rewritten."""
 
 import functools
 
@@ -88,7 +88,7 @@ def choice(p, x):
 
 
 def choice_of_three(p, x):
-    index = jnp.int32(3 * x[0, 0])  # outside of 0 to 2 as well
+    index = jnp.int32(3 * x[0, 0])  # also outside 0 to 2
     return lax.switch(index, [lambda x, i=i: block(p["w"][i], x) for i in range(3)], x)
 
 

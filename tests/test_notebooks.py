@@ -1,4 +1,4 @@
-"""The notebooks as they are stored: what Colab opens, and what the site shows. `.ci/run` runs them."""
+"""Check the stored notebooks, as Colab opens them and the site shows them; `.ci/run` runs them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     main = command.main_of(SOURCE)
     out = tmp_path / "programs.jsonl"
     main(count=2, out=out)
-    out.write_text(out.read_text() + '{"seed": 2, "mix')  # cut off while it was written
+    out.write_text(out.read_text() + '{"seed": 2, "mix')  # cut off while being written
     main(count=4, out=out)
     assert ran == [0, 1, 2, 3]
     shown = capsys.readouterr().out

@@ -69,7 +69,7 @@ def program_in_float32():
 
 
 def altered(change):
-    """`clipped_value_and_grad` with something done to what it returns."""
+    """Return `clipped_value_and_grad` with altered results."""
 
     def clip(loss, threshold, **options):
         f = psc.clipped_value_and_grad(loss, threshold, **options)

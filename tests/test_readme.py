@@ -1,4 +1,4 @@
-"""README.md and the guide: commands work, links lead somewhere."""
+"""Check README.md and the guide: commands work, and links have targets."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_anchors_are_headings(target: str):
 
 def shell_commands() -> list[str]:
     text = "".join(fences("bash", README, *GUIDE.values()))
-    lines = text.replace("\\\n", "").splitlines()  # a command may go on
+    lines = text.replace("\\\n", "").splitlines()  # a command may continue on the next line
     return [command for line in lines for command in line.split(" && ")]
 
 
@@ -121,7 +121,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     ).stdout.strip()
     assert extracted in "".join(fences("bash", README)).splitlines()
     assert extracted.endswith("pytest -n auto")
-    # It has no environment but the one of that command.
+    # The script creates no other environment than that command.
     assert "-m venv" not in script
     assert "pip install -e" not in script
 

@@ -1,7 +1,7 @@
-"""docs/: the Python of its pages runs, and each recipe's gradient is that of vmap(grad), clipped.
+"""Run the Python code on the pages of docs/, and compare each recipe's gradient with vmap(grad).
 
-A block is run as it stands. A comment above its fence may say otherwise, and why:
-`<!-- not run: reason -->`, or `<!-- needs module, reason -->` where the module may be missing.
+A block runs unchanged. A comment above its fence may say otherwise, and why:
+`<!-- not run: reason -->`, or `<!-- needs module, reason -->` if the module may be missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_LINES = 40
 
 
 class Found(NamedTuple):
-    """A block and the page that it is on."""
+    """A block and its page."""
 
     page: pathlib.Path
     block: snippets.Block

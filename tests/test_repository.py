@@ -1,4 +1,4 @@
-"""What the repository says in two places is the same: versions, pins, commands of the issue forms."""
+"""Check that duplicated facts agree: versions, pins, commands in the issue forms."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_hooks_run_what_ci_runs_with_the_same_versions():
     for hook in local["hooks"]:
         if hook["language"] == "python":
             assert set(hook["additional_dependencies"]) <= pins
-        else:  # of the environment that the extra made
+        else:  # from the environment of the extra
             assert commands[hook["name"]] == hook["entry"]
             assert any(pin.startswith("pyright==") for pin in pins)
 

@@ -1,4 +1,4 @@
-"""Routes of operations that few models have: mixtures of experts, layers with rules of their own."""
+"""Check routes of rare operations: mixtures of experts, layers with custom rules."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ N, T, D, Q, E = 6, 8, 4, 5, 3
 
 
 def clipped_one_by_one(loss, p, x, tau):
-    """The formula itself, for what `vmap` has no gradient of."""
+    """Clip each sample by the formula, if `vmap` has no gradient."""
     losses, grads = zip(*[jax.jit(jax.value_and_grad(loss))(p, one) for one in x], strict=True)
     squares = [sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(g)) for g in grads]
     norms = jnp.sqrt(jnp.array(squares))
@@ -103,11 +103,11 @@ def test_experts_over_seeds_and_with_masked_samples():
         assert_close(masked, f(p, x[::2]), 1e-12)
 
 
-# Rules of the user's
+# Users' rules
 
 
 def ruled(forward, backward):
-    """A layer with a custom_vjp of its own."""
+    """Return a layer with a custom_vjp."""
     layer = jax.custom_vjp(forward)
     layer.defvjp(lambda *inputs: (forward(*inputs), inputs), lambda saved, g: backward(*saved, g))
     return layer
@@ -130,7 +130,7 @@ by_heads = ruled(
     lambda x, w, g: (jnp.einsum("htq,hdq->htd", g, w), jnp.einsum("htd,htq->hdq", x, g)),
 )
 sided = ruled(lambda w, x: x @ w, lambda w, x, g: (jnp.einsum("td,tq->dq", x, g), g @ w.T))
-# Of these nothing is claimed.
+# These have no route.
 gated_by_weight = ruled(lambda x, w: x @ w, lambda x, w, g: (g @ w.T, (x.T @ g) * (w > 0)))
 clipped_backwards = ruled(
     lambda x, w: x @ w, lambda x, w, g: (g @ w.T, x.T @ jnp.clip(g, -0.1, 0.1))

@@ -1,4 +1,4 @@
-"""The site's pages lead to what exists. It is built here, and a warning fails the build."""
+"""Build the site, which fails on warnings, and check its links, formulas and code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import psclip_optax
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "pages"
 CONFIGURATION = (ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8")
-CODE = "pre, code, script, style, .clipboard-copy-txt"  # the last has a notebook's cells once more
+CODE = "pre, code, script, style, .clipboard-copy-txt"  # the last repeats a notebook's cells
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Build the site in a folder of its own."""
+    """Build the site in a temporary folder."""
     folder = tmp_path_factory.mktemp("site")
     command = [
         sys.executable,
@@ -84,7 +84,7 @@ def test_every_formula_is_rendered(pages: dict[str, BeautifulSoup]):
 
 
 def test_no_bracket_of_a_fixed_size_has_an_exponent(pages: dict[str, BeautifulSoup]):
-    # Chromium draws it small and low: {\\big( x \\big)}^2, not \\big( x \\big)^2.
+    # Chromium draws the exponent small and low: write {\\big( x \\big)}^2, not \\big( x \\big)^2.
     for path, page in pages.items():
         assert not page.select("msub > mo[minsize], msup > mo[minsize]"), path
 

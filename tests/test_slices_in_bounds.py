@@ -1,4 +1,4 @@
-"""Starts of dynamic slices beyond an array, which JAX holds inside of it."""
+"""Check dynamic slices that start out of bounds, which JAX clamps."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What of the tests is slow, and which share of it a run has."""
+"""Check which tests are slow, and which share of them a run has."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from tests import conftest, slow
 
 
 def parts(cases):
-    """Quick cases and slow ones; what is not marked need be no parameter set."""
+    """Split cases into quick and slow ones; unmarked cases need not be parameter sets."""
     is_slow = lambda case: bool(getattr(case, "marks", ()))
     values = lambda case: getattr(case, "values", (case,))
     return [[values(case) for case in cases if is_slow(case) == which] for which in (False, True)]

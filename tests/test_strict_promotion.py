@@ -1,4 +1,4 @@
-"""For users who let JAX promote neither dtypes nor ranks: the library's own arithmetic needs none."""
+"""Check that the library's arithmetic works under strict promotion of dtypes and ranks."""
 
 import contextlib
 import re
@@ -90,7 +90,7 @@ def test_accumulation():
         _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
         return tx.update(PARAMS, state, PARAMS)[0]
 
-    with promoting("standard", "raise"):  # Optax's own arithmetic promotes dtypes
+    with promoting("standard", "raise"):  # Optax's arithmetic promotes dtypes
         updates = window()
     assert_close(updates, window(), 1e-6)
 
@@ -102,7 +102,7 @@ def test_tracked_norms():
     np.testing.assert_allclose(state.threshold_state.moment.root, 1, rtol=1e-6)
 
 
-# The engine's routes. Of others' losses, which may promote, nothing is computed.
+# The engine's routes. Users' losses, which may promote, are not computed.
 
 
 def traced(loss, params, *batch, **options):
@@ -128,7 +128,7 @@ def test_zoo(name, mode):
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_random_programs(mode):
     programs = map(draw_program, range(30))
-    # JAX calls a rule of a loss's own, which may promote, only where it is differentiated.
+    # JAX calls a loss's custom rule, which may promote, only when differentiating.
     plain = [program for program in programs if not re.search("vjp|jvp", str(program))]
     assert len(plain) >= 8
     for program in plain:

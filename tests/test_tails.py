@@ -29,7 +29,7 @@ def trials(name: str, n: int, number: int, estimate=tails.tail_index) -> list:
 
 
 def quantiles(index: float, n: int = 5000) -> np.ndarray:
-    """A Pareto sample without noise."""
+    """Return a Pareto sample without noise."""
     return (1 - (np.arange(n) + 0.5) / n) ** (-1 / index)
 
 
@@ -124,7 +124,7 @@ def test_the_interval_covers_the_index(name, n, number, widest):
 
 
 def test_the_interval_without_a_choice_of_k_would_not_cover():
-    # So that coverage above is not for want of bias in these laws.
+    # These laws are biased, so the coverage above is not due to a lack of bias.
     for name in ("Student-t 3", "stable 1.5"):
         results = trials(name, 10_000, 50, lambda norms: tails.hill_estimator(norms, 1000))
         assert share_covering(results, LAWS[name].index) < 0.1
@@ -164,7 +164,7 @@ def test_power_laws_are_not_called_light(name):
 
 
 def largest_log_likelihood(values: np.ndarray, covariate: np.ndarray, largest_slope=None) -> float:
-    """Of exponential values whose log-mean is linear in a covariate, over both coefficients."""
+    """Maximise the likelihood of exponential values whose log-mean is linear in a covariate."""
 
     def loss(coefficients):
         log_means = coefficients[0] + coefficients[1] * (covariate - covariate.mean())
@@ -285,7 +285,7 @@ def test_printed_suggestion_says_what_to_write(norms, words):
 
 
 def test_undecided_says_so():
-    # Of 60 samples that are hard to tell apart one at least is not decided.
+    # Of 60 samples that are hard to classify at least one is undecided.
     results = trials("log-normal σ = 1", 1000, 60)
     undecided = [result for result in results if result.verdict == "undecided"]
     assert undecided

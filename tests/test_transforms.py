@@ -181,7 +181,7 @@ def test_no_sample_that_counts_gives_zeros(n):
     assert_close(state[1:-2], tuple(map(jnp.zeros_like, state[1:-2])), 0)
 
 
-# Numbers that are not finite, or at the edge of what is
+# Numbers that are not finite, or at the edge of the range
 
 
 def test_dropped_samples_keep_position_and_share():
@@ -402,8 +402,8 @@ def test_bytes_accessed_for_propagate_are_two_stacks():
 
     # The result, 1/64 of the stack, is written, read and written again.
     assert reads("propagate") < 2 + 4 / n
-    # "drop" reads as often while all is finite. XLA counts of its branch the dearer side, and of
-    # that side's loop over eight slices one step.
+    # "drop" reads as often if all is finite. XLA counts the more expensive side of its branch, and
+    # one step of that side's loop over eight slices.
     assert reads("drop") < 3
 
 
@@ -578,7 +578,7 @@ def test_state_may_be_donated():
     assert int(state.num_updates) == 0
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Public signatures name their types, and the documentation's typed example is right by them."""
+"""Check that public signatures name their types, and that the typed example passes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PUBLIC = {name: it for name, it in PUBLIC.items() if inspect.isclass(it) or insp
 
 
 def annotations(public: Any) -> Iterator[ast.expr]:
-    """Give those of a function's signature, or of a class's fields and methods."""
+    """Yield annotations of a function's signature, or of a class's fields and methods."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(public))).body
     for node in tree.body if isinstance(tree, ast.ClassDef) else [tree]:
         if isinstance(node, ast.AnnAssign):
@@ -51,7 +51,7 @@ def says_any(public: Any) -> bool:
 
 
 def of_any(values: dict[str, Any]) -> None:
-    """A signature that says it, for the search to find."""
+    """Have a signature with Any, for the search to find."""
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -74,8 +74,8 @@ assert_type(psc.clipped_grad(loss, 1.0, has_aux=True)(w, 1, 2), Params)
 
 
 def errors_of_pyright(folder: pathlib.Path) -> dict[str, list[int]]:
-    """Give the lines with an error in each of a folder's files."""
-    # JAX's own functions have types that are unknown in part.
+    """Return the lines with an error in each file of a folder."""
+    # JAX's functions have partly unknown types.
     own = {"reportUnknownMemberType": False, "extraPaths": [str(ROOT)]}
     options = {"typeCheckingMode": "strict"} | own
     (folder / "pyrightconfig.json").write_text(json.dumps(options), "utf-8")

@@ -1,4 +1,4 @@
-"""Losses of a batch of one, from which the engine takes the axes of size 1."""
+"""Check losses for a batch of one, from which the engine removes axes of size 1."""
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,7 @@ def scanned_once(p, x):
 
 
 def read_within_a_scan_and_behind_it(p, x):
-    other = nn.relu(x[None] @ p["w"])  # a rule of its own, so that it has its axes
+    other = nn.relu(x[None] @ p["w"])  # a custom rule, so it keeps its axes
     last, _ = lax.scan(lambda c, _: (jnp.sin(c @ p["w"]) + other, None), x[None], None, length=2)
     return last * other + p["b"]
 
@@ -183,7 +183,7 @@ def test_numbers_outside_of_a_table_stay_outside():
 
 
 def picks(closed):
-    """Find the look-ups of single entries beside axes of the operand: indices' axes, and numbers."""
+    """Find batched look-ups of single entries: the axes of the indices, and their numbers."""
     inner = (eqn.params["jaxpr"].eqns for eqn in closed.eqns if eqn.primitive.name == "jit")
     gathers = (
         eqn
@@ -197,7 +197,7 @@ def picks(closed):
 
 
 def test_labels_are_picked_as_a_batch_picks_them():
-    """Compilers know that a comparison picks them where indices have a last axis of size 1."""
+    """Check that indices have a last axis of size 1, which compilers turn into a comparison."""
 
     def losses(w, xs, labels):
         return optax.softmax_cross_entropy_with_integer_labels(xs @ w, labels).mean(axis=1)

@@ -33,7 +33,7 @@ CLEAR_EVERY = 200
 
 
 def tolerance_of(closed: Any) -> float:
-    """The error that may come of rounding alone, by the narrowest dtype in a loss's jaxpr."""
+    """Return the error that rounding may cause, from the narrowest dtype in a loss's jaxpr."""
     variables, widths = list(closed.jaxpr.invars), [2.0**-52]
     for eqn in every_equation(closed.jaxpr):
         variables += eqn.outvars

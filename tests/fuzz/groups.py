@@ -29,7 +29,7 @@ def tree_of(groups: Groups, leaves: dict[str, Any]) -> list[dict[str, Any]]:
 def clipped_by_group(
     program: Program, clip: Run = psc.clipped_value_and_grad, **options: Any
 ) -> Run:
-    """A function from parameters, batch and a threshold of each group to the clipped gradient."""
+    """Return a function from parameters, batch and thresholds to the clipped gradient."""
     groups = groups_of(program)
 
     def loss(groups: list[dict[str, Any]], example: Any) -> Any:

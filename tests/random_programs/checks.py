@@ -127,7 +127,7 @@ def relative_error(actual: Any, expected: Any, sizes: Any = None, floor: float =
 
 
 class Check(NamedTuple):
-    """How a program is run: all of it jitted, or its first operations un-jitted, which is slow."""
+    """Says how to run a program: all under jit, or its first operations without, which is slow."""
 
     mode: Mode
     jitted: bool

@@ -134,7 +134,7 @@ class Draft:
         return self.choose(self.known("index"))
 
     def weight(self, shape: Shape, level: int = MOVED) -> str:
-        """A weight of this shape that may be used so: one that there is, or a new parameter."""
+        """Return a weight of this shape for this level of use: an existing one or a new one."""
         names = self.known("weight", lambda value: value.shape == shape and value.level >= level)
         return self.picked(names) if self.reuses(names) else self.parameter(shape, level)
 
@@ -171,7 +171,7 @@ class Draft:
         return min(self.values[name].level for name in names)
 
     def bounded(self, num_terms: int) -> Run:
-        """What makes sums of products of so many terms about as large as their factors."""
+        """Return a scaling that makes sums of `num_terms` products as large as their factors."""
         finish: Run = lax.sin if self.chance(0.6) else lambda y: y
         return lambda y: finish(scaled(y, num_terms**-0.5))
 

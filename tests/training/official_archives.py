@@ -1,4 +1,4 @@
-"""Small archives in CIFAR's official layout, and a local server to fetch them from."""
+"""Make small archives in CIFAR's official layout, and serve them locally."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 
 def python2_pickle(value: Any) -> bytes:
-    """What Python 2 wrote for dicts, lists, str, int and uint8 arrays (protocol 2)."""
+    """Pickle dicts, lists, str, int and uint8 arrays like Python 2 (protocol 2)."""
     return b"\x80\x02" + _opcodes(value) + b"."
 
 
@@ -42,7 +42,7 @@ def _opcodes(value: Any) -> bytes:
 
 
 class OfficialArchive(NamedTuple):
-    """A made-up dataset: what is in each file, and the `.tar.gz` of it."""
+    """A synthetic dataset: the content of each file, and its `.tar.gz`."""
 
     dataset: str
     folder: str

@@ -1,4 +1,4 @@
-"""`psclip train` in processes of its own, to be killed, starved and compared."""
+"""Run `psclip train` in separate processes, to be killed, starved and compared."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command(out: pathlib.Path, **flags: Any) -> list[str]:
 
 
 def start(argv: list[str]) -> subprocess.Popen[str]:
-    # One device each, whatever the shell says.
+    # One device each, whatever the environment sets.
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     changed = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"}
     environment = os.environ | changed
@@ -51,7 +51,7 @@ def start_together(number: int, out: pathlib.Path, **flags: Any) -> list[subproc
 
 
 def assert_all_succeed(running: list[subprocess.Popen[str]]) -> list[str]:
-    """What each printed, once all have ended well."""
+    """Return the output of each process, once all have succeeded."""
     printed = [process.communicate(timeout=300) for process in running]
     for process, (_, complaint) in zip(running, printed, strict=True):
         assert process.returncode == 0, complaint
@@ -72,7 +72,7 @@ def records(out: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def final_state(out: pathlib.Path) -> list[np.ndarray]:
-    """Parameters and optimizer state of the newest checkpoint."""
+    """Return parameters and optimizer state of the newest checkpoint."""
     saved = json.loads((out / "config.json").read_text())["config"]
     folders = {"out": out, "data_dir": None, "cache_dir": None}
     config = TrainConfig(**saved | folders)

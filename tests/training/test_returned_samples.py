@@ -1,4 +1,4 @@
-"""What the train steps tell of single samples, against stacked gradients."""
+"""Compare the train steps' values of single samples with stacked gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_SAMPLES = 6
 X = np.random.default_rng(0).normal(size=(NUM_SAMPLES, 3)).astype(np.float32)
 Y = np.array([0.0, 1.0, 2.0, 3.0, 50.0, -1.0], np.float32)
 MASK = np.array([True, True, False, True, True, True])
-# NumPy's, for a step donates what JAX holds.
+# NumPy arrays, because a step donates JAX arrays.
 PARAMS = {"w": np.float32([0.1, -0.2, 0.3]), "b": np.float32(0.5)}
 
 

@@ -1,4 +1,4 @@
-"""The train steps against a NumPy loop: donated, traced once, with clear errors."""
+"""Compare the train steps with a NumPy loop; check donation, retracing and errors."""
 
 from typing import Any
 
@@ -85,7 +85,7 @@ def heavy_tailed_batches(dtype, num_steps=NUM_STEPS):
 
 
 def numpy_clipped_sgd(per_sample_grads, params, batches):
-    """PS-Clip-SGD with momentum in float64, all but the per-sample gradients in NumPy."""
+    """Run PS-Clip-SGD with momentum in float64, in NumPy except for the per-sample gradients."""
     treedef = jax.tree.structure(params)
     params = [leaf.astype(np.float64) for leaf in leaves(params)]
     velocity = [np.zeros_like(leaf) for leaf in params]
@@ -153,7 +153,7 @@ def test_ten_steps_in_float32(train):
 
 
 def test_positions_replace_the_count():
-    """Two samples given as the third and fourth: their thresholds, and a mean over two."""
+    """Pass two samples as the third and fourth: their thresholds, and a mean over two."""
     state = train_state({"w": jnp.zeros(2)}, psc.ps_clip_sgd(1.0, alpha=1.0, beta=2.0))
     step: Any = linen_train_step(lambda params, x: jnp.dot(params["w"], x))
     state, _ = step(state, 100 * jnp.eye(2), positions=jnp.array([3, 4]))
@@ -242,7 +242,7 @@ def test_nnx_mean_gradients_are_plain_optax_on_the_samples_that_count():
 
 
 def product_loss(params, x):
-    """Gradient x, loss w · x, and two aux scalars."""
+    """Return the loss w · x, with gradient x, and two aux scalars."""
     value = params["w"] * x
     return value, {"x": x, "is_large": x > 5}
 
@@ -313,7 +313,7 @@ def test_linen_dropout_has_a_key_of_each_sample(gradients):
 
 
 class Stateful(nnx.Module):
-    """A regressor with one further layer, which may hold state of its own."""
+    """A regressor with one additional layer, which may have state."""
 
     def __init__(self, extra):
         self.linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
@@ -490,7 +490,7 @@ def adaptive_rule():
 
 
 def trained(train_step, tx, batches, loss=None, **options):
-    """Parameters, the state of the optimizer and all metrics, of Linen or NNX."""
+    """Return parameters, optimizer state and all metrics, of Linen or NNX."""
     pair = nnx_pair(tx) if train_step is nnx_train_step else None
     state = None if pair else linen_state(tx)
     step = train_step(loss or (nnx_loss if pair else linen_loss), **options)
@@ -558,7 +558,7 @@ def test_adaptive_threshold_of_micro_batches_follows_their_norms():
         microbatch_size=2,
         clip_at="micro-batch",
     )
-    x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 9.0], [0.0, 1.0]])  # means of norm 2 and 5
+    x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 9.0], [0.0, 1.0]])  # means have norms 2 and 5
     mask = jnp.array([True, True, True, True])
     for clipped, scale in [(2, 0.0), (1, 2.0)]:
         state, metrics = step(state, x, sample_mask=mask)

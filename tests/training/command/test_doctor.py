@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, and nothing where all is well."""
+"""Check that the doctor finds problems, and none if there are none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_wrong_numbers_are_found_and_shown(monkeypatch: pytest.MonkeyPatch, fact
 
 
 def test_slow_routes_are_found_and_shown(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(doctor._ROUTES, "bias", "dense")  # which it cannot have
+    monkeypatch.setitem(doctor._ROUTES, "bias", "dense")  # a route that it cannot have
     numbers, plan = check_numbers()
     assert (numbers.verdict, plan.verdict) == ("ok", "wrong")
     assert "not taken for bias" in plan.text

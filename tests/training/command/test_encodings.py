@@ -1,4 +1,4 @@
-"""What an encoding lacks is spelled out, and no stream is left as it was not."""
+"""Check that characters are spelled out, and that streams are restored."""
 
 from __future__ import annotations
 

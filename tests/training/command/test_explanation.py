@@ -1,4 +1,4 @@
-"""The plan that is printed is that of the train step."""
+"""Check that the printed plan is that of the train step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables, the page and the figure of the samples that were clipped most."""
+"""Check the tables, the page and the figure of the most clipped samples."""
 
 from __future__ import annotations
 

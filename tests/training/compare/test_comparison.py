@@ -1,4 +1,4 @@
-"""The comparison: equal budgets, the same batches, and a result that can be read back."""
+"""Check the comparison: equal budgets, the same batches, and a readable result."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_python2_strings_are_bytes():
 
 
 class Reduced:
-    """Pickles as a call of `function`, then `__setstate__(state)` of what it returned."""
+    """Pickles as a call of `function`, then `__setstate__(state)` on its result."""
 
     def __init__(self, function: Any, *args: Any, state: Any = None):
         self.reduced = function, args, state
@@ -178,7 +178,7 @@ class Reduced:
 
 
 def call_global(module: str, name: str, *args: Any) -> bytes:
-    """A pickle that calls a global; as of protocol 4 its name may have dots."""
+    """Return a pickle that calls a global; since protocol 4 its name may have dots."""
     names = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
     return b"\x80\x04" + names + b"\x93" + pickle.dumps(args, 2)[2:-1] + b"R."
 

@@ -125,7 +125,7 @@ def test_augmentation_changes_images_alone():
 
 
 def crops(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
-    """All 9 × 9 crops of the zero-padded image, plain and flipped, and which ones they are."""
+    """Return all 9 × 9 crops of the zero-padded image, plain and flipped, with their offsets."""
     height, width, _ = image.shape
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     return {

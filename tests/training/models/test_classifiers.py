@@ -1,4 +1,4 @@
-"""The models: their sizes, and that no sample's logits depend on another's."""
+"""Check the models' sizes, and that no sample's logits depend on another's."""
 
 import jax
 import jax.numpy as jnp

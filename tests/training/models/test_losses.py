@@ -1,4 +1,4 @@
-"""classification_loss against NumPy, and its dropout keys."""
+"""Compare classification_loss with NumPy, and check its dropout keys."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Files whole or not there, and JSON that every reader takes."""
+"""Check that files are complete or absent, and that JSON is valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the figure draws, read back from its artists."""
+"""Check the figure's content, read back from its artists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figure of runs, read back from its artists, and what cannot be drawn."""
+"""Check the figure of runs, read back from its artists, and its errors."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_every_run_has_its_look_and_its_label(number: int):
 def test_runs_without_norms_say_so():
     plain = [{"kind": "train", "step": 1, "loss": 1.0, "clipped_share": 0.0}]
     figure = draw_runs([Run("run", {}, plain, [])])
-    assert texts(figure).count("not recorded") == 4  # of norms three, and no evaluation yet
+    assert texts(figure).count("not recorded") == 4  # three for norms, one for evaluation
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit by bit, or damage is found and the one before is taken."""
+"""Check that checkpoints are restored exactly, or that damage is found and an older one is used."""
 
 from __future__ import annotations
 

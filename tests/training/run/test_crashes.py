@@ -1,4 +1,4 @@
-"""Whatever moment a run is killed at, what it goes on to has the bits of one never stopped."""
+"""Check that a run killed at any moment resumes to the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import pytest
 from psclip_optax.training.run.samples import read_samples
 from tests.training.processes import assert_all_succeed, command, final_state, records, start
 
-# Every step writes a line and a checkpoint, so that most moments are in the midst of one of them.
-# Dropout, noise and crops, so that all that is drawn must be drawn again.
+# Every step writes a line and a checkpoint, so most kills occur while one of them is written.
+# Dropout, noise and crops, so that all random numbers must be reproduced.
 FLAGS = {
     "steps": 60,
     "checkpoint_every": 1,
@@ -52,7 +52,7 @@ def test_killed_at_random_moments(uninterrupted: pathlib.Path, tmp_path: pathlib
     while killed < NUM_KILLS:
         resume = RESUME if (out / "config.json").exists() else {}
         process = start(command(out, **FLAGS, **resume))
-        # From when it has something to lose; before that, from its start.
+        # After the first checkpoint; before that, from the start.
         if moments.random() < 0.8:
             wait_for_a_new_line(out, process)
         time.sleep(moments.uniform(0, 1.0))
@@ -60,7 +60,7 @@ def test_killed_at_random_moments(uninterrupted: pathlib.Path, tmp_path: pathlib
         process.communicate()
         if process.returncode == -signal.SIGKILL:
             killed += 1
-        elif killed < NUM_KILLS:  # it was through: once more from a beginning
+        elif killed < NUM_KILLS:  # it had finished: start again
             assert_same(out, uninterrupted)
             shutil.rmtree(out)
     resume = RESUME if (out / "config.json").exists() else {}
@@ -88,7 +88,7 @@ def assert_same(out: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 def in_own_mounts(script: str, *arguments: str) -> list[str]:
-    """A command that runs a shell script where its mounts are its own."""
+    """Return a command that runs a shell script in its own mount namespace."""
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *arguments]
 
 

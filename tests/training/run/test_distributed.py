@@ -1,4 +1,4 @@
-"""Several processes train as one does, and none waits for ever for one that is gone."""
+"""Check that several processes train like one, and that none waits forever for a lost one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def alone(tmp_path_factory) -> pathlib.Path:
 
 
 def assert_same_run(out: pathlib.Path, expected: pathlib.Path):
-    # Sums over processes have another order: equal but for rounding.
+    # Sums over processes have another order: equal up to rounding.
     chex.assert_trees_all_close(final_state(out), final_state(expected), rtol=1e-4, atol=1e-6)
     got, want = records(out), records(expected)
     assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in want]
@@ -52,7 +52,7 @@ def assert_same_run(out: pathlib.Path, expected: pathlib.Path):
 def test_processes_train_as_one(number: int, alone: pathlib.Path, tmp_path: pathlib.Path):
     printed = assert_all_succeed(start_together(number, tmp_path))
     assert "Test accuracy" in printed[0]
-    for output in printed[1:]:  # what sums over processes says of itself apart
+    for output in printed[1:]:  # except for messages of the communication library
         assert all(line.startswith("[Gloo]") for line in output.splitlines())
     assert_same_run(tmp_path, alone)
 
@@ -73,7 +73,7 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on_from_its_checkpoint
     assert time.monotonic() - lost < 60
     assert left.returncode != 0
     ours = f"psclip: error: process {1 - who} of 2: another one ended or does not answer"
-    # Where JAX's coordination notices first, it ends the process with its own words.
+    # If JAX's coordination service notices first, it ends the process with its own message.
     assert (ours in complaint and "--resume" in complaint) or "another task died" in complaint
     running[who].kill()
     running[who].communicate()

@@ -1,4 +1,4 @@
-"""`psclip train --clip-groups`: what is clipped apart, what is recorded of it, and that it goes on."""
+"""Check `psclip train --clip-groups`: the groups, their records, and resuming."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shapes_of(name: Any) -> Any:
 
 
 def by_hand(method: str, groups: str, params: Any) -> Any:
-    """The prefix that a method is to clip by: shares of a threshold, or a rule for each group."""
+    """Return the prefix for a method: shares of a threshold, or a rule for each group."""
     rules: dict[str, Any] = {
         "ps-clip-auto": psc.moment_threshold(POINT.beta, scale=POINT.threshold),
         "ps-clip-median": psc.auto_threshold(),
@@ -141,7 +141,7 @@ def test_killed_run_by_layer_goes_on_to_the_same_bits(
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
-    """Runs of all parameters together, and by layer."""
+    """Run with all parameters together, and by layer."""
     root = tmp_path_factory.mktemp("pair")
     for groups in ("all", "layer"):
         run(tiny(root / groups, method="ps-clip-median", clip_groups=groups, tensorboard=True))
@@ -151,7 +151,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
 def test_records_hold_each_group_and_the_whole(pair: dict[str, pathlib.Path]):
     whole, by_layer = ([r for r in records(pair[g]) if r["kind"] == "train"] for g in pair)
     assert "groups" not in whole[0]
-    # Of the first batch both see the same gradients.
+    # In the first batch both have the same gradients.
     for name in ("norm_q50", "norm_max", "num_norms", "num_samples", "num_nonfinite"):
         assert by_layer[0][name] == pytest.approx(whole[0][name], rel=1e-5)
     for record in by_layer:

@@ -1,4 +1,4 @@
-"""Every method's chain against NumPy, its numbers settable without a recompile."""
+"""Compare every method's chain with NumPy, and set its numbers without recompiling."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def per_sample_gradients() -> list[np.ndarray]:
 
 
 def numpy_moment(before: list[np.ndarray], p: float) -> float:
-    """Of the norms of the steps before, the newest counting most; 0 without any."""
+    """Compute the moment of the norms of earlier steps, the newest counting most; 0 without any."""
     powers = [np.linalg.norm(g.astype(np.float64), axis=1) ** p for g in before]
     weights = [np.full(len(g), 0.99**age) for age, g in enumerate(reversed(before))]
     if not before:
@@ -44,7 +44,7 @@ def numpy_moment(before: list[np.ndarray], p: float) -> float:
 
 
 def numpy_median_clip(gradients: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
-    """The rule itself is held against NumPy in test_auto_threshold.py."""
+    """Clip by the rule itself, which test_auto_threshold.py compares with NumPy."""
     rule, norms = psc.auto_threshold(), lambda g: jnp.linalg.norm(g, axis=1)
     state = rule.init()
     for own in before or [gradients]:

@@ -1,4 +1,4 @@
-"""What is recorded of norms is what the norms say, whatever they are."""
+"""Check the recorded statistics of norms, for any norms."""
 
 from __future__ import annotations
 

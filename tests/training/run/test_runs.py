@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged ends with the bits of one that was not."""
+"""Check that a run that was stopped, killed or damaged ends with the bits of one that was not."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class KilledError(Exception):
 
 
 def run_until_killed(config: TrainConfig, at_step: int, monkeypatch: pytest.MonkeyPatch):
-    """As if the process ended between the metrics of a step and its checkpoint."""
+    """Run until the process ends between the metrics of a step and its checkpoint."""
     save_checkpoint = runs.save_checkpoint
 
     def save_or_die(manager: Any, state: Any, norms: Any):
@@ -164,7 +164,7 @@ def test_killed_run_without_an_alpha_goes_on_to_the_same_bits(
 def test_norms_of_a_killed_run_are_those_of_one_never_stopped(
     options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Checkpoints between two records, and windows of more steps than lie between either.
+    # Checkpoints between two records, and windows longer than both intervals.
     clipping = {"method": "ps-clip", "log_every": 3, "eval_every": 10, **options}
     expected, _ = run(tiny(tmp_path / "one", **clipping))
     run_until_killed(tiny(tmp_path / "two", **clipping), 8, monkeypatch)
@@ -306,7 +306,7 @@ def test_image_of_another_size_is_refused_before_anything_is_written(tmp_path: p
 
 @pytest.mark.parametrize("method", ["momentum", "ps-clip", "batch-clip"])
 def test_accumulating_changes_no_number(method: str, tmp_path: pathlib.Path):
-    # Of what is clipped by sample, or not before the whole batch.
+    # For clipping by sample, or only of the whole batch.
     once, _ = run(tiny(tmp_path / "once", method=method))
     in_parts, _ = run(tiny(tmp_path / "parts", method=method, accumulate=4))
     for got, want in zip(*map(params_of, (in_parts, once)), strict=True):

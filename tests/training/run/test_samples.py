@@ -1,4 +1,4 @@
-"""What is recorded of samples: each of each step once, whatever moment a run is stopped at."""
+"""Check that every sample of every step is recorded once, whenever a run is stopped."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_records_nothing_twice_and_loses_nothing(
 
     def save_or_die(manager: Any, state: Any, norms: Any):
         if int(state.step) == at_step:
-            raise KeyboardInterrupt  # between the part on the disk and its checkpoint
+            raise KeyboardInterrupt  # between writing the file and its checkpoint
         save_checkpoint(manager, state, norms)
 
     with monkeypatch.context() as patched:
@@ -144,7 +144,7 @@ def write(folder: pathlib.Path, *steps: int, from_step: int = 0):
                 step, {"index": np.array([7, 3]), "scale": values, "norm": values, "loss": values}
             )
         log.commit()
-        log.commit()  # of nothing more
+        log.commit()  # without new records
 
 
 def test_what_was_not_committed_may_be_lost_and_is_recorded_again(tmp_path: pathlib.Path):

@@ -1,4 +1,4 @@
-"""TensorBoard shows what metrics.jsonl holds, of a run that was stopped as well."""
+"""Check that TensorBoard shows the content of metrics.jsonl, also for a resumed run."""
 
 from __future__ import annotations
 
