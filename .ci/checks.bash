@@ -1,4 +1,4 @@
-# For .ci/run: checks one after another, and some beside them. All are run, whichever fail.
+# For .ci/run: runs checks one after another, and some in parallel. All run, even if some fail.
 
 failed=() begun=()
 logs=$(mktemp -d)

@@ -1,13 +1,13 @@
-# For .ci/run and .ci/lowest: a copy of the tree in a temporary folder that goes when they end, and
-# Python 3.11 as `python3` where there is one.
+# For .ci/run and .ci/lowest: a copy of the tree in a temporary folder, which is removed at the end,
+# and Python 3.11 as `python3` if it is installed.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 mkdir "$temporary/tree" "$temporary/bin"
 
-# What git would commit. Into a copy, so that no .venv or build of the tree is used or written over.
-# The tree may belong to someone else than who checks it.
+# The files that git would commit. A copy, so that no .venv or build of the tree is used or changed.
+# The tree may belong to another user.
 (
   cd "$root"
   git -c safe.directory='*' ls-files -z --cached --others --exclude-standard |
@@ -23,5 +23,5 @@ fi
 
 unset VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export MPLBACKEND=agg PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
-# Python compiles what is imported; pip would all that it installs, on one core.
+# Python compiles imported modules; pip would compile everything that it installs, on one core.
 export PIP_COMPILE=0

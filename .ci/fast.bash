@@ -1,4 +1,4 @@
-# For .ci/run --fast: what takes less than two minutes, in the environment that is there.
+# For .ci/run --fast: checks that take less than two minutes, in the existing environment.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ! -x .venv/bin/python ]]; then
@@ -7,7 +7,7 @@ if [[ ! -x .venv/bin/python ]]; then
 fi
 export MPLBACKEND=agg
 
-# A few of every part that compile little.
+# A few tests of every part that compile little.
 always=(tests/test_layers.py tests/test_repository.py tests/test_thresholds.py tests/test_equations.py
   tests/test_verification.py tests/test_unit_axes.py tests/test_optimizers.py)
 

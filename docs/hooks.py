@@ -1,8 +1,8 @@
-"""MkDocs' part that is ours: pages that lie elsewhere in the repository, links to them, formulas.
+"""Extend MkDocs: add pages from elsewhere in the repository, links to them, and formulas.
 
-Links of a page are relative to its file, so that they lead somewhere on GitHub too. On the site one
-to a file that has a page leads to that page, any other that leaves the pages to the repository.
-Formulas become MathML, which a browser shows by itself: no script or font comes from elsewhere.
+Links of a page are relative to its file, so that they work on GitHub too. On the site, a link to a
+file with a page leads to that page, and any other link out of the pages leads to the repository.
+Formulas become MathML, which browsers render without scripts or fonts from other servers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LATEX = LatexToMathML()
 
 
 def sources() -> dict[str, str]:
-    """Path in the repository → path of the site's source, of all that lies outside the pages."""
+    """Map paths in the repository to paths of the site's source, for files outside the pages."""
     found = dict(ELSEWHERE)
     for folder, (place, pattern) in FOLDERS.items():
         for path in sorted((ROOT / folder).glob(pattern)):
@@ -43,7 +43,7 @@ def sources() -> dict[str, str]:
     return found
 
 
-@event_priority(100)  # before the plugin that makes pages of notebooks
+@event_priority(100)  # before the plugin that makes pages from notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, place in sources().items():
         files.append(file_of(path, place, config))
@@ -51,7 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def file_of(path: str, place: str, config: MkDocsConfig) -> File:
-    if path == place:  # the plugin for notebooks knows only files that lie in a folder of sources
+    if path == place:  # the plugin for notebooks accepts only files in a source folder
         return File(path, str(ROOT), config.site_dir, config.use_directory_urls)
     return File.generated(config, place, abs_src_path=str(ROOT / path))
 
