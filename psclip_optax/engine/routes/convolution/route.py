@@ -5,7 +5,7 @@ output. There are several methods for ‖G_k‖². The cheapest for a site's sha
 
 - Unfolded: compute G_k by products of shifted copies of one side, input or cotangents, with the
   other.
-- Offsets: the same on a TPU, one kernel offset after the other.
+- Shifted: the same on a TPU, one kernel offset after the other, without copies.
 - Patches: on a TPU, if patches do not overlap, treat them as the rows of a product.
 - Multiplied: compute G_k entry by entry, if a group has too few channels for products.
 - Gram of pixels: ‖G_k‖² = Σ_offsets Σ (X_offset X_offsetᵀ) ⊙ (dY dYᵀ). The Gram matrices of all

@@ -1,8 +1,8 @@
 """Line up inputs with the cotangents that read them, without a copy for each offset.
 
-The pixels of an image lie in one row. All that are read at one offset of the kernel then are a
-slice of that row, and XLA's compiler for TPUs reads it in place, as a sample's pixels are not next
-to each other in its memory. A copy of the same pixels takes it far longer than a product.
+The pixels of an image are stored as one row. The pixels read at one kernel offset are a slice of
+that row. XLA's compiler for TPUs reads the slice in place, because a sample's pixels are not
+adjacent in its memory. Copying these pixels takes far longer than a product.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from psclip_optax.engine.routes.convolution.geometry import Axis, Reads
 
 
 class Shifted(NamedTuple):
-    """What is read at one offset of the kernel, and by what.
+    """Holds the inputs read at one kernel offset, and the cotangents that read them.
 
     One of them is zero where an offset leads out of the image.
 
@@ -46,7 +46,7 @@ def shifted(inputs: jax.Array, cotangents: jax.Array, axes: Sequence[Axis]) -> I
 
 
 def _shifted(read: jax.Array, readers: jax.Array, reads: Sequence[Reads]) -> Iterator[Shifted]:
-    """Line up what is read a pixel apart."""
+    """Line up inputs and cotangents of one phase, whose reads are one pixel apart."""
     spatial = slice(1, 1 + len(reads))
     both = zip(read.shape[spatial], readers.shape[spatial], strict=True)
     sizes = [max(one, other) for one, other in both]
@@ -58,8 +58,8 @@ def _shifted(read: jax.Array, readers: jax.Array, reads: Sequence[Reads]) -> Ite
         shifts = [of_axis.starts[k] for of_axis, k in zip(reads, offset, strict=True)]
         by = sum(shift * pitch for shift, pitch in zip(shifts, pitches, strict=True))
         if not -num_readers < by < num_read:
-            continue  # nothing but zeros around the image is read
-        # Beyond the outer axis lies nothing, as the row ends there.
+            continue  # only zeros around the image are read
+        # Nothing lies beyond the outer axis, because the row ends there.
         inner = list(zip(shifts, sizes, pitches, strict=True))[outer + 1 :]
         if num_read > num_readers:
             within = _within_rows(readers, inner)
@@ -70,7 +70,7 @@ def _shifted(read: jax.Array, readers: jax.Array, reads: Sequence[Reads]) -> Ite
 
 
 def _in_a_row(array: jax.Array, outer: int, sizes: Sequence[int]) -> jax.Array:
-    """Fill the axes behind the outer one up with zeros, and make all one: [m, pixels, …]."""
+    """Pad the axes after the outer one with zeros, and merge all axes: [m, pixels, …]."""
     config = [(0, 0, 0)] * array.ndim
     for axis, size in enumerate(sizes[outer + 1 :], outer + 2):
         config[axis] = (0, size - array.shape[axis], 0)

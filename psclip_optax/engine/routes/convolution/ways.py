@@ -49,12 +49,13 @@ def ways_on_tpu(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Wa
         name: way._replace(multiply_adds_per_entry=_MULTIPLY_ADDS_PER_ENTRY_ON_TPU)
         for name, way in ways(axes, num_in, num_out).items()
     }
-    # Products of entries are summed as they are made, and take no memory.
+    # Products of entries are summed as they are computed, and take no memory.
     multiplied = by_name["multiplied"]
     terms = _MULTIPLY_ADDS_PER_TERM_ON_TPU * multiplied.entries
     by_name["multiplied"] = multiplied._replace(multiply_adds=terms, entries=0)
     if all(map(geometry.is_touched_where_read, axes)):
-        # An input that nothing reads may be NaN, and would meet the zeros beside cotangents.
+        # An input that nothing reads may be NaN, and would be multiplied with zeros beside the
+        # cotangents.
         by_name["shifted"] = _shifted(axes, num_in, num_out)
     return by_name
 
