@@ -193,7 +193,7 @@ def test_bad_flag_is_told_in_any_encoding(encoding: str):
     assert completed.returncode == 2
     told = completed.stderr.decode(encoding)
     assert "Unrecognized options: --bet" in told
-    assert ("beta of the threshold alpha" in told) == (encoding == "ascii")
+    assert ("beta of the k-th sample's threshold alpha" in told) == (encoding == "ascii")
     assert "?" not in told
 
 
