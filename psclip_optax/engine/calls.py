@@ -272,8 +272,8 @@ def _check_own_gradients(call: Call, axes: tuple[Any, ...], axis_name: Any) -> N
             wanted = (*meshes.names_of(axis_name), *missing)
             raise ValueError(
                 f"the loss varies over the mesh axis {meshes.in_words(missing)} of jax.shard_map, "
-                f"but params{jax.tree_util.keystr(path)} does not, so that its gradient would come "
-                "summed over the devices before it is clipped. For the clipped mean of all their "
-                f"samples pass axis_name={meshes.in_words(wanted)}; for each device's own make the "
-                f"parameters its own first, {meshes.assignment_that_varies('params', missing)}"
+                f"but params{jax.tree_util.keystr(path)} does not, so JAX would sum its gradient "
+                "over the devices before clipping. For the clipped mean of all devices' samples "
+                f"pass axis_name={meshes.in_words(wanted)}; for a separate mean on each device "
+                f"first write {meshes.assignment_that_varies('params', missing)}"
             )

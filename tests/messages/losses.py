@@ -129,9 +129,9 @@ ROWS = [
         lambda: on_four_devices(psc.clipped_grad(of_x, 1.0)),
         ValueError,
         "the loss varies over the mesh axis 'data' of jax.shard_map, but params['b'] does not, so "
-        "that its gradient would come summed over the devices before it is clipped. For the "
-        "clipped mean of all their samples pass axis_name='data'; for each device's own make the "
-        "parameters its own first, params = jax.lax.⟨pcast, or pvary before JAX 0.8⟩",
+        "JAX would sum its gradient over the devices before clipping. For the clipped mean of all "
+        "devices' samples pass axis_name='data'; for a separate mean on each device first write "
+        "params = jax.lax.⟨pcast, or pvary before JAX 0.8⟩",
     ),
     Row(
         lambda: psc.clipped_grad(normalised, 1.0, keep_batch_dim=True).explain(PARAMS, X),

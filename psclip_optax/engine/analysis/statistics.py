@@ -61,7 +61,7 @@ def _of_input(shape: tuple[int, ...]) -> FromExample:
 
 
 def _message(found: Sequence[str]) -> str:
-    places = [place for place in found if place] or ["a line that JAX does not tell"]
+    places = [place for place in found if place] or ["a line that JAX does not report"]
     more = f"\n  and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
     return (
         "the loss of one example takes statistics over a batch axis of size 1, as batch "

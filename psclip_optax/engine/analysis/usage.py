@@ -154,7 +154,7 @@ class _Walk(NamedTuple):
             self.usage.escape(roles, f"is repeated before it enters {name}", eqn, scope.path)
             return
         if weight.view is None:
-            reason = f"is computed with in each step of a scan before it enters {name}"
+            reason = f"is used in each step of a scan before it enters {name}"
             self.usage.escape(roles, reason, eqn, scope.path)
             return
         self.usage.meet(roles, scope.path)
