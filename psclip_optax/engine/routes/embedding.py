@@ -22,10 +22,12 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples
 
 # Up to this number of rows, comparing all pairs is faster than sorting.
 _LARGEST_GRAM = 256
+# Up to this number, adding them up is one pass over them, which needs no matrix unit.
+_FEW_ROWS = 4
 
 
 class Rows(NamedTuple):
-    """The indices [n, B, T] and cotangents [n, B, T, q] of rows, 0 for indices out of bounds."""
+    """The indices [n, B, T] and cotangents [n, B, T, …] of rows, 0 for indices out of bounds."""
 
     indices: jax.Array
     cotangents: jax.Array
@@ -95,11 +97,12 @@ def _rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
     whole = [a for a in range(aval(site.eqn.invars[0]).ndim) if a not in dims.collapsed_slice_dims]
     # Offset axes are in the operand's order. Sites share the frame's order.
     columns = [columns[whole.index(a)] for a in sorted(whole, key=site.view.axes.__getitem__)]
-    groups = [[0], layered, steps + taken, columns]
+    groups = [[0], layered, steps + taken]
     shape = [math.prod(dy.shape[axis] for axis in group) for group in groups]
-    cotangents = dy.transpose([*itertools.chain(*groups)]).reshape(shape)
-    order = [*itertools.chain(*_shifted(groups[:3], taken, offset)), indices.ndim - 1]
-    flat = indices.transpose(order).reshape(*shape[:3], -1)
+    cotangents = dy.transpose([*itertools.chain(*groups), *columns])
+    cotangents = cotangents.reshape(*shape, *(dy.shape[axis] for axis in columns))
+    order = [*itertools.chain(*_shifted(groups, taken, offset)), indices.ndim - 1]
+    flat = indices.transpose(order).reshape(*shape, -1)
     return _resolved(flat, cotangents, site)
 
 
@@ -119,7 +122,8 @@ def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
     # If an axis is taken whole, any index other than 0 is out of bounds.
     others = jnp.delete(indices, place, axis=-1, assume_unique_indices=True)
     is_inside = (of_rows >= 0) & (of_rows < shape[axis]) & jnp.all(others == 0, axis=-1)
-    return Rows(jnp.where(is_inside, of_rows, 0), jnp.where(is_inside[..., None], cotangents, 0))
+    of_columns = is_inside.reshape(*is_inside.shape, *[1] * (cotangents.ndim - 3))
+    return Rows(jnp.where(is_inside, of_rows, 0), jnp.where(of_columns, cotangents, 0))
 
 
 def _joined(parts: list[Rows]) -> Rows:
@@ -134,15 +138,29 @@ def _joined(parts: list[Rows]) -> Rows:
 def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
     """Return ‖G_k‖² for each sample, [n]."""
     indices, cotangents = rows.indices, rows.cotangents.astype(dtype)
-    if indices.shape[2] == 1:
-        return jnp.sum(jnp.square(cotangents), axis=(1, 2, 3))
+    same = indices[..., :, None] == indices[..., None, :]
+    if indices.shape[2] <= _FEW_ROWS:
+        sums = [_sum_of_equal(same, cotangents, row) for row in range(indices.shape[2])]
+        return sum(jnp.sum(jnp.square(one).reshape(len(one), -1), axis=1) for one in sums)
+    flat = cotangents.reshape(*indices.shape, -1)
     if indices.shape[2] <= _LARGEST_GRAM:
-        same = indices[..., :, None] == indices[..., None, :]
-        flat = cotangents.reshape(-1, *cotangents.shape[2:])
-        gram = dense.product(flat, flat, 2, dtype).reshape(same.shape)
+        matrices = flat.reshape(-1, *flat.shape[2:])
+        gram = dense.product(matrices, matrices, 2, dtype).reshape(same.shape)
         return jnp.maximum(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2, 3)), 0)
-    sums = jax.vmap(jax.vmap(_sum_by_index))(indices, cotangents)
+    sums = jax.vmap(jax.vmap(_sum_by_index))(indices, flat)
     return jnp.sum(jnp.square(sums), axis=(1, 2, 3))
+
+
+def _sum_of_equal(same: jax.Array, cotangents: jax.Array, row: int) -> jax.Array:
+    """Sum a row and the later ones with its index, [n, B, …]; 0 if an earlier one has it."""
+
+    def where(is_taken: jax.Array, other: int) -> jax.Array:
+        taken = is_taken.reshape(*is_taken.shape, *[1] * (cotangents.ndim - 3))
+        return jnp.where(taken, cotangents[:, :, other], 0)
+
+    is_first = ~jnp.any(same[..., row, :row], axis=-1)
+    later = [where(is_first & same[..., row, other], other) for other in range(row, same.shape[-1])]
+    return sum(later[1:], later[0])
 
 
 def _sum_by_index(indices: jax.Array, cotangents: jax.Array) -> jax.Array:

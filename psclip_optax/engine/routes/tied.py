@@ -92,7 +92,10 @@ def _twice_inner_products(
       over_columns: the factor over its columns, [n, B, S, q].
       dtype: the dtype of the result, in which sums are accumulated.
     """
-    over, taken = (side.reshape(-1, *side.shape[2:]) for side in (over_columns, rows.cotangents))
+    over, taken = (
+        side.reshape(-1, side.shape[2], math.prod(side.shape[3:]))
+        for side in (over_columns, rows.cotangents)
+    )
     products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)
     # A TPU can look up along the last axis only in a copy of the whole array.
     at_indices = by_platform(over_rows, rows.indices, tpu=_selected, elsewhere=_looked_up)
