@@ -126,7 +126,7 @@ def check_fsdp(names: Names) -> None:
     tx = optax.chain(psc.track_norms(rules), KEEPING)
 
     def result(place: Callable[[Any], Any], tokens: Any) -> tuple[Any, Any]:
-        state = TrainState.create(apply_fn=loss, params=jax.tree.map(jnp.copy, params), tx=tx)
+        state = TrainState.create(apply_fn=loss, params=jax.tree.map(np.array, params), tx=tx)
         step = linen_train_step(psc.clipped_value_and_grad(loss), threshold=rules)
         state, metrics = step(place(state), tokens)
         return state.opt_state[1], metrics

@@ -16,15 +16,17 @@ def but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
     return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
-def diagonal(*axes: Iterable[Any]) -> list[Any]:
+def diagonal(*axes: Iterable[Any], every: int = 1) -> list[Any]:
     """Combine all values of the axes; mark all but a set that covers each value as slow.
 
     The quick case of the i-th value of the longest axis has the i-th value of every other axis,
-    cyclically.
+    cyclically. With `every` only each such value of the longest axis has a quick case.
     """
     values: list[Sequence[Any]] = [list(axis) for axis in axes]
+    longest = max(map(len, values))
     quick = {
-        tuple(i % len(axis) for axis in values) for i in range(max(len(axis) for axis in values))
+        tuple(i * every if len(axis) == longest else i % len(axis) for axis in values)
+        for i in range(-(-longest // every))
     }
     return [
         pytest.param(

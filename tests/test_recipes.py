@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import snippets
+from tests import slow, snippets
 from tests.numerics import assert_close
 
 pytest.importorskip("flax", reason="recipes use the extras train and dev")
@@ -58,7 +58,13 @@ def run(found: Found) -> Names:
     return snippets.run(found.block.source, path, found.block.line)
 
 
-@pytest.mark.parametrize("found", FOUND, ids=str)
+# Compiled for eight devices, as the zoo by layer is in tests/test_many_devices.py.
+COSTLY = [found for found in RECIPES if "FSDP" in found.block.heading]
+
+
+@pytest.mark.parametrize(
+    "found", slow.but([found for found in FOUND if found not in COSTLY], FOUND), ids=str
+)
 def test_python_runs_and_recipes_give_the_clipped_mean(found: Found):
     names = run(found)
     if found in RECIPES:

@@ -9,26 +9,25 @@ from jax import lax
 import psclip_optax as psc
 from psclip_optax.engine.routes import tied
 from tests import slow
-from tests.numerics import assert_close, enable_x64, in_all_modes
+from tests.numerics import assert_close, clipped_mean, enable_x64, in_all_modes
 
 N, T, D, Q, E = 6, 8, 4, 5, 3
 
 
 def clipped_one_by_one(loss, p, x, tau):
     """Clip each sample by the formula, if `vmap` has no gradient."""
-    losses, grads = zip(*[jax.jit(jax.value_and_grad(loss))(p, one) for one in x], strict=True)
-    squares = [sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(g)) for g in grads]
-    norms = jnp.sqrt(jnp.array(squares))
-    scales = jnp.minimum(1, tau / norms)
-    summed = jax.tree.map(lambda *g: jnp.tensordot(scales, jnp.stack(g), 1) / len(x), *grads)
-    return jnp.mean(jnp.array(losses)), summed, norms
+    of_one = jax.jit(jax.value_and_grad(loss))
+    losses, grads = zip(*[of_one(p, one) for one in np.asarray(x)], strict=True)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *grads)
+    norms = np.sqrt(sum(np.square(g).reshape(len(x), -1).sum(1) for g in stacked.values()))
+    return np.mean(losses), clipped_mean(stacked, np.full(len(x), tau)), norms
 
 
 def arguments():
-    keys = jax.random.split(jax.random.key(0), 5)
+    random = np.random.default_rng(0)
     shapes = {"r": (D, E), "v": (2, E, Q, D), "w": (2, E, D, Q), "k": (2, D, D)}
-    p = {n: jax.random.normal(key, s) for key, (n, s) in zip(keys, shapes.items(), strict=False)}
-    return p, jax.random.normal(keys[4], (N, T, D))
+    p = {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
+    return p, jnp.asarray(random.normal(size=(N, T, D)))
 
 
 # Mixtures of experts
@@ -191,7 +190,7 @@ NOT_CLAIMED = {
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize("name", slow.but([*RULED, *NOT_CLAIMED][::2], [*RULED, *NOT_CLAIMED]))
+@pytest.mark.parametrize("name", slow.but([*RULED, *NOT_CLAIMED][::3], [*RULED, *NOT_CLAIMED]))
 def test_rules_of_the_users(name):
     net = (RULED | NOT_CLAIMED)[name]
     loss = lambda p, x: jnp.sum(jnp.sin(net(p, x)))

@@ -26,6 +26,11 @@ def test_quick_cases_of_a_diagonal_meet_every_value():
     assert sorted([*quick, *others]) == list(itertools.product("abc", range(2), "xy"))
 
 
+def test_of_a_long_axis_only_every_nth_value_has_a_quick_case():
+    quick, _ = parts(slow.diagonal("abcde", range(2), every=2))
+    assert quick == [("a", 0), ("c", 1), ("e", 0)]
+
+
 def test_shares_are_all_of_it_and_have_nothing_in_common():
     shares = [conftest.in_share(f"{i}/3", range(10)) for i in range(3)]
     assert sorted(itertools.chain(*shares)) == list(range(10))
