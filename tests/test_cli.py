@@ -182,7 +182,7 @@ def test_flags_that_cannot_be_read_are_told_by_tyro_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", slow.but(["ascii"], ["utf-8", "ascii"]))
 def test_bad_flag_is_told_in_any_encoding(encoding: str):
     completed = subprocess.run(
         [sys.executable, "-m", "psclip_optax", "train", "--bet", "1"],
@@ -206,7 +206,7 @@ def in_a_process(*argv: str, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", slow.but(["cp1252"], ["ascii", "cp1252"]))
 def test_help_is_readable_in_any_encoding(encoding: str):
     running = in_a_process("train", "--help", PYTHONIOENCODING=encoding)
     output, complaint = running.communicate(timeout=120)
@@ -216,7 +216,9 @@ def test_help_is_readable_in_any_encoding(encoding: str):
     assert "?" not in told
 
 
-@pytest.mark.parametrize("argv", [["train", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", slow.but([["train", "--help"]], [["train", "--help"], ["--version"]]), ids=" ".join
+)
 def test_a_reader_that_is_gone_is_no_error(argv: list[str]):
     running = in_a_process(*argv)
     assert running.stdout is not None
@@ -228,7 +230,7 @@ def test_a_reader_that_is_gone_is_no_error(argv: list[str]):
 
 @pytest.mark.parametrize(
     ("command", "platform"),
-    slow.diagonal(["train", "compare", "explain"], ["cuda", "nonsense"]),
+    slow.diagonal(["train", "compare", "explain"], ["nonsense", "cuda"], every=3),
 )
 def test_platform_that_is_not_installed_is_one_line(
     command: str, platform: str, tmp_path: pathlib.Path

@@ -189,7 +189,7 @@ def fused_of(loss, prefix, params, batch):
     return plan, {name for name, row in zip(names, plan.rows, strict=True) if row.is_fused}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", slow.but([*LOSSES][1::2], LOSSES))
 def test_fused_groups_equal_a_stack(name):
     loss, params, prefix, fused = LOSSES[name]
     with enable_x64(True):
@@ -313,8 +313,7 @@ ROOTED = {"a": normal(0, 3, 3), "b": normal(1, 3), "c": normal(2, 3)}
 ROOTS = {"a": 0.3, "b": 0.2, "c": 0.1}
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("loss", [rooted, dense], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(("loss", "jit"), slow.diagonal([rooted, dense], [True, False]))
 def test_a_sample_that_is_not_finite_is_dropped_from_all_groups(loss, jit):
     params, prefix = LOSSES["by leaf"][1:3] if loss is dense else (ROOTED, ROOTS)
     x, y = batch_of()
@@ -372,7 +371,9 @@ def test_propagated_samples_make_the_sums_of_their_groups_not_finite():
 # Transformations of the whole
 
 
-@pytest.mark.parametrize("name", ["by layer", "checkpoints", "tied", "computed"])
+@pytest.mark.parametrize(
+    "name", slow.but(["checkpoints", "tied"], ["by layer", "checkpoints", "tied", "computed"])
+)
 def test_derivatives_through_fused_clipping(name):
     loss, params, prefix, _ = LOSSES[name]
 

@@ -28,7 +28,7 @@ NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 40, 10
 BY_GROUP_EVERY = 10
 
 
-@pytest.mark.parametrize("chunk", slow.but([0, 20], range(NUM_CHUNKS)))
+@pytest.mark.parametrize("chunk", slow.but([20], range(NUM_CHUNKS)))
 def test_programs_of_jax_have_the_clipped_gradients_of_vmap_of_grad(chunk, running_programs):
     outcomes = []
     for seed in range(PROGRAMS_OF_A_CHUNK * chunk, PROGRAMS_OF_A_CHUNK * (chunk + 1)):
@@ -104,7 +104,7 @@ def exact_program():
     return next(p for p in programs if " dot(" in str(p) and tolerance_of(p.jaxpr()) == TOLERANCE)
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", slow.but(["norms", "raises", "one entry"], WRONG))
 def test_what_is_wrong_is_found(what):
     outcome = check(exact_program(), clip=altered(WRONG[what]))
     assert outcome.has_reference

@@ -176,12 +176,15 @@ def test_explicit_mesh_that_the_loss_closes_over_is_refused():
         jax.jit(f)(params["w"], *batch)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "axis_type"),
+    slow.diagonal(LAYOUTS, [AxisType.Auto, AxisType.Explicit]),
+    ids=str,
+)
 def test_sharded_stack(layout, axis_type):
     with enable_x64(True):
         params, batch = vectors()
-        stacked = jax.vmap(jax.grad(vector_loss), (None, 0, 0))(params, *batch)
+        stacked = jax.jit(jax.vmap(jax.grad(vector_loss), (None, 0, 0)))(params, *batch)
         tx = psc.per_sample_clip(THRESHOLD)
         update = jax.jit(tx.update)
         grads, state = update(stacked, tx.init(params), sample_mask=MASK)
@@ -256,7 +259,8 @@ def test_an_axis_of_vmap_or_pmap_stands_for_one_of_a_mesh(mapped, mode):
         expected = jax.jit(plain)(params, *batch)
         f = psc.clipped_value_and_grad(sequence_loss, THRESHOLD, mode=mode, axis_name="data")
         shards = jax.tree.map(lambda leaf: leaf.reshape(4, N // 4, *leaf.shape[1:]), batch)
-        found = mapped(lambda *batch: f(params, *batch), axis_name="data")(*shards)
+        run = mapped(lambda *batch: f(params, *batch), axis_name="data")
+        found = jax.jit(run)(*shards) if mapped is jax.vmap else run(*shards)
         for device in range(4):
             assert_close(jax.tree.map(lambda leaf, i=device: leaf[i], found), expected, 1e-10)
 
@@ -280,12 +284,13 @@ def test_shard_map_with_aux_and_two_axes(check_vma):
         assert_close(jax.jit(sharded)(params, *batch), expected, 1e-10)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("masked", "check_vma"), slow.diagonal([True, False], [True, False])
+)
 def test_stack_under_shard_map(masked, check_vma):
     with enable_x64(True):
         params, batch = sequences()
-        stacked = jax.vmap(jax.grad(sequence_loss), (None, 0, 0))(params, *batch)
+        stacked = jax.jit(jax.vmap(jax.grad(sequence_loss), (None, 0, 0)))(params, *batch)
         mask = MASK if masked else None
         tx = psc.per_sample_clip(THRESHOLD)
         expected = tx.update(stacked, tx.init(params), params, sample_mask=mask)
@@ -557,9 +562,13 @@ def plain_gradient(loss):
 # Slices of a sharded batch
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize(("n", "size"), [(32, 16), (160, 8)], ids=["unrolled", "in a loop"])
-def test_slices_of_a_sharded_batch_stay_sharded(mode, n, size):
+@pytest.mark.parametrize(
+    ("mode", "sizes"),
+    slow.diagonal(["one_pass", "two_pass"], [(32, 16), (160, 8)]),  # unrolled, and in a loop
+    ids=str,
+)
+def test_slices_of_a_sharded_batch_stay_sharded(mode, sizes):
+    n, size = sizes
     with enable_x64(True):
         params, batch = sequences(n)
         f = jax.jit(

@@ -49,8 +49,8 @@ def prepare(
 ) -> dict[str, Reference]:
     """Writes the inputs of both dtypes into the folder; returns the references."""
     references = {}
+    built = ZOO[model](size)
     for dtype in DTYPES:
-        built = ZOO[model](size)
         params, batch = as_names(built.params), tuple(map(np.asarray, built.batch(samples)))
         if dtype == "float64":
             params = {name: array.astype(dtype) for name, array in params.items()}

@@ -84,10 +84,17 @@ def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) ->
     """Return the loss of every epoch."""
     model, per_sample = gradients_of_samples()
     images = (data.train.images / 255.0 - data.mean) / data.std
-    params = model.init(jax.random.key(3), images[:1])["params"]
+    params = jax.jit(model.init)(jax.random.key(3), images[:1])["params"]
     tx = optimizer_of(numbers)
     state = tx.init(params)
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def stepped(params, state, grads):
+        if num_microbatches:
+            grads = jax.tree.map(functools.partial(means_of_parts, num_microbatches), grads)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     losses = []
     for epoch in range(EPOCHS):
         order_key, _ = jax.random.split(many_runs._epoch_key(jnp.asarray(3), epoch))
@@ -95,10 +102,7 @@ def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) ->
         own = []
         for indices in order:
             values, grads = per_sample(params, images[indices], data.train.labels[indices])
-            if num_microbatches:
-                grads = jax.tree.map(functools.partial(means_of_parts, num_microbatches), grads)
-            updates, state = update(grads, state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = stepped(params, state, grads)
             own.append(float(jnp.mean(values)))
         losses.append(float(np.mean(own)))
     return losses
@@ -135,8 +139,8 @@ def test_micro_batches_are_clipped_before_they_are_averaged(data):
 def test_convolutions_as_products_are_convolutions():
     model = build_model("alexnet", CLASSES, width=0.1)
     images = jax.random.normal(jax.random.key(0), (2, 20, 32, 3))
-    params = model.init(jax.random.key(1), images)["params"]
-    params = jax.tree.map(lambda p: p + 0.1, params)
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    params = jax.tree.map(lambda p: np.asarray(p) + 0.1, params)
     one, other = classification_loss(model), many_runs.build_loss(model)
     for image in images:
         np.testing.assert_allclose(other(params, image, 3)[0], one(params, image, 3)[0], rtol=1e-5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from psclip_optax.training.models.classifiers import build_model
+from tests import slow
 
 NAMES = ["mlp", "small_cnn", "alexnet", "resnet18"]
 
@@ -39,11 +40,11 @@ def test_width_multiplies_channels_and_hidden_sizes():
     assert num_parameters("alexnet", 100, (32, 32, 3), width=0.5) == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow.but(["mlp", "small_cnn", "alexnet"], NAMES))
 def test_logits_of_a_sample_do_not_depend_on_the_others(name):
     model = build_model(name, 7, width=0.125)
     images = jax.random.normal(jax.random.key(0), [2, 3, 32, 32, 3])
-    variables = model.init(jax.random.key(1), images[0, :1])
+    variables = jax.jit(model.init)(jax.random.key(1), images[0, :1])
     apply = jax.jit(model.apply)
     together = apply(variables, images)
     alone = [apply(variables, image[None])[0] for image in images.reshape(6, 32, 32, 3)]
@@ -54,11 +55,11 @@ def test_logits_of_a_sample_do_not_depend_on_the_others(name):
     assert np.ptp(together.reshape(6, 7), axis=0).min() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow.but(["mlp", "small_cnn", "alexnet"], NAMES))
 def test_dropout_only_in_training(name):
     model = build_model(name, 5, width=0.125, dropout_rate=0.5)
     images = jax.random.normal(jax.random.key(0), [1, 16, 16, 3])
-    variables = model.init(jax.random.key(1), images)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
 
     @jax.jit
     def in_training(key):

@@ -117,6 +117,7 @@ def test_all_processes_end_where_another_run_is_writing(tmp_path: pathlib.Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_devices_cannot_share_is_refused(tmp_path: pathlib.Path):
     running = start_together(2, tmp_path, batch_size=15)
     for process in running:

@@ -17,6 +17,7 @@ from psclip_optax.training.run import runs, samples
 from psclip_optax.training.run.runs import train
 from psclip_optax.training.run.samples import read_samples, recording_samples
 from psclip_optax.training.run.trainer import training_batches
+from tests import slow
 from tests.training.processes import assert_all_succeed, start_together
 
 NUM_STEPS, BATCH_SIZE = 10, 16
@@ -72,7 +73,7 @@ def test_they_are_what_the_metrics_sum_up(recorded: np.ndarray, tmp_path: pathli
         assert line["median_norm"] == pytest.approx(np.median(own["norm"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("at_step", [4, 8, NUM_STEPS])
+@pytest.mark.parametrize("at_step", slow.but([8], [4, 8, NUM_STEPS]))
 def test_a_run_that_goes_on_records_nothing_twice_and_loses_nothing(
     recorded: np.ndarray, at_step: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
