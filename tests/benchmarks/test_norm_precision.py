@@ -12,7 +12,7 @@ GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "pages" / "guide" / "engine
 
 
 def test_fewer_bits_are_further_off(tmp_path):
-    norm_precision.main(out=tmp_path, models=("mlp",), samples=4)
+    norm_precision.main(out=tmp_path, models=("lora",), samples=4)
     (row,) = json.loads((tmp_path / "norm_precision.json").read_text())["rows"]
     coarse, fine = (row["errors"][form][0] for form in ("bfloat16", "TF32"))
     assert 1e-7 < fine < coarse < 1e-2
