@@ -19,7 +19,10 @@ def growing(alpha: float, beta: float, n: int) -> np.ndarray:
 
 
 def in_all_modes(
-    loss: Any, threshold: Any, modes: Iterable[str] = ("one_pass", "two_pass", "vmap"), **options: Any
+    loss: Any,
+    threshold: Any,
+    modes: Iterable[str] = ("one_pass", "two_pass", "vmap"),
+    **options: Any,
 ) -> Any:
     """Return one program with the results of all modes, which compiles faster than three."""
     options = {"return_stats": True} | options

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import psclip_optax as psc
 from psclip_optax.meshes import varying
+from tests import slow
 from tests.numerics import assert_close, clipped_mean, enable_x64, heavy_tailed
 
 RULES = {
@@ -584,9 +585,13 @@ def norms_and_mask():
 
 
 @MANY
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@ALL_STATES
-def test_sharded_norms_are_those_of_the_whole_batch(rule, axis_type):
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    slow.diagonal(WITH_AUTO, [AxisType.Auto, AxisType.Explicit]),
+    ids=str,
+)
+def test_sharded_norms_are_those_of_the_whole_batch(name, axis_type):
+    rule = WITH_AUTO[name]
     norms, mask = norms_and_mask()
     expected = rule.update(rule.update(rule.init(), norms, mask), norms)
     sharding = NamedSharding(mesh_of(axis_type), P("data"))
@@ -598,9 +603,9 @@ def test_sharded_norms_are_those_of_the_whole_batch(rule, axis_type):
 
 
 @MANY
-@pytest.mark.parametrize("check_vma", [True, False])
-@ALL_STATES
-def test_norms_under_shard_map_are_those_of_the_whole_batch(rule, check_vma):
+@pytest.mark.parametrize(("name", "check_vma"), slow.diagonal(WITH_AUTO, [True, False]))
+def test_norms_under_shard_map_are_those_of_the_whole_batch(name, check_vma):
+    rule = WITH_AUTO[name]
     norms, mask = norms_and_mask()
     update = jax.shard_map(
         functools.partial(rule.update, axis_name="data"),
@@ -619,8 +624,11 @@ def on_one_device(run):
 
 
 @MANY
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("run", [stacked_run, engine_run])
+@pytest.mark.parametrize(
+    ("run", "axis_type"),
+    slow.diagonal([stacked_run, engine_run], [AxisType.Auto, AxisType.Explicit]),
+    ids=str,
+)
 def test_sharded_batches_give_what_one_device_does(run, axis_type):
     rule = RULES["moment of estimated order"]
     with enable_x64(True):

@@ -33,10 +33,14 @@ def gradients(num_steps=5, n=24, size=6, seed=0):
     return steps
 
 
+AUTOMATIC = psc.per_sample_clip()
+COMPILED = jax.jit(AUTOMATIC.update)
+
+
 def run(steps, tx=None, masks=None):
     """Return the clipped means and the last state."""
-    tx = tx or psc.per_sample_clip()
-    update = jax.jit(tx.update)
+    update = jax.jit(tx.update) if tx else COMPILED
+    tx = tx or AUTOMATIC
     state, means = tx.init(jnp.zeros(steps.shape[2:], steps.dtype)), []
     for index, grads in enumerate(steps):
         mask = None if masks is None else masks[index]

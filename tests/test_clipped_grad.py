@@ -58,9 +58,7 @@ def expected_of(params, batch, taus, mask=None):
 # The zoo
 
 # One model for each kind of layer; the others take long.
-QUICK = [
-    *("alexnet", "gpt_tied", "lora", "lstm", "mixture_of_experts", "recommender", "unet")
-]
+QUICK = [*("alexnet", "gpt_tied", "lora", "lstm", "mixture_of_experts", "recommender", "unet")]
 
 
 @pytest.mark.usefixtures("two_passes")
@@ -650,7 +648,9 @@ def test_auto_takes_two_passes_when_memory_is_short():
     for limit, mode in ((1, "two_pass"), (10**9, "one_pass")):
         f = psc.clipped_value_and_grad(loss, 0.7, memory_limit_bytes=limit)
         assert f.explain(PARAMS, x, y).mode == mode
-        assert_close(jax.jit(f)(PARAMS, x, y)[1], expected_of(PARAMS, (x, y), np.full(5, 0.7))[1], 1e-5)
+        assert_close(
+            jax.jit(f)(PARAMS, x, y)[1], expected_of(PARAMS, (x, y), np.full(5, 0.7))[1], 1e-5
+        )
 
 
 def test_one_pass_never_makes_an_array_of_all_samples_gradients():

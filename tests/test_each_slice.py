@@ -161,9 +161,7 @@ def test_slices_equal_the_formula_on_both_faces(loss, mode):
             np.testing.assert_allclose(state.max_norm, norms.max(0), rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "loss", slow.but([*LOSSES][1::2], LOSSES), ids=lambda loss: loss.__name__
-)
+@pytest.mark.parametrize("loss", slow.but([*LOSSES][1::2], LOSSES), ids=lambda loss: loss.__name__)
 def test_layers_are_fused_in_their_step(loss):
     plan = psc.clipped_grad(loss, PREFIX).explain(PARAMS, *batch_of())
     assert plan.mode == "fused"

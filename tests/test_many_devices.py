@@ -284,9 +284,7 @@ def test_shard_map_with_aux_and_two_axes(check_vma):
         assert_close(jax.jit(sharded)(params, *batch), expected, 1e-10)
 
 
-@pytest.mark.parametrize(
-    ("masked", "check_vma"), slow.diagonal([True, False], [True, False])
-)
+@pytest.mark.parametrize(("masked", "check_vma"), slow.diagonal([True, False], [True, False]))
 def test_stack_under_shard_map(masked, check_vma):
     with enable_x64(True):
         params, batch = sequences()

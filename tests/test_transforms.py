@@ -39,9 +39,10 @@ def clip(grads, threshold, **kwargs):
 # The rule
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("on_nonfinite", ["drop", "propagate"])
-@pytest.mark.parametrize("n", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("n", "on_nonfinite", "jit"),
+    slow.diagonal([1, 7, 64], ["drop", "propagate"], [False, True]),
+)
 def test_is_the_mean_of_the_clipped_gradients(n, on_nonfinite, jit):
     grads = stack(n)
     tx = psc.per_sample_clip(psc.growing_threshold(4.0, 1.5), on_nonfinite=on_nonfinite)
@@ -344,11 +345,9 @@ def test_lowers_for_every_platform(platform, on_nonfinite):
 
 
 @pytest.mark.parametrize(
-    "rule",
-    [psc.growing_threshold(1.0, 1.5), psc.quantile_threshold(initial=1.0)],
-    ids=["growing", "quantile"],
+    ("axis", "rule"),
+    slow.diagonal([0, 1], [psc.growing_threshold(1.0, 1.5), psc.quantile_threshold(initial=1.0)]),
 )
-@pytest.mark.parametrize("axis", [0, 1])
 def test_exports_for_any_number_of_samples(axis, rule):
     tx = psc.per_sample_clip(rule, sample_axis=axis)
     update = lambda grads, mask: tx.update(grads, tx.init(w), w, sample_mask=mask)

@@ -160,7 +160,9 @@ def test_killed_run_without_an_alpha_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     "options",
-    slow.but([{"batch_size": 256}], [{"batch_size": 256}, {"clip_at": "micro-batch", "accumulate": 4}]),
+    slow.but(
+        [{"batch_size": 256}], [{"batch_size": 256}, {"clip_at": "micro-batch", "accumulate": 4}]
+    ),
 )
 def test_norms_of_a_killed_run_are_those_of_one_never_stopped(
     options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
