@@ -627,7 +627,6 @@ def on_one_device(run):
 @pytest.mark.parametrize(
     ("run", "axis_type"),
     slow.diagonal([stacked_run, engine_run], [AxisType.Auto, AxisType.Explicit]),
-    ids=str,
 )
 def test_sharded_batches_give_what_one_device_does(run, axis_type):
     rule = RULES["moment of estimated order"]
