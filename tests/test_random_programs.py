@@ -17,7 +17,7 @@ from tests.random_programs.wrappers import WRAPPERS
 pytestmark = pytest.mark.optimized
 
 # In chunks, so that pytest-xdist spreads them.
-NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 10, 10
+NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 20, 5
 
 
 @pytest.mark.parametrize("chunk", slow.but([0], range(NUM_CHUNKS)))
