@@ -313,7 +313,7 @@ ROOTED = {"a": normal(0, 3, 3), "b": normal(1, 3), "c": normal(2, 3)}
 ROOTS = {"a": 0.3, "b": 0.2, "c": 0.1}
 
 
-@pytest.mark.parametrize(("loss", "jit"), slow.diagonal([rooted, dense], [True, False]))
+@pytest.mark.parametrize(("loss", "jit"), slow.diagonal([rooted, dense], [True, False], every=2))
 def test_a_sample_that_is_not_finite_is_dropped_from_all_groups(loss, jit):
     params, prefix = LOSSES["by leaf"][1:3] if loss is dense else (ROOTED, ROOTS)
     x, y = batch_of()

@@ -107,7 +107,7 @@ def in_words(options):
 
 
 @pytest.mark.usefixtures("two_passes")
-@pytest.mark.parametrize(("layout", "options"), slow.diagonal(LAYOUTS, SLICED), ids=str)
+@pytest.mark.parametrize(("layout", "options"), slow.diagonal(LAYOUTS, SLICED, every=2), ids=str)
 def test_sharded_by_jit(layout, options):
     with enable_x64(True):
         params, batch = sequences()
@@ -226,6 +226,7 @@ def specs_of_stats():
             {"clip_at": "micro-batch", "microbatch_size": 2},
         ],
         list(itertools.product([True, False], repeat=2)),
+        every=2,
     ),
     ids=str,
 )

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.optimized
 NUM_CHUNKS, PROGRAMS_OF_A_CHUNK = 20, 5
 
 
-@pytest.mark.parametrize("chunk", slow.but([0], range(NUM_CHUNKS)))
+@pytest.mark.parametrize("chunk", slow.but([2], range(NUM_CHUNKS)))
 def test_random_programs_have_the_clipped_gradients_of_vmap_of_grad(chunk, running_programs):
     for seed in range(PROGRAMS_OF_A_CHUNK * chunk, PROGRAMS_OF_A_CHUNK * (chunk + 1)):
         program = draw_program(seed)
