@@ -392,8 +392,7 @@ def test_derivatives_through_fused_clipping(name):
 
 
 def test_many_models_at_once():
-    loss, params, prefix, _ = LOSSES["by layer"]
-    x, y = batch_of()
+    (loss, params, prefix, _), (x, y) = LOSSES["by layer"], batch_of()
     models = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
     of = lambda mode: jax.jit(jax.vmap(psc.clipped_grad(loss, prefix, mode=mode), (0, None, None)))
     # Dropped in all models at once.

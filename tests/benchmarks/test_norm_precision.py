@@ -22,7 +22,7 @@ def test_the_guide_has_the_largest_errors_that_were_found():
     rows = json.loads((RESULTS / "norm_precision.json").read_text())["rows"]
     assert [row["model"] for row in rows] == list(ZOO)
     said = re.search(
-        r"at most (\S+) with operands in bfloat16 and (\S+) in TF32", GUIDE.read_text()
+        r"at most\s(\S+) with bfloat16 operands and (\S+) with TF32", GUIDE.read_text()
     )
     assert said is not None
     for form, number in zip(("bfloat16", "TF32"), said.groups(), strict=True):

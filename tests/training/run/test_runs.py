@@ -33,6 +33,7 @@ from tests import slow
 from tests.training.run.test_checkpoints import flip_a_bit
 
 NUM_STEPS = 10
+MICRO_BATCHES: dict[str, Any] = {"clip_at": "micro-batch", "accumulate": 4}
 
 
 def tiny(out: pathlib.Path, **changes: Any) -> TrainConfig:
@@ -126,9 +127,7 @@ def test_killed_run_of_all_randomness_goes_on_to_the_same_bits(
     assert_same_run(resumed, expected)
 
 
-@pytest.mark.parametrize(
-    "options", slow.but([{}], [{}, {"clip_at": "micro-batch", "accumulate": 4}])
-)
+@pytest.mark.parametrize("options", slow.but([{}], [{}, MICRO_BATCHES]))
 def test_killed_run_of_an_automatic_threshold_goes_on_to_the_same_bits(
     options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -143,7 +142,7 @@ def test_killed_run_of_an_automatic_threshold_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"clip_at": "micro-batch", "accumulate": 4}])
+@pytest.mark.parametrize("options", [{}, MICRO_BATCHES])
 def test_killed_run_without_an_alpha_goes_on_to_the_same_bits(
     options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -160,9 +159,7 @@ def test_killed_run_without_an_alpha_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     "options",
-    slow.but(
-        [{"batch_size": 256}], [{"batch_size": 256}, {"clip_at": "micro-batch", "accumulate": 4}]
-    ),
+    slow.but([{"batch_size": 256}], [{"batch_size": 256}, MICRO_BATCHES]),
 )
 def test_norms_of_a_killed_run_are_those_of_one_never_stopped(
     options: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -324,17 +321,7 @@ def params_of(result: RunResult) -> list[Any]:
 
 def test_clipping_at_the_micro_batch_is_accumulate_clipped(tmp_path: pathlib.Path):
     alpha, lr = 0.5, 0.1
-    result, _ = run(
-        tiny(
-            tmp_path,
-            method="ps-clip",
-            accumulate=4,
-            clip_at="micro-batch",
-            steps=1,
-            alpha=alpha,
-            lr=lr,
-        )
-    )
+    result, _ = run(tiny(tmp_path, method="ps-clip", **MICRO_BATCHES, steps=1, alpha=alpha, lr=lr))
     config = tiny(tmp_path)
     digits = load_dataset("digits")
     model = build_task_model(config, digits)
