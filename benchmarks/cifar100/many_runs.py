@@ -22,6 +22,7 @@ from jax import lax
 from rich.console import Console
 
 import psclip_optax as psc
+from benchmarks.cifar100.images import normalized, shifted_and_mirrored
 from benchmarks.cifar100.runs import (
     NOISES,
     QUANTILES,
@@ -40,7 +41,6 @@ from benchmarks.common.machine import describe_machine
 from psclip_optax.training.data.splits import Split
 from psclip_optax.training.models.classifiers import build_model
 
-PADDING = 4  # the largest shift of a random crop, in pixels
 MOMENT = 1.5  # p of the automatic threshold, which grows like k^(1/p)
 EVALUATION_BATCH_SIZE = 500
 
@@ -121,26 +121,6 @@ def build_loss(
         return value, (jnp.argmax(logits) == label).astype(jnp.float32)
 
     return loss
-
-
-def normalized(images: Any, factors: jax.Array, data: Data) -> jax.Array:
-    unit = images.astype(jnp.float32) * (1 / 255 if images.dtype == jnp.uint8 else 1)
-    return (unit * factors[:, None, None, None] - data.mean) / data.std
-
-
-def shifted_and_mirrored(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Crops images at random from padded ones, and mirrors each with probability 1/2."""
-    shift_key, mirror_key = jax.random.split(key)
-    n, *shape = images.shape
-    corners = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1)
-    padded = jnp.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
-
-    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
-        return lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
-
-    cropped = jax.vmap(crop)(padded, corners)
-    is_mirrored = jax.random.bernoulli(mirror_key, shape=(n, 1, 1, 1))
-    return jnp.where(is_mirrored, cropped[:, :, ::-1], cropped)
 
 
 class Program(NamedTuple):

@@ -16,13 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.cifar100.many_runs import (
-    NOISES,
-    build_loss,
-    corrupted,
-    normalized,
-    shifted_and_mirrored,
-)
+from benchmarks.cifar100.images import normalized, shifted_and_mirrored
+from benchmarks.cifar100.many_runs import NOISES, build_loss, corrupted
 from benchmarks.cifar100.runs import load_data
 from benchmarks.zoo.models import GPT
 from psclip_optax.training.data.splits import Dataset

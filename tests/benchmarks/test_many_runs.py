@@ -21,6 +21,7 @@ from benchmarks.cifar100 import (
     threshold_sweep,
     tuned,
 )
+from benchmarks.cifar100.images import PADDING, shifted_and_mirrored
 from benchmarks.cifar100.many_runs import NOISES, Data, Numbers, Run, Setting
 from benchmarks.cifar100.tuned import Options, edges, enlarged_digits, stopped_accuracy
 from benchmarks.common.cache import RunsCache, digest
@@ -148,8 +149,8 @@ def test_convolutions_as_products_are_convolutions():
 
 def test_images_are_shifted_and_mirrored():
     images = jax.random.uniform(jax.random.key(0), (40, 8, 8, 1))
-    found = many_runs.shifted_and_mirrored(jax.random.key(1), images)
-    pad = many_runs.PADDING
+    found = shifted_and_mirrored(jax.random.key(1), images)
+    pad = PADDING
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     shifts = set()
     for image, whole in zip(np.asarray(found), padded, strict=True):
