@@ -55,7 +55,7 @@ class State(NamedTuple):
     """The state of a run between two steps."""
 
     params: Any
-    velocity: Any
+    opt_state: Any
     rule: Any
     step: jax.Array
 
@@ -141,6 +141,11 @@ def moment_rule(scale: Any) -> psc.AdaptiveThreshold[Any]:
     return psc.moment_threshold(MOMENT, scale=scale)
 
 
+def build_optimizer(name: str, momentum: Any) -> optax.GradientTransformationExtraArgs:
+    """Builds an optimizer with a learning rate of 1; updates are scaled by the rate later."""
+    return optax.adamw(1.0) if name == "AdamW" else optax.sgd(1.0, momentum=momentum)
+
+
 @functools.cache
 def build_program(
     setting: Setting,
@@ -181,24 +186,27 @@ def build_program(
 
     def init(seed: jax.Array) -> State:
         params = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
-        velocity = jax.tree.map(jnp.zeros_like, params)
-        return State(params, velocity, automatic(1.0).init(), jnp.int32(0))
+        opt_state = build_optimizer(setting.optimizer, 0.0).init(params)
+        return State(params, opt_state, automatic(1.0).init(), jnp.int32(0))
 
     def step(
         state: State, numbers: Numbers, images: jax.Array, labels: jax.Array, total: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
         threshold = threshold_of(numbers, state)
+        # The first batch may already have updated the rule; it must count once.
+        fresh = automatic(numbers.scale).init()
+        before = jax.tree.map(lambda a, b: jnp.where(state.step == 0, a, b), fresh, state.rule)
         (value, correct), gradient, stats = value_and_grad(
             state.params, images, labels, threshold=threshold
         )
         norm = optax.tree.norm(gradient)
         scale = jnp.minimum(1, numbers.batch_threshold / jnp.maximum(norm, 1e-30))
         rate = numbers.learning_rate * (1 + jnp.cos(jnp.pi * state.step / total)) / 2
-        velocity = jax.tree.map(
-            lambda v, g: numbers.momentum * v + scale * g, state.velocity, gradient
-        )
-        params = jax.tree.map(lambda p, v: p - rate * v, state.params, velocity)
-        rule = automatic(numbers.scale).update(state.rule, stats.norms)
+        tx = build_optimizer(setting.optimizer, numbers.momentum)
+        clipped = optax.tree.scale(scale, gradient)
+        updates, opt_state = tx.update(clipped, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, optax.tree.scale(rate, updates))
+        rule = automatic(numbers.scale).update(before, stats.norms)
         figures = {
             "loss": value,
             "accuracy": jnp.mean(correct),
@@ -207,7 +215,18 @@ def build_program(
             "batch_clipped": (scale < 1).astype(jnp.float32),
             "norms": stats.norms,
         }
-        return State(params, velocity, rule, state.step + 1), figures
+        return State(params, opt_state, rule, state.step + 1), figures
+
+    def knowing(state: State, numbers: Numbers, images: jax.Array, labels: jax.Array) -> State:
+        """Updates a rule that has no threshold yet by the norms of the first batch."""
+        rule = automatic(numbers.scale)
+        if rule.is_new is None:
+            return state
+        *_, stats = value_and_grad(state.params, images, labels)
+        shown, is_new = rule.update(state.rule, stats.norms), rule.is_new(state.rule)
+        return state._replace(
+            rule=jax.tree.map(lambda a, b: jnp.where(is_new, a, b), shown, state.rule)
+        )
 
     def epoch(
         state: State,
@@ -222,13 +241,16 @@ def build_program(
         order = jax.random.permutation(order_key, len(data.train.images))
         batches = order[: num_steps * setting.batch_size].reshape(num_steps, -1)
 
-        def body(state: State, batch: tuple[jax.Array, jax.Array]) -> Any:
-            indices, index = batch
+        def prepared(indices: jax.Array, index: Any) -> tuple[jax.Array, jax.Array]:
             images = normalized(data.train.images[indices], example.factors[indices], data)
             if setting.augment:
                 images = shifted_and_mirrored(jax.random.fold_in(augmentation_key, index), images)
-            return step(state, numbers, images, example.labels[indices], total)
+            return images, example.labels[indices]
 
+        def body(state: State, batch: tuple[jax.Array, jax.Array]) -> Any:
+            return step(state, numbers, *prepared(*batch), total)
+
+        state = knowing(state, numbers, *prepared(batches[0], 0))
         state, figures = lax.scan(body, state, (batches, jnp.arange(num_steps)))
         norms = figures.pop("norms").reshape(-1)
         means = jax.tree.map(jnp.mean, figures)
@@ -264,6 +286,7 @@ def run_all(
     together: int,
     console: Console,
     seconds: float = float("inf"),
+    automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
 ) -> list[dict[str, Any]]:
     """Trains the runs that are not finished yet, and returns the records of all, in order.
 
@@ -275,6 +298,7 @@ def run_all(
       together: the number of runs that are trained at once.
       console: the console for the progress.
       seconds: the time limit, after which no chunk is started.
+      automatic: scale → rule of the runs whose scale is not 0.
 
     Raises:
       TimeoutError: the time limit is reached before all runs are finished.
@@ -285,9 +309,8 @@ def run_all(
         if time.perf_counter() - start > seconds:
             raise TimeoutError(f"{seconds:.0f} s are over; repeat the command to go on")
         began = time.perf_counter()
-        for run, found in zip(
-            chunk, train_together(chunk, data, num_classes, together), strict=True
-        ):
+        trained = train_together(chunk, data, num_classes, together, automatic)
+        for run, found in zip(chunk, trained, strict=True):
             norms = found.pop("norms")
             if run.watches_tails:
                 found["tails"] = {epoch: tail_figures(own) for epoch, own in norms.items()}

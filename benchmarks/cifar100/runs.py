@@ -71,6 +71,7 @@ class Setting:
       samples.
       augment: whether images are shifted and mirrored at random.
       dtype: the dtype of the forward and backward pass; parameters and their updates are float32.
+      optimizer: "momentum" or "AdamW".
     """
 
     width: float
@@ -78,6 +79,7 @@ class Setting:
     num_microbatches: int | None = None
     augment: bool = True
     dtype: str = "float32"
+    optimizer: str = "momentum"
 
 
 class Run(NamedTuple):
@@ -106,6 +108,9 @@ class Run(NamedTuple):
     def described(self) -> dict[str, Any]:
         """Converts a value to JSON, with null for ∞."""
         setting = dataclasses.asdict(self.setting)
+        if self.setting.optimizer == "momentum":
+            # Runs that were finished before AdamW was added keep their digests.
+            del setting["optimizer"]
         return as_json(self._asdict() | {"numbers": self.numbers._asdict(), "setting": setting})
 
 

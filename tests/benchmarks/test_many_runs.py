@@ -53,9 +53,11 @@ def data() -> Data:
     return Data(*splits, jnp.asarray(digits.pixel_mean), jnp.asarray(digits.pixel_std))
 
 
-def optimizer_of(numbers: Numbers) -> optax.GradientTransformation:
+def optimizer_of(
+    numbers: Numbers, automatic=many_runs.moment_rule, optimizer: str = "momentum"
+) -> optax.GradientTransformation:
     if numbers.scale:
-        threshold = psc.moment_threshold(many_runs.MOMENT, scale=numbers.scale)
+        threshold = automatic(numbers.scale)
     elif numbers.exponent:
         threshold = psc.growing_threshold(numbers.threshold, 1 / numbers.exponent)
     else:
@@ -64,8 +66,14 @@ def optimizer_of(numbers: Numbers) -> optax.GradientTransformation:
     return optax.chain(
         psc.per_sample_clip(threshold),
         optax.clip_by_global_norm(numbers.batch_threshold),
-        optax.sgd(schedule, momentum=numbers.momentum or None),
+        optax.adamw(schedule)
+        if optimizer == "AdamW"
+        else optax.sgd(schedule, momentum=numbers.momentum or None),
     )
+
+
+def automatic_rule(scale) -> psc.AdaptiveThreshold:
+    return psc.auto_threshold()
 
 
 def means_of_parts(number: int, stacked: jax.Array) -> jax.Array:
@@ -81,12 +89,13 @@ def gradients_of_samples():
     return model, jax.jit(stacked)
 
 
-def trained_alone(numbers: Numbers, data: Data, num_microbatches: int | None) -> list[float]:
+def trained_alone(
+    tx: optax.GradientTransformation, data: Data, num_microbatches: int | None = None
+) -> list[float]:
     """Return the loss of every epoch."""
     model, per_sample = gradients_of_samples()
     images = (data.train.images / 255.0 - data.mean) / data.std
     params = jax.jit(model.init)(jax.random.key(3), images[:1])["params"]
-    tx = optimizer_of(numbers)
     state = tx.init(params)
 
     @jax.jit
@@ -118,7 +127,7 @@ def trained_together(names, data: Data, setting: Setting):
 def test_runs_together_are_runs_alone(data):
     runs, records = trained_together(RUNS, data, SETTING)
     for run, record in zip(runs, records, strict=True):
-        expected = trained_alone(run.numbers, data, None)
+        expected = trained_alone(optimizer_of(run.numbers), data)
         np.testing.assert_allclose(
             record["curves"]["loss"], expected, rtol=1e-3, err_msg=run.method
         )
@@ -128,11 +137,34 @@ def test_runs_together_are_runs_alone(data):
     assert records[2]["curves"]["batch_clipped"][-1] > 0
 
 
+def test_a_new_rule_clips_the_first_batch_by_its_own_norms_and_counts_it_once(data):
+    numbers = {"automatic": Numbers(0.3, scale=1.0), "SGD": RUNS["SGD"]}
+    runs = [Run("test", name, "clean", own, EPOCHS, 3, SETTING) for name, own in numbers.items()]
+    records = many_runs.train_together(runs, data, CLASSES, len(RUNS), automatic_rule)
+    for run, record in zip(runs, records, strict=True):
+        expected = trained_alone(optimizer_of(run.numbers, automatic_rule), data)
+        np.testing.assert_allclose(record["curves"]["loss"], expected, rtol=1e-4)
+
+
+def test_adamw_is_that_of_optax(data):
+    setting = dataclasses.replace(SETTING, optimizer="AdamW")
+    numbers = {
+        "momentum": Numbers(0.001),
+        "batch": Numbers(0.002, batch_threshold=0.5),
+        "constant": Numbers(0.002, threshold=6.0),
+    }
+    runs = [Run("test", name, "clean", own, EPOCHS, 3, setting) for name, own in numbers.items()]
+    records = many_runs.train_together(runs, data, CLASSES, len(RUNS))
+    for run, record in zip(runs, records, strict=True):
+        expected = trained_alone(optimizer_of(run.numbers, optimizer="AdamW"), data)
+        np.testing.assert_allclose(record["curves"]["loss"], expected, rtol=1e-3)
+
+
 def test_micro_batches_are_clipped_before_they_are_averaged(data):
     in_parts = dataclasses.replace(SETTING, num_microbatches=4)
     runs, records = trained_together(["growing", "momentum"], data, in_parts)
     for run, record in zip(runs, records, strict=True):
-        expected = trained_alone(run.numbers, data, 4)
+        expected = trained_alone(optimizer_of(run.numbers), data, 4)
         np.testing.assert_allclose(record["curves"]["loss"], expected, rtol=1e-3)
     assert records[0]["curves"]["clipped_share"][0] > 0
 
@@ -189,8 +221,9 @@ def test_what_decides_how_a_run_ends_is_in_its_digest():
         run._replace(epochs=3),
         run._replace(numbers=RUNS["constant"]),
         run._replace(setting=dataclasses.replace(SETTING, batch_size=8)),
+        run._replace(setting=dataclasses.replace(SETTING, optimizer="AdamW")),
     ]
-    assert len({digest(other.described()) for other in [run, *others]}) == 5
+    assert len({digest(other.described()) for other in [run, *others]}) == 6
     assert digest(run.described()) == digest(Run(*run).described())
 
 
