@@ -233,9 +233,14 @@ def run_length(stage: str, epochs: int) -> int:
 def timed_once(train: Trainer, measure: Callable[[], Any], **step: int) -> dict[str, Any]:
     """Times steps once, and stores the times with the runs of the same machine."""
     return train.cache.once(
-        {"steps": "alexnet", "width": train.options.width, **step},
+        described_steps(train, **step),
         lambda: as_json({"machine": describe_machine(), "ways": measure()}),
     )
+
+
+def described_steps(train: Trainer, **step: int) -> dict[str, Any]:
+    """Describes steps whose times the cache of runs keeps."""
+    return {"steps": "alexnet", "width": train.options.width, **step}
 
 
 def draw_differences(
