@@ -17,6 +17,7 @@ from benchmarks import headlines
 from benchmarks.cifar100 import (
     accumulation_cifar100,
     alexnet_report,
+    budgets_report,
     clipping_map,
     find_bad_data,
     threshold_sweep,
@@ -198,6 +199,21 @@ def number_of_trials(rows: list[dict[str, Any]], most_with: str) -> str:
     return f"{fewest} trials" + (f", {most} with {most_with}" if most > fewest else "")
 
 
+def budgets(result: dict[str, Any]) -> str:
+    protocol = result["protocol"]
+    names = ("width", "batch_size", "trials", "seeds")
+    width, batch, trials, seeds = (protocol[name] for name in names)
+    return f"""AlexNet of width {width:g} on CIFAR-100, n = {batch}, momentum 0.9 or AdamW, cosine
+schedule over the budget. At each budget each method has at most {trials} trials of the full length,
+each with one seed. The best by validation accuracy is tested with {seeds} other seeds. Trials start
+from the winner of a condition before, and go on to neighbours of the best so far, a factor of 2
+away in the learning rate and √10 in the threshold, or less where none of these is better.
+{budgets_report.NOTE}
+
+{budgets_report.to_markdown(result)}
+{bulleted(budgets_report.sentences(result))}"""
+
+
 def accumulation(result: dict[str, Any]) -> str:
     protocol = result["protocol"]
     width, epochs, seeds = (protocol[name] for name in ("width", "epochs", "seeds"))
@@ -327,6 +343,7 @@ SECTIONS = (
         "cifar100.clipping_map", "Under which conditions does per-sample clipping win?", clipping
     ),
     Section("cifar100.threshold_sweep", "How much does the threshold matter?", sweep),
+    Section("cifar100.budgets", "Does per-sample clipping train faster?", budgets),
     Section(
         "cifar100.accumulation_cifar100",
         "Clip micro-batches before they are accumulated, after, or not at all?",

@@ -193,8 +193,14 @@ TABLES = {
 }
 
 
+def filled_tables(result: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Writes the tables that have rows: from a single budget no steps are interpolated."""
+    written = {title: cells(result) for title, cells in TABLES.items()}
+    return {title: cells for title, cells in written.items() if len(cells) > 1}
+
+
 def to_tables(result: dict[str, Any]) -> list[Table]:
-    tables = [_to_table(title, cells(result)) for title, cells in TABLES.items()]
+    tables = [_to_table(title, cells) for title, cells in filled_tables(result).items()]
     tables[-1].caption = "\n".join([NOTE, *sentences(result)])
     tables[-1].caption_justify = "left"
     return tables
@@ -210,7 +216,7 @@ def _to_table(title: str, cells: list[list[str]]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    return "\n".join(markdown_table(cells(result)) for cells in TABLES.values())
+    return "\n".join(map(markdown_table, filled_tables(result).values()))
 
 
 def label(row: dict[str, Any]) -> str:
@@ -260,19 +266,21 @@ def edge_sentence(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any]) -> Figure:
     """Draws accuracy over budgets, and the steps or time to an accuracy.
 
-    A group with a single budget has no lines, and appears in the tables only.
+    A group with a single budget has no lines, and appears in the tables only, unless all have.
     """
     groups = rows_by_training(result)
-    drawn = {name: rows for name, rows in groups.items() if len(rows) > 1} or groups
-    figure = Figure(figsize=(max(8, 5 * len(drawn)), 7.2), layout="constrained")
-    axes = figure.subplots(2, len(drawn), squeeze=False)
+    lines = {name: rows for name, rows in groups.items() if len(rows) > 1}
+    drawn, height = (lines, 2) if lines else (groups, 1)
+    figure = Figure(figsize=(max(8, 5 * len(drawn)), 3.6 * height), layout="constrained")
+    axes = figure.subplots(height, len(drawn), squeeze=False)
     for column, (name, rows) in enumerate(drawn.items()):
         _draw_accuracies(axes[0, column], rows)
-        _draw_ratios(axes[1, column], rows, result)
         axes[0, column].set_title(name)
-    axes[0, 0].set_ylabel("test accuracy, %")
+    for column, rows in enumerate(lines.values()):
+        _draw_ratios(axes[1, column], rows, result)
     unit = "time" if result["steps"] else "steps"
-    axes[1, 0].set_ylabel(f"{unit} to accuracy, ratio to no clipping")
+    axes[-1, 0].set_ylabel(f"{unit} to accuracy, ratio to no clipping")
+    axes[0, 0].set_ylabel("test accuracy, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(STYLES), frameon=False)
     figure.suptitle(describe(result["machine"]), fontsize=10)
@@ -281,10 +289,12 @@ def draw(result: dict[str, Any]) -> Figure:
 
 def _draw_accuracies(axes: Axes, rows: list[dict[str, Any]]) -> None:
     epochs = [row["epochs"] for row in rows]
-    for name, (colour, marker) in STYLES.items():
+    for place, (name, (colour, marker)) in enumerate(STYLES.items()):
+        # Shifted a little, so that no error bar hides another.
+        shifted = np.multiply(epochs, 1.02 ** (place - 1.5))
         means, errors = 100 * np.transpose([estimate(row["test_accuracies"][name]) for row in rows])
         style = {"color": colour, "marker": marker, "capsize": 3, "markersize": 5}
-        axes.errorbar(epochs, means, errors, label=name, **style)
+        axes.errorbar(shifted, means, errors, label=name, **style)
     axes.set(xscale="log", xlabel="budget, epochs")
     axes.set_xticks(epochs, list(map(str, epochs)))
     axes.set_xticks([], minor=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 
+import jax
 import pytest
 
-from benchmarks.cifar100 import budgets, budgets_report, many_runs, search
+from benchmarks.cifar100 import budgets, budgets_report, many_runs, search, tuned
 from benchmarks.cifar100.runs import Run
 from benchmarks.common.cache import RunsCache, digest
+from benchmarks.common.publishing import RESULTS
 
 METHODS = tuple(budgets_report.STYLES)
 MOMENTUM = budgets.METHODS["momentum"]
@@ -127,6 +130,19 @@ def test_tables_tell_steps_seconds_and_what_is_not_known():
     assert by_accuracy["20 %"][::2] == ["193 (1.9 s)", "≤ 100 (≤ 2.0 s)"]
 
 
+def test_a_single_budget_has_no_steps_to_accuracies():
+    one = result(row(1, (0.1, 0.2, 0.2, 0.1))) | {
+        "machine": {"platform": "tpu", "device": "", "jax": "", "date": ""}
+    }
+    assert "Steps to accuracies" not in budgets_report.filled_tables(one)
+    assert len(budgets_report.draw(one).axes) == 1
+    two = one | {
+        "rows": [*one["rows"], row(2, (0.2, 0.2, 0.3, 0.2)), row(1, (0.1,) * 4, "20% labels")]
+    }
+    assert list(budgets_report.filled_tables(two)) == list(budgets_report.TABLES)
+    assert len(budgets_report.draw(two).axes) == 2
+
+
 def test_sentences_tell_who_is_above_and_which_winners_have_an_edge():
     ahead, level = row(1, (0.1, 0.2, 0.2, 0.1)), row(2, (0.1,) * 4, sides=["smaller threshold"])
     first, *_, edge = budgets_report.sentences(result(ahead, row(4, (0.1, 0.2, 0.2, 0.1)), level))
@@ -181,3 +197,23 @@ def test_committed_runs_are_those_that_the_command_goes_on_from(monkeypatch):
     lines = [json.loads(line) for line in options.runs.read_text("ascii").splitlines()]
     assert [line["digest"] for line in lines] == [digest(line["run"]) for line in lines]
     assert {line["digest"] for line in lines if "seed" in line["run"]} <= read
+
+
+def test_committed_result_is_that_of_the_committed_runs(tmp_path, monkeypatch):
+    cifar = types.SimpleNamespace(num_classes=100, image_shape=(32, 32, 3))
+    data = types.SimpleNamespace(train=types.SimpleNamespace(images=range(45_000)))
+    monkeypatch.setattr(tuned, "load_dataset", lambda *_, **__: cifar)
+    monkeypatch.setattr(tuned, "load_data", lambda *_: data)
+    # Without time for missing runs, an incomplete budget is left out.
+    budgets.main(dataclasses.replace(budgets.DEFAULTS, out=tmp_path, seconds=0.0))
+    written, committed = (
+        json.loads((folder / "budgets.json").read_text()) for folder in (tmp_path, RESULTS)
+    )
+    assert jax.tree.structure(written) == jax.tree.structure(committed)
+    for leaf, told in zip(*map(jax.tree.leaves, (written, committed)), strict=True):
+        # Student-t quantiles of SciPy versions differ in the last digits.
+        assert leaf == told if isinstance(told, str) else leaf == pytest.approx(told, rel=1e-9)
+    protocol = committed["protocol"]
+    for own in committed["rows"]:
+        assert max(map(len, own["trials"].values())) <= protocol["trials"]
+        assert {len(values) for values in own["test_accuracies"].values()} == {protocol["seeds"]}
