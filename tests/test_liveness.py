@@ -104,7 +104,7 @@ def test_the_published_estimates_are_todays():
     named = lambda row: (row["target"], row["job"], row["mode"])
     assert list(map(named, rows)) == list(map(named, memory.compared(compiled)))
     ratios = [row["ratio"] for row in rows if row["mode"] == "one_pass"]
-    assert f"it is {min(ratios):.2f} to {max(ratios):.2f} of what they report" in GUIDE
+    assert f"it is {min(ratios):.2f} to {max(ratios):.2f} of what the compilers report" in GUIDE
     if result["machine"]["jax"] != jax.__version__:
         return  # which traces other programs
     row = next(row for row in rows if row["job"] == "zoo_lstm")

@@ -187,9 +187,11 @@ def _in_a_loop(problem: Problem, given: _Given) -> Result:
         present = state.kept | state.is_first
         new = _passed(problem, _without(given, present), state.kept)
         sums = [
-            jnp.where(jnp.any(state.kept), total, 0).astype(old.dtype)
+            total.astype(old.dtype)
             for total, old in zip(new.result.sums, state.result.sums, strict=True)
         ]
+        # Zeros by a branch of its own: a choice between two arrays would write each sum again.
+        sums = changed_if_any(~jnp.any(state.kept)[None], _zeros_like, sums)
         both = (one._replace(sums=[]) for one in (new.result, state.result))
         result = jax.tree.map(lambda *both: jnp.where(state.is_first, *both), *both)
         is_spoilt = clipping.any_of(lax.stop_gradient(new.is_spoilt))
@@ -215,16 +217,22 @@ def _in_a_loop(problem: Problem, given: _Given) -> Result:
     return run(_start(problem, given), given).result
 
 
+def _zeros_like(sums: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.zeros_like(total) for total in sums]
+
+
 def _start(problem: Problem, given: _Given) -> _State:
     axes = meshes.axes_of_type(problem.closed.out_avals[0])
     samples, closed = given.samples, problem.plans.closed
 
-    def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return meshes.varying(jnp.zeros(shape, dtype), axes)
+    def zeros(shape: tuple[int, ...], dtype: Any, make: Any = jnp.zeros) -> jax.Array:
+        return meshes.varying(make(shape, dtype), axes)
 
     n = samples.number
+    # The first pass writes the sums, so that nothing need be in them. JAX 0.7 has no `empty`.
+    empty = getattr(lax, "empty", jnp.zeros)
     result = Result(
-        sums=[zeros(leaf.shape, leaf.dtype) for leaf in given.leaves],
+        sums=[zeros(leaf.shape, leaf.dtype, empty) for leaf in given.leaves],
         outs=[zeros((n, *out.shape), out.dtype) for out in closed.out_avals],
         norms=zeros(samples.taus.shape, samples.taus.dtype),
         scales=zeros(samples.taus.shape, samples.taus.dtype),

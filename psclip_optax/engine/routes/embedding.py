@@ -141,7 +141,8 @@ def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
     same = indices[..., :, None] == indices[..., None, :]
     if indices.shape[2] <= _FEW_ROWS:
         sums = [_sum_of_equal(same, cotangents, row) for row in range(indices.shape[2])]
-        return sum(jnp.sum(jnp.square(one).reshape(len(one), -1), axis=1) for one in sums)
+        squares = (jnp.sum(jnp.square(one).reshape(len(one), -1), axis=1) for one in sums)
+        return sum(squares, jnp.zeros(len(indices), dtype))
     flat = cotangents.reshape(*indices.shape, -1)
     if indices.shape[2] <= _LARGEST_GRAM:
         matrices = flat.reshape(-1, *flat.shape[2:])
