@@ -14,7 +14,7 @@ from benchmarks.engine.accelerators import JOBS
 from psclip_optax.engine.liveness import peak_bytes
 
 KB = 1024
-GUIDE = (RESULTS.parents[1] / "docs/pages/guide/engine.md").read_text(encoding="utf-8")
+GUIDE = " ".join((RESULTS.parents[1] / "docs/pages/guide/engine.md").read_text("utf-8").split())
 SQUARE = jax.ShapeDtypeStruct((16, 16), jnp.float32)  # 1 KB
 
 
