@@ -109,7 +109,7 @@ def is_read_whole(axis: Axis) -> bool:
     return set(range(axis.inputs)) <= set(itertools.chain(*read))
 
 
-def is_touched_where_read(axis: Axis) -> bool:
+def is_read_where_touched(axis: Axis) -> bool:
     """Tell whether all inputs in the phases that are read are read."""
     for reads in reads_of(axis):
         for phase, of_phase in reads.phases:

@@ -75,7 +75,8 @@ def _in_a_row(array: jax.Array, outer: int, sizes: Sequence[int]) -> jax.Array:
     for axis, size in enumerate(sizes[outer + 1 :], outer + 2):
         config[axis] = (0, size - array.shape[axis], 0)
     array = lax.pad(array, jnp.zeros((), array.dtype), config)
-    return array.reshape(len(array), -1, *array.shape[1 + len(sizes) :])
+    first = 1 + len(sizes)
+    return array.reshape(len(array), math.prod(array.shape[1:first]), *array.shape[first:])
 
 
 def _moved(row: jax.Array, by: int, length: int) -> jax.Array:

@@ -53,7 +53,7 @@ def ways_on_tpu(axes: Sequence[Axis], num_in: int, num_out: int) -> dict[str, Wa
     multiplied = by_name["multiplied"]
     terms = _MULTIPLY_ADDS_PER_TERM_ON_TPU * multiplied.entries
     by_name["multiplied"] = multiplied._replace(multiply_adds=terms, entries=0)
-    if all(map(geometry.is_touched_where_read, axes)):
+    if all(map(geometry.is_read_where_touched, axes)):
         # An input that nothing reads may be NaN, and would be multiplied with zeros beside the
         # cotangents.
         by_name["shifted"] = _shifted(axes, num_in, num_out)
