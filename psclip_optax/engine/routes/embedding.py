@@ -138,18 +138,20 @@ def _joined(parts: list[Rows]) -> Rows:
 def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
     """Return ‖G_k‖² for each sample, [n]."""
     indices, cotangents = rows.indices, rows.cotangents.astype(dtype)
+    num_rows = indices.shape[2]
+    flat = cotangents.reshape(*indices.shape, math.prod(cotangents.shape[3:]))
+    if num_rows > _LARGEST_GRAM:
+        sums = jax.vmap(jax.vmap(_sum_by_index))(indices, flat)
+        return jnp.sum(jnp.square(sums), axis=(1, 2, 3))
     same = indices[..., :, None] == indices[..., None, :]
-    if indices.shape[2] <= _FEW_ROWS:
-        sums = [_sum_of_equal(same, cotangents, row) for row in range(indices.shape[2])]
-        squares = (jnp.sum(jnp.square(one).reshape(len(one), -1), axis=1) for one in sums)
-        return sum(squares, jnp.zeros(len(indices), dtype))
-    flat = cotangents.reshape(*indices.shape, -1)
-    if indices.shape[2] <= _LARGEST_GRAM:
+    if num_rows > _FEW_ROWS:
         matrices = flat.reshape(-1, *flat.shape[2:])
         gram = dense.product(matrices, matrices, 2, dtype).reshape(same.shape)
         return jnp.maximum(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2, 3)), 0)
-    sums = jax.vmap(jax.vmap(_sum_by_index))(indices, flat)
-    return jnp.sum(jnp.square(sums), axis=(1, 2, 3))
+    # Rows stay in the shape that the backward pass gives them.
+    sums = (_sum_of_equal(same, cotangents, row) for row in range(num_rows))
+    squares = (jnp.sum(jnp.square(one), axis=tuple(range(1, one.ndim))) for one in sums)
+    return sum(squares, jnp.zeros(len(indices), dtype))
 
 
 def _sum_of_equal(same: jax.Array, cotangents: jax.Array, row: int) -> jax.Array:
