@@ -18,12 +18,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import tyro
-from rich.console import Console
 
 import psclip_optax as psc
 from benchmarks.cifar100 import budgets_report as report
 from benchmarks.cifar100 import step_times
-from benchmarks.cifar100.many_runs import run_all
 from benchmarks.cifar100.runs import Numbers, Run, Setting
 from benchmarks.cifar100.search import Point, best, open_sides, rate, rounded, search, threshold
 from benchmarks.cifar100.tuned import (
@@ -211,19 +209,9 @@ def run_plan(
 
 def training_until(end: float, trainer: Trainer) -> Train:
     """Builds a function that trains runs and raises TimeoutError after the end."""
-    options = trainer.options
 
     def train(runs: list[Run]) -> list[dict[str, Any]]:
-        return run_all(
-            runs,
-            trainer.data,
-            trainer.num_classes,
-            cache=trainer.cache,
-            together=options.together,
-            console=Console(),
-            seconds=end - time.perf_counter(),
-            automatic=automatic_rule,
-        )
+        return trainer(runs, seconds=end - time.perf_counter(), automatic=automatic_rule)
 
     return train
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 
-from benchmarks.cifar100.many_runs import run_all
+import psclip_optax as psc
+from benchmarks.cifar100.many_runs import moment_rule, run_all
 from benchmarks.cifar100.runs import Data, Numbers, Run, Setting, as_json, load_data
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.machine import describe_machine
@@ -78,7 +79,14 @@ class Trainer(NamedTuple):
     options: Options
     cache: RunsCache
 
-    def __call__(self, runs: list[Run]) -> list[dict[str, Any]]:
+    def __call__(
+        self,
+        runs: list[Run],
+        *,
+        seconds: float | None = None,
+        automatic: Callable[[Any], psc.AdaptiveThreshold[Any]] = moment_rule,
+    ) -> list[dict[str, Any]]:
+        """Trains runs, for the given seconds instead of those of the options."""
         options = self.options
         return run_all(
             runs,
@@ -87,7 +95,8 @@ class Trainer(NamedTuple):
             cache=self.cache,
             together=options.together,
             console=Console(),
-            seconds=options.seconds,
+            seconds=options.seconds if seconds is None else seconds,
+            automatic=automatic,
         )
 
 
