@@ -29,7 +29,6 @@ from benchmarks.common.machine import describe_machine
 from benchmarks.common.publishing import RESULTS, load
 from benchmarks.common.timing import Case, quartiles, time_interleaved
 from benchmarks.engine.cost_report import (
-    COMPILATIONS,
     NOTE,
     draw,
     label,
@@ -37,11 +36,12 @@ from benchmarks.engine.cost_report import (
     to_markdown,
     to_table,
 )
+from benchmarks.engine.real_models import by_layer
 from benchmarks.zoo.models import ZOO, Model, Size, gpt
 from psclip_optax.engine.flops import count_flops
 from psclip_optax.training.output.files import write_atomically
 
-Mode = Literal["plain", "one_pass", "two_pass", "vmap"]
+Mode = Literal["plain", "one_pass", "two_pass", "by_layer", "vmap"]
 Sweep = Literal["n", "length"]
 
 # Sizes at which a step of a plain gradient takes about a second on two cores.
@@ -67,7 +67,7 @@ MOST_STACKED_BYTES = 4e9
 # The error of a leaf whose gradient vanishes up to rounding is relative to this share of the
 # largest entry of all leaves.
 ERROR_FLOOR = 1e-2
-MODES: tuple[Mode, ...] = ("plain", "one_pass", "two_pass", "vmap")
+MODES: tuple[Mode, ...] = ("plain", "one_pass", "two_pass", "by_layer", "vmap")
 
 
 class Point(NamedTuple):
@@ -123,6 +123,8 @@ def build(point: Point, size: Size) -> Model:
 
 def step(loss: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
     """Builds a function of (params, threshold, *batch) that returns (value, grads, …)."""
+    if mode == "by_layer":
+        return step_by_layer(loss)
     if mode != "plain":
         clipped = psc.clipped_value_and_grad(loss, 1.0, mode=mode, return_stats=True)
         return lambda params, tau, *batch: clipped(params, *batch, threshold=tau)
@@ -136,6 +138,17 @@ def step(loss: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
         return jax.value_and_grad(mean_loss)(params)
 
     return plain
+
+
+def step_by_layer(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Builds a function of (params, threshold, *batch) with a threshold for each layer."""
+
+    def clipped(params: Any, tau: Any, *batch: Any) -> Any:
+        return psc.clipped_value_and_grad(loss, by_layer(params, tau), return_stats=True)(
+            params, *batch
+        )
+
+    return clipped
 
 
 def compile_interleaved(
@@ -193,16 +206,15 @@ def slices_that_fit(samples: int, parameter_bytes: int) -> int:
 # One row
 
 
-def measure(point: Point, size: Size, rounds: int) -> dict[str, Any]:
+def measure(point: Point, size: Size, rounds: int, compilations: int) -> dict[str, Any]:
     model = build(point, size)
     batch = model.batch(point.samples)
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     skipped = skip_reasons(point, parameter_bytes)
     steps = {mode: step(model.loss, mode) for mode in MODES if mode not in skipped}
     arguments = (model.params, jnp.float32(jnp.inf), *batch)
-    is_zoo, is_quick = point.experiment == "zoo", size == "small"
-    compilations = COMPILATIONS if is_zoo and not is_quick else 1
-    programs = compile_interleaved(steps, arguments, compilations)
+    is_zoo = point.experiment == "zoo"
+    programs = compile_interleaved(steps, arguments, compilations if is_zoo else 1)
     tau = jnp.median(programs["one_pass"].compiled(*arguments)[2].norms)  # clips half of them
     arguments = (model.params, tau, *batch)
     cases = {mode: Case(program.compiled, arguments) for mode, program in programs.items()}
@@ -234,7 +246,7 @@ def cotangent_bytes(model: Model, batch: tuple[Any, ...]) -> int:
 
 def skip_reasons(point: Point, parameter_bytes: int) -> dict[str, str]:
     if point.experiment != "zoo":
-        return dict.fromkeys(("two_pass", "vmap"), "not part of a sweep")
+        return dict.fromkeys(("two_pass", "by_layer", "vmap"), "not part of a sweep")
     stacked = point.samples * parameter_bytes
     if stacked <= MOST_STACKED_BYTES:
         return {}
@@ -320,6 +332,7 @@ def main(
     samples: dict[str, int] | None = None,
     sweep: tuple[Sweep, ...] = (),
     rounds: int | None = None,
+    compilations: int | None = None,
     quick: bool = False,
     rerun: bool = False,
     markdown: bool = False,
@@ -332,6 +345,8 @@ def main(
       samples: batch sizes that replace the default ones, as in --samples alexnet 64 mlp 32.
       sweep: also measure ratios over the number of samples, or over the length of the sequence.
       rounds: timed rounds; 9 by default.
+      compilations: compilations of each mode, whose median is reported; 5 by default, and 1 in a
+        sweep.
       quick: two small models and few rounds, to check that the benchmark works.
       rerun: also measure what is in the file already.
       markdown: measure nothing; print the guide's table from the file.
@@ -343,11 +358,13 @@ def main(
     chosen = models if models is not None else QUICK_MODELS if quick else tuple(SAMPLES)
     size: Size = "small" if quick else "full"
     rounds = rounds or (3 if quick else 9)
+    compilations = compilations or (1 if quick else 5)
     machine = describe_machine() | {
         "jaxlib": importlib.metadata.version("jaxlib"),
         "xla_platform": jax.devices()[0].client.platform_version,
     }
-    settings = {"machine": machine, "rounds": rounds, "size": size}
+    measured = {"rounds": rounds, "compilations": compilations, "size": size}
+    settings = {"machine": machine, **measured}
     out.mkdir(parents=True, exist_ok=True)
     path = out / "engine.json"
     rows = load(path, settings, rerun)
@@ -358,7 +375,7 @@ def main(
         if not rerun and any(is_of(row, point) for row in rows):
             continue
         console.print(f"Measuring {label(point._asdict())}", style="dim")
-        rows = add_row(rows, measure(point, size, rounds))
+        rows = add_row(rows, measure(point, size, rounds, compilations))
         write(path, settings, rows)
     console.print(to_table(machine, rows))
     draw(machine, rows).savefig(out / "engine.png", dpi=160)

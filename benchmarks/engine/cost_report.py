@@ -13,18 +13,23 @@ from rich.table import Table
 from benchmarks.common.machine import describe
 from benchmarks.common.style import show_ticks, tidy
 
-COMPILATIONS = 5
 NOTE = (
     "Time: ratio to the plain gradient's in the same round, median (quartiles). Temp: temporary "
     "memory of the compiled program; allowed is 1.1 × (plain + the sites' cotangents). FLOPs: "
     "XLA's count with every scan unrolled, and of a branch the dearer side. Compile: tracing "
-    f"included, median of {COMPILATIONS} ratios (of one in a sweep). Error: of the gradients, half "
+    "included, median over the settings' number of compilations. Error: of the gradients, half "
     "of the samples clipped, against stacked ones in float32; relative to the largest entry of "
     "each leaf, largest over the leaves."
 )
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; hatched for grey prints.
-STYLES = {"one_pass": ("#0072B2", ""), "two_pass": ("#56B4E9", "///"), "vmap": ("#D55E00", "...")}
+STYLES = {
+    "one_pass": ("#0072B2", ""),
+    "two_pass": ("#56B4E9", "///"),
+    "by_layer": ("#009E73", "\\\\\\"),
+    "vmap": ("#D55E00", "..."),
+}
+_BAR = 0.8 / len(STYLES)
 
 LINES = {"alexnet": ("#0072B2", "o"), "mlp": ("#D55E00", "s"), "gpt_tied": ("#009E73", "^")}
 
@@ -121,7 +126,7 @@ def cells(figures: dict[str, Any]) -> list[str]:
 def draw(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     labels = [label(row) for row in rows if row["experiment"] == "zoo"]
     sweeps = sweeps_of(rows)
-    heights = [1 + 0.52 * len(labels)] * bool(labels) + [3.2] * bool(sweeps)
+    heights = [1 + 0.6 * len(labels)] * bool(labels) + [3.2] * bool(sweeps)
     figure = Figure(figsize=(11, 1 + sum(heights)), layout="constrained")
     grid = figure.add_gridspec(max(1, len(heights)), 2, height_ratios=heights or None)
     if labels:
@@ -148,7 +153,7 @@ def draw_bars(axes: Axes, rows: list[dict[str, Any]], quantity: str, labels: lis
         figures = in_zoo(rows, mode)
         if not figures:
             continue
-        heights = [index + 0.27 * (k - 1) for index, _ in figures]
+        heights = [index + _offset(k) for index, _ in figures]
         values = [of_mode[quantity] for _, of_mode in figures]
         low, middle, high = zip(*(as_quartiles(value) for value in values), strict=True)
         spread = [np.subtract(middle, low), np.subtract(high, middle)]
@@ -156,7 +161,7 @@ def draw_bars(axes: Axes, rows: list[dict[str, Any]], quantity: str, labels: lis
         # Bars start at 1: to the left is cheaper than a plain gradient, to the right more
         # expensive.
         widths = np.subtract(middle, 1)
-        axes.barh(heights, widths, 0.25, left=1, label=mode, linewidth=0, **style)
+        axes.barh(heights, widths, 0.9 * _BAR, left=1, label=mode, linewidth=0, **style)
         if quantity == "ratio_quartiles":
             axes.errorbar(middle, heights, xerr=spread, fmt="none", ecolor="black", capsize=2)
         for height, value, end in zip(heights, middle, high, strict=True):
@@ -164,7 +169,7 @@ def draw_bars(axes: Axes, rows: list[dict[str, Any]], quantity: str, labels: lis
             axes.annotate(f"{value:.2f}", (max(end, 1), height), fontsize=7, **place)
     for k, mode in enumerate(STYLES):
         for index in set(range(len(labels))) - {index for index, _ in in_zoo(rows, mode)}:
-            axes.annotate("– not run", (1.02, index + 0.27 * (k - 1)), fontsize=7, va="center")
+            axes.annotate("– not run", (1.02, index + _offset(k)), fontsize=7, va="center")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -173,6 +178,11 @@ def draw_bars(axes: Axes, rows: list[dict[str, Any]], quantity: str, labels: lis
     show_ticks(axes.xaxis, axes.get_xlim())
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _offset(k: int) -> float:
+    """Returns the distance of a mode's bar from the middle of its model's."""
+    return _BAR * (k - (len(STYLES) - 1) / 2)
 
 
 def as_quartiles(value: Any) -> tuple[float, float, float]:
@@ -204,12 +214,11 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     Args:
       rows: the rows of engine.json.
     """
-    columns = ["model, samples"]
-    columns += [f"`{mode}`: time | memory" for mode in ("one_pass", "two_pass", "vmap")]
-    lines = [f"| {' | '.join(columns)} |", "|---" * 7 + "|"]
+    columns = ["model, samples", *(f"`{mode}`: time | memory" for mode in STYLES)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * (1 + 2 * len(STYLES)) + "|"]
     for row in rows:
         if row["experiment"] == "zoo":
-            modes = [_markdown(row["modes"][mode]) for mode in ("one_pass", "two_pass", "vmap")]
+            modes = [_markdown(row["modes"][mode]) for mode in STYLES]
             lines.append(f"| {row['model']}, {row['samples']} | {' | '.join(modes)} |")
     return "\n".join(lines)
 

@@ -67,7 +67,7 @@ def test_writes_every_figure_of_every_mode(finished):
         assert row["modes"]["one_pass"]["temp_per_allowed"] > 0
         assert row["modes"]["plain"]["flops_ratio"] == 1
     means = result["summary"]["geometric_mean_of_time"]
-    assert set(means) == {"one_pass", "two_pass", "vmap"}
+    assert set(means) == {"one_pass", "two_pass", "by_layer", "vmap"}
     assert all(mean["models"] == 2 for mean in means.values())
     assert "geometric mean" in printed
     assert (out / "engine.png").read_bytes().startswith(b"\x89PNG")
