@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from psclip_optax import meshes
-from psclip_optax.engine.platforms import by_platform
+from psclip_optax.platforms import by_platform
 
 
 class Parts(NamedTuple):

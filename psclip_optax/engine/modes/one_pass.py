@@ -22,8 +22,8 @@ from psclip_optax.engine.modes.tapped import (
     weighted_sums,
 )
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
-from psclip_optax.engine.platforms import by_platform
 from psclip_optax.engine.routes.route import Entered
+from psclip_optax.platforms import by_platform
 
 # Stacked gradients of parameters without a route may need this many times the memory of a plain
 # gradient.

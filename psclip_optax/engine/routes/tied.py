@@ -17,11 +17,11 @@ from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
-from psclip_optax.engine.platforms import by_platform
 from psclip_optax.engine.routes import dense, embedding
 from psclip_optax.engine.routes.dense import DENSE
 from psclip_optax.engine.routes.embedding import EMBEDDING
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route, of_one_sample
+from psclip_optax.platforms import by_platform
 
 
 class Tied(Route):

@@ -30,12 +30,12 @@ from jax.extend import core
 from psclip_optax.engine.analysis.operations import convolution_leaving
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
-from psclip_optax.engine.platforms import by_platform
 from psclip_optax.engine.routes.convolution import patches
 from psclip_optax.engine.routes.convolution.geometry import Axis, window
 from psclip_optax.engine.routes.convolution.layouts import Pixels, block_sizes, sides
 from psclip_optax.engine.routes.convolution.ways import Way, ways, ways_on_tpu
 from psclip_optax.engine.routes.route import Cotangents, Entered, Route, entries_read, samples_first
+from psclip_optax.platforms import by_platform
 
 # A few samples may take as much as a CPU's cache.
 _BYTES_AT_ONCE_ON_CPU = 2**22
