@@ -14,6 +14,7 @@ from jax import export, lax
 
 from psclip_optax.arrays import described, dtype_of, float_leaves, promoted
 from psclip_optax.groups import ALL_TOGETHER, Groups
+from psclip_optax.platforms import by_platform
 
 _PUT_IT_FIRST = (
     "per_sample_clip changes shapes, so it is the first link of a chain, and whatever accumulates, "
@@ -206,16 +207,23 @@ def _sum_of_squares(leaf: jax.Array, axis: int) -> jax.Array:
 
 
 def weighted_sum(leaf: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
+    """Return Σ_k weights_k leaf_k over the samples on `axis`, in at least float32."""
     dtype = _accumulation_dtype(leaf.dtype)
-    # By default a GPU would multiply in TF32 and a TPU in bfloat16. Full precision costs nothing
-    # here, where each number is read once.
-    return lax.dot_general(
-        weights.astype(dtype),
-        leaf.astype(dtype),
-        (((0,), (axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
+    weights, leaf = weights.astype(dtype), leaf.astype(dtype)
+
+    # A TPU's matrix unit would multiply a single row in several passes. The sum is one pass, fused
+    # with what makes the leaf.
+    def summed(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+        return jnp.sum(leaf * _per_sample(weights, leaf, axis), axis)
+
+    # By default a GPU would multiply in TF32. Full precision costs nothing here, where each number
+    # is read once.
+    def product(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+        dims = (((0,), (axis,)), ((), ()))
+        highest = lax.Precision.HIGHEST
+        return lax.dot_general(weights, leaf, dims, precision=highest, preferred_element_type=dtype)
+
+    return by_platform(weights, leaf, tpu=summed, elsewhere=product)
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
