@@ -22,15 +22,22 @@ from psclip_optax.engine.routes.route import Cotangents, Entered, Route, samples
 
 # Up to this number of rows, comparing all pairs is faster than sorting.
 _LARGEST_GRAM = 256
-# Up to this number, adding them up is one pass over them, which needs no matrix unit.
+# Up to this number, the products of pairs are sums in one pass, which needs no matrix unit.
 _FEW_ROWS = 4
 
 
 class Rows(NamedTuple):
-    """The indices [n, B, T] and cotangents [n, B, T, …] of rows, 0 for indices out of bounds."""
+    """Holds the rows that were looked up.
+
+    Attributes:
+      indices: the index of each row, within bounds, [n, B, T].
+      cotangents: the cotangent of each row, [n, B, T, …].
+      is_told: whether the gradient has the row: an index out of bounds has none, [n, B, T].
+    """
 
     indices: jax.Array
     cotangents: jax.Array
+    is_told: jax.Array
 
 
 class Embedding(Route):
@@ -118,52 +125,55 @@ def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
     place = site.eqn.params["dimension_numbers"].start_index_map.index(axis)
     of_rows = indices[..., place]
     if site.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
-        return Rows(jnp.clip(of_rows, 0, shape[axis] - 1), cotangents)
+        clipped = jnp.clip(of_rows, 0, shape[axis] - 1)
+        return Rows(clipped, cotangents, jnp.ones_like(clipped, bool))
     # If an axis is taken whole, any index other than 0 is out of bounds.
     others = jnp.delete(indices, place, axis=-1, assume_unique_indices=True)
     is_inside = (of_rows >= 0) & (of_rows < shape[axis]) & jnp.all(others == 0, axis=-1)
-    of_columns = is_inside.reshape(*is_inside.shape, *[1] * (cotangents.ndim - 3))
-    return Rows(jnp.where(is_inside, of_rows, 0), jnp.where(of_columns, cotangents, 0))
+    return Rows(jnp.where(is_inside, of_rows, 0), cotangents, is_inside)
 
 
 def _joined(parts: list[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
-    return Rows(
-        jnp.concatenate([part.indices for part in parts], axis=2),
-        jnp.concatenate([part.cotangents for part in parts], axis=2),
-    )
+    return Rows(*(jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)))
 
 
 def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
     """Return ‖G_k‖² for each sample, [n]."""
-    indices, cotangents = rows.indices, rows.cotangents.astype(dtype)
+    indices, is_told = rows.indices, rows.is_told
+    cotangents = rows.cotangents.astype(dtype)
     num_rows = indices.shape[2]
     flat = cotangents.reshape(*indices.shape, math.prod(cotangents.shape[3:]))
     if num_rows > _LARGEST_GRAM:
-        sums = jax.vmap(jax.vmap(_sum_by_index))(indices, flat)
+        told = jnp.where(is_told[..., None], flat, 0)
+        sums = jax.vmap(jax.vmap(_sum_by_index))(indices, told)
         return jnp.sum(jnp.square(sums), axis=(1, 2, 3))
     same = indices[..., :, None] == indices[..., None, :]
-    if num_rows > _FEW_ROWS:
+    same &= is_told[..., :, None] & is_told[..., None, :]
+    if 0 < num_rows <= _FEW_ROWS:
+        gram = _products_of_pairs(cotangents)
+    else:
         matrices = flat.reshape(-1, *flat.shape[2:])
         gram = dense.product(matrices, matrices, 2, dtype).reshape(same.shape)
-        return jnp.maximum(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2, 3)), 0)
-    # Rows stay in the shape that the backward pass gives them.
-    sums = (_sum_of_equal(same, cotangents, row) for row in range(num_rows))
-    squares = (jnp.sum(jnp.square(one), axis=tuple(range(1, one.ndim))) for one in sums)
-    return sum(squares, jnp.zeros(len(indices), dtype))
+    # The gradient is a sum of rows for each index, so that only rows with equal index meet.
+    return jnp.maximum(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2, 3)), 0)
 
 
-def _sum_of_equal(same: jax.Array, cotangents: jax.Array, row: int) -> jax.Array:
-    """Sum a row and the later ones with its index, [n, B, …]; 0 if an earlier one has it."""
+def _products_of_pairs(rows: jax.Array) -> jax.Array:
+    """Return the inner product of each pair of rows [n, B, T, …], [n, B, T, T].
 
-    def where(is_taken: jax.Array, other: int) -> jax.Array:
-        taken = is_taken.reshape(*is_taken.shape, *[1] * (cotangents.ndim - 3))
-        return jnp.where(taken, cotangents[:, :, other], 0)
+    Rows stay in the shape that the backward pass gives them, and the matrix unit is not needed.
+    """
+    columns = tuple(range(2, rows.ndim - 1))
 
-    is_first = ~jnp.any(same[..., row, :row], axis=-1)
-    later = [where(is_first & same[..., row, other], other) for other in range(row, same.shape[-1])]
-    return sum(later[1:], later[0])
+    def product(left: int, right: int) -> jax.Array:
+        low, high = sorted((left, right))
+        return jnp.sum(rows[:, :, low] * rows[:, :, high], axis=columns)
+
+    num_rows = rows.shape[2]
+    of_rows = [[product(i, j) for j in range(num_rows)] for i in range(num_rows)]
+    return jnp.array(of_rows).transpose(2, 3, 0, 1)
 
 
 def _sum_by_index(indices: jax.Array, cotangents: jax.Array) -> jax.Array:

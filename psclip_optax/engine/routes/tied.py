@@ -99,7 +99,8 @@ def _twice_inner_products(
     products = dense.product(over, taken, 2, dtype).reshape(*over_rows.shape[:3], -1)
     # A TPU can look up along the last axis only in a copy of the whole array.
     at_indices = by_platform(over_rows, rows.indices, tpu=_selected, elsewhere=_looked_up)
-    return 2 * jnp.sum(products * at_indices.astype(dtype), axis=(1, 2, 3))
+    told = jnp.where(rows.is_told[:, :, None], products * at_indices.astype(dtype), 0)
+    return 2 * jnp.sum(told, axis=(1, 2, 3))
 
 
 def _looked_up(over_rows: jax.Array, indices: jax.Array) -> jax.Array:
