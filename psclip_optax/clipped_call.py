@@ -23,6 +23,7 @@ from psclip_optax.engine.modes.choice import chosen
 from psclip_optax.engine.modes.fused import FUSED
 from psclip_optax.engine.modes.micro_batches import MICRO_BATCHES
 from psclip_optax.engine.modes.mode import Mode
+from psclip_optax.engine.modes.one_by_one import run_mode
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples, in_slices
 from psclip_optax.engine.modes.stacked import STACKED
@@ -43,7 +44,7 @@ def clip(
     least = limits.least_norms()
     mode = _mode(problem, call, concrete(samples.taus) if least is None else least, options)
     result = in_slices(
-        functools.partial(mode.run, problem, call.params),
+        functools.partial(run_mode, mode, problem, call.params),
         samples,
         options.microbatch_size,
         has_convolutions=problem.has_convolutions,
