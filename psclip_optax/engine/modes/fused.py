@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Result, Samples
 from psclip_optax.engine.modes.tapped import all_weights, squared_norms, weighted_sums
 from psclip_optax.engine.modes.weighing import changed_if_any, weigh, weights_of_sum
+from psclip_optax.platforms import by_platform
 from psclip_optax.thresholds import concrete
 
 
@@ -38,12 +40,13 @@ class FusedPass(Mode):
         given = _Given(list(problem.plans.closed.consts), list(leaves), samples)
         if problem.on_nonfinite == "propagate" and not problem.may_be_padded:
             return _passed(problem, given, samples.counts).result
-        is_cpu = jax.default_backend() == "cpu"
-        is_traced = concrete(samples.counts) is None
+        if concrete(samples.counts) is not None:
+            return _and_again(problem, given)
+        in_a_loop = functools.partial(_in_a_loop, problem)
+        if not problem.has_convolutions:
+            return in_a_loop(given)
         # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
-        if is_traced and not (is_cpu and problem.has_convolutions):
-            return _in_a_loop(problem, given)
-        return _and_again(problem, given)
+        return by_platform(given, cpu=functools.partial(_and_again, problem), elsewhere=in_a_loop)
 
     def explain(
         self, problem: Problem, leaves: Sequence[Any], params: Any, num_samples: int, note: str
@@ -184,6 +187,7 @@ def _in_a_loop(problem: Problem, given: _Given) -> Result:
     """Make the passes in a loop, so that a pass is compiled only once."""
 
     def step(state: _State, given: _Given) -> _State:
+        given = given._replace(leaves=_times_one(given.leaves, state.num_left >= 1))
         present = state.kept | state.is_first
         new = _passed(problem, _without(given, present), state.kept)
         sums = [
@@ -215,6 +219,24 @@ def _in_a_loop(problem: Problem, given: _Given) -> Result:
         return jax.jvp(twice, primals, tangents)
 
     return run(_start(problem, given), given).result
+
+
+def _times_one(leaves: list[jax.Array], is_any_left: jax.Array) -> list[jax.Array]:
+    """Return the parameters times a 1 that a TPU's compiler does not know before the loop.
+
+    Otherwise it moves their conversions to bfloat16 out of the loop, and writes what each product
+    would convert as it reads.
+    """
+
+    def multiplied(leaves: list[jax.Array], is_any_left: jax.Array) -> list[jax.Array]:
+        one = jnp.where(is_any_left, 1, 0).astype(jnp.float32)
+        return [leaf * one if leaf.dtype == one.dtype else leaf for leaf in leaves]
+
+    def unchanged(leaves: list[jax.Array], is_any_left: jax.Array) -> list[jax.Array]:
+        del is_any_left
+        return leaves
+
+    return by_platform(leaves, is_any_left, tpu=multiplied, elsewhere=unchanged)
 
 
 def _zeros_like(sums: list[jax.Array]) -> list[jax.Array]:
