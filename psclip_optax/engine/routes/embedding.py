@@ -151,29 +151,29 @@ def squared_norms(rows: Rows, dtype: Any) -> jax.Array:
         return jnp.sum(jnp.square(sums), axis=(1, 2, 3))
     same = indices[..., :, None] == indices[..., None, :]
     same &= is_told[..., :, None] & is_told[..., None, :]
-    if 0 < num_rows <= _FEW_ROWS:
-        gram = _products_of_pairs(cotangents)
-    else:
-        matrices = flat.reshape(-1, *flat.shape[2:])
-        gram = dense.product(matrices, matrices, 2, dtype).reshape(same.shape)
     # The gradient is a sum of rows for each index, so that only rows with equal index meet.
+    if 0 < num_rows <= _FEW_ROWS:
+        return jnp.maximum(_products_of_few(same, cotangents), 0)
+    matrices = flat.reshape(-1, *flat.shape[2:])
+    gram = dense.product(matrices, matrices, 2, dtype).reshape(same.shape)
     return jnp.maximum(jnp.sum(jnp.where(same, gram, 0), axis=(1, 2, 3)), 0)
 
 
-def _products_of_pairs(rows: jax.Array) -> jax.Array:
-    """Return the inner product of each pair of rows [n, B, T, …], [n, B, T, T].
+def _products_of_few(same: jax.Array, rows: jax.Array) -> jax.Array:
+    """Sum the inner products of the pairs of rows [n, B, T, …] that are the same row, [n].
 
-    Rows stay in the shape that the backward pass gives them, and the matrix unit is not needed.
+    Rows stay in the shape that the backward pass gives them, and the matrix unit is not needed. A
+    TPU sums the squares of all rows as it makes them.
     """
-    columns = tuple(range(2, rows.ndim - 1))
+    columns, num_rows = tuple(range(3, rows.ndim)), rows.shape[2]
 
-    def product(left: int, right: int) -> jax.Array:
-        low, high = sorted((left, right))
-        return jnp.sum(rows[:, :, low] * rows[:, :, high], axis=columns)
+    def apart(distance: int) -> jax.Array:
+        low, high = rows[:, :, : num_rows - distance], rows[:, :, distance:]
+        products = jnp.sum(low * high, axis=columns)
+        is_same = jnp.diagonal(same, distance, 2, 3)
+        return jnp.sum(jnp.where(is_same, products, 0), axis=(1, 2))
 
-    num_rows = rows.shape[2]
-    of_rows = [[product(i, j) for j in range(num_rows)] for i in range(num_rows)]
-    return jnp.array(of_rows).transpose(2, 3, 0, 1)
+    return apart(0) + 2 * sum(map(apart, range(1, num_rows)), jnp.zeros(len(rows), rows.dtype))
 
 
 def _sum_by_index(indices: jax.Array, cotangents: jax.Array) -> jax.Array:
