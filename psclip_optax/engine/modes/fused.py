@@ -185,9 +185,14 @@ class _State(NamedTuple):
 
 def _in_a_loop(problem: Problem, given: _Given) -> Result:
     """Make the passes in a loop, so that a pass is compiled only once."""
+    fusion = problem.fusion
+    assert fusion is not None
+    # Scanned layers convert their parameters in each step, and a product would take memory.
+    has_scans = any(len(one.columns) > 1 for one in fusion.fused)
 
     def step(state: _State, given: _Given) -> _State:
-        given = given._replace(leaves=_times_one(given.leaves, state.num_left >= 1))
+        if not has_scans:
+            given = given._replace(leaves=_times_one(given.leaves, state.num_left >= 1))
         present = state.kept | state.is_first
         new = _passed(problem, _without(given, present), state.kept)
         sums = [
