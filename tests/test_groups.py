@@ -261,19 +261,20 @@ def test_thresholds_of_a_call_replace_those_given_before(mode):
         params, batch = in_float64(PARAMS), in_float64(batch_of())
         stacked = stacked_of(LOSS, params, batch)
 
-        @jax.jit
-        def call(threshold):
-            return f(params, *batch, threshold=threshold)
-
         other = {"in": psc.growing_threshold(0.1, 2.0), "out": 0.7}
-        assert_close(call(other)[0], expected_of(other, stacked), 1e-10)
-        for_all, stats = call(0.25)
-        assert_close(for_all, expected_of({"in": 0.25, "out": 0.25}, stacked), 1e-10)
-        assert stats.norms.shape == (N, 2)
         finer = {"in": {"w": 0.1, "b": 0.2}, "out": 0.3}
-        assert_close(call(finer)[0], expected_of(finer, stacked), 1e-10)
-        plain = jax.jit(psc.clipped_grad(LOSS, 1.0, mode=mode))(params, *batch, threshold=other)
-        assert_close(plain, expected_of(other, stacked), 1e-10)
+        of_one = psc.clipped_grad(LOSS, 1.0, mode=mode, return_stats=True)
+
+        @jax.jit
+        def calls(*thresholds):
+            given = [f(params, *batch, threshold=threshold) for threshold in thresholds]
+            return [*given, of_one(params, *batch, threshold=thresholds[0])]
+
+        results = calls(other, 0.25, finer)
+        for_all = {"in": 0.25, "out": 0.25}
+        for (grads, _), threshold in zip(results, (other, for_all, finer, other), strict=True):
+            assert_close(grads, expected_of(threshold, stacked), 1e-10)
+        assert results[1][1].norms.shape == (N, 2)
 
 
 def test_micro_batches_are_clipped_by_group():
