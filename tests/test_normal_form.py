@@ -186,11 +186,18 @@ def test_no_gradient_is_stacked(name):
     assert plan.rows[-1].route == "dense", plan
 
 
+def unsigned(table, positions):
+    numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
+    positions = jnp.array(positions, jnp.uint32)[:, None]
+    return lax.gather(table, positions, numbers, (1, table.shape[1]))
+
+
 TABLES = {
     "slice": lambda table: table[:T],
     "slice from an index": lambda table: lax.dynamic_slice_in_dim(table, 2, T),
     "rows at positions": lambda table: table[jnp.arange(T)],
     "take": lambda table: jnp.take(table, jnp.arange(T), axis=0),
+    "rows at unsigned positions from the last": lambda table: unsigned(table, range(T)[::-1]),
     "every second row": lambda table: table[jnp.arange(0, 2 * T, 2)],
     "a batch axis": lambda table: table[None, :T][0],
 }

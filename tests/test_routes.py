@@ -222,6 +222,47 @@ def test_a_rule_that_is_not_known_does_not_stack_all_samples():
     assert_close(compiled(w, x), stacked(w, x), 1e-5)
 
 
+# Look-ups
+
+
+def look_up(table, indices, collapsed=(0,), mode="clip"):
+    """Look up rows, with a gather that keeps their axis if it is not collapsed."""
+    kept = tuple(range(1, 1 + table.ndim - len(collapsed)))
+    numbers = lax.GatherDimensionNumbers(kept, collapsed, (0,))
+    return lax.gather(table, indices[:, None], numbers, (1, *table.shape[1:]), mode=mode)
+
+
+TWICE = {
+    "rows": (lambda p, i: jnp.sum(jnp.sin(look_up(p, i, ()))) + jnp.sum(look_up(p, i) ** 2), (9, 2)),
+    "columns": (lambda p, i: jnp.sum(jnp.sin(look_up(p.T, i, ()))) + jnp.sum(p[:, i] ** 2), (2, 9)),
+    "entries": (lambda p, i: jnp.sum(jnp.sin(p[i])) + jnp.sum(look_up(p, i, ()) ** 2), (9,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", slow.but(["columns"], TWICE))
+def test_look_ups_that_keep_the_axis_of_rows_join_those_that_do_not(name):
+    loss, shape = TWICE[name]
+    with enable_x64(True):
+        random = np.random.default_rng(0)
+        p, i = random.normal(size=shape), random.integers(0, 9, (N, 3))
+        results = in_all_modes(loss, 1.0, ["one_pass", "vmap"])(p, i)
+        assert_close(results["one_pass"], results["vmap"], 1e-12)
+        assert psc.clipped_grad(loss, 1.0).explain(p, i).rows[0].route == "embedding"
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill"])
+def test_indices_may_be_narrower_than_the_number_of_rows(mode):
+    loss = lambda p, i, j: jnp.sum(jnp.sin(look_up(p, i, mode=mode))) + jnp.sum(p[j] ** 2)
+    with enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        random = np.random.default_rng(0)
+        p, i = random.normal(size=(300, 2)), random.integers(0, 256, (N, 3))
+        j = i[:, ::-1].astype(np.int32)
+        wanted = in_all_modes(loss, 1.0, ["vmap"])(p, i, j)["vmap"]
+        found = in_all_modes(loss, 1.0, ["one_pass"])(p, i.astype(np.uint8), j)["one_pass"]
+        # With the tests' flags XLA adds gradients to wrong rows at such indices.
+        assert_close(found[2].norms, wanted[2].norms, 1e-12)
+
+
 def test_entries_are_looked_up_alike_on_all_platforms():
     over_rows = jax.random.normal(jax.random.key(0), (N, 2, T, 9))
     indices = jax.random.randint(jax.random.key(1), (N, 2, 4), 0, 9)

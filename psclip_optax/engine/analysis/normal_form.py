@@ -286,7 +286,7 @@ def _rows(eqn: core.JaxprEqn, indices: np.ndarray) -> range | None:
     """Find the rows that a look-up takes, if they are whole and evenly spaced."""
     dims, shape = eqn.params["dimension_numbers"], aval(eqn.invars[0]).shape
     whole = (1, *shape[1:])
-    flat = indices.reshape(-1)
+    flat = indices.reshape(-1).astype(np.int64)  # differences of unsigned numbers would wrap
     is_of_rows = (
         tuple(dims.start_index_map) == (0,)
         and tuple(dims.collapsed_slice_dims) == (0,)

@@ -99,14 +99,15 @@ def _rows(site: Site, indices: jax.Array, dy: jax.Array) -> Rows:
     offset = 1 + len(site.scans)
     layered, steps = ([1 + axis for axis in axes] for axes in site.scan_axes)
     dims = site.eqn.params["dimension_numbers"]
-    columns = [offset + axis for axis in dims.offset_dims]
-    taken = [axis for axis in range(offset, dy.ndim) if axis not in columns]
-    whole = [a for a in range(aval(site.eqn.invars[0]).ndim) if a not in dims.collapsed_slice_dims]
+    left = [a for a in range(aval(site.eqn.invars[0]).ndim) if a not in dims.collapsed_slice_dims]
     # Offset axes are in the operand's order. Sites share the frame's order.
-    columns = [columns[whole.index(a)] for a in sorted(whole, key=site.view.axes.__getitem__)]
+    in_dy = dict(zip(left, (offset + axis for axis in dims.offset_dims), strict=True))
+    taken = [axis for axis in range(offset, dy.ndim) if axis not in in_dy.values()]
+    kept = [in_dy.pop(axis) for axis in _indexed(site.eqn) if axis in in_dy]  # of size 1
+    columns = [in_dy[axis] for axis in sorted(in_dy, key=site.view.axes.__getitem__)]
     groups = [[0], layered, steps + taken]
     shape = [math.prod(dy.shape[axis] for axis in group) for group in groups]
-    cotangents = dy.transpose([*itertools.chain(*groups), *columns])
+    cotangents = dy.transpose([*itertools.chain(*groups), *kept, *columns])
     cotangents = cotangents.reshape(*shape, *(dy.shape[axis] for axis in columns))
     order = [*itertools.chain(*_shifted(groups, taken, offset)), indices.ndim - 1]
     flat = indices.transpose(order).reshape(*shape, -1)
@@ -124,6 +125,8 @@ def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
     (axis,), shape = _indexed(site.eqn), aval(site.eqn.invars[0]).shape
     place = site.eqn.params["dimension_numbers"].start_index_map.index(axis)
     of_rows = indices[..., place]
+    if of_rows.dtype.itemsize < 4:  # a table may have more rows than such a dtype can count
+        of_rows = of_rows.astype(jnp.int32)
     if site.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         clipped = jnp.clip(of_rows, 0, shape[axis] - 1)
         return Rows(clipped, cotangents, jnp.ones_like(clipped, bool))
@@ -136,6 +139,8 @@ def _resolved(indices: jax.Array, cotangents: jax.Array, site: Site) -> Rows:
 def _joined(parts: list[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
+    # Sites may have indices of several dtypes.
+    parts = [part._replace(indices=part.indices.astype(int)) for part in parts]
     return Rows(*(jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)))
 
 
