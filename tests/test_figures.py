@@ -318,6 +318,18 @@ def test_costs_on_accelerators_are_those_of_the_committed_compilations():
     assert set(shown) <= set(every)
 
 
+def test_bytes_by_layer_are_those_of_the_committed_compilations():
+    result = json.loads((ROOT / "benchmarks/results/accelerators.json").read_text())
+    moved = [
+        row["ratios"]["bytes"]
+        for row in result["ratios"]
+        if (row["target"], row["mode"]) == ("h100", "by_layer")
+    ]
+    assert len(moved) == 6
+    said = f"moves {min(moved):.2f} to {max(moved):.2f} times the bytes of a plain gradient"
+    assert said in " ".join(GUIDE["engine"].split())
+
+
 def test_what_chips_send_is_that_of_the_committed_compilations():
     result = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
     assert sharded.to_markdown(result).strip() in GUIDE["distributed"]

@@ -145,17 +145,18 @@ def test_slices_are_equal_and_fit():
 
 def test_stacks_that_do_not_fit_still_serve_as_the_reference(monkeypatch):
     monkeypatch.setattr(cost, "MOST_STACKED_BYTES", 500)
-    measured = cost.measure(cost.Point("zoo", "weight_norm", 6), "small", 2)
+    measured = cost.measure(cost.Point("zoo", "weight_norm", 6), "small", 2, 1)
     assert "more than" in measured["modes"]["vmap"]["skipped"]
     assert measured["modes"]["one_pass"]["error"] < 1e-5
     assert measured["modes"]["two_pass"]["error"] < 1e-5
     machine = cost.describe_machine()
-    assert cost.to_table(machine, [measured]).row_count == 6
+    assert cost.to_table(machine, [measured]).row_count == 8
     cost.draw(machine, [measured])
 
 
 def row(experiment, model, samples, ratio=1.0, length=None):
-    modes = {"one_pass": {"ratio_quartiles": [ratio] * 3}, "two_pass": {"skipped": ""}}
+    not_run = {mode: {"skipped": ""} for mode in ("two_pass", "by_layer")}
+    modes = {"one_pass": {"ratio_quartiles": [ratio] * 3}, **not_run}
     return {
         "experiment": experiment,
         "model": model,
