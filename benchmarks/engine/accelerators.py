@@ -186,7 +186,12 @@ def to_table(result: dict[str, Any]) -> Table:
 def to_markdown(result: dict[str, Any]) -> str:
     """Writes the guide's table: the cost of each mode relative to a plain gradient, by model."""
     shown = [(t, mode, figure) for t, mode, figures in _IN_THE_GUIDE for figure in figures]
-    found = {(row["name"], row["target"], row["mode"]): row for row in _rows(result)}
+    columns = {(target, mode) for target, mode, _ in shown}
+    found = {
+        (row["name"], row["target"], row["mode"]): row
+        for row in _rows(result)
+        if (row["target"], row["mode"]) in columns
+    }
     names = dict.fromkeys(name for name, *_ in found)
     heads = [
         f"{target}, `{mode}`: {' | '.join(figures)}" for target, mode, figures in _IN_THE_GUIDE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,11 +41,15 @@ class FusedPass(Mode):
             return _passed(problem, given, samples.counts).result
         if concrete(samples.counts) is not None:
             return _and_again(problem, given)
-        in_a_loop = functools.partial(_in_a_loop, problem)
         if not problem.has_convolutions:
-            return in_a_loop(given)
+            return _in_a_loop(problem, given)
         # XLA's CPU backend runs convolutions inside a loop many times slower than outside.
-        return by_platform(given, cpu=functools.partial(_and_again, problem), elsewhere=in_a_loop)
+        return by_platform(
+            samples.counts,
+            given,
+            cpu=lambda _, given: _and_again(problem, given),
+            elsewhere=lambda _, given: _in_a_loop(problem, given),
+        )
 
     def explain(
         self, problem: Problem, leaves: Sequence[Any], params: Any, num_samples: int, note: str
