@@ -5,6 +5,7 @@ import pytest
 from benchmarks.engine import accumulation
 
 
+@pytest.mark.slow
 def test_quick_run_writes_its_table_and_figure(tmp_path, capsys):
     accumulation.main(out=tmp_path, quick=True)
     result = json.loads((tmp_path / "accumulation.json").read_text())

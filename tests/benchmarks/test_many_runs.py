@@ -146,6 +146,7 @@ def test_a_new_rule_clips_the_first_batch_by_its_own_norms_and_counts_it_once(da
         np.testing.assert_allclose(record["curves"]["loss"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_adamw_is_that_of_optax(data):
     setting = dataclasses.replace(SETTING, optimizer="AdamW")
     numbers = {
@@ -160,6 +161,7 @@ def test_adamw_is_that_of_optax(data):
         np.testing.assert_allclose(record["curves"]["loss"], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_clipped_before_they_are_averaged(data):
     in_parts = dataclasses.replace(SETTING, num_microbatches=4)
     runs, records = trained_together(["growing", "momentum"], data, in_parts)

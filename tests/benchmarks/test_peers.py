@@ -109,6 +109,7 @@ def test_thresholds_stand_for_a_norm_with_epsilon(epsilon):
     np.testing.assert_allclose(np.minimum(1, taus / norms), expected, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_errors_tell_loss_from_gradients(tmp_path):
     references = prepare(tmp_path, "gpt", "small", 4, {0.0, 0.1})
     for dtype, reference in references.items():

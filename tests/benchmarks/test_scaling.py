@@ -26,6 +26,7 @@ def row_of(result, model, mode, devices):
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", scaling.SAMPLES_PER_DEVICE)
 def test_a_plain_gradient_sends_its_parameters_once(result, model):
     assert row_of(result, model, "plain", 1)["bytes_sent"] == 0
@@ -34,6 +35,7 @@ def test_a_plain_gradient_sends_its_parameters_once(result, model):
     assert row["parameter_bytes"] <= row["bytes_sent"] <= 1.2 * row["parameter_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", scaling.SAMPLES_PER_DEVICE)
 def test_clipping_sends_and_computes_little_more(result, model):
     row = row_of(result, model, "one_pass", 8)
@@ -41,6 +43,7 @@ def test_clipping_sends_and_computes_little_more(result, model):
     assert 0.9 < row["flops_ratio"] < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", scaling.SAMPLES_PER_DEVICE)
 def test_efficiency_is_the_formula_by_hand(result, model):
     assumed = result["assumptions"]

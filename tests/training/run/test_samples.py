@@ -107,6 +107,7 @@ def test_checkpoints_may_come_at_other_steps_when_it_goes_on(
     np.testing.assert_array_equal(resumed, recorded)
 
 
+@pytest.mark.slow
 def test_processes_record_what_one_does(recorded: np.ndarray, tmp_path: pathlib.Path):
     flags = {name: getattr(tiny(tmp_path), name) for name in ("label_noise", "eval_every")}
     flags |= {"steps": NUM_STEPS, "checkpoint_every": 4, "record_samples": True}
