@@ -337,7 +337,7 @@ def test_padding_may_hold_anything(jit):
     run = functools.partial(results_of, loss, prefix, params, sample_mask=mask, jit=jit)
     expected = run((x, y), jit=True)
     value, grads, _ = run((x.at[1].set(jnp.nan), y.at[4].set(jnp.inf)))
-    assert_close((value, grads), expected[:2], 1e-6)
+    assert_close((value, grads), expected[:2], 1e-5)
 
 
 @pytest.mark.parametrize("jit", [False, True])
