@@ -216,7 +216,8 @@ def test_a_rule_that_is_not_known_does_not_stack_all_samples():
     compiled = jax.jit(f).lower(w, x).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
-    assert memory.temp_size_in_bytes < 0.6 * len(x) * w.nbytes  # JAX 0.7 holds two parts
+    share = 0.3 if jax.__version_info__ >= (0, 8) else 0.6  # JAX 0.7 holds two parts
+    assert memory.temp_size_in_bytes < share * len(x) * w.nbytes
     assert "samples at a time" in str(f.explain(w, x))
     stacked = jax.jit(psc.clipped_grad(loss, 1.0, mode="vmap"))
     assert_close(compiled(w, x), stacked(w, x), 1e-5)

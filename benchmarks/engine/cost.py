@@ -144,9 +144,8 @@ def step_by_layer(loss: Callable[..., Any]) -> Callable[..., Any]:
     """Builds a function of (params, threshold, *batch) with a threshold for each layer."""
 
     def clipped(params: Any, tau: Any, *batch: Any) -> Any:
-        return psc.clipped_value_and_grad(loss, by_layer(params, tau), return_stats=True)(
-            params, *batch
-        )
+        function = psc.clipped_value_and_grad(loss, by_layer(params, tau), return_stats=True)
+        return function(params, *batch)
 
     return clipped
 

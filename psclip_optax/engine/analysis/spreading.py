@@ -40,21 +40,14 @@ def is_filter(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> bool:
         if name in CALLS:
             return depends(inner_jaxpr(eqn)[0], flags)
         if name == "scan":
-            return steps(eqn, flags)
+            consts, carry = scan_counts(eqn)
+            inner = [*flags[:consts], *[True] * carry, *flags[consts + carry :]]
+            return depends(inner_jaxpr(eqn)[0], inner)
         if name == "cond":
             outs = [depends(body, flags[1:]) for body in bodies]
             return [flags[0] or any(own) for own in zip(*outs, strict=True)]
         found.append(flags[1] if name == _CONVOLUTION else any(map(has_convolution, bodies)))
         return [True] * len(eqn.outvars)
-
-    def steps(eqn: core.JaxprEqn, flags: list[bool]) -> list[bool]:
-        body, (num_consts, num_carry) = inner_jaxpr(eqn)[0], scan_counts(eqn)
-        carry = slice(num_consts, num_consts + num_carry)
-        outs = depends(body, flags)
-        if any(new and not old for old, new in zip(flags[carry], outs, strict=False)):
-            flags[carry] = [a or b for a, b in zip(flags[carry], outs, strict=False)]
-            return steps(eqn, flags)
-        return outs
 
     depends(jaxpr, inputs)
     return any(found)

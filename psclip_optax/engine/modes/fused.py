@@ -240,11 +240,7 @@ def _times_one(leaves: list[jax.Array], is_any_left: jax.Array) -> list[jax.Arra
         one = jnp.where(is_any_left, 1, 0).astype(jnp.float32)
         return [leaf * one if leaf.dtype == one.dtype else leaf for leaf in leaves]
 
-    def unchanged(leaves: list[jax.Array], is_any_left: jax.Array) -> list[jax.Array]:
-        del is_any_left
-        return leaves
-
-    return by_platform(leaves, is_any_left, tpu=multiplied, elsewhere=unchanged)
+    return by_platform(leaves, is_any_left, tpu=multiplied, elsewhere=lambda leaves, _: leaves)
 
 
 def _zeros_like(sums: list[jax.Array]) -> list[jax.Array]:

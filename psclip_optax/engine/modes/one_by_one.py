@@ -37,8 +37,9 @@ def run_mode(mode: Mode, problem: Problem, leaves: Sequence[Any], samples: Sampl
 def _may_spread(mode: Mode, problem: Problem) -> bool:
     plans = problem.plans
     jaxpr = plans.closed.jaxpr
-    if mode is STACKED or not has_convolution(jaxpr):
-        return has_convolution(jaxpr)
+    convolves = has_convolution(jaxpr)
+    if mode is STACKED or not convolves:
+        return convolves
     by_weight = {plan.weight: plan for plan in plans.all}
     pulled_back = [
         site
