@@ -151,7 +151,9 @@ def num_bytes(shape: str) -> int:
 
 def _sizes_sent(one: Instruction, kind: str) -> tuple[int, int]:
     """Counts elements and bytes."""
-    arrays = list(_arrays(one.shape))
+    # The start of a permutation also returns two numbers that its end needs.
+    shape = one.shape.replace("u32[]", "") if kind == "collective-permute" else one.shape
+    arrays = list(_arrays(shape))
     if one.opcode == f"{kind}-start" and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :]  # operands come before results
     # Before a scatter, each device has the whole.
@@ -221,7 +223,8 @@ def _named(line: str, attribute: str) -> str:
 def _steps(line: str, computations: dict[str, list[str]]) -> int:
     """Returns the number of a loop's steps, 0 if it is not known.
 
-    If the compiler does not state it, it is the constant that the loop's counter is compared with.
+    If the compiler does not state it, it is the constant that the loop's counter is compared with,
+    divided by what a step adds to the counter.
     """
     known = _KNOWN_STEPS.search(line)
     if known:
@@ -229,5 +232,23 @@ def _steps(line: str, computations: dict[str, list[str]]) -> int:
     condition = computations[_named(line, "condition=")]
     fused = re.findall(r"calls=%?([\w.\-]+)", "\n".join(condition))
     lines = condition + [line for name in fused for line in computations[name]]
-    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
-    return max(map(int, constants), default=0)
+    end = max(_constants(lines).values(), default=0)
+    return math.ceil(end / _increment(condition, computations[_named(line, "body=")]))
+
+
+def _increment(condition: list[str], body: list[str]) -> int:
+    """Returns what a loop's step adds to its counter, 1 if it is not known."""
+    text = "\n".join(body)
+    counter = re.search(r"get-tuple-element\(.*index=(\d+)", "\n".join(condition))
+    root = re.search(r"ROOT .* tuple\((.*?)\)", text)
+    if counter is None or root is None:
+        return 1
+    name = root[1].split(", ")[int(counter[1])]
+    added = re.search(re.escape(name) + r" = .* add\(\S+, (%[\w.\-]+)\)", text)
+    return _constants(body).get(added[1], 1) if added else 1
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    """Finds the whole numbers among a computation's constants."""
+    found = re.findall(r"(%[\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+    return {name: int(value) for name, value in found}

@@ -49,12 +49,13 @@ ASSUMPTIONS = Assumptions()
 MODEL = (
     f"Simulated: a chip has {ASSUMPTIONS.cycles_per_second / 1e9:g} GHz, sends "
     f"{ASSUMPTIONS.bytes_per_second_in_a_pod / 1e9:g} GB/s within a pod of {POD} and "
-    f"{ASSUMPTIONS.bytes_per_second_between_pods / 1e9:g} GB/s between pods. Rings move (D − 1) / D "
-    "of a collective's bytes, all-reduces twice as much. Pods train the same model: their chips "
-    "add up gradients of their own shares of the parameters. Latencies are left out. Efficiency "
-    "is samples per second and chip without overlap of computing and sending, relative to the "
-    "plain gradient of the fewest chips. To plain: time relative to the plain gradient's on as many "
-    "chips, without overlap and if the shorter of both is hidden."
+    f"{ASSUMPTIONS.bytes_per_second_between_pods / 1e9:g} GB/s between pods. Rings move "
+    "(D − 1) / D of a collective's bytes, all-reduces twice as much, permutations all of them. "
+    "Pods train the same model: their chips add up gradients of their own shares of the "
+    "parameters. Latencies are left out. Efficiency is samples per second and chip without overlap "
+    "of computing and sending, relative to the plain gradient of the fewest chips. To plain: time "
+    "relative to the plain gradient's on as many chips, without overlap and if the shorter of both "
+    "is hidden."
 )
 
 
@@ -90,6 +91,8 @@ def simulated_step(row: dict[str, Any], num_pods: int = 1) -> Step:
 
 def _share(kind: str, members: int) -> float:
     """Returns the bytes that a ring's member sends, relative to a collective's."""
+    if kind == "collective-permute":
+        return 1.0
     once = (members - 1) / members
     return 2 * once if kind == "all-reduce" else once
 

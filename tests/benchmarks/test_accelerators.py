@@ -68,6 +68,42 @@ def test_elements_are_those_of_the_larger_end():
     assert sent == {"all-reduce": 8 + 8, "all-gather": 32, "reduce-scatter": 4 * 2}
 
 
+# As on a TPU whose chips send parts of a matrix around a ring while they multiply.
+WINDOWED = """\
+HloModule w
+
+%below (state: (f32[8], u32[], u32[])) -> pred[] {
+  %end = u32[]{:T(128)} constant(7)
+  %state = (f32[8]{0}, u32[], /*index=2*/u32[]) parameter(0)
+  %counter = u32[] get-tuple-element(%state), index=2
+  ROOT %less = pred[] compare(%counter, %end), direction=LT
+}
+
+%body (state: (f32[8], u32[], u32[])) -> (f32[8], u32[], u32[]) {
+  %state = (f32[8]{0}, u32[], u32[]) parameter(0)
+  %five = u32[]{:T(128)} constant(5)
+  %two = u32[]{:T(128)} constant(2)
+  %part = f32[8]{0} get-tuple-element(%state), index=0
+  %counter = u32[] get-tuple-element(%state), index=2
+  %other = u32[] add(%counter, %five)
+  %next = u32[] add(%counter, %two)
+  %sent = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%part), channel_id=1
+  %received = f32[8]{0} collective-permute-done(%sent)
+  ROOT %state.1 = (f32[8]{0}, u32[], /*index=2*/u32[]) tuple(%received, %other, /*index=2*/%next)
+}
+
+ENTRY %main (x: (f32[8], u32[], u32[])) -> (f32[8], u32[], u32[]) {
+  %x = (f32[8]{0}, u32[], u32[]) parameter(0)
+  ROOT %end = (f32[8]{0}, u32[], u32[]) while(%x), condition=%below, body=%body
+}
+"""
+
+
+def test_counters_may_grow_by_more_than_one():
+    # 0, 2, 4 and 6 are below 7; each step sends 8 elements, and two numbers to itself.
+    assert hlo.elements_sent(WINDOWED) == {"collective-permute": 4 * 8}
+
+
 # As on a TPU: a reduce-scatter is a fusion, and a collective during products is sent in steps, each
 # a fusion of one chain.
 FUSED = """\
