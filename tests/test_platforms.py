@@ -64,3 +64,16 @@ def test_what_a_tpu_takes_has_the_numbers_of_a_stack(name, chosen):
             np.testing.assert_allclose(value, expected, rtol=1e-12)
             np.testing.assert_allclose(stats.norms, of_stack.norms, rtol=1e-9, atol=1e-12)
             assert np.any(np.asarray(stats.scales) < 1)
+
+
+def test_a_tpu_weighs_a_products_input_if_it_is_the_smaller_side(chosen):
+    params = {"wide": jnp.linspace(-1, 1, 9 * 40).reshape(9, 40), "narrow": jnp.ones((40, 9)) / 9}
+    x = jnp.sin(jnp.arange(4 * 2 * 9.0)).reshape(4, 2, 9).at[1, 0, 3].set(jnp.nan)
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(jnp.tanh(x @ params["wide"]) @ params["narrow"]))
+
+    engine, stacked = (psc.clipped_grad(loss, 2.0, mode=mode) for mode in ("one_pass", "vmap"))
+    grads = jax.jit(engine)(params, x)
+    assert [function.__name__ for function in chosen].count("by_input") == 1  # for "wide" alone
+    assert_close(grads, stacked(params, x), 1e-5)

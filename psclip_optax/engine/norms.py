@@ -16,6 +16,7 @@ from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.parts import Parts, in_parts
 from psclip_optax.engine.plan import LeafPlan, leaving_axes
 from psclip_optax.engine.routes.route import Cotangents, Entered, over_samples
+from psclip_optax.platforms import by_platform
 
 # The number of entries of gradients of computed weights that are made at a time.
 _MOST_PULLED_BACK = 2**22
@@ -229,7 +230,7 @@ def site_squared_norm(
 def weighted_sum(
     plan: LeafPlan, parameter: Any, entered: Entered, cotangents: Cotangents, weights: jax.Array
 ) -> jax.Array:
-    """Return Σ weights_k G_k like a plain backward pass, from weighted cotangents.
+    """Return Σ weights_k G_k like a plain backward pass, from weighted cotangents or inputs.
 
     Args:
       plan: the plan of a parameter or computed weight, which has sites.
@@ -238,10 +239,11 @@ def weighted_sum(
       cotangents: the cotangents of each site's output, [scans…, n, …].
       weights: the sample weights, shape [n].
     """
-    weighted = [_scaled(cotangents[site.path], weights, site.sample_axis) for site in plan.sites]
+    sides = [
+        _weighted(site, entered[site.path], cotangents[site.path], weights) for site in plan.sites
+    ]
     parts = [
-        site.route.weighted_sum(site, entered[site.path], dy)
-        for site, dy in zip(plan.sites, weighted, strict=True)
+        site.route.weighted_sum(site, *both) for site, both in zip(plan.sites, sides, strict=True)
     ]
     (total,) = jax.linear_transpose(lambda p: [of(p) for of, _ in parts], parameter)(
         [cotangent for _, cotangent in parts]
@@ -257,8 +259,35 @@ def added(gradient: jax.Array, other: jax.Array | None) -> jax.Array:
     return gradient.astype(dtype) + other.astype(dtype)
 
 
+def _weighted(
+    site: Site, entered: tuple[jax.Array, ...], dy: jax.Array, weights: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Return both sides of a site's gradients, one of them times the weights."""
+    axis = site.sample_axis
+
+    def by_cotangents(entered: Any, dy: jax.Array, weights: jax.Array) -> Any:
+        return entered, _scaled(dy, weights, axis)
+
+    def by_input(entered: Any, dy: jax.Array, weights: jax.Array) -> Any:
+        (x,) = entered
+        return (_scaled(x, weights, axis),), _zeroed(dy, _beside(weights, dy, axis))
+
+    if not site.route.may_weigh_input or 2 * entered[0].size > dy.size:
+        return by_cotangents(entered, dy, weights)
+    # A TPU's compiler lays weighted cotangents out apart from those of the backward pass.
+    return by_platform(entered, dy, weights, tpu=by_input, elsewhere=by_cotangents)
+
+
 def _scaled(array: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
-    weights = jnp.expand_dims(weights, [i for i in range(array.ndim) if i != axis])
+    weights = _beside(weights, array, axis)
     scaled = array.astype(promoted(array.dtype, weights.dtype)) * weights
-    # The cotangents of a sample with weight 0 may be non-finite.
-    return jnp.where(weights == 0, 0, scaled).astype(array.dtype)
+    return _zeroed(scaled, weights).astype(array.dtype)
+
+
+def _beside(weights: jax.Array, array: jax.Array, axis: int) -> jax.Array:
+    return jnp.expand_dims(weights, [i for i in range(array.ndim) if i != axis])
+
+
+def _zeroed(array: jax.Array, weights: jax.Array) -> jax.Array:
+    """Zero the samples with weight 0, whose inputs and cotangents may be non-finite."""
+    return jnp.where(weights == 0, jnp.zeros((), array.dtype), array)

@@ -48,6 +48,7 @@ class Dense(Route):
 
     name = "dense"
     may_be_small = True
+    may_weigh_input = True
 
     def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
         del operand

@@ -35,11 +35,14 @@ class Route(abc.ABC):
       may_be_small: whether automatic differentiation costs no more if all samples' gradients are
         together no larger than the outputs.
       is_slow_in_loops: whether XLA's CPU backend runs the operation far slower inside a loop.
+      may_weigh_input: whether the gradient is linear in the only input, which a TPU may multiply by
+        the samples' weights faster than the cotangents.
     """
 
     name: str
     may_be_small = False
     is_slow_in_loops = False
+    may_weigh_input = False
 
     @abc.abstractmethod
     def takes(self, eqn: core.JaxprEqn, operand: int) -> bool:
@@ -99,7 +102,7 @@ class Route(abc.ABC):
         Args:
           site: the site where the parameter is used.
           entered: the other inputs, [scans…, n, …].
-          weighted: the cotangents of the output, each times its sample's weight.
+          weighted: the cotangents of the output, each times its sample's weight; or the inputs are.
         """
         return lambda parameter: over_samples(site)(parameter, *entered), weighted
 
