@@ -135,7 +135,7 @@ def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: boo
         may_be_padded,
         plan_fusion(plans, groups) if may_be_fused else None,
         options.norm_precision,
-        meshes.num_devices((call.params, call.examples)),
+        meshes.num_sharing((call.params, call.examples), call.num_samples, options.spmd_axis_name),
     )
 
 

@@ -7,8 +7,9 @@ Auto axes, where the compiler chooses them.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -118,34 +119,53 @@ def explicit_mesh(tree: Any) -> Any:
     return None
 
 
-def num_devices(tree: Any) -> int:
-    """Count the devices that may share arrays: those of their mesh, or all if they have no mesh.
+def num_sharing(tree: Any, num_samples: int, name: Any = None) -> int:
+    """Count the devices that may share the samples of arrays; 1 if none can.
 
-    Axes that shard_map maps do not count. Programs compiled ahead of time may use meshes of devices
-    that this machine does not have.
+    These are the devices along some axes of the arrays' mesh, or all devices if they have no mesh.
+    Axes that shard_map maps do not count. Which axes shard the samples is only known by `name`.
+    Otherwise the result is a multiple of each number that is possible. Programs compiled ahead of
+    time may use meshes of devices that this machine does not have.
+
+    Args:
+      tree: the arrays.
+      num_samples: n, of which each device has as many.
+      name: the mesh axis, or tuple of axes, that shards the samples; None if it is not known.
     """
-    return devices_of_mesh(tree) or jax.device_count()
+    shapes = _shapes_of_meshes(tree)
+    named = [[shape[axis] for axis in names_of(name) if axis in shape] for shape in shapes]
+    if any(named):
+        possible = set(map(math.prod, named))
+    else:
+        sizes = [list(shape.values()) for shape in shapes] or [[jax.device_count()]]
+        possible = {math.prod(axes) for shape in sizes for axes in _subsets(shape)}
+    return math.lcm(*(number for number in possible if num_samples % number == 0))
+
+
+def _subsets(items: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    numbers = range(len(items) + 1)
+    return itertools.chain.from_iterable(itertools.combinations(items, r) for r in numbers)
 
 
 def devices_of_mesh(tree: Any) -> int | None:
     """Count the devices of the mesh that arrays are known to be on; None if they have no mesh."""
-    return max(map(math.prod, _shapes_of_meshes(tree)), default=None)
+    return max((math.prod(shape.values()) for shape in _shapes_of_meshes(tree)), default=None)
 
 
 def has_several_axes(tree: Any) -> bool:
     """Tell whether arrays have a mesh that may share more than the samples."""
-    return any(sum(size > 1 for size in shape) > 1 for shape in _shapes_of_meshes(tree))
+    return any(sum(size > 1 for size in shape.values()) > 1 for shape in _shapes_of_meshes(tree))
 
 
-def _shapes_of_meshes(tree: Any) -> list[list[int]]:
+def _shapes_of_meshes(tree: Any) -> list[dict[Any, int]]:
     """Return the sizes of the axes that shard_map does not map, for each mesh of arrays."""
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
+    meshes = dict.fromkeys(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))
     return [
-        [
-            mesh.shape[name]
+        {
+            name: mesh.shape[name]
             for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
             if kind != AxisType.Manual
-        ]
+        }
         for mesh in meshes
         if not mesh.empty
     ]

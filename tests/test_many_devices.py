@@ -634,13 +634,15 @@ def mesh_of_four():
 
 
 def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
-    array = jnp.ones((4, 2))
-    assert meshes.num_devices([array]) == jax.device_count()
+    array = jnp.ones((8, 2))
+    assert meshes.num_sharing([array], 8) == jax.device_count()
+    assert meshes.num_sharing([array], 6) == 1
     on_four = jax.device_put(array, NamedSharding(mesh_of_four(), P("data")))
-    assert meshes.num_devices([array, on_four]) == 4
+    assert meshes.num_sharing([array, on_four], 8) == 4
+    assert meshes.num_sharing([on_four], 6) == 1
     found = []
     of_each = jax.shard_map(
-        lambda x: found.append(meshes.num_devices(x)) or x,
+        lambda x: found.append(meshes.num_sharing(x, 8)) or x,
         mesh=mesh_of("tensor parallel"),
         in_specs=P("data"),
         out_specs=P("data"),
@@ -648,6 +650,25 @@ def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
     )
     jax.eval_shape(jax.jit(of_each), array)
     assert found == [2]  # those of "model", because each device along "data" has a separate array
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "name", "expected"),
+    [
+        (8, None, 8),  # by both axes
+        (12, None, 4),  # by one axis or the other: 4 is a multiple of 2
+        (6, None, 2),
+        (7, None, 1),
+        (8, "model", 2),
+        (8, ("data", "model"), 8),
+        (6, "data", 1),  # 4 devices cannot share 6 samples
+        (8, "other", 8),  # an axis of vmap, which the mesh does not have
+    ],
+)
+def test_samples_may_be_shared_along_some_axes_of_a_mesh(num_samples, name, expected):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    array = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("data")))
+    assert meshes.num_sharing([array], num_samples, name) == expected
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])

@@ -43,8 +43,7 @@ def in_parts(
       num_samples: n.
       least: the least number of parts.
     """
-    devices = meshes.num_devices(trees)
-    devices = devices if num_samples % devices == 0 else 1
+    devices = meshes.num_sharing(trees, num_samples)
     numbers = [
         number_of_parts(num_samples // devices, at_least / devices, devices == 1)
         for at_least in least

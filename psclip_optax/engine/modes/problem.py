@@ -32,7 +32,7 @@ class Problem(NamedTuple):
       may_be_padded: whether some samples may be masked.
       fusion: which groups may be clipped in the backward pass; None if that is not requested.
       norm_precision: the precision of the products for norms; None for JAX's default.
-      num_devices: the number of devices that may share the samples.
+      num_devices: the number of devices that may share the samples; 1 if none can.
     """
 
     closed: core.ClosedJaxpr
