@@ -633,6 +633,10 @@ def mesh_of_four():
     return jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
 
 
+def mesh_of_four_by_two():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
 def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
     array = jnp.ones((8, 2))
     assert meshes.num_sharing([array], 8) == jax.device_count()
@@ -666,17 +670,17 @@ def test_devices_are_counted_by_the_mesh_that_arrays_are_on():
     ],
 )
 def test_samples_may_be_shared_along_some_axes_of_a_mesh(num_samples, name, expected):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    array = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("data")))
+    array = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh_of_four_by_two(), P("data")))
     assert meshes.num_sharing([array], num_samples, name) == expected
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-def test_samples_stay_where_they_are_on_a_part_of_the_devices(mode, monkeypatch):
+@pytest.mark.parametrize("mesh", [mesh_of_four, mesh_of_four_by_two])
+def test_samples_stay_where_they_are_on_a_part_of_the_devices(mesh, mode, monkeypatch):
     monkeypatch.setattr(route, "_MOST_READ_ON_CPU", 500)  # so that norms are made in parts
     n = 20  # samples that four devices share, and eight cannot
     params, batch = sequences(n)
-    sharding = NamedSharding(mesh_of_four(), P("data"))
+    sharding = NamedSharding(mesh(), P("data"))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in batch]
     f = psc.clipped_grad(sequence_loss, THRESHOLD, mode=mode)
     moved = moving_operations(jax.jit(f).lower(params, *shapes).compile().as_text())
