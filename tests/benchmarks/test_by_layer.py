@@ -35,6 +35,7 @@ def norms_of(stacked):
     return np.sqrt(sum(np.square(leaf).reshape(len(leaf), -1).sum(1) for leaf in leaves))
 
 
+@pytest.mark.slow
 def test_thresholds_are_in_units_of_the_whole_gradients_first_norms(gpt):
     key, batches = jax.random.key(0), gpt.batches("text", 0, 1)
     arrays = next(batches)

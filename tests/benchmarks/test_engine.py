@@ -143,6 +143,7 @@ def test_slices_are_equal_and_fit():
     assert slices_that_fit(2, 10**10) == 2
 
 
+@pytest.mark.slow
 def test_stacks_that_do_not_fit_still_serve_as_the_reference(monkeypatch):
     monkeypatch.setattr(cost, "MOST_STACKED_BYTES", 500)
     measured = cost.measure(cost.Point("zoo", "weight_norm", 6), "small", 2, 1)

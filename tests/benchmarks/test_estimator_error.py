@@ -27,6 +27,7 @@ def finished(tmp_path_factory):
     return out, json.loads((out / "estimator_error.json").read_text())
 
 
+@pytest.mark.slow
 def test_quick_run_writes_every_figure_of_every_estimator(finished):
     out, result = finished
     noises = [row["noise"] for row in result["noises"]]
@@ -52,6 +53,7 @@ def test_quick_run_writes_every_figure_of_every_estimator(finished):
     assert (out / "estimator_error.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_errors_stay_within_what_the_theory_guarantees(finished):
     for row in finished[1]["levels"]:
         if row["estimator"] in heavy_tails.CLIPPED:
@@ -68,6 +70,7 @@ def test_errors_are_those_of_the_exact_second_moments():
     assert heavy_tails.expected_rms(ONE_SIDED, np.ones(3)) is None
 
 
+@pytest.mark.slow
 def test_finished_simulations_are_read_again(finished, monkeypatch, capsys):
     out, result = finished
     assert len(RunsCache(out / "runs.jsonl").records()) == len(estimator_error.QUICK.noises)
@@ -85,6 +88,7 @@ def test_finished_simulations_are_read_again(finished, monkeypatch, capsys):
     assert all(sentence in capsys.readouterr().out for sentence in result["summary"][:1])
 
 
+@pytest.mark.slow
 def test_markdown_has_a_row_a_noise_and_measures_nothing(finished, capsys):
     out, result = finished
     capsys.readouterr()

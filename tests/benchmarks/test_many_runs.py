@@ -137,6 +137,7 @@ def test_runs_together_are_runs_alone(data):
     assert records[2]["curves"]["batch_clipped"][-1] > 0
 
 
+@pytest.mark.slow
 def test_a_new_rule_clips_the_first_batch_by_its_own_norms_and_counts_it_once(data):
     numbers = {"automatic": Numbers(0.3, scale=1.0), "SGD": RUNS["SGD"]}
     runs = [Run("test", name, "clean", own, EPOCHS, 3, SETTING) for name, own in numbers.items()]

@@ -35,6 +35,7 @@ def results(tmp_path):
     return results_of_this_card(tmp_path)
 
 
+@pytest.mark.slow
 def test_engine_writes_what_it_measures_and_measures_it_once(results, monkeypatch, capsys):
     on_gpu_engine.measure_all(results, JOBS, "tiny", 2, float("inf"))
     timed, compared = results.rows()
@@ -78,6 +79,7 @@ def test_a_mode_without_memory_is_left_out_and_a_needed_one_is_not(monkeypatch):
         on_gpu_engine.compile_steps({"one_pass": fail}, ())
 
 
+@pytest.mark.slow
 def test_training_tunes_tests_and_goes_on_where_it_stopped(results, monkeypatch, capsys):
     for module in (many_runs, on_gpu_training):
         monkeypatch.setattr(module, "build_model", lambda _, num_classes, width: Net(num_classes))

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.engine import recording
 
 
+@pytest.mark.slow
 def test_a_quick_run_has_a_row_for_each_setting(tmp_path, capsys):
     recording.main(out=tmp_path, repeats=2, quick=True)
     result = json.loads((tmp_path / "recording.json").read_text())

@@ -24,6 +24,7 @@ def rows(results):
     return json.loads((results / "stacked_traffic.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_says_on_what_machine_it_measured_every_case(results):
     written = json.loads((results / "stacked_traffic.json").read_text())
     assert {"cpu", "cores", "platform", "device", "jax", "date"} <= written["machine"].keys()
@@ -42,6 +43,7 @@ def test_says_on_what_machine_it_measured_every_case(results):
     assert (results / "stacked_traffic.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2),
     reason="XLA for CPU does not yet fuse a square into its sum, but writes it out",
