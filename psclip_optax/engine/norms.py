@@ -272,10 +272,17 @@ def _weighted(
         (x,) = entered
         return (_scaled(x, weights, axis),), _zeroed(dy, _beside(weights, dy, axis))
 
-    if not site.route.may_weigh_input or 2 * entered[0].size > dy.size:
+    is_smaller = site.route.may_weigh_input and 2 * entered[0].size <= dy.size
+    if not is_smaller or _fills_tiles(dy, axis):
         return by_cotangents(entered, dy, weights)
-    # A TPU's compiler lays weighted cotangents out apart from those of the backward pass.
+    # A TPU's compiler would copy weighted cotangents to merge their rows with those of others.
     return by_platform(entered, dy, weights, tpu=by_input, elsewhere=by_cotangents)
+
+
+def _fills_tiles(array: jax.Array, sample_axis: int) -> bool:
+    """Tell whether a sample's rows fill whole tiles of a TPU, of 8 rows each."""
+    rows = array.ndim - 2
+    return rows <= sample_axis or array.shape[rows] % 8 == 0
 
 
 def _scaled(array: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
