@@ -155,21 +155,24 @@ def to_table(result: dict[str, Any]) -> Table:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Writes the guide's table: traffic, memory and cycles relative to a plain gradient."""
-    header = ["model, samples", "chips", "layout", "mode", *IN_THE_GUIDE, "GB a chip"]
-    body = [
-        [
-            f"{row['name']}, n {row['samples']}",
-            row["topology"],
-            row["layout"],
-            f"`{row['mode']}`",
-            *(f"{row['ratios'][name]:.2f}" for name in IN_THE_GUIDE),
-            f"{row['temp_bytes'] / 1e9:.2f}",
-        ]
-        for row in result["ratios"]
-        if row["ratios"]
-    ]
-    return markdown_table([header, *body])
+    """Writes the guide's table: each mode's traffic, memory and cycles relative to plain."""
+    found = {Point.of(row): row for row in result["ratios"]}
+    programs = dict.fromkeys((point.topology, point.layout, point.job) for point in found)
+    body = []
+    for topology, layout, job in programs:
+        rows = [found.get(Point(topology, layout, job, mode)) for mode in MODES]
+        first = next(row for row in rows if row is not None)
+        name = f"{first['name']}, n {first['samples']}"
+        body.append([name, topology, layout, *map(_ratios_in_the_guide, rows)])
+    return markdown_table(
+        [["model, samples", "chips", "layout", *(f"`{m}`" for m in MODES)], *body]
+    )
+
+
+def _ratios_in_the_guide(row: dict[str, Any] | None) -> str:
+    if row is None or not row["ratios"]:
+        return "–" if row is None or row["fits"] else "does not fit"
+    return " / ".join(f"{row['ratios'][name]:.2f}" for name in IN_THE_GUIDE)
 
 
 def draw(result: dict[str, Any]) -> Figure:
