@@ -141,7 +141,8 @@ def plan_weights(
         return Plans(leaves, [], [], closed, Pieces((None,) * num_leaves), Usage(num_leaves))
     closed = without_unit_axes(slices_in_bounds(normal_form(closed, num_leaves)))
     usage = find_usage(closed, num_leaves, route_of)
-    for improved in (rewritten, _hoisted):
+    is_of_one_norm = math.prod(together.shape) == 1
+    for improved in (rewritten, functools.partial(_hoisted, may_move_casts=is_of_one_norm)):
         better = improved(closed, usage)
         if better is not closed:
             closed, usage = better, find_usage(better, num_leaves, route_of)
@@ -210,8 +211,28 @@ def _differentiate(plans: Plans, family: _Family, escape: Escape | None) -> None
         plans.leaves[leaf] = LeafPlan(leaf, escape=escape)
 
 
-def _hoisted(closed: core.ClosedJaxpr, usage: Usage) -> core.ClosedJaxpr:
-    return hoisted(closed, usage.num_leaves) if usage.is_computed_in_steps else closed
+def _hoisted(closed: core.ClosedJaxpr, usage: Usage, *, may_move_casts: bool) -> core.ClosedJaxpr:
+    with_casts = may_move_casts and _stacks_cast_layers(closed, usage)
+    if not (usage.is_computed_in_steps or with_casts):
+        return closed
+    return hoisted(closed, usage.num_leaves, with_casts=with_casts)
+
+
+def _stacks_cast_layers(closed: core.ClosedJaxpr, usage: Usage) -> bool:
+    """Tell whether gradients of layers will be stacked that a scan casts to a narrower dtype."""
+    avals = [aval(variable) for variable in closed.jaxpr.invars[: usage.num_leaves]]
+    layers: dict[int, list[Site]] = {}
+    for site in usage.sites:
+        if site.scans and site.view.weight < usage.num_leaves:
+            layers.setdefault(site.view.weight, []).append(site)
+
+    def is_cast(shaped: Any, site: Site) -> bool:
+        return aval(site.eqn.invars[site.operand]).dtype.itemsize < shaped.dtype.itemsize
+
+    return any(
+        _is_small(avals[weight], sites) and any(is_cast(avals[weight], site) for site in sites)
+        for weight, sites in layers.items()
+    )
 
 
 def _add_family(

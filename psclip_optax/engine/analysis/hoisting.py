@@ -3,6 +3,9 @@
 If a weight is computed in each step (a scale for each layer, a quantised kernel), its gradient has
 to be pulled back through the steps for each sample. If it is computed before the scan, it is a
 layer of a computed weight, with the routes of computed weights.
+
+Casts of parameters to a narrower dtype may be moved as well. Then a scan stacks the gradients of
+its layers in that dtype.
 """
 
 from __future__ import annotations
@@ -37,26 +40,32 @@ class _Known(NamedTuple):
       is_parameter: whether its cotangent reaches parameters.
       is_made: whether it is computed, not a view of a parameter.
       is_stepped: whether it differs from step to step.
+      with_casts: whether a cast of it to a narrower dtype counts as computed.
     """
 
     is_fixed: bool
     is_parameter: bool = False
     is_made: bool = False
     is_stepped: bool = False
+    with_casts: bool = False
 
 
 _CONSTANT, _DATA = _Known(True), _Known(False)
 _PARAMETER = _Known(True, True)
 
 
-def hoisted(closed: core.ClosedJaxpr, num_leaves: int) -> core.ClosedJaxpr:
+def hoisted(
+    closed: core.ClosedJaxpr, num_leaves: int, *, with_casts: bool = False
+) -> core.ClosedJaxpr:
     """Retrace a loss, so that the steps of scans compute nothing from parameters alone.
 
     Args:
       closed: the loss for one example.
       num_leaves: how many of its inputs are parameters; the others are the example.
+      with_casts: whether to move casts to a narrower dtype, which are views.
     """
-    known = [_PARAMETER] * num_leaves + [_DATA] * (len(closed.jaxpr.invars) - num_leaves)
+    parameter = _PARAMETER._replace(with_casts=with_casts)
+    known = [parameter] * num_leaves + [_DATA] * (len(closed.jaxpr.invars) - num_leaves)
     return _retraced(closed, known)
 
 
@@ -105,12 +114,31 @@ def _after(eqn: core.JaxprEqn, known: Sequence[_Known]) -> list[_Known]:
         return [_DATA] * len(eqn.outvars)
     has_parameter = any(one.is_parameter for one in known)
     is_parameter = has_parameter and eqn.primitive.name != "stop_gradient"
-    is_made = is_parameter and (not is_view(eqn) or any(one.is_made for one in known))
+    is_made = is_parameter and (not _stays(eqn, known) or any(one.is_made for one in known))
     is_stepped = any(one.is_stepped for one in known)
+    with_casts = any(one.with_casts for one in known)
     return [
-        _Known(True, is_parameter and has_gradient(v), is_made and has_gradient(v), is_stepped)
+        _Known(
+            True,
+            is_parameter and has_gradient(v),
+            is_made and has_gradient(v),
+            is_stepped,
+            with_casts,
+        )
         for v in eqn.outvars
     ]
+
+
+def _stays(eqn: core.JaxprEqn, known: Sequence[_Known]) -> bool:
+    """Tell whether an equation makes a view that is not to be moved."""
+    return is_view(eqn) and not (known[0].with_casts and narrows(eqn))
+
+
+def narrows(eqn: core.JaxprEqn) -> bool:
+    """Tell whether an equation is a cast to a narrower dtype."""
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    return aval(eqn.outvars[0]).dtype.itemsize < aval(eqn.invars[0]).dtype.itemsize
 
 
 class _Parts(NamedTuple):
@@ -149,13 +177,16 @@ def _frontier(jaxpr: core.Jaxpr, known: Sequence[_Known]) -> list[core.Var]:
     """Find the variables that depend only on parameters and that data meet, maybe through views."""
     of = dict(zip(jaxpr.invars, known, strict=True))
     read = lambda v: _CONSTANT if isinstance(v, core.Literal) else of.get(v, _CONSTANT)  # noqa: E731
+    stays: dict[int, bool] = {}
     for eqn in jaxpr.eqns:
-        of.update(zip(eqn.outvars, _after(eqn, [*map(read, eqn.invars)]), strict=True))
+        inputs = [*map(read, eqn.invars)]
+        stays[id(eqn)] = _stays(eqn, inputs)
+        of.update(zip(eqn.outvars, _after(eqn, inputs), strict=True))
     met = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
     frontier: dict[core.Var, None] = {}
     for eqn in reversed(jaxpr.eqns):
         reached = [v for v in eqn.outvars if v in met and of[v].is_made]
-        if not all(of[v].is_fixed for v in eqn.outvars) or (reached and is_view(eqn)):
+        if not all(of[v].is_fixed for v in eqn.outvars) or (reached and stays[id(eqn)]):
             met.update(v for v in eqn.invars if isinstance(v, core.Var))
         elif reached and all(of[v].is_stepped for v in eqn.outvars):
             frontier.update(dict.fromkeys(eqn.outvars))
