@@ -13,7 +13,7 @@ from benchmarks import headlines, summary
 from benchmarks.cifar100 import accumulation_cifar100, alexnet_cifar100, find_bad_data
 from benchmarks.common.cache import RunsCache
 from benchmarks.common.statistics import describe_difference, paired_difference
-from benchmarks.engine import accelerators, cost, sharded
+from benchmarks.engine import accelerators, cost, scaling, sharded
 from benchmarks.peers import report
 from benchmarks.thresholds import auto_report, auto_rules, by_layer_report
 
@@ -333,6 +333,9 @@ def test_bytes_by_layer_are_those_of_the_committed_compilations():
 def test_what_chips_send_is_that_of_the_committed_compilations():
     result = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
     assert sharded.to_markdown(result).strip() in GUIDE["distributed"]
+    simulated = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())
+    assert simulated["rows"] == scaling.simulate(result["rows"])
+    assert scaling.to_markdown(simulated).strip() in GUIDE["distributed"]
 
 
 def test_the_dearest_on_a_cpu_is_that_of_the_committed_measurement():
