@@ -97,12 +97,14 @@ class _Program:
       given: the arguments and results.
       results: the results.
       readers: the numbers of the steps that read a value.
+      widened: the casts to a wider dtype, which XLA makes as it reads the narrow array.
     """
 
     def __init__(self, jaxpr: core.Jaxpr, *, fuses_scatters: bool) -> None:
         self.fuses_scatters = fuses_scatters
         self.sizes: list[int] = []
         self.steps: list[_Step] = []
+        self.widened: set[int] = set()
         arguments = self._new(jaxpr.constvars), self._new(jaxpr.invars)
         outs = walk(jaxpr, *arguments, _no_value, self._equation)
         self.results = {value for value in outs if value is not None}
@@ -134,12 +136,50 @@ class _Program:
         if eqn.primitive.name in _INLINED and len(bodies[0].invars) == len(reads):
             consts = self._new(bodies[0].constvars)
             return walk(bodies[0], consts, reads, _no_value, self._equation)
+        chosen = self._branch_of_platform(eqn)
+        if chosen is not None and self._reads_narrow(reads) and _is_elementwise(chosen):
+            consts = self._new(chosen.constvars)
+            return walk(chosen, consts, reads[1:], _no_value, self._equation)
         writes = self._new(eqn.outvars)
         inside = 0
         if eqn.primitive.name in _WITH_BODIES:
             inside = max(peak_bytes(body, fuses_scatters=self.fuses_scatters) for body in bodies)
-        self.steps.append(_Step(eqn, reads, [one for one in writes if one is not None], inside))
+        written = [one for one in writes if one is not None]
+        if _widens(eqn) or (eqn.primitive.name in _SAME_ARRAY and self.widened.intersection(reads)):
+            self.widened.update(written)
+        self.steps.append(_Step(eqn, reads, written, inside))
         return writes
+
+    def _reads_narrow(self, reads: Iterable[int | None]) -> bool:
+        """Tell whether most of what is read are narrow arrays that are widened as they are read."""
+        values = {value for value in reads if value is not None}
+        widened = sum(self.sizes[value] for value in values & self.widened)
+        return 2 * widened > sum(self.sizes[value] for value in values)
+
+    def _branch_of_platform(self, eqn: core.JaxprEqn) -> core.Jaxpr | None:
+        """Find the branch that is compiled, if the platform decides: a TPU's or the default."""
+        platforms = eqn.params.get("branches_platforms")
+        if platforms is None:
+            return None
+        wanted = "tpu" if self.fuses_scatters else None
+        number = next((i for i, one in enumerate(platforms) if one and wanted in one), -1)
+        return eqn.params["branches"][number].jaxpr
+
+
+def _widens(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    return _num_bytes(eqn.outvars[0].aval) > _num_bytes(eqn.invars[0].aval)
+
+
+def _is_elementwise(jaxpr: core.Jaxpr) -> bool:
+    """Tell whether all equations are fused into what reads their results."""
+    return all(
+        all(map(_is_elementwise, inner_jaxprs(eqn)))
+        if eqn.primitive.name in _INLINED
+        else eqn.primitive.name in _FUSED
+        for eqn in jaxpr.eqns
+    )
 
 
 def _no_value(literal: Any) -> None:
