@@ -333,6 +333,13 @@ def test_bytes_by_layer_are_those_of_the_committed_compilations():
 def test_what_chips_send_is_that_of_the_committed_compilations():
     result = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
     assert sharded.to_markdown(result).strip() in GUIDE["distributed"]
+    tensor_parallel = [row for row in result["ratios"] if row["layout"] == "tensor parallel"]
+    one_pass, by_layer = (
+        max(row["ratios"]["sent"] for row in tensor_parallel if row["mode"] == mode)
+        for mode in ("one_pass", "by_layer")
+    )
+    said = " ".join(GUIDE["distributed"].split())
+    assert f"{one_pass:.2f} times as much in one pass, and {by_layer:.2f} times by layer" in said
     simulated = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())
     assert simulated["rows"] == scaling.simulate(result["rows"])
     assert scaling.to_markdown(simulated).strip() in GUIDE["distributed"]

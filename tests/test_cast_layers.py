@@ -1,0 +1,72 @@
+"""Check that a scan over layers stacks small weights' gradients in the dtype it computes in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import psclip_optax as psc
+from psclip_optax.engine.analysis.equations import inner_jaxprs
+from tests.numerics import assert_close, enable_x64
+
+LAYERS, N, ROWS, WIDTH = 3, 4, 40, 6
+
+
+def parameters(dtype):
+    random = np.random.default_rng(0)
+    return {
+        "kernel": jnp.asarray(random.normal(size=(LAYERS, WIDTH, WIDTH)), dtype),
+        "bias": jnp.asarray(random.normal(size=(LAYERS, WIDTH)), dtype),
+    }
+
+
+def loss_in(dtype, remat):
+    def layer(x, layer):
+        kernel, bias = (layer[name].astype(dtype) for name in ("kernel", "bias"))
+        return jnp.tanh(x @ kernel + bias), None
+
+    def loss(params, x):
+        x, _ = lax.scan(jax.checkpoint(layer) if remat else layer, x.astype(dtype), params)
+        return jnp.sum(jnp.square(x).astype(params["bias"].dtype))
+
+    return loss
+
+
+def stacks_of(jaxpr):
+    """Find the dtypes in which scans return gradients of all samples' kernels."""
+    shape = (LAYERS, N, WIDTH, WIDTH)
+    found = set()
+    for eqn in jaxpr.eqns:
+        for inner in inner_jaxprs(eqn):
+            found |= stacks_of(inner)
+        if eqn.primitive.name == "scan":
+            found |= {str(v.aval.dtype) for v in eqn.outvars if v.aval.shape == shape}
+    return found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_are_stacked_as_narrow_as_they_are_computed(remat):
+    params, x = parameters(jnp.float32), jnp.ones((N, ROWS, WIDTH))
+    f = psc.clipped_grad(loss_in(jnp.bfloat16, remat), 1.0, mode="one_pass")
+    assert stacks_of(jax.make_jaxpr(f)(params, x).jaxpr) == {"bfloat16"}
+    whole = psc.clipped_grad(loss_in(jnp.float32, remat), 1.0, mode="one_pass")
+    assert stacks_of(jax.make_jaxpr(whole)(params, x).jaxpr) == {"float32"}
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_are_those_of_a_stack(mode, remat):
+    with enable_x64(True):
+        params = parameters(np.float64)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(N, ROWS, WIDTH)))
+        x = x.at[1].set(jnp.nan)
+
+        def clipped(mode):
+            loss = loss_in(jnp.float32, remat)
+            return jax.jit(psc.clipped_value_and_grad(loss, 2.0, mode=mode, return_stats=True))
+
+        (_, grads, stats), (_, stack, of_stack) = (clipped(m)(params, x) for m in (mode, "vmap"))
+        assert_close(grads, stack, 1e-5)
+        np.testing.assert_allclose(stats.norms, of_stack.norms, rtol=1e-5)
+        assert grads["kernel"].dtype == np.float64
