@@ -129,7 +129,7 @@ def num_sharing(tree: Any, num_samples: int, name: Any = None) -> int:
 
     Args:
       tree: the arrays.
-      num_samples: n, of which each device has as many.
+      num_samples: n. Devices share the samples only if each has equally many.
       name: the mesh axis, or tuple of axes, that shards the samples; None if it is not known.
     """
     shapes = _shapes_of_meshes(tree)

@@ -18,8 +18,8 @@ GUIDE = " ".join((RESULTS.parents[1] / "docs/pages/guide/engine.md").read_text("
 SQUARE = jax.ShapeDtypeStruct((16, 16), jnp.float32)  # 1 KB
 
 
-def peak(function, *arguments, fuses_scatters=True):
-    return peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr, fuses_scatters=fuses_scatters)
+def peak(function, *arguments, is_tpu=True):
+    return peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr, is_tpu=is_tpu)
 
 
 def test_arguments_results_and_what_nothing_needs_are_not_temporary():
@@ -76,7 +76,7 @@ def test_a_scatter_of_entries_is_a_comparison_on_a_tpu(fuses, expected):
         jax.ShapeDtypeStruct((64, 1024), jnp.float32),
         jax.ShapeDtypeStruct((64,), jnp.int32),
     )
-    assert peak(picked, *arguments, fuses_scatters=fuses) == pytest.approx(expected, abs=2 * KB)
+    assert peak(picked, *arguments, is_tpu=fuses) == pytest.approx(expected, abs=2 * KB)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_auto_goes_by_the_traced_pass():
 
     params, x = [jnp.ones((64, 64))] * 4, jnp.ones((512, 64))
     f = psc.clipped_grad(loss, 1.0, mode="one_pass")
-    temporary = peak(f, params, x, fuses_scatters=False)
+    temporary = peak(f, params, x, is_tpu=False)
     held = 2 * 4 * 64 * 64 * 4 + x.nbytes
     for share, mode in ((0.9, "two_pass"), (1.3, "one_pass")):
         limited = psc.clipped_grad(loss, 1.0, memory_limit_bytes=held + int(share * temporary))

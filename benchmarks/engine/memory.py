@@ -43,7 +43,7 @@ def estimate(job: Job, target: str, mode: str) -> int:
     """Returns the estimated peak of temporary memory of a model's program, in bytes."""
     f = psc.clipped_value_and_grad(job.loss, 1.0, mode=cast("Mode", mode))
     traced = jax.make_jaxpr(f)(*job.arguments)
-    return peak_bytes(traced.jaxpr, fuses_scatters=target != "h100")
+    return peak_bytes(traced.jaxpr, is_tpu=target != "h100")
 
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:

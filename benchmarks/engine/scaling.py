@@ -140,9 +140,8 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
     found = {(row["name"], row["mode"], row["chips"]): row for row in result["rows"]}
     series = dict.fromkeys((name, mode) for name, mode, _ in found)
     return [
-        [name, mode, *(text for chips in SHOWN for text in _figures(found.get((*one, chips))))]
+        [*one, *(text for chips in SHOWN for text in _figures(found.get((*one, chips))))]
         for one in series
-        for name, mode in [one]
     ]
 
 

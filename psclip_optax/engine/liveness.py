@@ -77,15 +77,15 @@ class _Step(NamedTuple):
         return self.eqn.primitive.name
 
 
-def peak_bytes(jaxpr: core.Jaxpr, *, fuses_scatters: bool) -> int:
+def peak_bytes(jaxpr: core.Jaxpr, *, is_tpu: bool) -> int:
     """Estimate the peak of temporary memory.
 
     Args:
       jaxpr: the traced program.
-      fuses_scatters: whether a scatter of single entries becomes an elementwise comparison of
-        indices, as in XLA for TPUs.
+      is_tpu: whether the program is compiled for a TPU, where a scatter of single entries becomes
+        an elementwise comparison of indices.
     """
-    return _peak(_Program(jaxpr, fuses_scatters=fuses_scatters))
+    return _peak(_Program(jaxpr, is_tpu=is_tpu))
 
 
 class _Program:
@@ -100,8 +100,8 @@ class _Program:
       widened: the casts to a wider dtype, which XLA makes as it reads the narrow array.
     """
 
-    def __init__(self, jaxpr: core.Jaxpr, *, fuses_scatters: bool) -> None:
-        self.fuses_scatters = fuses_scatters
+    def __init__(self, jaxpr: core.Jaxpr, *, is_tpu: bool) -> None:
+        self.is_tpu = is_tpu
         self.sizes: list[int] = []
         self.steps: list[_Step] = []
         self.widened: set[int] = set()
@@ -119,7 +119,7 @@ class _Program:
     def is_fused(self, step: _Step) -> bool:
         if step.name in _SCATTERS:
             dimensions = step.eqn.params["dimension_numbers"]
-            return self.fuses_scatters and not dimensions.update_window_dims
+            return self.is_tpu and not dimensions.update_window_dims
         return step.name in _FUSED
 
     def _new(self, variables: Iterable[Any]) -> list[int | None]:
@@ -143,7 +143,7 @@ class _Program:
         writes = self._new(eqn.outvars)
         inside = 0
         if eqn.primitive.name in _WITH_BODIES:
-            inside = max(peak_bytes(body, fuses_scatters=self.fuses_scatters) for body in bodies)
+            inside = max(peak_bytes(body, is_tpu=self.is_tpu) for body in bodies)
         written = [one for one in writes if one is not None]
         if _widens(eqn) or (eqn.primitive.name in _SAME_ARRAY and self.widened.intersection(reads)):
             self.widened.update(written)
@@ -157,11 +157,11 @@ class _Program:
         return 2 * widened > sum(self.sizes[value] for value in values)
 
     def _branch_of_platform(self, eqn: core.JaxprEqn) -> core.Jaxpr | None:
-        """Find the branch that is compiled, if the platform decides: a TPU's or the default."""
+        """Find the branch that is compiled, if the platform decides: a TPU's, or the default."""
         platforms = eqn.params.get("branches_platforms")
         if platforms is None:
             return None
-        wanted = "tpu" if self.fuses_scatters else None
+        wanted = "tpu" if self.is_tpu else None
         number = next((i for i, one in enumerate(platforms) if one and wanted in one), -1)
         return eqn.params["branches"][number].jaxpr
 

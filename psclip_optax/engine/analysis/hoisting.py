@@ -131,10 +131,10 @@ def _after(eqn: core.JaxprEqn, known: Sequence[_Known]) -> list[_Known]:
 
 def _stays(eqn: core.JaxprEqn, known: Sequence[_Known]) -> bool:
     """Tell whether an equation makes a view that is not to be moved."""
-    return is_view(eqn) and not (known[0].with_casts and narrows(eqn))
+    return is_view(eqn) and not (known[0].with_casts and _narrows(eqn))
 
 
-def narrows(eqn: core.JaxprEqn) -> bool:
+def _narrows(eqn: core.JaxprEqn) -> bool:
     """Tell whether an equation is a cast to a narrower dtype."""
     if eqn.primitive.name != "convert_element_type":
         return False

@@ -82,4 +82,4 @@ def temporary_bytes(
     params = [shaped(leaf, leaf.shape) for leaf in leaves]
     traced = jax.make_jaxpr(functools.partial(mode.run, problem))(params, samples)
     is_tpu = jax.local_devices()[0].platform == "tpu"
-    return peak_bytes(traced.jaxpr, fuses_scatters=is_tpu)
+    return peak_bytes(traced.jaxpr, is_tpu=is_tpu)
