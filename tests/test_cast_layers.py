@@ -8,6 +8,7 @@ from jax import lax
 
 import psclip_optax as psc
 from psclip_optax.engine.analysis.equations import inner_jaxprs
+from psclip_optax.engine.analysis.hoisting import hoisted
 from tests.numerics import assert_close, enable_x64
 
 LAYERS, N, ROWS, WIDTH = 3, 4, 40, 6
@@ -35,13 +36,13 @@ def loss_in(dtype, remat):
 
 def stacks_of(jaxpr):
     """Find the dtypes in which scans return gradients of all samples' kernels."""
-    shape = (LAYERS, N, WIDTH, WIDTH)
+    shapes = {(LAYERS, N, WIDTH, WIDTH), (N, LAYERS, WIDTH, WIDTH)}  # of JAX 0.7 and later
     found = set()
     for eqn in jaxpr.eqns:
         for inner in inner_jaxprs(eqn):
             found |= stacks_of(inner)
         if eqn.primitive.name == "scan":
-            found |= {str(v.aval.dtype) for v in eqn.outvars if v.aval.shape == shape}
+            found |= {str(v.aval.dtype) for v in eqn.outvars if v.aval.shape in shapes}
     return found
 
 
@@ -70,3 +71,20 @@ def test_gradients_are_those_of_a_stack(mode, remat):
         assert_close(grads, stack, 1e-5)
         np.testing.assert_allclose(stats.norms, of_stack.norms, rtol=1e-5)
         assert grads["kernel"].dtype == np.float64
+
+
+def xs_of_scans(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            first = eqn.params["num_consts"] + eqn.params["num_carry"]
+            yield {str(v.aval.dtype) for v in eqn.invars[first:]}
+        for inner in inner_jaxprs(eqn):
+            yield from xs_of_scans(inner)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scans_no_longer_take_what_was_cast_before_them(remat):
+    params, x = parameters(jnp.float32), jnp.ones((ROWS, WIDTH))
+    loss = jax.make_jaxpr(lambda params, x: loss_in(jnp.bfloat16, remat)(params, x))(params, x)
+    assert list(xs_of_scans(loss.jaxpr)) == [{"float32"}]
+    assert list(xs_of_scans(hoisted(loss, 2, with_casts=True).jaxpr)) == [{"bfloat16"}]

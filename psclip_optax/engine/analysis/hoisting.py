@@ -10,6 +10,7 @@ its layers in that dtype.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -147,30 +148,44 @@ class _Parts(NamedTuple):
     Attributes:
       inputs: the indices of the jaxpr's inputs that the first part reads.
       first: a function from these inputs to the results of the first part.
-      second: a function from these results and all inputs to the jaxpr's outputs.
+      second: a function from these results and the jaxpr's inputs to its outputs; inputs that it
+        does not read may be None.
+      is_read: whether the second part reads an input, for each.
     """
 
     inputs: list[int]
     first: Callable[..., list[Any]]
-    second: Callable[..., list[Any]]
+    second: Callable[[Sequence[Any], Sequence[Any]], list[Any]]
+    is_read: list[bool]
+
+    def only_read(self, inputs: Sequence[Any]) -> list[Any]:
+        """Replace the last inputs by None where the second part does not read them."""
+        flags = self.is_read[len(self.is_read) - len(inputs) :]
+        return [one if is_read else None for one, is_read in zip(inputs, flags, strict=True)]
 
 
-def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts | None:
-    """Split a jaxpr, if data meet a value that it computes from parameters alone."""
+def _in_parts(closed: core.ClosedJaxpr, known: Sequence[_Known]) -> _Parts:
+    """Split a jaxpr before the data meet what it computes from parameters alone, if anything."""
     jaxpr = closed.jaxpr
-    made = _frontier(jaxpr, known)
-    if not made or jaxpr.constvars:
-        return None
+    made = [] if jaxpr.constvars else _frontier(jaxpr, known)
+    if not made:
+        run_all = core.jaxpr_as_fun(closed)
+        return _Parts([], list, lambda _, inputs: run_all(*inputs), [True] * len(known))
     first = needed_equations(jaxpr, made)
     read = {v for eqn in first for v in eqn.invars if isinstance(v, core.Var)}
     inputs = [i for i, v in enumerate(jaxpr.invars) if v in read]
     rest = [eqn for eqn in jaxpr.eqns if not set(made).issuperset(eqn.outvars)]
-    second = jaxpr.replace(invars=[*made, *jaxpr.invars], eqns=_without_unread(rest, jaxpr))
-    return _Parts(
-        inputs=inputs,
-        first=as_function(first, [jaxpr.invars[i] for i in inputs], made),
-        second=core.jaxpr_as_fun(core.ClosedJaxpr(second, ())),
-    )
+    rest = _without_unread(rest, jaxpr)
+    atoms = itertools.chain(jaxpr.outvars, *(eqn.invars for eqn in rest))
+    read = {atom for atom in atoms if isinstance(atom, core.Var)}
+    is_read = [v in read for v in jaxpr.invars]
+    run = as_function(rest, [*made, *itertools.compress(jaxpr.invars, is_read)], jaxpr.outvars)
+
+    def second(made: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        return run(*made, *itertools.compress(inputs, is_read))
+
+    first_run = as_function(first, [jaxpr.invars[i] for i in inputs], made)
+    return _Parts(inputs, first_run, second, is_read)
 
 
 def _frontier(jaxpr: core.Jaxpr, known: Sequence[_Known]) -> list[core.Var]:
@@ -208,22 +223,20 @@ def _scan(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) -> lis
     within += [one._replace(is_stepped=one.is_fixed) for one in known_xs]
     body = _retraced(core.ClosedJaxpr(*inner_jaxpr(eqn)), within)
     parts = _in_parts(body, within)
-    extra: list[Any] = []
-    if parts is not None:
+    made: list[Any] = []
+    if parts.inputs:
         axes = [0 if within[i].is_stepped else None for i in parts.inputs]
-        first_inputs = [values[i] for i in parts.inputs]
-        extra = jax.vmap(parts.first, in_axes=axes)(*first_inputs)
-    run = core.jaxpr_as_fun(body) if parts is None else parts.second
+        made = jax.vmap(parts.first, in_axes=axes)(*(values[i] for i in parts.inputs))
 
     def step(carry: list[Any], both: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
         made, of_step = both
-        outs = run(*made, *consts, *carry, *of_step)
+        outs = parts.second(made, [*consts, *carry, *of_step])
         return outs[:num_carry], outs[num_carry:]
 
     carry, ys = lax.scan(
         step,
         list(init),
-        (extra, list(xs)),
+        (made, parts.only_read(xs)),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
@@ -234,8 +247,6 @@ def _scan(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) -> lis
 def _checkpoint(eqn: core.JaxprEqn, values: list[Any], known: Sequence[_Known]) -> list[Any]:
     body = _retraced(core.ClosedJaxpr(*inner_jaxpr(eqn)), known)
     parts = _in_parts(body, known)
-    if parts is None:
-        run, extra = core.jaxpr_as_fun(body), []
-    else:
-        run, extra = parts.second, parts.first(*(values[i] for i in parts.inputs))
-    return checkpointed(eqn, lambda inputs, made: run(*made, *inputs))(list(values), extra)
+    made = parts.first(*(values[i] for i in parts.inputs))
+    run = checkpointed(eqn, lambda inputs, made: parts.second(made, inputs))
+    return run(parts.only_read(values), made)
