@@ -54,6 +54,12 @@ def axes_of_type(kind: Any) -> tuple[Any, ...]:
     return tuple(sorted(kind.vma))  # JAX < 0.10
 
 
+def is_explicit(array: jax.Array) -> bool:
+    """Tell whether an array's type names a mesh and how the array is sharded over it."""
+    mesh = jax.typeof(array).sharding.mesh
+    return not mesh.empty and bool(mesh.explicit_axes)
+
+
 def shape_of_type(kind: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
     """Make a shape for tracing that varies over the axes of a type."""
     plain = jax.ShapeDtypeStruct(kind.shape if shape is None else shape, kind.dtype)

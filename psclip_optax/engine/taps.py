@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from psclip_optax.engine import in_place
 from psclip_optax.engine.analysis.equations import (
     CALLS,
     CHECKPOINTS,
@@ -116,6 +117,7 @@ def run_with(
     zeros: Taps,
     actions: Mapping[Path, Action | Operation],
     given: dict[tuple[Path, int], Any],
+    layers: Mapping[tuple[Path, int], jax.Array] | None = None,
 ) -> tuple[list[Any], Kept]:
     """Run a jaxpr, and return its outputs and the arrays stored by the actions at its sites.
 
@@ -125,8 +127,11 @@ def run_with(
       zeros: each action's array of zeros, and each operation's operands.
       actions: the action at each site, and the operation that replaces each segment.
       given: values to use for outputs of equations, by the equation's path and the output's index.
+      layers: weights that scans take layer by layer, not from what is differentiated, by the scan's
+        path and the index among its xs. Their cotangents and those of taps are written in place;
+        None if none are.
     """
-    return _Runner(actions, given).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
+    return _Runner(actions, given, layers).jaxpr(closed.jaxpr, closed.consts, inputs, zeros, ())
 
 
 class _Stretch:
@@ -184,6 +189,7 @@ def _parts(
 class _Runner(NamedTuple):
     actions: Mapping[Path, Action | Operation]
     given: dict[tuple[Path, int], Any]
+    layers: Mapping[tuple[Path, int], jax.Array] | None
 
     def jaxpr(
         self,
@@ -200,7 +206,8 @@ class _Runner(NamedTuple):
             return atom.val if isinstance(atom, core.Literal) else values[atom]
 
         kept: Kept = {}
-        of_interest = [*taps, *(p for p, _ in self.given if p[: len(path)] == path)]
+        others = (p for p, _ in (*self.given, *(self.layers or ())))
+        of_interest = [*taps, *(p for p in others if p[: len(path)] == path and p != path)]
         tapped = {p[len(path)] for p in of_interest}
         segments = {i: one for i in tapped if (one := self.segment((*path, i)))}
         for i, part in _parts(jaxpr, tapped, segments):
@@ -260,29 +267,40 @@ class _Runner(NamedTuple):
         outs, once = checkpointed(eqn, call)(inputs, taps)
         return outs, shared.of_all(once)
 
+    def copy_of_tap(self, zero: jax.Array) -> jax.Array | None:
+        """Return the zeros of a tap whose cotangent a scan writes in place, else None."""
+        is_in_place = self.layers is not None and in_place.is_possible(zero)
+        return jnp.zeros_like(zero) if is_in_place else None
+
     def scan(
         self, eqn: core.JaxprEqn, inputs: list[Any], taps: Taps, path: Path
     ) -> tuple[list[Any], Kept]:
         params, (body, body_consts) = eqn.params, inner_jaxpr(eqn)
         num_consts, num_carry = scan_counts(eqn)
         consts, init, xs = parted(inputs, num_consts, num_carry)
+        weights = [(self.layers or {}).get((path, place)) for place in range(len(xs))]
+        zeros, tree = jax.tree.flatten(taps)
+        copies = [self.copy_of_tap(zero) for zero in zeros]
+        axes = [() if one is not None else (0, 1) for one in copies]
         shared = _Shared()
         units: list[int] = []
 
-        def step(carry: list[Any], xs_and_taps: tuple[list[Any], Taps]) -> Any:
-            xs, taps = xs_and_taps
+        def step(carry: list[Any], xs_and_zeros: tuple[list[Any], list[Any]]) -> Any:
+            xs, zeros = xs_and_zeros
             operands = [*consts, *carry, *xs]
-            taps = jax.tree.map(lambda tap: lax.squeeze(tap, (0, 1)), taps)
+            taps = jax.tree.unflatten(tree, map(lax.squeeze, zeros, axes))
             outs, kept = self.jaxpr(body, body_consts, operands, taps, path)
             once = shared.once(kept)
             units[:] = _units_that_tell_apart(once)
             apart = [lax.expand_dims(x, range(n)) for x, n in zip(once, units, strict=True)]
             return outs[:num_carry], (outs[num_carry:], apart)
 
-        carry, (ys, apart) = lax.scan(
+        padded = [[1 + axis for axis in of] for of in axes]
+        carry, (ys, apart) = in_place.scan(
             step,
             list(init),
-            (list(xs), jax.tree.map(lambda tap: lax.expand_dims(tap, (1, 2)), taps)),
+            (list(xs), list(map(lax.expand_dims, zeros, padded))),
+            [*weights, *copies],
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from psclip_optax import meshes, stacks
-from psclip_optax.engine import norms, taps
+from psclip_optax.engine import in_place, norms, taps
 from psclip_optax.engine.analysis.computed import compute
+from psclip_optax.engine.analysis.layers import layers_of_scans
 from psclip_optax.engine.modes.problem import Problem
 from psclip_optax.engine.modes.slices import Samples
-from psclip_optax.engine.plan import LeafPlan
+from psclip_optax.engine.plan import LeafPlan, Plans
 from psclip_optax.engine.routes.route import Entered
 
 PullBack: TypeAlias = Callable[[list[jax.Array]], dict[int, jax.Array]]
@@ -69,11 +71,14 @@ def tapped(
         plan.weight: (one.path, one.output)
         for plan, one in zip(plans.others, plans.computed, strict=True)
     }
+    layers = layers_of_scans(plans.closed.jaxpr, _by_variable(plans, direct, places))
+    layers = {key: layer for key, layer in layers.items() if in_place.is_possible(layer)}
 
     def outs(direct: dict[int, Any], zeros: taps.Taps, example: list[jax.Array]) -> Any:
         inputs = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
         given = {place: direct.get(i, weights[i]) for i, place in places.items()}
-        outs, kept = taps.run_with(plans.closed, [*inputs, *example], zeros, actions, given)
+        inputs += example
+        outs, kept = taps.run_with(plans.closed, inputs, zeros, actions, given, layers)
         return outs[0], (outs, kept)
 
     grad = jax.grad(outs, argnums=(0, 1), has_aux=True)
@@ -86,6 +91,18 @@ def tapped(
     run = problem.over_samples(grad, out_axes=((0, axes), (0, axes_kept)))
     (stacked, cotangents), (outs_, kept) = run(direct, zeros, samples.examples)
     return seen_of(stacked, cotangents, outs_, kept)
+
+
+def _by_variable(
+    plans: Plans, weights: dict[int, Any], places: dict[int, tuple[taps.Path, int]]
+) -> dict[core.Var, Any]:
+    """Map the variables of the loss that are weights to their values."""
+    jaxpr = plans.closed.jaxpr
+    found = {jaxpr.invars[i]: value for i, value in weights.items() if i < plans.num_leaves}
+    for i, (path, output) in places.items():
+        if i in weights and len(path) == 1:
+            found[jaxpr.eqns[path[0]].outvars[output]] = weights[i]
+    return found
 
 
 def seen_of(

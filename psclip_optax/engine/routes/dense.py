@@ -80,7 +80,7 @@ class Dense(Route):
         self, site: Site, entered: tuple[jax.Array, ...], weighted: jax.Array
     ) -> tuple[Callable[[Any], Any], jax.Array]:
         (x,) = entered
-        if _is_explicit(x):  # the product's type would need a sharding
+        if meshes.is_explicit(x):  # the product's type would need a sharding
             return super().weighted_sum(site, entered, weighted)
         return viewed(site), _summed_gradient(site, x, weighted)
 
@@ -97,11 +97,6 @@ def entries_made_of(factors: Factors) -> int:
     *_, num_blocks, num_rows, a = factors.left.shape
     gram, gradient = 2 * num_rows**2, a * factors.right.shape[-1]
     return 0 if num_rows == 1 else num_blocks * min(gram, gradient)
-
-
-def _is_explicit(array: jax.Array) -> bool:
-    mesh = jax.typeof(array).sharding.mesh
-    return not mesh.empty and bool(mesh.explicit_axes)
 
 
 def _axes(site: Site) -> ProductAxes:
