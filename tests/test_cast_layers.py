@@ -88,3 +88,24 @@ def test_scans_no_longer_take_what_was_cast_before_them(remat):
     loss = jax.make_jaxpr(lambda params, x: loss_in(jnp.bfloat16, remat)(params, x))(params, x)
     assert list(xs_of_scans(loss.jaxpr)) == [{"float32"}]
     assert list(xs_of_scans(hoisted(loss, 2, with_casts=True).jaxpr)) == [{"bfloat16"}]
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_a_layer_of_a_scan_is_stacked_if_that_is_less_than_its_input(is_scanned):
+    wide, narrow, num_rows = 12, 4, 8  # a gradient: 48, a layer's input: 96, its output: 32
+
+    def layer(x, kernel):
+        return jnp.tile(jnp.tanh(x @ kernel), wide // narrow), None
+
+    def loss(kernels, x):
+        x, _ = lax.scan(layer, x, kernels) if is_scanned else layer(x, kernels[0])
+        return jnp.sum(x**2)
+
+    random = np.random.default_rng(2)
+    kernels = jnp.asarray(random.normal(size=(LAYERS, wide, narrow)), jnp.float32)
+    x = jnp.asarray(random.normal(size=(N, num_rows, wide)), jnp.float32)
+    f = psc.clipped_value_and_grad(loss, 1.0, mode="one_pass")
+    (row,) = f.explain(kernels, x).rows
+    assert row.route == ("direct" if is_scanned else "dense")
+    expected = psc.clipped_value_and_grad(loss, 1.0, mode="vmap")(kernels, x)
+    assert_close(f(kernels, x), expected, 1e-5)

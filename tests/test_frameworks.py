@@ -236,7 +236,7 @@ def test_matrices_and_tables_need_no_fallback(framework):
         for row, leaf in zip(plan.rows, jax.tree.leaves(params), strict=True)
         if leaf.size > 3 * WIDTH  # the largest bias, of a recurrent cell's three gates
         and row.route == "direct"
-        and not row.reason.startswith("no larger than the outputs of its sites")
+        and not row.reason.startswith("no larger than what its sites would store")
     }
     assert escaped == set(), plan
 

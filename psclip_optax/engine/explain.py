@@ -320,6 +320,6 @@ def _reason(plan: LeafPlan) -> str:
     if not plan.is_used:
         return "" if plan.through else "does not reach the loss"
     if plan.escape is None:
-        return "no larger than the outputs of its sites"
+        return "no larger than what its sites would store"
     source = f" at {plan.escape.source}" if plan.escape.source else ""
     return plan.escape.reason + source

@@ -370,14 +370,22 @@ def _mixed(sites: Sequence[Site]) -> Escape:
 
 
 def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
-    """Tell whether all samples' gradients take no more memory than the sites' outputs.
+    """Tell whether all samples' gradients take no more memory than what the sites would store.
 
     Inside a scan they would be accumulated step by step, which is slower than one product. For
     convolutions, automatic differentiation makes grouped convolutions, which are slow.
     """
     if not all(site.route.may_be_small and all(site.layered) for site in sites):
         return False
-    return parameter.size <= sum(math.prod(site.scans) * aval(site.leaving).size for site in sites)
+    return parameter.size <= sum(math.prod(site.scans) * _num_stored(site) for site in sites)
+
+
+def _num_stored(site: Site) -> int:
+    """Count the entries that would be stored for one step at a site, instead of its gradient."""
+    leaving = aval(site.leaving).size
+    # A scan whose steps are rematerialised would store no inputs otherwise; sites can share one.
+    inputs = site.entering if site.scans else []
+    return max([leaving, *(aval(atom).size for atom in inputs)])
 
 
 def _group(sites: tuple[Site, ...]) -> Group | None:

@@ -33,7 +33,7 @@ class Route(abc.ABC):
     Attributes:
       name: the name that `explain` prints.
       may_be_small: whether automatic differentiation costs no more if all samples' gradients are
-        together no larger than the outputs.
+        together no larger than what is stored at the sites.
       is_slow_in_loops: whether XLA's CPU backend runs the operation far slower inside a loop.
       may_weigh_input: whether the gradient is linear in the only input, which a TPU may multiply by
         the samples' weights faster than the cotangents.
