@@ -46,6 +46,7 @@ class Action(NamedTuple):
       operand: the index of the input of the site's equation that is W.
       zero: the array of zeros whose cotangent is wanted, with an axis for each scan around it.
       num_scans: the number of scans around it.
+      is_layered: whether each step of these scans has a different W.
       keeps: which of x ("entering") and y ("leaving") are stored.
       run: a function from the zero, W and x of one step to y.
     """
@@ -53,6 +54,7 @@ class Action(NamedTuple):
     operand: int
     zero: jax.Array
     num_scans: int
+    is_layered: bool
     keeps: tuple[Side, ...]
     run: Callable[..., Any]
 
@@ -73,8 +75,12 @@ def tap(site: Site, *, keeps_y: bool = False) -> Action:
     """Store a site's inputs, and its output if requested, and expose the output's cotangent."""
     keeps: tuple[Side, ...] = ("entering", "leaving") if keeps_y else ("entering",)
     op, y = site.route.operation(site), aval(site.leaving)
-    zero = jnp.zeros((*site.scans, *y.shape), y.dtype)
-    return Action(site.operand, zero, len(site.scans), keeps, lambda zero, *wx: op(*wx) + zero)
+    zero, is_layered = jnp.zeros((*site.scans, *y.shape), y.dtype), all(site.layered)
+
+    def run(zero: jax.Array, *operands: Any) -> jax.Array:
+        return op(*operands) + zero
+
+    return Action(site.operand, zero, len(site.scans), is_layered, keeps, run)
 
 
 def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
@@ -104,7 +110,7 @@ def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
     def run(zero: jax.Array, w: Any, *x: Any) -> jax.Array:
         return probed(zero, op(w, *x), lax.stop_gradient(x))
 
-    return Action(site.operand, jnp.zeros(site.scans, dtype), len(site.scans), (), run)
+    return Action(site.operand, jnp.zeros(site.scans, dtype), len(site.scans), True, (), run)
 
 
 def _as_array(value: Any) -> jax.Array:
@@ -267,9 +273,12 @@ class _Runner(NamedTuple):
         outs, once = checkpointed(eqn, call)(inputs, taps)
         return outs, shared.of_all(once)
 
-    def copy_of_tap(self, zero: jax.Array) -> jax.Array | None:
+    def copy_of_tap(self, path: Path, zero: jax.Array) -> jax.Array | None:
         """Return the zeros of a tap whose cotangent a scan writes in place, else None."""
-        is_in_place = self.layers is not None and in_place.is_possible(zero)
+        action = self.actions[path]
+        # A scan over time, whose steps share W, would write its steps apart from each other.
+        is_layered = isinstance(action, Action) and action.is_layered
+        is_in_place = self.layers is not None and is_layered and in_place.is_possible(zero)
         return jnp.zeros_like(zero) if is_in_place else None
 
     def scan(
@@ -280,7 +289,8 @@ class _Runner(NamedTuple):
         consts, init, xs = parted(inputs, num_consts, num_carry)
         weights = [(self.layers or {}).get((path, place)) for place in range(len(xs))]
         zeros, tree = jax.tree.flatten(taps)
-        copies = [self.copy_of_tap(zero) for zero in zeros]
+        of_leaves = [p for p in sorted(taps) for _ in jax.tree.leaves(taps[p])]
+        copies = [self.copy_of_tap(p, zero) for p, zero in zip(of_leaves, zeros, strict=True)]
         axes = [() if one is not None else (0, 1) for one in copies]
         shared = _Shared()
         units: list[int] = []
