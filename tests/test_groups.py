@@ -450,6 +450,25 @@ def test_seeds_are_mapped_over():
         assert_close(jax.tree.map(operator.itemgetter(i), grads), expected, 1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_seed_without_a_sample_leaves_the_others_alone(mode, masked):
+    batch = batch_of()
+    last = 1.0 if masked else jnp.nan
+    seeds = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, last * leaf]), PARAMS)
+    masks = jnp.ones((3, N), bool).at[2].set(not masked)
+
+    def call(params, mask):
+        return psc.clipped_grad(LOSS, PREFIX, mode=mode)(params, *batch, sample_mask=mask)
+
+    grads = jax.jit(jax.vmap(call))(seeds, masks)
+    for i in range(3):
+        own = jax.tree.map(operator.itemgetter(i), grads)
+        expected = jax.jit(call)(jax.tree.map(operator.itemgetter(i), seeds), masks[i])
+        assert_close(own, expected, 1e-5)
+        assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(own)) == (i < 2)
+
+
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 @pytest.mark.parametrize("mode", MODES)
 def test_groups_on_many_devices(mode):

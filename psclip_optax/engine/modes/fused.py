@@ -155,8 +155,7 @@ def _without(given: _Given, kept: jax.Array) -> _Given:
 
 
 def _sums_without(problem: Problem, given: _Given, kept: jax.Array) -> list[jax.Array]:
-    sums = _passed(problem, _without(given, kept), kept).result.sums
-    return [jnp.where(jnp.any(kept), total, 0) for total in sums]
+    return _zeros_if_none(_passed(problem, _without(given, kept), kept).result.sums, kept)
 
 
 def _and_again(problem: Problem, given: _Given) -> Result:
@@ -203,7 +202,7 @@ def _in_a_loop(problem: Problem, given: _Given) -> Result:
             for total, old in zip(new.result.sums, state.result.sums, strict=True)
         ]
         # Zeros by a branch of its own: a choice between two arrays would write each sum again.
-        sums = changed_if_any(~jnp.any(state.kept)[None], _zeros_like, sums)
+        sums = changed_if_any(~jnp.any(state.kept)[None], _zeros_if_none, sums, state.kept)
         both = (one._replace(sums=[]) for one in (new.result, state.result))
         result = jax.tree.map(lambda *both: jnp.where(state.is_first, *both), *both)
         is_spoilt = clipping.any_of(lax.stop_gradient(new.is_spoilt))
@@ -243,8 +242,9 @@ def _times_one(leaves: list[jax.Array], is_any_left: jax.Array) -> list[jax.Arra
     return by_platform(leaves, is_any_left, tpu=multiplied, elsewhere=lambda leaves, _: leaves)
 
 
-def _zeros_like(sums: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.zeros_like(total) for total in sums]
+def _zeros_if_none(sums: list[jax.Array], kept: jax.Array) -> list[jax.Array]:
+    """Return zeros if no sample is kept; under vmap, other batches may keep some."""
+    return [jnp.where(jnp.any(kept), total, jnp.zeros_like(total)) for total in sums]
 
 
 def _start(problem: Problem, given: _Given) -> _State:
