@@ -108,7 +108,7 @@ def probe(site: Site, squared_norm: SquaredNorm, dtype: Any) -> Action:
     probed.defvjp(forward, backward)
 
     def run(zero: jax.Array, w: Any, *x: Any) -> jax.Array:
-        return probed(zero, op(w, *x), lax.stop_gradient(x))
+        return probed(zero, op(w, *x), x)
 
     return Action(site.operand, jnp.zeros(site.scans, dtype), len(site.scans), True, (), run)
 
