@@ -273,7 +273,9 @@ def _weighted(
         return (_scaled(x, weights, axis),), _zeroed(dy, _beside(weights, dy, axis))
 
     is_smaller = site.route.may_weigh_input and 2 * entered[0].size <= dy.size
-    if not is_smaller or _fills_tiles(dy, axis):
+    # Weights would be rounded to the dtype of the input, which may be that of integers.
+    is_alike = entered[0].dtype == dy.dtype
+    if not (is_smaller and is_alike) or _fills_tiles(dy, axis):
         return by_cotangents(entered, dy, weights)
     # A TPU's compiler would copy weighted cotangents to merge their rows with those of others.
     return by_platform(entered, dy, weights, tpu=by_input, elsewhere=by_cotangents)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jax.extend import core
 
 from psclip_optax.engine.analysis.sites import Site
+from psclip_optax.engine.analysis.views import aval
 from psclip_optax.engine.routes.convolution.route import CONVOLUTION
 from psclip_optax.engine.routes.custom import CUSTOM
 from psclip_optax.engine.routes.dense import DENSE
@@ -23,6 +25,8 @@ ROUTES: tuple[Route, ...] = (DENSE, CONVOLUTION, EMBEDDING, TIED, RAGGED, CUSTOM
 
 def route_of(eqn: core.JaxprEqn, operand: int) -> Route | None:
     """Find the route of an equation, given the index of the operand that is the weight."""
+    if any(jnp.issubdtype(aval(v).dtype, jnp.complexfloating) for v in (*eqn.invars, *eqn.outvars)):
+        return None  # the norms would be those of real parts
     return next((route for route in ROUTES if route.takes(eqn, operand)), None)
 
 
