@@ -1,5 +1,7 @@
 """Check data whose dtype differs from that of the parameters."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax import lax
 
 import psclip_optax as psc
 from tests.numerics import assert_close, enable_x64, in_all_modes
+from tests.passes import two_passes
 
 N, ROWS, IN, OUT = 5, 3, 4, 20
 
@@ -68,3 +71,25 @@ def test_the_dtype_of_data_does_not_round_weights_of_samples(dtype, monkeypatch)
     results = jax.jit(in_all_modes(loss, 1.0))(kernel(), x)
     assert float(jnp.max(jnp.abs(results["vmap"][1]))) > 0
     assert_close(results["one_pass"][1], results["vmap"][1], 1e-5)
+
+
+@pytest.mark.parametrize("threshold", [1e-1, 1e-5])
+@pytest.mark.parametrize("mode", ["one_pass", "two passes", "by layer"])
+def test_small_thresholds_do_not_underflow_in_half_precision(mode, threshold):
+    random = np.random.default_rng(3)
+    params = {"w": jnp.asarray(random.normal(size=(64, 64)) / 8, jnp.float32)}
+    x = jnp.asarray(random.normal(size=(32, ROWS, 64)), jnp.float32)
+
+    def loss(dtype):
+        def run(params, x):
+            y = jnp.tanh(x.astype(dtype) @ params["w"].astype(dtype))
+            return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+        return run
+
+    limit = psc.by_layer(params, threshold) if mode == "by layer" else threshold
+    own = {"two passes": "two_pass", "by layer": "auto"}.get(mode, mode)
+    with two_passes() if mode == "two passes" else contextlib.nullcontext():
+        half = jax.jit(psc.clipped_grad(loss(jnp.float16), limit, mode=own))(params, x)
+    exact = psc.clipped_grad(loss(jnp.float32), limit, mode="vmap")(params, x)
+    assert_close(half, exact, 5e-3)

@@ -239,16 +239,38 @@ def weighted_sum(
       cotangents: the cotangents of each site's output, [scans…, n, …].
       weights: the sample weights, shape [n].
     """
-    sides = [
-        _weighted(site, entered[site.path], cotangents[site.path], weights) for site in plan.sites
-    ]
-    parts = [
-        site.route.weighted_sum(site, *both) for site, both in zip(plan.sites, sides, strict=True)
-    ]
-    (total,) = jax.linear_transpose(lambda p: [of(p) for of, _ in parts], parameter)(
-        [cotangent for _, cotangent in parts]
-    )
-    return total
+
+    def summed(weights: jax.Array) -> jax.Array:
+        sides = [
+            _weighted(site, entered[site.path], cotangents[site.path], weights)
+            for site in plan.sites
+        ]
+        parts = [
+            site.route.weighted_sum(site, *both)
+            for site, both in zip(plan.sites, sides, strict=True)
+        ]
+        (total,) = jax.linear_transpose(lambda p: [of(p) for of, _ in parts], parameter)(
+            [cotangent for _, cotangent in parts]
+        )
+        return total
+
+    has_half = any(cotangents[site.path].dtype == jnp.float16 for site in plan.sites)
+    return by_shares(summed, weights) if has_half else summed(weights)
+
+
+def by_shares(summed: Callable[[jax.Array], Any], weights: jax.Array) -> Any:
+    """Sum with the weights' shares of their own sum, and multiply the sums by it.
+
+    Products of small weights and cotangents in float16 would underflow, the smaller the thresholds.
+    """
+    whole = jnp.sum(weights)
+    shares = weights / jnp.where(whole > 0, whole, 1)
+
+    def times_whole(total: jax.Array) -> jax.Array:
+        wide = total.astype(promoted(total.dtype, whole.dtype))
+        return (wide * whole).astype(total.dtype)
+
+    return jax.tree.map(times_whole, summed(shares))
 
 
 def added(gradient: jax.Array, other: jax.Array | None) -> jax.Array:

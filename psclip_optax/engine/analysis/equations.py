@@ -80,6 +80,15 @@ def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
                 yield one.jaxpr if isinstance(one, core.ClosedJaxpr) else one
 
 
+def has_dtype(jaxpr: core.Jaxpr, dtype: Any) -> bool:
+    """Tell whether any equation of a jaxpr, or of one inside it, makes an array of this dtype."""
+    return any(
+        any(getattr(v.aval, "dtype", None) == dtype for v in eqn.outvars)
+        or any(has_dtype(inner, dtype) for inner in inner_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
 class ScanCounts(NamedTuple):
     """Holds the numbers of a scan's inputs: first constants, then the carry."""
 

@@ -13,6 +13,7 @@ from psclip_optax import meshes
 from psclip_optax.engine import norms as norms_of
 from psclip_optax.engine import taps
 from psclip_optax.engine.analysis.computed import compute
+from psclip_optax.engine.analysis.equations import has_dtype
 from psclip_optax.engine.analysis.linearity import described_rule
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.memory import NO_GRADIENT_OF_VMAP, estimated_bytes
@@ -126,7 +127,12 @@ def _in_two_passes(problem: Problem, leaves: Sequence[Any], samples: Samples) ->
     norms, scales, finite, kept = weigh(problem, samples, seen.outs[0], squares)
 
     of_samples, bad = weights_of_sum(samples.taus, samples.shares, norms, scales), ~finite & ~kept
-    sums = _backward(problem, passes, list(leaves), samples.examples, of_samples, kept, bad)
+
+    def summed(weights: jax.Array) -> list[jax.Array]:
+        return _backward(problem, passes, list(leaves), samples.examples, weights, kept, bad)
+
+    has_half = has_dtype(problem.plans.closed.jaxpr, jnp.float16)
+    sums = norms_of.by_shares(summed, of_samples) if has_half else summed(of_samples)
     sums = problem.plans.pieces.together(sums, params)
     return Result(sums, seen.outs, norms, scales, finite)
 
