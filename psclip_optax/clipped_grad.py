@@ -143,7 +143,9 @@ def clipped_value_and_grad(
       on_nonfinite: "drop" gives a sample weight 0 if its loss or gradient is not finite, and counts
         it; the sample keeps its position and its share in N. "one_pass" and "two_pass" also drop a
         sample whose squared norm overflows or vanishes: with a norm above 1.8e19 in float32, or
-        below 1e-13 if a traced threshold is below 1e-13 too. "propagate" includes all samples.
+        below 1e-13 if a traced threshold is below 1e-13 too. The same holds for a layer's inputs
+        and cotangents, whose products are its gradient: these modes need them between 1e-19 and
+        1.8e19. "propagate" includes all samples.
       axis_name: under `jax.shard_map`, the mesh axis (or axes) over which the batch is sharded.
         Positions continue over the devices. Value, gradients and counts are those of the whole
         batch, the same on all devices (`out_specs` of `P()`); norms, scales and aux are those of a
