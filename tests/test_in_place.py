@@ -13,7 +13,7 @@ from psclip_optax.engine.analysis.equations import inner_jaxprs
 from tests.numerics import assert_close, enable_x64
 
 LENGTH, N, WIDTH = 3, 4, 5
-HAS_EMPTY = hasattr(lax, "empty")
+needs_empty = pytest.mark.skipif(not hasattr(lax, "empty"), reason="needs lax.empty, of JAX 0.8")
 
 
 def arrays(seed=0):
@@ -43,6 +43,7 @@ def scanned(kernels, x, copy=None, **options):
     return jnp.sum(x**2) + jnp.sum(ys * jnp.arange(LENGTH))
 
 
+@needs_empty
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}], ids=str)
 def test_gradients_of_each_sample(options):
     with enable_x64(True):
@@ -58,6 +59,7 @@ def test_gradients_of_each_sample(options):
         assert_close(gradients(True), gradients(False), 1e-12)
 
 
+@needs_empty
 @pytest.mark.parametrize("over", [jax.grad, jax.jacfwd, jax.hessian])
 def test_can_be_differentiated_again(over):
     with enable_x64(True):
@@ -126,7 +128,7 @@ def primitives(jaxpr):
             yield from primitives(inner)
 
 
-@pytest.mark.skipif(not HAS_EMPTY, reason="needs lax.empty, of JAX 0.8")
+@needs_empty
 def test_stacks_of_all_samples_are_not_filled_first():
     params, x = nested()
     f = psc.clipped_value_and_grad(loss, 0.5, mode="one_pass")
