@@ -122,7 +122,9 @@ def _share(counts: jax.Array, mask: Any, dtype: Any, options: Options) -> jax.Ar
 def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: bool) -> Problem:
     closed = trace(call, options.axis_name)
     warn_of_batch_statistics(closed, len(call.params))
-    plans = plan_weights(closed, len(call.params), groups)
+    trees, name = (call.params, call.examples), options.spmd_axis_name
+    num_devices = meshes.num_sharing(trees, call.num_samples, name)
+    plans = plan_weights(closed, len(call.params), groups, are_shared=num_devices > 1)
     may_be_fused = math.prod(groups.shape) > 1 and options.mode in ("auto", FUSED.name)
     return Problem(
         closed,
@@ -135,7 +137,7 @@ def _problem(call: Call, groups: Groups, options: Options, *, may_be_padded: boo
         may_be_padded,
         plan_fusion(plans, groups) if may_be_fused else None,
         options.norm_precision,
-        meshes.num_sharing((call.params, call.examples), call.num_samples, options.spmd_axis_name),
+        num_devices,
     )
 
 

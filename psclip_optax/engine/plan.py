@@ -126,7 +126,11 @@ _Family: TypeAlias = dict[int, Computed]
 
 
 def plan_weights(
-    closed: core.ClosedJaxpr, num_leaves: int, together: Groups = ALL_TOGETHER
+    closed: core.ClosedJaxpr,
+    num_leaves: int,
+    together: Groups = ALL_TOGETHER,
+    *,
+    are_shared: bool = False,
 ) -> Plans:
     """Plan the gradients of the first `num_leaves` inputs of the loss for one example.
 
@@ -134,6 +138,7 @@ def plan_weights(
       closed: the loss.
       num_leaves: the number of parameters.
       together: which of them are clipped together.
+      are_shared: whether devices may share the samples.
     """
     if has_references(closed.effects):
         escape = Escape("is in a loss with mutable references", "")
@@ -142,7 +147,8 @@ def plan_weights(
     closed = without_unit_axes(slices_in_bounds(normal_form(closed, num_leaves)))
     usage = find_usage(closed, num_leaves, route_of)
     is_of_one_norm = math.prod(together.shape) == 1
-    for improved in (rewritten, functools.partial(_hoisted, may_move_casts=is_of_one_norm)):
+    hoist = functools.partial(_hoisted, may_move_casts=is_of_one_norm, are_shared=are_shared)
+    for improved in (rewritten, hoist):
         better = improved(closed, usage)
         if better is not closed:
             closed, usage = better, find_usage(better, num_leaves, route_of)
@@ -151,7 +157,7 @@ def plan_weights(
     if any(pieces.boxes):
         num_leaves = len(pieces.leaf_of)
         usage = find_usage(closed, num_leaves, route_of)
-    return _planned(closed, pieces, usage, together)
+    return _planned(closed, pieces, usage, together, are_shared=are_shared)
 
 
 def plan_segment(segment: Segment) -> Plans:
@@ -174,9 +180,12 @@ def _planned(
     together: Groups,
     *,
     are_small_direct: bool = True,
+    are_shared: bool = False,
 ) -> Plans:
     avals = [aval(variable) for variable in closed.jaxpr.invars[: usage.num_leaves]]
-    plan_one = functools.partial(_plan_weight, usage=usage, may_be_small=are_small_direct)
+    plan_one = functools.partial(
+        _plan_weight, usage=usage, may_be_small=are_small_direct, are_shared=are_shared
+    )
     leaves = [plan_one(i, shaped) for i, shaped in enumerate(avals)]
     plans = Plans(leaves, [], [], closed, pieces, usage)
     for plan in plans.leaves:
@@ -211,14 +220,16 @@ def _differentiate(plans: Plans, family: _Family, escape: Escape | None) -> None
         plans.leaves[leaf] = LeafPlan(leaf, escape=escape)
 
 
-def _hoisted(closed: core.ClosedJaxpr, usage: Usage, *, may_move_casts: bool) -> core.ClosedJaxpr:
-    with_casts = may_move_casts and _stacks_cast_layers(closed, usage)
+def _hoisted(
+    closed: core.ClosedJaxpr, usage: Usage, *, may_move_casts: bool, are_shared: bool
+) -> core.ClosedJaxpr:
+    with_casts = may_move_casts and _stacks_cast_layers(closed, usage, are_shared)
     if not (usage.is_computed_in_steps or with_casts):
         return closed
     return hoisted(closed, usage.num_leaves, with_casts=with_casts)
 
 
-def _stacks_cast_layers(closed: core.ClosedJaxpr, usage: Usage) -> bool:
+def _stacks_cast_layers(closed: core.ClosedJaxpr, usage: Usage, are_shared: bool) -> bool:
     """Tell whether gradients of layers will be stacked that a scan casts to a narrower dtype."""
     avals = [aval(variable) for variable in closed.jaxpr.invars[: usage.num_leaves]]
     layers: dict[int, list[Site]] = {}
@@ -230,7 +241,8 @@ def _stacks_cast_layers(closed: core.ClosedJaxpr, usage: Usage) -> bool:
         return aval(site.eqn.invars[site.operand]).dtype.itemsize < shaped.dtype.itemsize
 
     return any(
-        _is_small(avals[weight], sites) and any(is_cast(avals[weight], site) for site in sites)
+        _is_small(avals[weight], sites, are_shared)
+        and any(is_cast(avals[weight], site) for site in sites)
         for weight, sites in layers.items()
     )
 
@@ -343,12 +355,14 @@ def leaving_axes(site: Site, axes: Sequence[int]) -> list[int] | None:
     return [in_y[axis] for axis in axes] if all(axis in in_y for axis in axes) else None
 
 
-def _plan_weight(weight: int, shaped: Any, usage: Usage, may_be_small: bool) -> LeafPlan:
+def _plan_weight(
+    weight: int, shaped: Any, usage: Usage, may_be_small: bool, are_shared: bool
+) -> LeafPlan:
     """Plan a weight without the weights computed from it."""
     sites = [site for site in usage.sites if site.view.weight == weight]
     escape = usage.escapes.get(weight)
     is_used = bool(sites) or escape is not None
-    if escape is not None or (may_be_small and _is_small(shaped, sites)):
+    if escape is not None or (may_be_small and _is_small(shaped, sites, are_shared)):
         return LeafPlan(weight, escape=escape, is_used=is_used)
     frames: dict[Any, list[Site]] = {}
     for site in sites:
@@ -369,7 +383,7 @@ def _mixed(sites: Sequence[Site]) -> Escape:
     return Escape(f"enters {' and '.join(names)} in ways that overlap", "")
 
 
-def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
+def _is_small(parameter: Any, sites: Sequence[Site], are_shared: bool) -> bool:
     """Tell whether all samples' gradients take no more memory than what the sites would store.
 
     Inside a scan they would be accumulated step by step, which is slower than one product. For
@@ -377,15 +391,18 @@ def _is_small(parameter: Any, sites: Sequence[Site]) -> bool:
     """
     if not all(site.route.may_be_small and all(site.layered) for site in sites):
         return False
-    return parameter.size <= sum(math.prod(site.scans) * _num_stored(site) for site in sites)
+    stored = (math.prod(site.scans) * _num_stored(site, are_shared) for site in sites)
+    return parameter.size <= sum(stored)
 
 
-def _num_stored(site: Site) -> int:
+def _num_stored(site: Site, are_shared: bool) -> int:
     """Count the entries that would be stored for one step at a site, instead of its gradient."""
     leaving = aval(site.leaving).size
-    # A scan whose steps are rematerialised would store no inputs otherwise; sites can share one.
-    inputs = site.entering if site.scans else []
-    return max([leaving, *(aval(atom).size for atom in inputs)])
+    # With parameters sharded over 256 devices, more stacks took a quarter more memory.
+    if not site.scans or are_shared:
+        return leaving
+    # Steps that are rematerialised would store no inputs otherwise; several sites can share one.
+    return max([leaving, *(aval(atom).size for atom in site.entering)])
 
 
 def _group(sites: tuple[Site, ...]) -> Group | None:
