@@ -61,14 +61,16 @@ class Convolution(Route):
     def squared_norms(
         self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
     ) -> jax.Array:
-        every = super().squared_norms
-        if cotangents[sites[0].path].shape[sites[0].sample_axis] > 1:
-            return every(sites, entered, cotangents, dtype)
+        every = functools.partial(super().squared_norms, sites, dtype=dtype)
+        axes = {site.path: site.sample_axis for site in sites}
+        own = {path: entered[path] for path in axes}, {path: cotangents[path] for path in axes}
+        if own[1][sites[0].path].shape[sites[0].sample_axis] > 1:
+            return every(*own)
 
         # A loss under `vmap` sees a single sample. The samples are those that `vmap` maps over.
         @jax.custom_batching.custom_vmap
         def of_one(entered: Entered, cotangents: Cotangents) -> jax.Array:
-            return every(sites, entered, cotangents, dtype)
+            return every(entered, cotangents)
 
         @of_one.def_vmap
         def of_many(size: int, is_batched: Any, *sides: Any) -> tuple[jax.Array, bool]:
@@ -76,12 +78,17 @@ class Convolution(Route):
                 many = array if batched else jnp.broadcast_to(array, (size, *array.shape))
                 return jnp.moveaxis(jnp.squeeze(many, axis + 1), 0, axis)
 
-            axes = {site.path: site.sample_axis for site in sites}
             axes_of_sides = {path: (axis,) for path, axis in axes.items()}, axes
             every_sample = jax.tree.map(whole, axes_of_sides, sides, tuple(is_batched))
-            return every(sites, every_sample[0], every_sample[1], dtype)[:, None], True
+            return every(*every_sample)[:, None], True
 
-        return of_one(entered, cotangents)
+        # JAX cannot transpose the derivative of a custom_vmap.
+        @jax.custom_jvp
+        def differentiable(entered: Entered, cotangents: Cotangents) -> jax.Array:
+            return of_one(entered, cotangents)
+
+        differentiable.defjvp(lambda primals, tangents: jax.jvp(every, primals, tangents))
+        return differentiable(*own)
 
     def squared_norms_of_part(
         self, sites: Sequence[Site], entered: Entered, cotangents: Cotangents, dtype: Any
