@@ -250,3 +250,31 @@ def test_as_many_thresholds_as_slices(number):
         psc.per_sample_clip(prefix).init(PARAMS)
     with pytest.raises(ValueError, match="leading axis"):
         psc.per_sample_clip(psc.each_slice([0.1])).init({"scalar": jnp.ones(())})
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass", "auto"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda slices, x: 0.0,
+        lambda slices, x: jnp.sum(lax.stop_gradient(slices)),
+        lambda slices, x: jnp.sum(slices[:0]),
+        lambda slices, x: jnp.sum(x @ slices[:0].sum(0)),
+        lambda slices, x: jnp.sum(slices[:0]) + jnp.sum(x * slices[1] ** 2),
+    ],
+    ids=["unused", "no gradient", "no entries", "no entries of a product", "one slice"],
+)
+def test_slices_without_a_gradient(use, mode):
+    random = np.random.default_rng(0)
+    shapes = {"slices": (3, 2), "v": (2,)}
+    params = {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
+    x = jnp.asarray(random.normal(size=(4, 2)))
+    thresholds = {"slices": psc.each_slice([0.1, 0.2, 0.3]), "v": 0.3}
+
+    def loss(params, x):
+        return jnp.sum(x * params["v"]) + use(params["slices"], x)
+
+    grads, expected = (
+        psc.clipped_grad(loss, thresholds, mode=m)(params, x) for m in (mode, "vmap")
+    )
+    assert_close(grads, expected, 1e-5)

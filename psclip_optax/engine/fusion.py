@@ -60,6 +60,7 @@ def plan_fusion(plans: Plans, groups: Groups) -> Fusion:
         columns.setdefault(plans.columns(plan.weight, groups), set()).add(plan.weight)
     fused: list[Fused] = []
     obstacles: dict[int, str] = {}
+    obstacles |= dict.fromkeys(columns.pop(range(0), ()), "have no entries")
     for own, leaves in columns.items():
         segment = find_segment(plans.closed, plans.usage, Members(frozenset(leaves), len(own) > 1))
         if isinstance(segment, Obstacle):

@@ -57,7 +57,11 @@ class Problem(NamedTuple):
         if self.groups.of_leaf is None:
             return of_samples
         columns = self.plans.columns(weight, self.groups)
-        return of_samples[:, columns[0]] if len(columns) == 1 else of_samples[:, np.array(columns)]
+        return (
+            of_samples[:, columns[0]]
+            if len(columns) == 1
+            else of_samples[:, np.array(columns, int)]
+        )
 
     def unproven_rule(self) -> core.JaxprEqn | None:
         """Find an equation for which linearity in the losses' cotangents is not proven."""

@@ -123,7 +123,7 @@ def squared_norms(
 ) -> Any:
     """Sum ‖g_k‖² over the parameters of these plans, [n], or over each group's, [n, groups]."""
     columns = {p.weight: problem.plans.columns(p.weight, problem.groups) for p in plans}
-    by_slice = [plan for plan in plans if len(columns[plan.weight]) > 1]
+    by_slice = [plan for plan in plans if plan.is_used and len(columns[plan.weight]) > 1]
 
     def over(column: int) -> Any:
         own = [plan for plan in plans if columns[plan.weight] == range(column, column + 1)]
