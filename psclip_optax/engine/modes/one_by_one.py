@@ -29,9 +29,13 @@ def run_mode(mode: Mode, problem: Problem, leaves: Sequence[Any], samples: Sampl
     def one_by_one(before: Result, leaves: list[Any], samples: Samples) -> Result:
         run = functools.partial(STACKED.run, problem, leaves)
         after = in_slices(run, samples, 1, has_convolutions=False)
-        return jax.tree.map(lambda old, new: new.astype(old.dtype), before, after)
+        return jax.tree.map(_alike, before, after)
 
     return changed_if_any(~result.finite, one_by_one, result, list(leaves), samples)
+
+
+def _alike(old: jax.Array, new: jax.Array) -> jax.Array:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)  # keys have no `astype`
 
 
 def _may_spread(mode: Mode, problem: Problem) -> bool:

@@ -113,7 +113,7 @@ def in_slices(
 
     def in_order(array: jax.Array) -> jax.Array:
         ordered = jnp.moveaxis(array, 0, axis)
-        return ordered.reshape(-1, *ordered.shape[2:])[:n]
+        return lax.collapse(ordered, 0, 2)[:n]
 
     return jax.tree.map(in_order, results)._replace(sums=sums)
 
