@@ -49,9 +49,10 @@ def axes_of(array: Any) -> tuple[Any, ...]:
 
 
 def axes_of_type(kind: Any) -> tuple[Any, ...]:
+    """Return the same from a type, or from a `jax.ShapeDtypeStruct`."""
     if hasattr(kind, "manual_axis_type"):
-        return tuple(sorted(kind.manual_axis_type.varying))
-    return tuple(sorted(kind.vma))  # JAX < 0.10
+        return tuple(sorted(kind.manual_axis_type.varying)) if kind.manual_axis_type else ()
+    return tuple(sorted(kind.vma or ()))  # JAX < 0.10
 
 
 def is_explicit(array: jax.Array) -> bool:
@@ -60,10 +61,15 @@ def is_explicit(array: jax.Array) -> bool:
     return not mesh.empty and bool(mesh.explicit_axes)
 
 
-def shape_of_type(kind: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+def shape_of_type(kind: Any, shape: tuple[int, ...] | None = None) -> Any:
     """Make a shape for tracing that varies over the axes of a type."""
     plain = jax.ShapeDtypeStruct(kind.shape if shape is None else shape, kind.dtype)
-    return jax.eval_shape(lambda array: varying(array, axes_of_type(kind)), plain)
+    axes = axes_of_type(kind)
+    if not axes:
+        return plain
+    # A `ShapeDtypeStruct` of axes does not know their mesh, which may have others too.
+    traced = jax.make_jaxpr(lambda: varying(jnp.zeros(plain.shape, plain.dtype), axes))()
+    return traced.out_avals[0]
 
 
 def axes_without(array: jax.Array, axis_name: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from psclip_optax import meshes
 from psclip_optax.arrays import promoted
 from psclip_optax.engine.analysis.sites import Site
 from psclip_optax.engine.analysis.views import aval
@@ -214,7 +215,7 @@ def pulled_back_squared_norms(
 
 def _num_made(function: Callable[[list[Any]], Any], arguments: list[Any]) -> int:
     """Count the entries of all arrays that a function computes."""
-    shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in arguments]
+    shapes = [meshes.shape_of_type(jax.typeof(one)) for one in arguments]
     jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
     return sum(aval(v).size for eqn in jaxpr.eqns for v in eqn.outvars)
 

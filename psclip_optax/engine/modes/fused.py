@@ -109,10 +109,12 @@ def _passed(problem: Problem, given: _Given, kept: jax.Array) -> _Passed:
     n, leaves = samples.number, problem.plans.pieces.of(given.leaves)
     weights, pull_back = all_weights(problem, leaves)
     shares = jnp.where(kept, samples.shares, 0)
+    axes_of_loss = meshes.axes_of_type(problem.closed.out_avals[0])
 
     def operand(columns: range) -> Operand:
         taus = samples.taus[:, columns.start : columns.stop : columns.step].T
-        values = jnp.zeros_like(taus), taus, jnp.broadcast_to(shares, taus.shape)
+        zeros = meshes.varying(jnp.zeros_like(taus), axes_of_loss)  # as its cotangent will
+        values = zeros, taus, jnp.broadcast_to(shares, taus.shape)
         return Operand(*(value if len(columns) > 1 else value[0] for value in values))
 
     operations = {

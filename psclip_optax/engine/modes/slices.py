@@ -120,7 +120,7 @@ def in_slices(
 
 def _zeros_of_sums(kind: jax.ShapeDtypeStruct) -> jax.Array:
     zeros = jnp.zeros(kind.shape, promoted(kind.dtype, jnp.float32))
-    return meshes.varying(zeros, meshes.axes_of(kind))
+    return meshes.varying(zeros, meshes.axes_of_type(kind))
 
 
 def _sliced(array: jax.Array, num_slices: int, axis: int) -> jax.Array:
