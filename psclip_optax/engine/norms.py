@@ -214,8 +214,9 @@ def pulled_back_squared_norms(
 
 
 def _num_made(function: Callable[[list[Any]], Any], arguments: list[Any]) -> int:
-    """Count the entries of all arrays that a function computes."""
-    shapes = [meshes.shape_of_type(jax.typeof(one)) for one in arguments]
+    """Count the entries of all arrays that a function computes, from arrays or their shapes."""
+    kinds = [jax.typeof(one) if isinstance(one, jax.Array) else one for one in arguments]
+    shapes = [meshes.shape_of_type(kind) for kind in kinds]
     jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
     return sum(aval(v).size for eqn in jaxpr.eqns for v in eqn.outvars)
 
