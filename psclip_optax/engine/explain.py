@@ -239,9 +239,10 @@ class _Costs(NamedTuple):
         return [_reason(plan), *computed]
 
     def aval(self, plan: LeafPlan) -> Any:
-        """Return the shape and dtype of a plan's weight."""
+        """Return the shape and dtype of a plan's weight, which varies over no axes of a mesh."""
         both = zip(self.plans.all, self.plans.avals, strict=True)
-        return next(aval for one, aval in both if one.weight == plan.weight)
+        kind = next(aval for one, aval in both if one.weight == plan.weight)
+        return jax.ShapeDtypeStruct(kind.shape, kind.dtype)
 
     def kept_bytes(self, plan: LeafPlan) -> int:
         if not self.is_kept:

@@ -159,8 +159,8 @@ def pulled_back_squared_norms(
     Args:
       pull_back: a function from gradients with respect to all computed weights to those with
         respect to all parameters.
-      leaves: the plans, shapes and dtypes of these parameters.
-      others: the plans, shapes and dtypes of all computed weights.
+      leaves: the plans of these parameters, and the parameters or their shapes and dtypes.
+      others: the same of all computed weights.
       stacked: the gradients of each sample by automatic differentiation.
       entered: the inputs of each site, [scans…, n, …].
       cotangents: the cotangents of each site's output, [scans…, n, …].
@@ -182,7 +182,12 @@ def pulled_back_squared_norms(
                 return direct_gradients[plan.weight]
             return weighted_sum(plan, shaped, x, dy, one) if plan.groups else None
 
-        zeros = [jnp.zeros(shaped.shape, shaped.dtype) for _, shaped in others]
+        zeros = [
+            meshes.varying(
+                jnp.zeros(shaped.shape, shaped.dtype), meshes.axes_of_type(_kind(shaped))
+            )
+            for _, shaped in others
+        ]
         pulled = pull_back(
             [
                 zero if plan.weight not in needed else added(zero, gradient(plan, shaped))
@@ -215,10 +220,14 @@ def pulled_back_squared_norms(
 
 def _num_made(function: Callable[[list[Any]], Any], arguments: list[Any]) -> int:
     """Count the entries of all arrays that a function computes, from arrays or their shapes."""
-    kinds = [jax.typeof(one) if isinstance(one, jax.Array) else one for one in arguments]
-    shapes = [meshes.shape_of_type(kind) for kind in kinds]
+    shapes = [meshes.shape_of_type(_kind(one)) for one in arguments]
     jaxpr = jax.make_jaxpr(function)(shapes).jaxpr
     return sum(aval(v).size for eqn in jaxpr.eqns for v in eqn.outvars)
+
+
+def _kind(weight: Any) -> Any:
+    """Return the type of a weight, which may be given by its type alone."""
+    return jax.typeof(weight) if isinstance(weight, jax.Array) else weight
 
 
 def site_squared_norm(

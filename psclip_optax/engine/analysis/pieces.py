@@ -108,7 +108,7 @@ def in_pieces(
         return [*map(_whole, outs)]
 
     shapes = [meshes.shape_of_type(aval(v)) for v in closed.jaxpr.invars]
-    cut = jax.eval_shape(pieces.of, shapes[: usage.num_leaves])
+    cut = jax.make_jaxpr(pieces.of)(shapes[: usage.num_leaves]).out_avals
     return jax.make_jaxpr(run)(*cut, *shapes[usage.num_leaves :]), pieces
 
 

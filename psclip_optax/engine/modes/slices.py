@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +106,8 @@ def in_slices(
         return added, result._replace(sums=[])
 
     first = jax.tree.map(lambda part: lax.index_in_dim(part, 0, axis, False), parts)
-    one_slice = jax.eval_shape(run, first)
-    zeros = [_zeros_of_sums(s) for s in one_slice.sums]
+    sums_of_one = jax.make_jaxpr(lambda part: run(part).sums)(first).out_avals
+    zeros = [_zeros_of_sums(kind) for kind in sums_of_one]
     unroll = num_slices if is_unrolled else 1
     sums, results = lax.scan(one, zeros, jnp.arange(num_slices), unroll=unroll)
 
@@ -118,7 +118,7 @@ def in_slices(
     return jax.tree.map(in_order, results)._replace(sums=sums)
 
 
-def _zeros_of_sums(kind: jax.ShapeDtypeStruct) -> jax.Array:
+def _zeros_of_sums(kind: Any) -> jax.Array:
     zeros = jnp.zeros(kind.shape, promoted(kind.dtype, jnp.float32))
     return meshes.varying(zeros, meshes.axes_of_type(kind))
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from psclip_optax import meshes
 from psclip_optax.engine.analysis.sites import Site, of_parameter
 from psclip_optax.engine.analysis.views import Path, aval, run_equation
 from psclip_optax.engine.parts import Parts, in_parts
@@ -138,9 +139,9 @@ def entries_read(sites: Sequence[Site]) -> int:
 def of_one_sample(sites: Sequence[Site]) -> tuple[Any, Any]:
     """Return the shapes of sites' inputs and cotangents, for a batch of one sample."""
 
-    def batched(site: Site, atom: Any) -> jax.ShapeDtypeStruct:
-        shaped = aval(atom)
-        return jax.ShapeDtypeStruct((*site.scans, 1, *shaped.shape), shaped.dtype)
+    def batched(site: Site, atom: Any) -> Any:
+        kind = aval(atom)
+        return meshes.shape_of_type(kind, (*site.scans, 1, *kind.shape))
 
     entered = {s.path: tuple(batched(s, atom) for atom in s.entering) for s in sites}
     return entered, {s.path: batched(s, s.leaving) for s in sites}
