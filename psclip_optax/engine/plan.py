@@ -23,6 +23,7 @@ from psclip_optax.engine.analysis.usage import find_usage
 from psclip_optax.engine.analysis.views import are_disjoint, aval
 from psclip_optax.engine.routes import route_of, route_of_all
 from psclip_optax.engine.routes.route import Route
+from psclip_optax.engine.small import is_small
 from psclip_optax.groups import ALL_TOGETHER, Groups
 
 
@@ -241,7 +242,7 @@ def _stacks_cast_layers(closed: core.ClosedJaxpr, usage: Usage, are_shared: bool
         return aval(site.eqn.invars[site.operand]).dtype.itemsize < shaped.dtype.itemsize
 
     return any(
-        _is_small(avals[weight], sites, are_shared)
+        is_small(avals[weight], sites, are_shared)
         and any(is_cast(avals[weight], site) for site in sites)
         for weight, sites in layers.items()
     )
@@ -362,7 +363,7 @@ def _plan_weight(
     sites = [site for site in usage.sites if site.view.weight == weight]
     escape = usage.escapes.get(weight)
     is_used = bool(sites) or escape is not None
-    if escape is not None or (may_be_small and _is_small(shaped, sites, are_shared)):
+    if escape is not None or (may_be_small and is_small(shaped, sites, are_shared)):
         return LeafPlan(weight, escape=escape, is_used=is_used)
     frames: dict[Any, list[Site]] = {}
     for site in sites:
@@ -381,28 +382,6 @@ def _plan_weight(
 def _mixed(sites: Sequence[Site]) -> Escape:
     names = sorted({site.eqn.primitive.name for site in sites})
     return Escape(f"enters {' and '.join(names)} in ways that overlap", "")
-
-
-def _is_small(parameter: Any, sites: Sequence[Site], are_shared: bool) -> bool:
-    """Tell whether all samples' gradients take no more memory than what the sites would store.
-
-    Inside a scan they would be accumulated step by step, which is slower than one product. For
-    convolutions, automatic differentiation makes grouped convolutions, which are slow.
-    """
-    if not all(site.route.may_be_small and all(site.layered) for site in sites):
-        return False
-    leaving = sum(math.prod(site.scans) * aval(site.leaving).size for site in sites)
-    larger = sum(math.prod(site.scans) * _size_of_larger_side(site) for site in sites)
-    # With one sample on each of 256 devices, stacks as large as the inputs took more memory.
-    is_tie_small = parameter.size == larger and not are_shared
-    return parameter.size <= leaving or parameter.size < larger or is_tie_small
-
-
-def _size_of_larger_side(site: Site) -> int:
-    """Count the entries of the largest array that is stored for one step at a site."""
-    # Steps that are rematerialised would store no inputs otherwise; several sites can share one.
-    inputs = site.entering if site.scans else []
-    return max(aval(atom).size for atom in [*inputs, site.leaving])
 
 
 def _group(sites: tuple[Site, ...]) -> Group | None:
